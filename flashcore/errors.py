@@ -1,0 +1,105 @@
+"""Every error FlashCore raises on purpose: one base class, children that carry their fields.
+
+A message is one or two sentences: what was wrong, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class FlashCoreError(Exception):
+    """Base of every error raised on purpose; the command line prints it as one sentence."""
+
+
+class InvalidProblem(FlashCoreError, ValueError):
+    """The attention problem itself makes no sense: a shape, dtype, device, stride or scale is wrong."""
+
+
+class UnknownName(FlashCoreError, LookupError):
+    """A backend, problem, kernel, profile or parameter was named that does not exist."""
+
+    def __init__(self, what: str, name: str, known: list[str]):
+        self.what, self.name, self.known = what, name, list(known)
+        super().__init__(f"There is no {what} '{name}'; choose one of: {', '.join(self.known) or '(none)'}.")
+
+
+class Unsupported(FlashCoreError, ValueError):
+    """The problem is valid, but this backend does not take it."""
+
+    def __init__(self, backend: str, reason: str):
+        self.backend, self.reason = backend, reason
+        super().__init__(f"Backend '{backend}' cannot run this problem: {reason}.")
+
+
+class BackendUnavailable(FlashCoreError, RuntimeError):
+    """The backend exists, but this machine lacks what it needs."""
+
+    def __init__(self, backend: str, reason: str, fix: str):
+        self.backend, self.reason, self.fix = backend, reason, fix
+        super().__init__(f"Backend '{backend}' is not available here: {reason}. To mend it: {fix}.")
+
+
+class CompileError(FlashCoreError):
+    """NVRTC refused a kernel; `log` is its own text, with file and line of the kernel source."""
+
+    def __init__(self, kernel: str, log: str):
+        self.kernel, self.log = kernel, log
+        super().__init__(f"Kernel '{kernel}' did not compile; the compiler said:\n{log.rstrip()}")
+
+
+class FaultError(FlashCoreError):
+    """A planted fault no longer fits the source it was written for."""
+
+
+class ToolMissing(FlashCoreError, RuntimeError):
+    """A compiler, disassembler or browser that this step needs is not installed."""
+
+    def __init__(self, tool: str, fix: str):
+        self.tool, self.fix = tool, fix
+        super().__init__(f"{tool} is not installed here. To mend it: {fix}.")
+
+
+class RecordsError(FlashCoreError):
+    """A records file or run folder cannot be read or written."""
+
+
+class RecordsDamaged(RecordsError):
+    """A line of the records file is cut off or is no record; `trials` holds those that can be read."""
+
+    def __init__(self, path: str, line: int, reason: str, trials: list):
+        self.path, self.line, self.reason, self.trials = path, line, reason, trials
+        super().__init__(
+            f"{path}, line {line} is not a whole record ({reason}), as a writer killed in the middle leaves it; "
+            f"the {len(trials)} other records are intact, and removing the line mends the file."
+        )
+
+
+class RecordsTooNew(RecordsError):
+    """The records were written by a newer FlashCore than this one."""
+
+    def __init__(self, path: str, line: int, found: int, known: int):
+        self.path, self.line, self.found, self.known = path, line, found, known
+        super().__init__(
+            f"{path}, line {line}: the record has schema version {found}, and this FlashCore reads up to {known}; "
+            "install a newer FlashCore to read it."
+        )
+
+
+class GatesError(FlashCoreError, ValueError):
+    """The gates file is wrong; names the file, the line and the reason."""
+
+    def __init__(self, path: str, line: int | None, reason: str):
+        self.path, self.line, self.reason = path, line, reason
+        where = f"{path}, line {line}" if line else path
+        super().__init__(f"{where}: {reason}")
+
+
+class NotebookParameterError(FlashCoreError, ValueError):
+    """A notebook was given a parameter it does not declare, or a value of the wrong type."""
+
+
+class NotebookFailed(FlashCoreError, RuntimeError):
+    """A notebook did not finish; what it measured before is on disk."""
+
+    def __init__(self, notebook: str, reason: str):
+        self.notebook, self.reason = notebook, reason
+        super().__init__(f"Notebook '{notebook}' did not finish: {reason}. What it had measured is kept.")

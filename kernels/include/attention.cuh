@@ -1,0 +1,101 @@
+// What every attention kernel here is told: tensors with their strides, lengths, mask and scale.
+//
+// Compiled with
+//   FLASHCORE_HEAD_DIM   elements in a head: 64 or 128
+//   FLASHCORE_BF16       1 for __nv_bfloat16 tensors, 0 for __half
+//   FLASHCORE_TRACE      defined in the second compilation only, which stores every stage (trace.cuh)
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#ifndef FLASHCORE_HEAD_DIM
+#error "FLASHCORE_HEAD_DIM must be defined: the elements in a head, 64 or 128"
+#endif
+#ifndef FLASHCORE_BF16
+#error "FLASHCORE_BF16 must be defined: 1 for bfloat16 tensors, 0 for float16"
+#endif
+
+constexpr int HEAD_DIM = FLASHCORE_HEAD_DIM;
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim is 64 or 128: tile shapes are chosen for these two");
+
+#if FLASHCORE_BF16
+using Element = __nv_bfloat16;
+#else
+using Element = __half;
+#endif
+
+using Index = long long;  // offsets in elements: tensors may hold more than 2^31 of them
+
+// Offsets in elements; the last dimension is contiguous.
+struct Strides {
+  Index batch, head, row;
+};
+
+// The order and types of these fields are the launch contract; the host fills a struct of the same layout.
+struct AttentionParams {
+  const Element* q_gmem;  // [batch, num_heads_q,  seqlen_q, HEAD_DIM]
+  const Element* k_gmem;  // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
+  const Element* v_gmem;  // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
+  Element* out_gmem;      // [batch, num_heads_q,  seqlen_q, HEAD_DIM]
+  float* lse_gmem;        // [batch, num_heads_q,  seqlen_q], contiguous
+  Strides q, k, v, out;
+  int batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k;
+  int causal;
+  float softmax_scale;
+};
+
+// How a kernel wants to be launched. Each kernel exports one as `<kernel>_shape`, and the host reads it from the cubin,
+// so that tile sizes are written down once.
+struct LaunchShape {
+  int tile_m;        // query rows a block
+  int tile_n;        // keys a page
+  int threads;       // a block
+  int shared_bytes;  // dynamic shared memory a block
+};
+
+#define INFINITY __int_as_float(0x7f800000)  // NVRTC brings no <math.h>
+constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Which part of the problem a block works on. Row tiles of one head are neighbours in the grid, so that they share
+// K and V in L2; with a causal mask the tiles with most keys start first, so that none of them is left for last.
+struct Tile {
+  int batch, head, head_kv, first_row;
+
+  __device__ Tile(const AttentionParams& params, int tile_m) {
+    const int tiles = (params.seqlen_q + tile_m - 1) / tile_m;
+    const int tile = blockIdx.x % tiles;
+    const int batch_head = blockIdx.x / tiles;
+    first_row = (params.causal ? tiles - 1 - tile : tile) * tile_m;
+    head = batch_head % params.num_heads_q;
+    batch = batch_head / params.num_heads_q;
+    head_kv = head / (params.num_heads_q / params.num_heads_kv);
+  }
+};
+
+// A query row sees key columns [0, visible_keys(row)). Causal masks are aligned bottom right.
+__device__ __forceinline__ int visible_keys(const AttentionParams& params, int row) {
+  if (!params.causal) return params.seqlen_k;
+  return max(0, min(params.seqlen_k, row + 1 + params.seqlen_k - params.seqlen_q));
+}
+
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Two floats rounded and packed into one 32-bit register, the first in the low half.
+__device__ __forceinline__ unsigned pack_pair(float low, float high) {
+#if FLASHCORE_BF16
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+#else
+  const __half2 pair = __floats2half2_rn(low, high);
+#endif
+  return *reinterpret_cast<const unsigned*>(&pair);
+}

@@ -1,0 +1,31 @@
+// One PTX instruction a function, named after it; the PTX ISA section stands beside each.
+#pragma once
+
+// A shared-memory address as the 32-bit number that PTX wants.
+__device__ __forceinline__ unsigned smem_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// cp.async.cg (PTX ISA, Data Movement: cp.async): 16 bytes from global to shared memory, past L1.
+// Only `valid_bytes` (0 or 16) are read; the rest of the 16 is filled with zeros.
+__device__ __forceinline__ void cp_async_16(void* dst_smem, const void* src_gmem, int valid_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(dst_smem)), "l"(src_gmem),
+               "r"(valid_bytes)
+               : "memory");
+}
+
+// cp.async.commit_group: close the group of copies issued so far by this thread.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// cp.async.wait_group: wait until at most `PENDING` groups of this thread are still under way.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// ex2.approx.ftz.f32 (PTX ISA, Floating Point: ex2): 2^x, with 2^-inf = 0.
+__device__ __forceinline__ float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}

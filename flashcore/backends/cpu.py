@@ -1,0 +1,115 @@
+"""`cpu`: the page loop of the fused kernels, one method a stage, in torch on the CPU.
+
+It rounds where a GPU kernel rounds: products of 16-bit inputs accumulated in float32, probs rounded before P @ V. So it
+is what a machine without a GPU bisects, and a base to plant bugs in: override one method.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from flashcore import reference
+from flashcore.backends import Backend, register
+from flashcore.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@register
+class CpuBackend(Backend):
+    """Attention over key pages of `problem.page_size`; every page is computed, masked or not."""
+
+    id = "cpu"
+    title = "the page loop in torch on the CPU"
+    role = "ours"
+    device = "cpu"
+    dtypes = ("float16", "bfloat16", "float32")
+    traceable = True
+
+    # The stages of one page, in dataflow order. Tensors are [B, Hq, Sq, ...]; k and v are [B, Hq, page, D], float32.
+
+    def kv_of_head(self, tensor: torch.Tensor, problem: Problem) -> torch.Tensor:
+        """K or V with one head for each query head, float32: query heads share K/V heads in consecutive groups."""
+        return tensor.float().repeat_interleave(problem.num_heads_q // problem.num_heads_kv, dim=1)
+
+    def scores(self, q, k, problem: Problem, page: slice):
+        """``softmax_scale * Q @ K^T`` of the page, -inf where masked."""
+        scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
+        mask = reference.visible(problem, slice(0, problem.seqlen_q), page, q.device)
+        return scores if mask is None else scores.masked_fill_(~mask, -math.inf)
+
+    def row_max(self, scores, row_max):
+        """The running maximum after this page."""
+        return row_max.maximum(scores.amax(dim=-1))
+
+    def rescale(self, before, row_max):
+        """What earlier pages are multiplied by, now that the reference moved from `before` to `row_max`."""
+        return (before - reference.safe(row_max)).exp_()
+
+    def probs(self, scores, row_max):
+        """Unnormalised probabilities of the page, float32."""
+        return (scores - reference.safe(row_max)[..., None]).exp_()
+
+    def row_sum(self, row_sum, rescale, probs):
+        """The softmax denominator so far."""
+        return rescale * row_sum + probs.sum(dim=-1)
+
+    def accum(self, accum, rescale, probs, v):
+        """``O = O * rescale + P @ V``; `probs` arrive rounded to the problem's dtype, as a Tensor Core takes them."""
+        return rescale[..., None] * accum + probs.float() @ v
+
+    def finish(self, accum, row_sum, row_max):
+        """``out`` and ``lse`` after the last page; 0 and -inf for a row that saw no key."""
+        out = accum / row_sum.masked_fill(row_sum == 0, 1.0)[..., None]
+        return out, row_max + row_sum.log()
+
+    def page_of_v(self, v, pages: list[slice], j: int):
+        """The V rows that belong to the keys of page j."""
+        return v[..., pages[j], :]
+
+    def initial_accum(self, q):
+        """The accumulator before the first page."""
+        return q.new_zeros(q.shape)
+
+    def _loop(self, q, k, v, problem: Problem, kept: list | None):
+        """Run all pages; with `kept`, append the stages of each."""
+        dtype = q.dtype
+        q, k, v = q.float(), self.kv_of_head(k, problem), self.kv_of_head(v, problem)
+        row_max = q.new_full(q.shape[:-1], -math.inf)
+        row_sum, accum = q.new_zeros(q.shape[:-1]), self.initial_accum(q)
+        columns = reference.pages(problem, problem.page_size)
+        for j, page in enumerate(columns):
+            scores = self.scores(q, k[..., page, :], problem, page)
+            before, row_max = row_max, self.row_max(scores, row_max)
+            rescale = self.rescale(before, row_max)
+            probs = self.probs(scores, row_max)
+            row_sum = self.row_sum(row_sum, rescale, probs)
+            rounded = probs.to(dtype)
+            accum = self.accum(accum, rescale, rounded, self.page_of_v(v, columns, j))
+            if kept is not None:
+                kept.append((scores, row_max, rescale, rounded, row_sum, accum))
+        out, lse = self.finish(accum, row_sum, row_max)
+        return out.to(dtype), lse
+
+    def run(self, q, k, v, problem):
+        return self._loop(q, k, v, problem, None)
+
+    def trace(self, q, k, v, problem):
+        import torch
+
+        kept: list = []
+        out, lse = self._loop(q, k, v, problem, kept)
+        scores, row_max, rescale, probs, row_sum, accum = zip(*kept, strict=True)
+        return reference.Trace(
+            problem.page_size,
+            scores=torch.cat(scores, dim=-1),
+            row_max=torch.stack(row_max, dim=2),
+            rescale=torch.stack(rescale, dim=2),
+            probs=torch.cat(probs, dim=-1),
+            row_sum=torch.stack(row_sum, dim=2),
+            accum=torch.stack(accum, dim=2),
+            out=out,
+            lse=lse,
+        )

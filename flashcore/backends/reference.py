@@ -1,0 +1,25 @@
+"""`reference`: attention in float64 on whatever device the tensors lie on. The truth, and never fast."""
+
+from __future__ import annotations
+
+from flashcore import reference
+from flashcore.backends import Backend, register
+
+
+@register
+class ReferenceBackend(Backend):
+    """Exact attention; its results are rounded to the dtype of the inputs, its trace stays float64."""
+
+    id = "reference"
+    title = "float64, stage by stage"
+    role = "reference"
+    device = "any"
+    dtypes = ("float16", "bfloat16", "float32")
+    traceable = True
+
+    def run(self, q, k, v, problem):
+        out, lse = reference.attention(q, k, v, problem)
+        return out.to(q.dtype), lse.float()
+
+    def trace(self, q, k, v, problem):
+        return reference.trace(q, k, v, problem)

@@ -1,0 +1,13 @@
+"""Backend `scalar`: the readable truth on the GPU."""
+
+from flashcore.backends import register
+from flashcore.backends._cuda import CudaBackend
+
+
+@register
+class Scalar(CudaBackend):
+    """`kernels/attention_scalar.cu`."""
+
+    id = "scalar"
+    title = "Our readable kernel, no Tensor Cores"
+    kernel = "attention_scalar"

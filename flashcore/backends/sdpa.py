@@ -1,0 +1,113 @@
+"""`sdpa-math`, `sdpa-flash`, `sdpa-cudnn`: the peers that torch brings, each pinned to one of its implementations."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from flashcore import reference
+from flashcore.backends import AVAILABLE, Availability, Backend, register
+from flashcore.errors import Unsupported
+from flashcore.problem import Problem
+
+
+class _Sdpa(Backend):
+    """``torch.nn.functional.scaled_dot_product_attention`` held to one implementation; it returns no `lse`."""
+
+    role = "peer"
+    device = "cuda"
+    choice: ClassVar[str]
+    """Name of the member of ``torch.nn.attention.SDPBackend``."""
+    min_capability: ClassVar[tuple[int, int]] = (8, 0)
+
+    def availability(self) -> Availability:
+        import torch
+
+        if not torch.cuda.is_available():
+            return Availability(False, "no CUDA device is visible to torch", "run on a machine with an NVIDIA GPU and "
+                                "a CUDA build of torch ('flashcore doctor' checks both)")  # fmt: skip
+        if torch.cuda.get_device_capability() < self.min_capability:
+            return Availability(False, "the GPU is older than torch's fused attention takes",
+                                f"use a GPU of compute capability {self.min_capability[0]}.0 or newer")  # fmt: skip
+        return AVAILABLE
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and problem.causal and problem.seqlen_q != problem.seqlen_k:
+            reason = "with unequal lengths torch aligns its causal mask top left, and FlashCore bottom right"
+        return reason
+
+    def run(self, q, k, v, problem):
+        return self._call(q, k, v, problem, None, problem.causal), None
+
+    def _call(self, q, k, v, problem: Problem, mask, is_causal: bool):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        try:
+            with sdpa_kernel(getattr(SDPBackend, self.choice)):
+                return scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=is_causal, scale=problem.scale,
+                    enable_gqa=problem.num_heads_q != problem.num_heads_kv,
+                )  # fmt: skip
+        except RuntimeError as error:
+            # What torch's implementations take differs by release; torch says so only when it is asked to run.
+            if "No available kernel" in str(error):
+                reason = "this torch has no such kernel for the shape, dtype or grouped heads"
+                raise Unsupported(self.id, reason) from error
+            raise
+
+
+@register
+class SdpaMath(_Sdpa):
+    """The unfused path: scores and probabilities go through memory. Runs on the CPU too."""
+
+    id = "sdpa-math"
+    title = "torch SDPA, unfused"
+    device = "any"
+    dtypes = ("float16", "bfloat16", "float32")
+    choice = "MATH"
+
+    def availability(self) -> Availability:
+        return AVAILABLE
+
+    def why_not(self, problem: Problem) -> str | None:
+        return Backend.why_not(self, problem)
+
+    def run(self, q, k, v, problem):
+        if not problem.causal or problem.seqlen_q == problem.seqlen_k:
+            return super().run(q, k, v, problem)
+        rows, columns = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
+        out = self._call(q, k, v, problem, reference.visible(problem, rows, columns, q.device), False)
+        # The first rows may see no key. Torch's releases differ on the softmax of nothing (NaN or 0); here it is 0.
+        num_empty = max(0, problem.seqlen_q - problem.seqlen_k)
+        if num_empty:
+            out[:, :, :num_empty] = 0
+        return out, None
+
+
+@register
+class SdpaFlash(_Sdpa):
+    """FlashAttention-2 as torch ships it."""
+
+    id = "sdpa-flash"
+    title = "torch SDPA, FlashAttention-2"
+    choice = "FLASH_ATTENTION"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.head_dim > 256:
+            return "FlashAttention-2 takes a head_dim up to 256"
+        return super().why_not(problem)
+
+
+@register
+class SdpaCudnn(_Sdpa):
+    """cuDNN's fused attention through torch."""
+
+    id = "sdpa-cudnn"
+    title = "torch SDPA, cuDNN"
+    choice = "CUDNN_ATTENTION"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.head_dim % 8:
+            return "cuDNN takes a head_dim that is a multiple of 8"
+        return super().why_not(problem)

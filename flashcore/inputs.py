@@ -1,0 +1,110 @@
+"""Make the Q, K and V of a problem: seeded, in the patterns that attention kernels break on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from flashcore.errors import UnknownName
+from flashcore.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+Pattern = Literal["normal", "uniform", "large", "constant", "outlier", "alternating", "tiny", "rising", "falling"]
+PATTERNS: tuple[str, ...] = get_args(Pattern)
+LAYOUTS = ("bhsd", "bshd")
+
+LARGE = 64.0
+"""Standard deviation of Q and K under `large`: at head_dim 64 an unscaled product then passes float16's 65504."""
+OUTLIER = 50.0
+OUTLIER_SHARE = 1 / 512
+"""Under `outlier` one element in 512 of Q, K and V is 50 times the rest, as activations of real models are."""
+TINY = 1e-3
+RAMP = 4.0
+"""Under `rising` and `falling` the mean score runs over about 16 units, so every page has a new maximum, or none."""
+
+
+def make_inputs(
+    problem: Problem,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    pattern: Pattern = "normal",
+    layout: Literal["bhsd", "bshd"] = "bhsd",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, K and V for one problem, in its dtype, with fixed numbers for a seed, pattern and kind of device.
+
+    Parameters
+    ----------
+    problem
+        Shapes and dtype.
+    seed
+        Of the generator on `device`; the CPU's and the GPU's generators give different numbers for one seed.
+    device
+        Where the tensors are made. A GPU makes them itself: 100 million numbers take too long on the host.
+    pattern
+        ``normal`` and ``uniform`` (-1 to 1): the plain cases. ``large``: unscaled scores overflow float16.
+        ``constant``: every key scores alike, so `out` is the mean of V. ``outlier``: one element in 512 is 50 times the
+        rest. ``alternating``: the sign of the keys flips from one to the next, as a swapped column would show.
+        ``tiny``: scores near zero. ``rising``: later keys score higher, so the running maximum moves on every page.
+        ``falling``: the first page holds the maximum of the row.
+    layout
+        ``bhsd``: contiguous ``[B, H, S, D]``. ``bshd``: the same shape as a strided view of ``[B, S, H, D]`` memory.
+
+    Returns
+    -------
+    q, k, v
+        ``[batch, num_heads_q, seqlen_q, head_dim]`` and twice ``[batch, num_heads_kv, seqlen_k, head_dim]``.
+
+    Raises
+    ------
+    UnknownName
+        No such pattern or layout.
+    """
+    import torch
+
+    if pattern not in PATTERNS:
+        raise UnknownName("input pattern", pattern, list(PATTERNS))
+    if layout not in LAYOUTS:
+        raise UnknownName("layout", layout, list(LAYOUTS))
+    device = torch.device(device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = getattr(torch, problem.dtype)
+
+    def draw(heads: int, seqlen: int) -> torch.Tensor:
+        shape = (problem.batch, heads, seqlen, problem.head_dim)
+        if pattern == "uniform":
+            return torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1)
+        values = torch.randn(shape, generator=generator, device=device)
+        if pattern == "outlier":
+            picked = torch.rand(shape, generator=generator, device=device) < OUTLIER_SHARE
+            values = torch.where(picked, values * OUTLIER, values)
+        return values
+
+    q = draw(problem.num_heads_q, problem.seqlen_q)
+    k = draw(problem.num_heads_kv, problem.seqlen_k)
+    v = draw(problem.num_heads_kv, problem.seqlen_k)
+
+    # Position of each key from 0 to 1, to be laid along the first column of the head.
+    position = torch.linspace(0.0, 1.0, problem.seqlen_k, device=device)
+    if pattern == "large":
+        q, k = q * LARGE, k * LARGE
+    elif pattern == "constant":
+        k = torch.ones_like(k) * 0.5
+        q = torch.ones_like(q)
+    elif pattern == "alternating":
+        sign = 1.0 - 2.0 * (torch.arange(problem.seqlen_k, device=device) % 2)
+        k = k.abs() * sign[:, None]
+        q = q.abs()
+    elif pattern == "tiny":
+        q, k = q * TINY, k * TINY
+    elif pattern in ("rising", "falling"):
+        # One column carries the ramp; it is divided by the scale so that the scores move whatever the scale is.
+        ramp = position if pattern == "rising" else 1.0 - position
+        q[..., 0] = RAMP
+        k[..., 0] = RAMP * ramp / (abs(problem.scale) or 1.0)
+
+    tensors = (q.to(dtype), k.to(dtype), v.to(dtype))
+    if layout == "bshd":
+        tensors = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
+    return tensors

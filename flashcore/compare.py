@@ -1,0 +1,143 @@
+"""Which trials may be compared, and by how much: roles of backends, spread of samples, ratios inside one round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from flashcore.problem import Problem
+from flashcore.records import Trial
+
+PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3"})
+"""Backends that somebody else maintains: what a user would pick instead of ours."""
+WITHOUT_KERNEL = frozenset({"cpu"})
+"""Backends of ours that launch no `.cu` file, so their trials carry no source hash."""
+FEWEST_SAMPLES = 3
+"""With fewer samples a spread cannot be told."""
+
+
+def role(trial: Trial) -> Literal["ours", "peer", "reference"]:
+    """Whose backend the trial measured; a peer from a plug-in says so in ``data["role"]``."""
+    if trial.backend == "reference":
+        return "reference"
+    if trial.backend in PEERS or trial.data.get("role") == "peer":
+        return "peer"
+    return "ours"
+
+
+def same_problem(a: Problem | None, b: Problem | None) -> bool:
+    """Whether two problems are the same mathematics; ``page_size`` only says how a backend walks through it."""
+    if a is None or b is None:
+        return a is b
+    return all(
+        getattr(a, name) == getattr(b, name)
+        for name in Problem.model_fields
+        if name not in ("page_size", "softmax_scale")
+    ) and math.isclose(a.scale, b.scale)
+
+
+def latency_us(trial: Trial) -> float | None:
+    """Median latency in µs of a timing that succeeded; None when there is none, or it is no positive number."""
+    if trial.kind != "attention_timing" or trial.status != "ok" or trial.timing is None:
+        return None
+    value = trial.timing.latency_us
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def tflops(trial: Trial) -> float | None:
+    """``Problem.flops()`` over the median latency, in 1e12 a second, worked out again instead of read."""
+    latency = latency_us(trial)
+    return None if latency is None or trial.problem is None else trial.problem.flops() / latency / 1e6
+
+
+def samples_us(trial: Trial) -> list[float]:
+    """The samples of a timing, in µs; empty when one of them is no positive number, since the rest is then in doubt."""
+    samples = trial.timing.samples_us if trial.timing else []
+    return list(samples) if all(math.isfinite(s) and s > 0 for s in samples) else []
+
+
+def spread(samples: Iterable[float]) -> tuple[float, float] | None:
+    """The 5th and 95th percentile, or None with fewer than `FEWEST_SAMPLES` samples."""
+    samples = list(samples)
+    if len(samples) < FEWEST_SAMPLES:
+        return None
+    low, high = np.percentile(samples, [5, 95])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one trial is than another of the same round; above 1 is faster."""
+
+    value: float
+    """Latency of the other over latency of this one, both medians."""
+    spread: tuple[float, float] | None
+    """5th and 95th percentile over the samples."""
+    n: int
+    other: Trial
+
+    def in_words(self) -> str:
+        """`faster`, `slower`, or `no difference` when 1 lies inside the spread or no spread is known."""
+        if self.spread is None or self.spread[0] <= 1.0 <= self.spread[1]:
+            return "no difference"
+        return "faster" if self.value > 1.0 else "slower"
+
+
+def ratio(trial: Trial, other: Trial) -> Ratio | None:
+    """Compare two timings of one round; None when they were not interleaved or either is no number.
+
+    Sample i of one and sample i of the other were taken next to each other, so clock drift cancels in their ratio.
+    """
+    mine, theirs = latency_us(trial), latency_us(other)
+    if mine is None or theirs is None or not same_problem(trial.problem, other.problem):
+        return None
+    a, b = trial.timing, other.timing
+    if a.round is None or (a.round, a.method, a.l2) != (b.round, b.method, b.l2):
+        return None
+    if trial.environment != other.environment:
+        return None
+    mine_samples, their_samples = samples_us(trial), samples_us(other)
+    if len(mine_samples) == len(their_samples):
+        n, bounds = len(mine_samples), spread(t / m for m, t in zip(mine_samples, their_samples, strict=True))
+    else:
+        n, (low, high) = min(len(mine_samples), len(their_samples)), (spread(mine_samples), spread(their_samples))
+        bounds = (high[0] / low[1], high[1] / low[0]) if low and high else None
+    return Ratio(theirs / mine, bounds, n, other)
+
+
+def ratio_to_best_peer(trial: Trial, trials: Iterable[Trial]) -> Ratio | None:
+    """Compare a timing with the fastest peer of its round."""
+    ratios = [r for t in trials if role(t) == "peer" and (r := ratio(trial, t)) is not None]
+    return min(ratios, key=lambda r: r.value, default=None)
+
+
+def passed(trial: Trial) -> bool | None:
+    """Whether a correctness trial measured a right result: True, False, or None when it measured nothing usable.
+
+    An `ok` that contradicts its own figures (bad elements, an error that is NaN) counts as wrong.
+    """
+    if trial.kind != "correctness" or trial.status not in ("ok", "failed"):
+        return None
+    found = trial.correctness
+    if trial.status == "failed":
+        return False
+    if found is None or found.checked <= 0:
+        return None
+    return found.passed and found.num_bad == 0 and math.isfinite(found.max_abs_error)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with sensible digits for a table: three significant ones, more only left of the point."""
+    if value is None or not math.isfinite(value):
+        return "not known"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -3:
+        return f"{value:.{digits - 1}e}"
+    text = f"{value:,.{max(0, digits - 1 - size)}f}"
+    return text.replace("-", "−")

@@ -1,0 +1,34 @@
+"""FlashCore: attention kernels for Hopper GPUs, and the pipeline that checks, times and judges them.
+
+The public names load on first use, so that ``import flashcore`` and ``flashcore --help`` need neither torch nor CUDA.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attention": "flashcore.ops",
+    "Problem": "flashcore.problem",
+    "parse_problem": "flashcore.problem",
+    "RunFolder": "flashcore.records",
+    "Trial": "flashcore.records",
+    "FlashCoreError": "flashcore.errors",
+    "check_attention": "flashcore.check",
+    "bisect": "flashcore.bisection",
+    "report": "flashcore.pipeline",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flashcore' has no attribute '{name}'; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,195 @@
+"""The checker passes what is right, and fails every kind of wrong with its first coordinate."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from flashcore import backends, check
+from flashcore.backends import Availability
+from flashcore.backends._outputs import new_output
+from flashcore.backends.cpu import CpuBackend
+from flashcore.check import check_attention, compare
+from flashcore.errors import UnknownName
+from flashcore.inputs import PATTERNS
+from flashcore.problem import Problem, square
+from flashcore.records import Trial
+
+SMALL = square(2, 2, 40, 16)
+EMPTY_ROWS = Problem(batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=40, seqlen_k=24, head_dim=8, causal=True)
+
+
+class Changed(CpuBackend):
+    """The cpu backend, with what it returns changed."""
+
+    id = "changed"
+
+    def __init__(self, change):
+        self.change = change
+
+    def run(self, q, k, v, problem):
+        return self.change(*super().run(q, k, v, problem))
+
+
+def spoil(tensor, index, value):
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+@pytest.mark.parametrize("problem", check.check_problems("quick", gpu=False), ids=lambda p: p.label())
+@pytest.mark.parametrize("backend", ["reference", "cpu", "sdpa-math"])
+def test_right_backends_pass(backend, problem):
+    trial = check_attention(backend, problem, device="cpu")
+    assert trial.status == "ok", trial.reason
+    c = trial.correctness
+    outputs = problem.batch * problem.num_heads_q * problem.seqlen_q
+    lse = outputs if trial.data["returns_lse"] else 0
+    assert c.checked == outputs * problem.head_dim + lse, "every element is compared"
+    assert c.max_abs_error <= c.bound and c.num_bad == 0
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_right_backends_pass_on_every_pattern(pattern, dtype, layout):
+    problem = Problem(batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=65, seqlen_k=130, head_dim=64, dtype=dtype,
+                      causal=True)  # fmt: skip
+    for backend in ("cpu", "sdpa-math"):
+        trial = check_attention(backend, problem, pattern=pattern, layout=layout, seed=1, device="cpu")
+        assert trial.status == "ok", (backend, trial.reason)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 100.0])
+def test_one_bad_element_anywhere_fails_and_is_named(value):
+    trial = check_attention(Changed(lambda out, lse: (spoil(out, (1, 0, 39, 15), value), lse)), SMALL)
+    assert trial.status == "failed" and trial.correctness.num_bad == 1
+    first = trial.correctness.first_bad
+    assert (first["tensor"], first["batch"], first["head"], first["row"], first["column"]) == ("out", 1, 0, 39, 15)
+    assert "row 39" in trial.reason and "expected" in trial.reason
+    assert trial.correctness.num_nan == math.isnan(value) and trial.correctness.num_inf == math.isinf(value)
+    again = Trial.model_validate_json(trial.model_dump_json())
+    assert not again.correctness.passed and not (again.correctness.max_abs_error <= again.correctness.bound)
+
+
+def test_an_element_never_written_is_seen():
+    def forget(out, lse):
+        fresh = new_output(out.shape, out.dtype, out.device)
+        fresh[:, :, :-1] = out[:, :, :-1]
+        return fresh, lse
+
+    trial = check_attention(Changed(forget), SMALL)
+    assert trial.status == "failed" and trial.correctness.num_nan == 2 * 2 * 16
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda out, lse: (out, spoil(lse, (0, 1, 3), 9.0)), "lse: 1 of"),
+    (lambda out, lse: (out, lse / math.log(2)), "lse: 160 of"),
+    (lambda out, lse: (out.float(), lse), "out is torch.float32"),
+    (lambda out, lse: (out[:, :, :-1], lse), r"out is torch.float16 \(2, 2, 39, 16\)"),
+    (lambda out, lse: (out, lse.half()), "lse is torch.float16"),
+    (lambda out, lse: (torch.zeros_like(out), lse), "out: "),
+    (lambda out, lse: (out * 1.02, lse), "out: "),
+])  # fmt: skip
+def test_wrong_results_fail(change, words):
+    trial = check_attention(Changed(change), SMALL)
+    assert trial.status == "failed"
+    assert re.search(words, trial.reason), trial.reason
+
+
+def test_empty_rows_must_be_zero_and_minus_infinity():
+    assert check_attention("cpu", EMPTY_ROWS).status == "ok"
+    nan_rows = check_attention(Changed(lambda out, lse: (spoil(out, (0, 0, 0), math.nan), lse)), EMPTY_ROWS)
+    assert nan_rows.correctness.num_nan == 8 and nan_rows.status == "failed"
+    finite = check_attention(Changed(lambda out, lse: (out, spoil(lse, (0, 0, 0), -1e30))), EMPTY_ROWS)
+    assert finite.status == "failed" and finite.correctness.first_bad["expected"] == -math.inf
+
+
+def test_a_backend_that_raises_becomes_an_error_with_its_reason():
+    def raises(out, lse):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\n second line")
+
+    trial = check_attention(Changed(raises), SMALL)
+    assert trial.status == "error" and "illegal memory access" in trial.reason and "\n" not in trial.reason
+
+
+def test_unsupported_unavailable_and_unknown():
+    class Gone(CpuBackend):
+        id = "gone"
+
+        def availability(self):
+            return Availability(False, "there is no such device", "buy one")
+
+    class Narrow(CpuBackend):
+        id = "narrow"
+        head_dims = (64,)
+
+    gone, narrow = check_attention(Gone(), SMALL), check_attention(Narrow(), SMALL)
+    assert (gone.status, narrow.status) == ("unavailable", "unsupported")
+    assert "buy one" in gone.reason and "head_dim 16" in narrow.reason
+    with pytest.raises(UnknownName):
+        check_attention("no-such", SMALL)
+
+
+def test_nan_in_the_inputs_is_not_laid_at_the_backend(monkeypatch):
+    def spoilt(problem, **options):
+        q, k, v = make(problem, **options)
+        return q, spoil(k, (0, 0, 0, 0), math.nan), v
+
+    make = check.make_inputs
+    monkeypatch.setattr(check, "make_inputs", spoilt)
+    check.make_case.cache_clear()
+    trial = check_attention("cpu", SMALL)
+    check.make_case.cache_clear()
+    assert trial.status == "error" and "inputs" in trial.reason and "(in k)" in trial.reason
+    assert trial.correctness is None
+
+
+def test_compare_counts_first_and_worst(monkeypatch):
+    monkeypatch.setattr("flashcore.tolerance.ELEMENTS_AT_ONCE", 5)
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    expected[0, 0] = -math.inf
+    got = expected.clone()
+    got[0, 3], got[1, 2], got[2, 1] = 0.1, 0.5, 0.3
+    found = compare(got, expected, atol=0.2, rtol=0.0, axes=("row", "column"))
+    assert (found.checked, found.num_bad, found.num_nan, found.num_inf) == (12, 2, 0, 0)
+    assert found.first_bad == {"row": 1, "column": 2, "got": 0.5, "expected": 0.0}
+    assert found.max_abs_error == 0.5 and found.bound == 0.2 and not found.passed
+    assert compare(expected, expected, atol=0.0, rtol=0.0).passed
+    found = compare(torch.full((2,), math.nan), torch.full((2,), math.nan), atol=9.0, rtol=9.0)
+    assert found.num_bad == found.num_nan == 2, "NaN fails even where NaN was expected"
+    found = compare(torch.zeros(2), torch.tensor([math.inf, 0.0]), atol=1.0, rtol=1.0)
+    assert found.num_bad == 1, "an infinite bound lets nothing through"
+
+
+def test_the_bound_is_tight_enough_to_see_one_dropped_key():
+    """Leaving out one key of 256 moves `out` by about |v| / 256, eight times the bound of float16."""
+
+    class Drops(CpuBackend):
+        id = "drops"
+
+        def scores(self, q, k, problem, page):
+            scores = super().scores(q, k, problem, page)
+            if page.start == 0:
+                scores[..., 5] = -math.inf
+            return scores
+
+    assert check_attention(Drops(), square(1, 2, 256, 64)).status == "failed"
+
+
+def test_the_case_of_one_problem_is_made_once_for_all_backends(monkeypatch):
+    check.make_case.cache_clear()
+    for backend in ("reference", "cpu", "sdpa-math"):
+        assert check_attention(backend, SMALL, device="cpu").status == "ok"
+    assert check.make_case.cache_info().misses == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", check.check_problems("quick", gpu=True), ids=lambda p: p.label())
+def test_peers_on_the_gpu_are_right_or_say_why_not(problem):
+    for backend in ("sdpa-math", "sdpa-flash", "sdpa-cudnn", "reference"):
+        trial = check_attention(backend, problem)
+        assert trial.status in ("ok", "unsupported"), (backend, trial.reason)
+        if trial.status == "unsupported":
+            assert backends.get(backend).why_not(problem) or "no such kernel" in trial.reason

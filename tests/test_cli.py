@@ -1,0 +1,173 @@
+"""The command line: exit codes, and errors in one sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import flashcore
+from flashcore import cli, device, pipeline, verdict
+from flashcore.cli import app
+from flashcore.errors import FlashCoreError
+from flashcore.records import Trial
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _printed_where_the_runner_looks(monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(cli, "out", Console(highlight=False, width=cli.WIDTH_OF_A_FILE))
+    monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
+    monkeypatch.delenv("FLASHCORE_DEBUG", raising=False)
+
+
+def decision(word: str) -> verdict.Decision:
+    return verdict.Decision(verdict=word, reason="Because.", gates=())
+
+
+def result(run, word: str = "GO", failed: dict | None = None) -> pipeline.ReportResult:
+    return pipeline.ReportResult(run, run.path / "report.html", decision(word), failed or {})
+
+
+def test_the_version():
+    done = runner.invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout.strip()) == (0, f"flashcore {flashcore.__version__}")
+
+
+def test_help_needs_neither_torch_nor_cuda():
+    program = (
+        "import sys; from flashcore.cli import app; "
+        "app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("False")
+    for command in ("report", "render", "verdict", "build", "doctor"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["bogus"], ["report", "--profile", "fast"], ["report", "--seed", "x"], ["report", "--nonsense"],
+        ["report", "--backend", "wmm"], ["report", "--problem", "reprot"], ["report", "--problem", "B=0,H=1,S=8,D=64"],
+        ["verdict", "no-such-run"], ["render", "no-such-run"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_usage_errors_are_exit_code_2_without_a_traceback(tmp_path, arguments):
+    done = runner.invoke(app, [*arguments, *(["--out", str(tmp_path / "runs")] if len(arguments) > 1 else [])])
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
+    def fail(*args, **kwargs):
+        raise FlashCoreError("It broke [here]. Mend it so.")
+
+    monkeypatch.setattr(pipeline, "report", fail)
+    done = runner.invoke(app, ["report"])
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", "It broke [here]. Mend it so.\n")
+    done = runner.invoke(app, ["--debug", "report"])
+    assert isinstance(done.exception, FlashCoreError)
+
+
+def test_the_profile_follows_the_machine_unless_it_is_named(monkeypatch, run):
+    asked = []
+    monkeypatch.setattr(pipeline, "report", lambda **given: asked.append(given) or result(run))
+    for gpu in (False, True):
+        monkeypatch.setattr(device, "has_gpu", lambda gpu=gpu: gpu)
+        assert runner.invoke(app, ["report"]).exit_code == 0
+    runner.invoke(app, ["report", "--profile", "quick", "--backend", "cpu", "--problem", "tiny", "--problem", "report"])
+    assert [a["profile"] for a in asked] == ["quick", "full", "quick"]
+    assert asked[0]["problems"] == "default" and asked[0]["backends"] == "all" and asked[0]["out"] is None
+    assert asked[2]["problems"] == "tiny;report" and asked[2]["backends"] == "cpu"
+
+
+@pytest.mark.parametrize("word", verdict.EXIT_CODES)
+def test_report_is_exit_code_0_whatever_the_verdict_and_1_when_a_notebook_failed(monkeypatch, run, word):
+    monkeypatch.setattr(pipeline, "report", lambda **given: result(run, word))
+    done = runner.invoke(app, ["report"])
+    assert done.exit_code == 0 and f"Verdict: {word}. Because." in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1] == f"Report: {run.path / 'report.html'}"
+    monkeypatch.setattr(pipeline, "report", lambda **given: result(run, word, {"04_tflops_sweep": "its kernel died"}))
+    done = runner.invoke(app, ["report"])
+    assert done.exit_code == 1 and "Notebook 04_tflops_sweep did not finish: its kernel died" in done.stdout
+
+
+@pytest.mark.parametrize(("word", "code"), [("GO", 0), ("NO-GO", 3), ("INCONCLUSIVE", 4)])
+def test_verdict_by_exit_code(monkeypatch, run, word, code):
+    monkeypatch.setattr(verdict, "judge", lambda found: decision(word) if found.path == run.path else None)
+    done = runner.invoke(app, ["verdict", str(run.path)])
+    assert done.exit_code == code and f"Verdict: {word}. Because." in done.stdout
+
+
+def test_the_verdict_of_an_empty_run_is_inconclusive(run):
+    assert runner.invoke(app, ["verdict", str(run.path)]).exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"schema_version": 99, "kind": "ceiling"}', "install a newer FlashCore"),
+        ('{"schema_version": 1, "kind": "ceil', None),
+    ],
+)
+def test_damaged_records_and_a_newer_schema(run, line, said):
+    run.append(Trial(kind="ceiling"))
+    with run.records_path.open("a") as file:
+        file.write(line)
+    done = runner.invoke(app, ["verdict", str(run.path)])
+    assert "Traceback" not in done.output
+    if said:
+        assert done.exit_code == 2 and said in done.stderr
+    else:
+        assert done.exit_code == 4 and "line 2" in done.stdout
+
+
+def test_a_render_that_fails_is_exit_code_1(monkeypatch, run):
+    from flashcore.errors import NotebookFailed
+
+    def fail(found):
+        raise NotebookFailed("06_status_report", "its kernel died")
+
+    monkeypatch.setattr(pipeline, "render", fail)
+    done = runner.invoke(app, ["render", str(run.path)])
+    assert done.exit_code == 1 and "06_status_report" in done.stderr
+
+
+def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypatch):
+    checks = [
+        device.Check("torch", True, "2.13", "pip install torch", True),
+        device.Check("GPU", False, "none is visible", "run on an H200"),
+    ]
+    monkeypatch.setattr(device, "checks", lambda: checks)
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 0
+    assert "works" in done.stdout and "not here" in done.stdout and "run on an H200" in done.stdout
+    assert "pip install torch" not in done.stdout
+    checks[0] = device.Check("torch", False, "not installed", "pip install torch", True)
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 1 and "MISSING" in done.stdout and "pip install torch" in done.stdout
+
+
+def test_doctor_on_this_machine():
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 0, done.stdout
+    assert ("not here" in done.stdout) or device.has_gpu()
+
+
+def test_python_dash_m_works_from_anywhere_without_an_install(tmp_path):
+    home = os.path.dirname(os.path.dirname(flashcore.__file__))
+    environment = {**os.environ, "PYTHONPATH": home}
+    done = subprocess.run(
+        [sys.executable, "-m", "flashcore", "--version"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.startswith("flashcore ")

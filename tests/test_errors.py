@@ -1,0 +1,52 @@
+"""Errors: one base class, and messages a person can act on."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from flashcore import errors
+from flashcore.errors import FlashCoreError
+
+EXAMPLES = [
+    errors.UnknownName("backend", "wmm", ["cpu", "wmma"]),
+    errors.Unsupported("wmma", "head_dim 96 is not among 64, 128"),
+    errors.BackendUnavailable("wmma", "there is no GPU", "run on an H200"),
+    errors.CompileError("toy", "toy.cu(3): error: expected a ;"),
+    errors.ToolMissing("nvdisasm", "pip install nvidia-cuda-nvdisasm"),
+    errors.RecordsDamaged("records.jsonl", 3, "Unterminated string", [1, 2]),
+    errors.RecordsTooNew("records.jsonl", 1, 9, 1),
+    errors.GatesError("gates.toml", 12, "there is no metric 'speed'."),
+    errors.NotebookFailed("04_tflops_sweep", "its kernel died"),
+]
+
+
+def test_every_error_has_the_one_base():
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
+    assert len(classes) > 10
+    assert [c for c in classes if not issubclass(c, FlashCoreError)] == []
+    undescribed = [c.__name__ for c in classes if not c.__doc__]
+    assert undescribed == []
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda e: type(e).__name__)
+def test_the_message_carries_every_field(error):
+    message = str(error)
+    for name, value in vars(error).items():
+        if name == "trials":  # the records themselves ride along; the message counts them
+            assert str(len(value)) in message
+        else:
+            for part in value if isinstance(value, list) else [value]:
+                assert str(part) in message, name
+
+
+def test_kinds_a_caller_would_expect():
+    assert issubclass(errors.InvalidProblem, ValueError)
+    assert issubclass(errors.UnknownName, LookupError)
+    assert issubclass(errors.BackendUnavailable, RuntimeError)
+
+
+def test_an_error_from_a_lookup_prints_as_a_sentence():
+    # str() of a KeyError would be its repr, in quotation marks.
+    assert str(errors.UnknownName("kernel", "x", [])) == "There is no kernel 'x'; choose one of: (none)."

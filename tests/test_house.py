@@ -1,0 +1,189 @@
+"""The house itself: notebooks, documents, pins and the recorded run are what the rest relies on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import flashcore
+from flashcore.build import source_hashes
+from flashcore.records import RunFolder, read_trials
+
+ROOT = Path(flashcore.__file__).parent.parent
+if not (ROOT / "pyproject.toml").is_file():
+    pytest.skip("these tests read the checkout, and FlashCore runs from an install here", allow_module_level=True)
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RECORDED = sorted(path.parent for path in (ROOT / "reports" / "recorded").glob("*/records.jsonl"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
+MOST_CELLS = 15
+RECORDED_BYTES = 1_000_000
+
+
+def kept_files() -> list[Path]:
+    """What git keeps or would keep; every file of interest where there is no git."""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        names = [name for name in done.stdout.split("\0") if name]
+        return [ROOT / name for name in names if (ROOT / name).is_file()]
+    folders = ("flashcore", "kernels", "notebooks", "reports", "tests", "docs", "constraints")
+    return [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
+
+
+# --- notebooks -----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_the_notebooks_of_the_report():
+    stems = {path.stem for path in NOTEBOOKS}
+    assert {"01_environment", "02_correctness_bisection", "04_tflops_sweep", "06_status_report"} <= stems
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    assert len(notebook.cells) <= MOST_CELLS
+    ids = [cell.id for cell in notebook.cells]
+    assert ids == [f"cell-{number:02}" for number in range(1, len(ids) + 1)]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in code if cell.outputs or cell.execution_count] == []
+    for cell in code:
+        defined = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        assert defined == [], "a notebook calls functions and defines none"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_has_one_parameters_cell_typed_and_commented(path):
+    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    for line in cells[0].source.splitlines():
+        assert re.fullmatch(r"\w+: [^=#]+ = [^#]+  # \S.*", line), line
+
+
+# --- documents -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_make_command_a_document_names_exists(name):
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z][a-z-]*)", (ROOT / name).read_text(), flags=re.MULTILINE))
+    assert named <= targets
+    assert name != "README.md" or {"report", "test"} <= named
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_flashcore_command_a_document_names_exists(name):
+    from flashcore.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands}
+    named = set(re.findall(r"(?:`|^ {4})flashcore ([a-z]+)", (ROOT / name).read_text(), flags=re.MULTILINE))
+    assert named <= known
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "CHANGELOG.md", "kernels/README.md"])
+def test_every_relative_link_of_a_document_leads_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "help"], capture_output=True, text=True)
+    listed = set(re.findall(r"^  make ([a-z-]+)", done.stdout, flags=re.MULTILINE))
+    phony = set(re.findall(r"^\.PHONY: (\S+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert listed == phony and {"report", "test", "lab", "build", "lint", "clean"} <= listed
+
+
+def test_the_build_machine_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.rstrip().splitlines()[-1] == "make test"
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_changelog_begins_with_this_version():
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert first[1] == flashcore.__version__
+
+
+def test_no_kept_file_names_a_machine_or_a_package_registry():
+    folders = [f"/{name}/" for name in ("work", "root", "home")]
+    hosts = ["py" + "pi.org", "python" + "hosted", "download.py" + "torch"]
+    pattern = re.compile("|".join([*(rf"(?<![\w.:<}}*\])]){f}\w" for f in folders), *map(re.escape, hosts)]))
+    found = []
+    for path in kept_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
+            if match := pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert found == []
+
+
+# --- packaging -----------------------------------------------------------------------------------------------------
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned_exactly_in_each_set():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for pins_file, names in (("cuda12", ["gpu"]), ("cuda13", ["compile", "gpu-cuda13"])):
+        lines = [*(ROOT / "constraints" / "common.txt").read_text().splitlines(),
+                 *(ROOT / "constraints" / f"{pins_file}.txt").read_text().splitlines()]  # fmt: skip
+        pins = [line for line in lines if line and not line.startswith(("#", "-c "))]
+        assert [p for p in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", p)] == []
+        pinned = [p.split("==")[0] for p in pins]
+        assert len(set(pinned)) == len(pinned), "pinned twice"
+        wanted = [*project["dependencies"], *extras["dev"], *(r for name in names for r in extras[name])]
+        asked = {_normal(re.match(r"[\w.-]+", requirement)[0]) for requirement in wanted} - {"flashcore"}
+        assert asked <= set(pinned)
+
+
+def test_what_the_wheel_carries_exists():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert [source for source in config["force-include"] if not (ROOT / source).exists()] == []
+
+
+# --- recorded runs -------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_recorded_run():
+    assert RECORDED, "reports/recorded holds no run: make one on a GPU, as CONTRIBUTING.md says"
+
+
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda p: p.name)
+def test_the_kernels_are_the_ones_that_were_recorded(folder):
+    recorded = RunFolder(folder).environment()["kernels"]
+    current = source_hashes()
+    changed = sorted(name for name in current if recorded.get(name) != current[name])
+    assert changed == [], "the recorded run measured other sources: record again, as CONTRIBUTING.md says"
+
+
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda p: p.name)
+def test_a_recorded_run_is_whole(folder):
+    assert (folder / "records.jsonl").stat().st_size < RECORDED_BYTES
+    trials = read_trials(folder / "records.jsonl", on_damage="raise")
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["gpu"] and environment["after"] and environment["before"]
+    assert environment["git"]["dirty"] is not None
+    finished = {t.data["name"] for t in trials if t.kind == "notebook" and t.status == "ok"}
+    assert set(environment["parameters"]["notebooks"]) <= finished
+    assert {t.environment for t in trials} == {environment["id"]}
+    assert all(len(t.timing.samples_us) <= 50 for t in trials if t.timing)
+    page = (folder / "report.html").read_text()
+    assert environment["gpu"] in page

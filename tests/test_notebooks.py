@@ -1,0 +1,166 @@
+"""Running one notebook: parameters are strict, and only its own final record says that it finished."""
+
+from __future__ import annotations
+
+import time
+
+import nbformat
+import pytest
+from notebook_tools import KILL, finishing_notebook, measure, write_notebook
+
+from flashcore.errors import NotebookFailed, NotebookParameterError, UnknownName
+from flashcore.notebooks import check_parameters, declared_parameters, execute_notebook
+
+
+def values(run) -> list[int]:
+    return [t.data["value"] for t in run.trials(kind="ceiling")]
+
+
+def test_the_parameters_cell_is_read_with_its_types(tmp_path):
+    text = (
+        'a: int = 1\nb: str = "x"  # comment\nc = 2.5\nd = None\ne: dict[str, int] = {}\nf: tuple[int, int] = (1, 2)\n'
+    )
+    found = declared_parameters(write_notebook(tmp_path, "01_toy", parameters=text))
+    assert {name: p.annotation for name, p in found.items()} == {
+        "a": "int", "b": "str", "c": "float", "d": "any type", "e": "dict[str, int]", "f": "tuple[int, int]",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"sizes": [1, 2]},
+        {"sizes": []},
+        {"scale": None},
+        {"scale": 2},
+        {"scale": 0.5},
+        {"seed": 7, "profile": "full"},
+        {},
+    ],
+)
+def test_right_values_are_taken(tmp_path, parameters):
+    check_parameters(write_notebook(tmp_path, "01_toy"), parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("sizes", "[1, 2]", r"list\[int\]"),  # papermill would pass this text on as a string
+        ("sizes", [1, "2"], r"list\[int\]"),
+        ("sizes", 3, r"list\[int\]"),
+        ("seed", "3", "int"),
+        ("seed", True, "int"),
+        ("seed", 1.0, "int"),
+        ("seed", None, "int"),
+        ("scale", "0.5", r"float \| None"),
+        ("profile", 3, "str"),
+    ],
+)
+def test_a_mistyped_value_is_an_error_that_names_the_type(tmp_path, name, value, wanted):
+    with pytest.raises(NotebookParameterError, match=f"'{name}' of notebook 01_toy has to be {wanted}"):
+        check_parameters(write_notebook(tmp_path, "01_toy"), {name: value})
+
+
+def test_an_unknown_parameter_is_an_error_that_names_the_known_ones(tmp_path):
+    with pytest.raises(
+        NotebookParameterError, match="no parameter 'size'; it has: run_dir, profile, sizes, scale, seed"
+    ):
+        check_parameters(write_notebook(tmp_path, "01_toy"), {"size": 3})
+
+
+@pytest.mark.parametrize("cell", ["a: int = = 1", "a: print(1) = 2", "a: torch.Tensor = None"])
+def test_a_parameters_cell_that_cannot_be_checked_is_an_error(tmp_path, cell):
+    with pytest.raises(NotebookParameterError, match="01_toy"):
+        declared_parameters(write_notebook(tmp_path, "01_toy", parameters=cell))
+
+
+def test_a_bad_parameter_stops_the_notebook_before_it_runs(tmp_path, run):
+    finishing_notebook(tmp_path, "01_toy", measure(1))
+    with pytest.raises(NotebookParameterError):
+        execute_notebook("01_toy", run, {"sizes": "[1, 2]"}, notebooks_dir=tmp_path)
+    assert run.trials() == []
+
+
+def test_an_unknown_notebook_lists_those_there_are(tmp_path, run):
+    write_notebook(tmp_path, "01_toy")
+    with pytest.raises(UnknownName, match="01_toy"):
+        execute_notebook("02_toy", run, notebooks_dir=tmp_path)
+
+
+def test_a_notebook_runs_with_its_parameters_on_this_interpreter(tmp_path, run):
+    cells = ('import sys\nrun.append(Trial(kind="ceiling", data={"value": sizes, "python": sys.executable}))',)
+    finishing_notebook(tmp_path, "01_toy", *cells)
+    executed = execute_notebook("01_toy", run, {"sizes": [3, 4]}, notebooks_dir=tmp_path)
+    data = run.trials(kind="ceiling")[0].data
+    import sys
+
+    assert data == {"value": [3, 4], "python": sys.executable}
+    assert executed == run.path / "notebooks" / "01_toy.ipynb"
+    assert nbformat.read(executed, as_version=4).cells[-1].execution_count
+
+
+def test_a_cell_that_raises_keeps_what_was_measured_and_says_which_cell(tmp_path, run):
+    finishing_notebook(tmp_path, "01_toy", measure(1), "1 / 0", measure(2))
+    with pytest.raises(NotebookFailed, match="ZeroDivisionError: division by zero"):
+        execute_notebook("01_toy", run, notebooks_dir=tmp_path)
+    assert values(run) == [1]
+    [record] = run.trials(kind="notebook")
+    assert record.status == "error" and record.data == {"name": "01_toy"} and "ZeroDivisionError" in record.reason
+    assert (run.path / "notebooks" / "01_toy.ipynb").is_file()
+
+
+@pytest.mark.parametrize(
+    "cells", [(measure(1), KILL, measure(2)), (measure(1), KILL)], ids=["in the middle", "at the end"]
+)
+def test_a_killed_kernel_keeps_what_was_measured_and_is_a_failure(tmp_path, run, cells):
+    finishing_notebook(tmp_path, "01_toy", *cells)
+    with pytest.raises(NotebookFailed, match="kernel died"):
+        execute_notebook("01_toy", run, notebooks_dir=tmp_path)
+    assert values(run) == [1]
+    assert [t.status for t in run.trials(kind="notebook")] == ["error"]
+
+
+def test_a_notebook_without_its_final_record_did_not_finish_whatever_its_cells_say(tmp_path, run):
+    finishing_notebook(tmp_path, "01_toy")
+    execute_notebook("01_toy", run, notebooks_dir=tmp_path)
+    write_notebook(tmp_path, "01_toy", measure(1))
+    with pytest.raises(NotebookFailed, match="without its final record"):
+        execute_notebook("01_toy", run, notebooks_dir=tmp_path)
+    assert [t.status for t in run.trials(kind="notebook")] == ["ok", "error"]
+
+
+def test_a_notebook_that_takes_too_long_is_ended_with_everything_it_started(tmp_path, run):
+    child = 'import subprocess\nchild = subprocess.Popen(["sleep", "300"])\n'
+    record = 'run.append(Trial(kind="ceiling", data={"value": child.pid}))\n'
+    finishing_notebook(tmp_path, "01_toy", child + record + "child.wait()")
+    started = time.monotonic()
+    with pytest.raises(NotebookFailed, match="longer than 6 s"):
+        execute_notebook("01_toy", run, notebooks_dir=tmp_path, timeout_s=6)
+    assert time.monotonic() - started < 60
+    [pid] = values(run)
+    status = _state_of(pid)
+    assert status is None or status == "Z"
+
+
+def _state_of(pid: int) -> str | None:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return None
+
+
+def test_braces_in_the_folder_are_no_parameters(tmp_path):
+    from flashcore.records import RunFolder
+
+    run = RunFolder.create(tmp_path / "{run_dir} {x}")
+    finishing_notebook(tmp_path / "{x}", "01_toy")
+    execute_notebook("01_toy", run, notebooks_dir=tmp_path / "{x}")
+    assert [t.status for t in run.trials()] == ["ok"]
+
+
+def test_nothing_half_written_is_left(tmp_path, run):
+    finishing_notebook(tmp_path, "01_toy", measure(1))
+    execute_notebook("01_toy", run, notebooks_dir=tmp_path)
+    left = sorted(str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file())
+    assert left == ["notebooks/01_toy.ipynb", "records.jsonl"]

@@ -1,0 +1,239 @@
+"""The whole job: notebooks in order, failures survived, a page always, and a verdict that comes from records alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from notebook_tools import KILL, finishing_notebook, measure, write_notebook
+
+from flashcore import pipeline
+from flashcore.build import data_dir
+from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
+
+SMALL = "B=1,H=1,S=32,D=64"
+
+
+@pytest.fixture
+def toys(tmp_path) -> Path:
+    """Two small notebooks and a status report."""
+    folder = tmp_path / "toys"
+    finishing_notebook(folder, "01_first", measure(1))
+    finishing_notebook(folder, "02_second", measure(2))
+    write_notebook(folder, "06_status_report", "print('read', len(run.trials()), 'records')")
+    return folder
+
+
+def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_path, toys):
+    lines = []
+    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", problems=SMALL, seed=3, progress=lines.append)
+    run = result.run
+    assert result.failed == {}
+    assert [t.data["value"] for t in run.trials(kind="ceiling")] == [1, 2]
+    assert [t.data["name"] for t in run.trials(kind="notebook", status="ok")] == ["01_first", "02_second"]
+    [verdict] = run.trials(kind="verdict")
+    assert verdict.data["verdict"] == result.decision.verdict
+    assert result.html == run.path / "report.html" and result.decision.verdict in result.html.read_text()
+    assert [p.name for p in sorted((run.path / "notebooks").iterdir())] == [
+        "01_first.ipynb", "02_second.ipynb", "06_status_report.ipynb",
+    ]  # fmt: skip
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-[a-z0-9-]+-[0-9a-f]{4}", run.name)
+    assert (tmp_path / "runs" / "latest").resolve() == run.path
+    assert any("01_first: finished in" in line for line in lines)
+
+    environment = run.environment()
+    assert environment["parameters"] == {
+        "profile": "quick", "backends": "all", "problems": SMALL, "seed": 3, "notebooks": ["01_first", "02_second"],
+    }  # fmt: skip
+    assert environment["before"] and environment["after"]
+    assert {t.environment for t in run.trials()} == {environment["id"]}
+
+
+def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys):
+    finishing_notebook(toys, "01_first", measure(1), "raise RuntimeError('<no> & luck')")
+    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+    assert list(result.failed) == ["01_first"] and "<no> & luck" in result.failed["01_first"]
+    assert [t.data["value"] for t in result.run.trials(kind="ceiling")] == [1, 2]
+    assert result.decision.verdict == "INCONCLUSIVE"
+    assert "01_first" in result.decision.reason
+    page = result.html.read_text()
+    assert "01_first" in page and "<no>" not in page
+
+
+@pytest.mark.parametrize("cell", ["1 / 0", KILL])
+def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_path, toys, cell):
+    write_notebook(toys, "06_status_report", cell)
+    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+    assert list(result.failed) == ["06_status_report"]
+    page = result.html.read_text()
+    assert f"Verdict: {result.decision.verdict}" in page and "could not be drawn" in page
+    assert not re.search(r"(src|href)\s*=|@import|url\(", page)
+
+
+def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
+    run = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs").run
+    records, page = run.records_path.read_bytes(), (run.path / "report.html")
+    page.write_text("old")
+    assert pipeline.render(run, notebooks_dir=toys) == page
+    assert run.records_path.read_bytes() == records
+    assert "old" != page.read_text() and "FlashCore" in page.read_text()
+    assert [p.name for p in run.path.iterdir() if "partial" in p.name] == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"profile": "fast"}, UnknownName),
+        ({"backends": "cpu,wmm"}, UnknownName),
+        ({"problems": "reprot"}, UnknownName),
+        ({"problems": "B=0,H=1,S=1,D=64"}, InvalidProblem),
+    ],
+)
+def test_a_bad_request_is_refused_before_anything_is_made(tmp_path, toys, wrong, error):
+    with pytest.raises(error):
+        pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", **wrong)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, toys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RecordsError, match="--out"):
+        pipeline.report(notebooks_dir=toys, out=tmp_path / "file")
+
+
+def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RecordsError, match="No space left on device.*--out"):
+        pipeline._write_page(run, "text")
+    assert not (run.path / "report.html").exists()
+
+
+def test_a_folder_without_notebooks_is_an_error(tmp_path):
+    with pytest.raises(FlashCoreError, match="no notebooks"):
+        pipeline.report(notebooks_dir=tmp_path, out=tmp_path / "runs")
+
+
+def test_latest_is_replaced_and_can_be_a_file_where_links_are_impossible(tmp_path, monkeypatch):
+    first, second = (pipeline.new_run(tmp_path) for _ in range(2))
+    assert first.path != second.path
+    pipeline.point_latest_at(first)
+    assert pipeline.find_run("latest", tmp_path).path == first.path
+
+    def impossible(*args, **kwargs):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", impossible)
+    pipeline.point_latest_at(second)
+    assert not (tmp_path / "latest").is_symlink()
+    for name in ("latest", tmp_path / "latest", second.name, second.path):
+        assert pipeline.find_run(name, tmp_path).path == second.path
+    with pytest.raises(RecordsError, match="no run folder"):
+        pipeline.find_run("never", tmp_path)
+
+
+def test_ctrl_c_ends_the_kernel_and_leaves_nothing_half_written(tmp_path, toys):
+    wait = 'import time\nrun.append(Trial(kind="ceiling", data={"value": __import__("os").getpid()}))\ntime.sleep(300)'
+    finishing_notebook(toys, "01_first", wait)
+    program = (
+        "import sys, pathlib; from flashcore import cli, pipeline, device; "
+        f"pipeline.data_dir = lambda name: pathlib.Path({str(toys)!r}); "
+        f"sys.argv[1:] = ['report', '--out', {str(tmp_path / 'runs')!r}]; cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        records = _wait_for(lambda: next((tmp_path / "runs").glob("*/records.jsonl"), None))
+        kernel = _wait_for(lambda: json.loads(records.read_text() or "{}").get("data", {}).get("value"))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130
+    assert said.rstrip().splitlines()[-1] == "Interrupted; records written so far are kept in the run's folder."
+    assert "Traceback" not in said
+    left = sorted(str(p.relative_to(records.parent)) for p in records.parent.rglob("*") if p.is_file())
+    assert left == ["environment.json", "records.jsonl"]
+    assert len(records.read_text().splitlines()) == 1
+    _wait_for(lambda: not _runs(kernel))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def _wait_for(question, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if answer := question():
+            return answer
+        time.sleep(0.1)
+    pytest.fail("it did not happen in time")
+
+
+# --- FlashCore's own notebooks -------------------------------------------------------------------------------------
+
+
+def test_every_notebook_takes_what_the_pipeline_gives():
+    from flashcore.notebooks import declared_parameters
+
+    folder = data_dir("notebooks")
+    for name in [*pipeline.planned_notebooks(folder), pipeline.STATUS_NOTEBOOK]:
+        declared = declared_parameters(folder / f"{name}.ipynb")
+        assert declared["run_dir"].type is str, name
+        for shared, kind in (("profile", str), ("backends", str), ("problems", str), ("seed", int)):
+            assert shared not in declared or declared[shared].type is kind, f"{name}: {shared}"
+
+
+def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_path):
+    folder = tmp_path / "notebooks"
+    finishing_notebook(folder, "05_next", measure(5))
+    for name in ("04_tflops_sweep", "06_status_report"):
+        shutil.copy(data_dir("notebooks") / f"{name}.ipynb", folder)
+    path = folder / "04_tflops_sweep.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    sweeping = next(i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and "sweep(" in c.source)
+    notebook.cells.insert(sweeping + 1, nbformat.v4.new_code_cell(KILL))
+    assert sweeping + 2 < len(notebook.cells)
+    nbformat.write(notebook, path)
+
+    program = (
+        "import sys, pathlib; from flashcore import cli, pipeline; own = pipeline.data_dir; "
+        f"pipeline.data_dir = lambda name: pathlib.Path({str(folder)!r}) if name == 'notebooks' else own(name); "
+        f"sys.argv[1:] = ['report', '--profile', 'quick', '--backend', 'reference,cpu', '--problem', {SMALL!r}, "
+        f"'--out', {str(tmp_path / 'runs')!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "Verdict: INCONCLUSIVE" in done.stdout
+    assert "Notebook 04_tflops_sweep did not finish: its Jupyter kernel died" in done.stdout
+
+    run = pipeline.find_run("latest", tmp_path / "runs")
+    kept = run.trials(kind="attention_timing") + run.trials(kind="correctness")
+    assert [t for t in kept if t.backend == "cpu" and t.status == "ok"], "what the sweep had measured is gone"
+    statuses = {t.data["name"]: t.status for t in run.trials(kind="notebook")}
+    assert statuses == {"04_tflops_sweep": "error", "05_next": "ok"}
+    page = (run.path / "report.html").read_text()
+    assert "INCONCLUSIVE" in page and "04_tflops_sweep" in page and "kernel died" in page
+
+    again = subprocess.run(
+        [sys.executable, "-m", "flashcore", "verdict", str(run.path)], capture_output=True, text=True
+    )
+    assert again.returncode == 4

@@ -1,0 +1,105 @@
+"""Problem: its arithmetic, its labels, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.problem import PRESETS, Problem, parse_problem, square
+
+counts = st.integers(min_value=1, max_value=4096)
+
+
+@st.composite
+def problems(draw):
+    heads_kv = draw(st.integers(1, 16))
+    return Problem(
+        batch=draw(counts),
+        num_heads_q=heads_kv * draw(st.integers(1, 8)),
+        num_heads_kv=heads_kv,
+        seqlen_q=draw(counts),
+        seqlen_k=draw(counts),
+        head_dim=draw(counts),
+        dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
+        causal=draw(st.booleans()),
+        softmax_scale=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
+        page_size=draw(counts),
+    )
+
+
+@given(problems())
+def test_a_label_reads_back_as_the_same_problem(problem):
+    assert parse_problem(problem.label()) == problem
+
+
+@given(problems())
+def test_causal_halves_the_work_and_pages_cover_the_keys(problem):
+    dense, causal = problem.with_(causal=False), problem.with_(causal=True)
+    assert causal.flops() == dense.flops() // 2
+    assert problem.page_size * (problem.num_pages() - 1) < problem.seqlen_k <= problem.page_size * problem.num_pages()
+
+
+def test_the_reports_workload_is_274_9_gflop_and_its_traffic_is_counted_by_hand():
+    report = PRESETS["report"]
+    assert report.flops() == 4 * 16 * 16 * 2048 * 2048 * 64 == 274_877_906_944
+    assert report.bytes() == 4 * (16 * 16 * 2048 * 64) * 2
+    grouped = Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=3, seqlen_k=5, head_dim=64, dtype="float32")
+    assert grouped.bytes() == 4 * 64 * 2 * ((8 * 3) + (2 * 5) + (2 * 5) + (8 * 3))
+
+
+def test_the_scale_defaults_to_one_over_the_root_of_head_dim():
+    assert square(1, 1, 8, 64).scale == 1 / math.sqrt(64)
+    assert square(1, 1, 8, 64, softmax_scale=0.0).scale == 0.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch", 0), ("num_heads_q", -1), ("num_heads_kv", 0), ("seqlen_q", 0), ("seqlen_k", 0), ("head_dim", 0),
+        ("page_size", 0), ("dtype", "float8"), ("softmax_scale", math.inf), ("softmax_scale", math.nan),
+        ("num_heads_kv", 3), ("seqlen_q", 1.5),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_with_the_field_or_the_rule_named(field, value):
+    good = {"batch": 1, "num_heads_q": 4, "num_heads_kv": 2, "seqlen_q": 8, "seqlen_k": 8, "head_dim": 64}
+    with pytest.raises(InvalidProblem, match=field):
+        Problem(**{**good, field: value})
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(InvalidProblem, match="heads"):
+        Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=1, head_dim=64, heads=3)
+
+
+def test_a_problem_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        PRESETS["tiny"].batch = 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_found_by_name(name):
+    assert parse_problem(f" {name} ") is PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("B=1,H=2,S=x,D=64", "not a number"),
+        ("B=1,H=2,S=8,D=64,Q=3", "no key of a problem"),
+        ("B=1,H=2,S=8,D=64,fp8", "neither a dtype"),
+        ("B=1,H=2,S=8", "head_dim"),
+        ("B=1,H=2,S=8,D=64,scale=inf", "softmax_scale"),
+    ],
+)
+def test_a_bad_label_says_what_is_wrong_with_it(text, message):
+    with pytest.raises(InvalidProblem, match=message):
+        parse_problem(text)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(UnknownName, match="report-causal"):
+        parse_problem("reprot")

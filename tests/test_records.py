@@ -1,0 +1,154 @@
+"""Records: what is written is read back, and what a killed writer leaves behind spoils nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+
+import pytest
+
+from flashcore.errors import RecordsDamaged, RecordsError, RecordsTooNew
+from flashcore.problem import PRESETS
+from flashcore.records import SCHEMA_VERSION, Correctness, RunFolder, Timing, Trial, append_trials, read_trials
+
+needs_modes = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so a mode keeps nobody out")
+
+
+def timing(backend: str = "wmma") -> Trial:
+    return Trial(
+        kind="attention_timing",
+        backend=backend,
+        problem=PRESETS["report"],
+        timing=Timing(
+            method="graph_replay", latency_us=556.1, samples_us=[550.0, 556.1, 560.2], tflops=494.3, round="r1"
+        ),
+        source_hash="0123456789abcdef",
+    )
+
+
+def test_a_trial_reads_back_as_it_was_written(run):
+    written = run.append(timing())
+    assert run.trials() == [written]
+    assert run.trials(kind="correctness") == []
+
+
+def test_a_line_has_the_shape_that_others_read(run):
+    run.append(timing())
+    line = json.loads(run.records_path.read_text())
+    assert line["schema_version"] == SCHEMA_VERSION == 1
+    assert line["kind"] == "attention_timing"
+    assert line["problem"]["num_heads_q"] == 16 and line["problem"]["causal"] is False
+    assert line["timing"]["latency_us"] == 556.1 and line["timing"]["round"] == "r1"
+
+
+def test_nan_and_infinity_survive_and_the_line_stays_plain_json(run):
+    found = Correctness(
+        passed=False, checked=4, num_bad=2, max_abs_error=math.nan, bound=1e-3, lse_max_abs_error=math.inf
+    )
+    run.append(Trial(kind="correctness", backend="wmma", status="failed", reason="wrong", correctness=found))
+    json.loads(run.records_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    back = run.trials()[0].correctness
+    assert math.isnan(back.max_abs_error) and back.lse_max_abs_error == math.inf
+
+
+def test_keys_that_are_not_known_yet_are_kept(run):
+    run.append(Trial(kind="ceiling", colour="blue"))
+    assert run.trials()[0].colour == "blue"
+
+
+def test_a_trial_names_the_environment_it_was_measured_in(run):
+    run.environment_path.write_text('{"id": "env-1"}')
+    assert run.append(timing()).environment == "env-1"
+    assert run.append(timing().model_copy(update={"environment": "env-0"})).environment == "env-0"
+
+
+def test_a_cut_off_last_line_is_left_out_with_a_warning_that_names_it(run):
+    run.append(timing("scalar"))
+    run.append(timing("wmma"))
+    text = run.records_path.read_text()
+    run.records_path.write_text(text[:-40])
+    with pytest.warns(RuntimeWarning, match=r"records\.jsonl, line 2 "):
+        assert [t.backend for t in run.trials()] == ["scalar"]
+    with pytest.raises(RecordsDamaged) as caught:
+        read_trials(run.records_path, on_damage="raise")
+    assert [t.backend for t in caught.value.trials] == ["scalar"] and caught.value.line == 2
+
+
+def test_appending_after_a_cut_off_line_spoils_no_new_record(run):
+    run.append(timing("scalar"))
+    with run.records_path.open("a") as file:
+        file.write('{"schema_version": 1, "ki')
+    run.append(timing("wmma"))
+    with pytest.warns(RuntimeWarning, match="line 2"):
+        assert [t.backend for t in run.trials()] == ["scalar", "wmma"]
+
+
+@pytest.mark.parametrize(
+    "line", ["7", "[]", "null", '{"kind": "no such kind"}', '{"kind": "ceiling", "data": 3}', "\x00\x00"]
+)
+def test_a_line_that_is_no_record_is_damage_and_not_a_crash(run, line):
+    run.append(timing())
+    with run.records_path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(RecordsDamaged, match="line 2"):
+        read_trials(run.records_path, on_damage="raise")
+
+
+def test_a_newer_schema_is_refused_and_says_both_versions(run):
+    run.append(timing())
+    with run.records_path.open("a") as file:
+        file.write(json.dumps({"schema_version": SCHEMA_VERSION + 1, "kind": "telepathy"}) + "\n")
+    with pytest.raises(RecordsTooNew, match=f"{SCHEMA_VERSION + 1}.*up to {SCHEMA_VERSION}"):
+        run.trials()
+
+
+def test_a_missing_run_or_records_file_is_one_clear_error(tmp_path):
+    with pytest.raises(RecordsError, match="no run folder"):
+        RunFolder(tmp_path / "nowhere")
+    with pytest.raises(RecordsError, match="cannot be read"):
+        read_trials(tmp_path / "records.jsonl")
+
+
+def test_a_damaged_environment_is_one_clear_error(run):
+    run.environment_path.write_text('{"id": ')
+    with pytest.raises(RecordsError, match=r"environment\.json cannot be read"):
+        run.environment()
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RecordsError, match="cannot be written .*--out"):
+        RunFolder.create(tmp_path / "file" / "run")
+
+
+@needs_modes
+def test_a_read_only_folder_is_one_clear_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RecordsError, match="--out"):
+        RunFolder.create(tmp_path / "run")
+
+
+def test_a_full_disk_is_one_clear_error(run):
+    run.records_path.unlink()
+    run.records_path.symlink_to("/dev/full")
+    with pytest.raises(RecordsError, match="No space left"):
+        run.append(timing())
+
+
+def _append_many(path, backend):
+    for _ in range(50):
+        append_trials(path, [timing(backend)])
+
+
+def test_several_processes_may_append_at_once(run):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(run.records_path, name)) for name in ("scalar", "wmma")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    found = [t.backend for t in read_trials(run.records_path, on_damage="raise")]
+    assert found.count("scalar") == found.count("wmma") == 50

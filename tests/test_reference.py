@@ -1,0 +1,125 @@
+"""The reference against torch's own float64 attention, against itself page by page, and at its edges."""
+
+import math
+
+import pytest
+import torch
+
+from flashcore import reference
+from flashcore.inputs import make_inputs
+from flashcore.problem import Problem, square
+from flashcore.reference import STAGES
+
+SHAPES = [
+    square(2, 2, 64, 32),
+    square(1, 2, 100, 16, causal=True),
+    Problem(batch=1, num_heads_q=6, num_heads_kv=2, seqlen_q=33, seqlen_k=70, head_dim=8, causal=True),
+    Problem(batch=2, num_heads_q=2, num_heads_kv=1, seqlen_q=1, seqlen_k=129, head_dim=24, softmax_scale=0.7),
+    Problem(batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=9, seqlen_k=1, head_dim=8),
+]
+EMPTY_ROWS = Problem(batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=40, seqlen_k=24, head_dim=8, causal=True)
+
+
+def by_torch(q, k, v, problem):
+    """torch's float64 attention with the bottom-right mask written out."""
+    mask = None
+    if problem.causal:
+        ones = torch.ones(problem.seqlen_q, problem.seqlen_k, dtype=torch.bool)
+        mask = ones.tril(problem.seqlen_k - problem.seqlen_q)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask, scale=problem.scale, enable_gqa=True
+    )
+
+
+@pytest.mark.parametrize("problem", SHAPES, ids=lambda p: p.label())
+@pytest.mark.parametrize("chunk", [1 << 20, 50])
+def test_attention_agrees_with_torch_whatever_the_chunk(problem, chunk, monkeypatch):
+    monkeypatch.setitem(reference.CHUNK_SCORES, "cpu", chunk)
+    inputs = make_inputs(problem, layout="bshd")
+    out, lse = reference.attention(*inputs, problem)
+    assert out.dtype == lse.dtype == torch.float64
+    torch.testing.assert_close(out, by_torch(*inputs, problem), rtol=1e-12, atol=1e-12)
+    near, near_lse = reference.attention_same_precision(*inputs, problem)
+    assert near.dtype == torch.float16 and near_lse.dtype == torch.float32
+    error = float((near - out).abs().max())
+    assert error < 4e-3 and (error > 0 or problem.seqlen_k == 1), "one key is copied, anything else is rounded"
+
+
+def test_lse_of_two_keys_by_hand():
+    problem = Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=2, head_dim=1, softmax_scale=2.0)
+    q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[0.5], [-0.5]]]])
+    out, lse = reference.attention(q, k, torch.tensor([[[[3.0], [5.0]]]]), problem)
+    assert float(lse) == pytest.approx(math.log(math.e + 1 / math.e), abs=1e-14)
+    assert float(out) == pytest.approx((3 * math.e + 5 / math.e) / (math.e + 1 / math.e), abs=1e-14)
+
+
+@pytest.mark.parametrize("compute", [reference.attention, reference.attention_same_precision])
+def test_a_row_that_sees_no_key_gives_zero_and_minus_infinity(compute):
+    out, lse = compute(*make_inputs(EMPTY_ROWS), EMPTY_ROWS)
+    assert bool((out[:, :, :16] == 0).all()) and bool((lse[:, :, :16] == -math.inf).all())
+    assert bool(lse[:, :, 16:].isfinite().all()) and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("problem", [*SHAPES, EMPTY_ROWS], ids=lambda p: p.label())
+@pytest.mark.parametrize("page_size", [7, 64, 500])
+@pytest.mark.parametrize("pattern", ["normal", "rising", "large"])
+def test_the_page_loop_ends_where_whole_attention_does(problem, page_size, pattern):
+    inputs = make_inputs(problem, pattern=pattern)
+    out, lse = reference.attention(*inputs, problem)
+    trace = reference.trace(*inputs, problem, page_size=page_size)
+    torch.testing.assert_close(trace.out, out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(trace.lse, lse, rtol=1e-12, atol=1e-12)
+    num_pages = -(-problem.seqlen_k // page_size)
+    b, h, sq = problem.batch, problem.num_heads_q, problem.seqlen_q
+    assert trace.row_max.shape == trace.rescale.shape == trace.row_sum.shape == (b, h, num_pages, sq)
+    assert trace.accum.shape == (b, h, num_pages, sq, problem.head_dim)
+    assert bool((trace.rescale[:, :, 0] == 0).all()), "nothing precedes page 0"
+    assert not any(bool(getattr(trace, stage).isnan().any()) for stage in STAGES)
+
+
+def test_stages_from_a_right_trace_give_that_trace_again():
+    problem = SHAPES[2].with_(page_size=16)
+    inputs = make_inputs(problem)
+    trace = reference.trace(*inputs, problem)
+    again = reference.stages_from(trace, *inputs, problem)
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(again, stage), getattr(trace, stage), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", range(len(STAGES)))
+def test_stages_from_a_spoilt_stage_ignores_that_stage_and_uses_it_downstream(index):
+    """The stage itself is computed from what came before; only its direct consumers see the spoilt value."""
+    consumers = {
+        "scores": {"row_max", "probs"}, "row_max": {"rescale", "probs", "lse"}, "rescale": {"row_sum", "accum"},
+        "probs": {"row_sum", "accum"}, "row_sum": {"row_sum", "out", "lse"}, "accum": {"accum", "out"},
+        "out": set(), "lse": set(),
+    }  # fmt: skip
+    name = STAGES[index]
+    problem = square(1, 2, 48, 8, page_size=16)
+    inputs = make_inputs(problem)
+    clean = reference.trace(*inputs, problem)
+    values = {stage: getattr(clean, stage) for stage in STAGES}
+    spoilt = reference.Trace(16, **(values | {name: values[name] * 1.25}))
+    found = reference.stages_from(spoilt, *inputs, problem)
+    changed = {s for s in STAGES if not torch.allclose(getattr(found, s), values[s], rtol=1e-9, atol=1e-9)}
+    assert changed == consumers[name]
+
+
+def test_grouped_heads_share_consecutive_heads():
+    problem = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=1, seqlen_k=1, head_dim=1)
+    assert reference.kv_head_index(problem, "cpu").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.gpu
+def test_the_report_workload_fits_on_the_gpu_and_is_quick():
+    problem = square(16, 16, 2048, 64)
+    inputs = make_inputs(problem, device="cuda")
+    reference.attention(*inputs, problem)
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    reference.attention(*inputs, problem)
+    end.record()
+    torch.cuda.synchronize()
+    assert start.elapsed_time(end) < 2000
+    assert torch.cuda.max_memory_allocated() < 40e9

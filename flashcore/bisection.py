@@ -82,7 +82,7 @@ class Bisection:
 
     @property
     def first_row(self) -> tuple[StageRow, Judgement] | None:
-        """The row that a finding is about, and the judgement it fails: the first producer, else the first propagator."""
+        """What a finding is about, and the judgement it fails: the first producer, else the first propagator."""
         for role in ("producer", "propagator"):
             for row in self.stages:
                 if row.role == role:

@@ -272,7 +272,7 @@ def compile_kernel(
     text = kernel_source(kernel) if source is None else source
 
     digest = hashlib.sha256()
-    tools = (ARCH, nvrtc_version(), [str(f) for f in header_dirs()], disassembler() is not None)
+    tools = (ARCH, "lineinfo", nvrtc_version(), [str(f) for f in header_dirs()], disassembler() is not None)
     digest.update(repr((tools, sorted(macros.items()), text)).encode())
     entry = cache_dir() / f"{kernel}-{digest.hexdigest()[:24]}.cubin"
     if (found := _read_entry(entry, kernel)) is not None:
@@ -335,6 +335,7 @@ def _nvrtc(path: Path, text: str, macros: dict[str, str | int]) -> tuple[bytes, 
         include_path=[str(f) for f in header_dirs()],
         define_macro=[(name, str(value)) for name, value in macros.items()],
         ptxas_options=["-v"],
+        lineinfo=True,  # file and line for compute-sanitizer; the instructions stay the same
     )
     log = io.StringIO()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -200,16 +201,13 @@ def resources(run: RunFolder, decision: Decision, evidence_html: Sequence[dict[s
     notebooks = {str(t.data.get("name")): t for t in evidence.trials if t.kind == "notebook"}  # the last one counts
     failed = {name: t.reason or "no reason recorded" for name, t in notebooks.items() if t.status != "ok"}
     parameters = environment.get("parameters") or {}
-    command = "make report"
-    if environment.get("gpu"):
-        command = "make report PYTHON=python3"
-    if parameters:
-        options = " ".join(
-            f"--{flag} {parameters[key]!r}" if " " in str(parameters[key]) else f"--{flag} {parameters[key]}"
-            for key, flag in (("profile", "profile"), ("backends", "backend"), ("problems", "problem"))
-            if parameters.get(key) not in (None, "all", "default")
-        )
-        command = f"flashcore report {options}".strip()
+    variables = (("PROFILE", "profile"), ("BACKEND", "backends"), ("PROBLEM", "problems"))
+    chosen = [
+        f"{variable}={shlex.quote(str(parameters[key]))}"
+        for variable, key in variables
+        if parameters.get(key) not in (None, "all", "default")
+    ]
+    command = " ".join(["make report", *chosen])
     return {
         "run": run.name,
         "title": "FlashCore status report",

@@ -74,7 +74,7 @@ class Judgement:
 
     @property
     def shares(self) -> list[float]:
-        """The worst error of each page as a share of its bound: up to 1 passes; one figure for a stage without pages."""
+        """Worst error of each page as a share of its bound: up to 1 passes. One figure for a stage without pages."""
         return self._shares
 
     @property

@@ -22,6 +22,7 @@ SAMPLE_US = 2_000.0
 """Device time of one sample: long enough that the resolution of CUDA events (about 0.5 µs) is lost in it."""
 MAX_CALLS = 200
 EAGER_CALLS = 30
+"""Few enough that the driver's queue of launches does not fill up, which would make the host wait for the GPU."""
 MAX_INPUT_SETS = 64
 
 Call = Callable[[int], None]
@@ -59,7 +60,7 @@ def time_on_gpu(
         exception that kept the candidate from being timed. All share one `round`.
     """
     results: dict[str, Timing | Exception] = {}
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int, float]] = {}
+    graphs: dict[str, _Captured] = {}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     for candidate in candidates:
@@ -76,28 +77,25 @@ def time_on_gpu(
         for number in range(rounds):
             pending = []
             for name in order:
-                graph, calls, estimate_us = graphs[name]
-                if estimate_us > SLOW_CALL_US and number >= SLOW_ROUNDS:
+                captured = graphs[name]
+                if captured.estimate_us > SLOW_CALL_US and number >= SLOW_ROUNDS:
                     continue
                 before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 before.record(stream)
-                graph.replay()
+                captured.graph.replay()
                 after.record(stream)
-                pending.append((name, calls, before, after))
+                pending.append((name, captured.calls, before, after))
             stream.synchronize()
             for name, calls, before, after in pending:
                 samples[name].append(before.elapsed_time(after) * 1e3 / calls)
             order = order[1:] + order[:1]
 
     round_id = uuid.uuid4().hex[:12]
-    for candidate in candidates:
-        if candidate.name in graphs:
-            with torch.cuda.stream(stream):
-                launch_us = _eager_us(candidate.call, sets)
-            results[candidate.name] = summarise(
-                samples[candidate.name], problem, method="graph_replay", round_id=round_id, l2=l2,
-                launch_us=launch_us, calls=graphs[candidate.name][1], input_sets=sets,
-            )  # fmt: skip
+    for name, captured in graphs.items():
+        results[name] = summarise(
+            samples[name], problem, method="graph_replay", round_id=round_id, l2=l2,
+            launch_us=captured.launch_us, calls=captured.calls, input_sets=sets,
+        )  # fmt: skip
     torch.cuda.current_stream().wait_stream(stream)
     return results
 
@@ -141,8 +139,19 @@ def summarise(samples_us: Sequence[float], problem: Problem, *, method: str, rou
     )
 
 
-def _capture(call: Call, sets: int, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, int, float]:
-    """Warm up, estimate one call, and capture enough of them; gives the graph, its calls and the estimate in µs."""
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    calls: int
+    """Calls in the graph."""
+    estimate_us: float
+    """Device time of one call, roughly."""
+    launch_us: float
+    """Host time of one eager call."""
+
+
+def _capture(call: Call, sets: int, stream: torch.cuda.Stream) -> _Captured:
+    """Warm up, time eager calls on the host, estimate one call on the device, and capture enough of them."""
     for number in range(max(3, min(sets, 8))):
         call(number % sets)
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -152,6 +161,14 @@ def _capture(call: Call, sets: int, stream: torch.cuda.Stream) -> tuple[torch.cu
     after.record(stream)
     stream.synchronize()
     estimate_us = max(before.elapsed_time(after) * 1e3 / 3, 1.0)
+
+    eager_calls = EAGER_CALLS if estimate_us < SLOW_CALL_US else 3
+    started = time.perf_counter()
+    for number in range(eager_calls):
+        call(number % sets)
+    launch_us = round((time.perf_counter() - started) * 1e6 / eager_calls, 3)
+    stream.synchronize()
+
     calls = max(1, min(MAX_CALLS, round(SAMPLE_US / estimate_us)))
     if sets > 1:
         calls = max(sets, calls // sets * sets)
@@ -161,15 +178,4 @@ def _capture(call: Call, sets: int, stream: torch.cuda.Stream) -> tuple[torch.cu
             call(number % sets)
     graph.replay()
     stream.synchronize()
-    return graph, calls, estimate_us
-
-
-def _eager_us(call: Call, sets: int) -> float:
-    """Host time of one eager call in µs, the GPU left to catch up afterwards."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for number in range(EAGER_CALLS):
-        call(number % sets)
-    seconds = time.perf_counter() - started
-    torch.cuda.synchronize()
-    return round(seconds * 1e6 / EAGER_CALLS, 3)
+    return _Captured(graph, calls, estimate_us, launch_us)

@@ -149,7 +149,7 @@ def test_more_than_two_to_the_31_elements(backend):
     if torch.cuda.mem_get_info()[0] < 3 * 2 * stride * 2:
         pytest.skip("the GPU has too little free memory for tensors this far apart")
     views = []
-    for seed in range(3):
+    for _ in range(3):
         small = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.float16)
         far = torch.empty(stride + 64 * 64, device="cuda", dtype=torch.float16)
         view = far.as_strided((1, 2, 64, 64), (2 * stride, stride, 64, 1))

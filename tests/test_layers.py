@@ -18,7 +18,7 @@ LAYERS = [
     {"build", "inputs", "reference", "compare", "tables"},
     {"device", "tolerance"},
     {"backends"},
-    {"ops", "check", "timing", "stagewise", "ceilings"},
+    {"ops", "check", "timing", "stagewise", "zoom", "ceilings"},
     {"bisection", "faults", "sweep"},
     {"gates", "evidence", "notebooks"},
     {"judging"},
@@ -30,7 +30,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MAY_IMPORT_TORCH = {
-    "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "ceilings", "bisection",
+    "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "zoom", "ceilings", "bisection",
     "faults", "sweep",
 }  # fmt: skip
 """Modules that compute. Everything else must load, and `flashcore --help` answer, without torch's seconds of import."""

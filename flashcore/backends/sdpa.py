@@ -66,11 +66,16 @@ class SdpaMath(_Sdpa):
     device = "any"
     dtypes = ("float16", "bfloat16", "float32")
     choice = "MATH"
+    max_scores = 2**31
+    """8 GiB in float32; torch holds a few copies, and a GPU of 80 GiB has to hold them beside everything else."""
 
     def availability(self) -> Availability:
         return AVAILABLE
 
     def why_not(self, problem: Problem) -> str | None:
+        scores = problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_k
+        if scores > self.max_scores:
+            return f"it stores every score, {4 * scores / 2**30:.0f} GiB of them in float32 and several times over"
         return Backend.why_not(self, problem)
 
     def run(self, q, k, v, problem):

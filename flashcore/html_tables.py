@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 from markupsafe import escape
 
 from flashcore import compare
@@ -16,7 +15,7 @@ from flashcore.records import Trial
 
 
 def table_html(
-    frame: pd.DataFrame,
+    rows: Sequence[Mapping[str, Any]],
     caption: str,
     *,
     numeric: Sequence[str] = (),
@@ -24,12 +23,13 @@ def table_html(
     stack: bool = False,
     css: str = "",
 ) -> str:
-    """A data frame as an HTML table: caption, column scopes, the first column as row headers.
+    """Rows as an HTML table: caption, column scopes, the first column as row headers.
 
     Parameters
     ----------
-    frame
-        Cells are shown as they are (text is escaped, `markupsafe.Markup` is not); the index is left out.
+    rows
+        One mapping a row, all with the keys of the first one, which name the columns. Text is escaped,
+        `markupsafe.Markup` is not. (No data frame: pandas may turn markup into plain strings.)
     numeric
         Columns to align on the right.
     note
@@ -39,19 +39,20 @@ def table_html(
     """
     names = ("table", "rowgroup", "row", "cell", "rowheader", "columnheader")
     role = {name: f' role="{name}"' if stack else "" for name in names}  # a table laid out as blocks loses its own
-    columns = list(frame.columns)
+    columns = list(rows[0])
     align = {c: ' class="num"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{role["columnheader"]}{align[c]}>{escape(c)}</th>' for c in columns)
-    rows = []
-    for values in frame.itertuples(index=False, name=None):
+    lines = []
+    for row in rows:
+        values = [row[c] for c in columns]
         cells = [f'<th scope="row"{role["rowheader"]}{align[columns[0]]}>{escape(_cell(values[0]))}</th>']
         for column, value in zip(columns[1:], values[1:], strict=True):
             cells.append(f'<td{role["cell"]}{align[column]} data-label="{escape(column)}">{escape(_cell(value))}</td>')
-        rows.append(f"<tr{role['row']}>{''.join(cells)}</tr>")
+        lines.append(f"<tr{role['row']}>{''.join(cells)}</tr>")
     table = (
         f"<table{role['table']}><caption>{escape(caption)}</caption>"
         f"<thead{role['rowgroup']}><tr{role['row']}>{head}</tr></thead>"
-        f"<tbody{role['rowgroup']}>{''.join(rows)}</tbody></table>"
+        f"<tbody{role['rowgroup']}>{''.join(lines)}</tbody></table>"
     )
     classes = " ".join(filter(None, ["fc-table", "stack" if stack else "scroll", css]))
     focus = "" if stack else f' tabindex="0" role="region" aria-label="{escape(caption)}"'
@@ -115,7 +116,7 @@ def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend aga
         "Medians. Ratio: the peer's latency over ours, sample by sample in the same round; above 1 ours is faster. "
         "A ratio whose 5th to 95th percentile includes 1 is no difference."
     )
-    return table_html(pd.DataFrame(rows), caption, numeric=numeric, note=note)
+    return table_html(rows, caption, numeric=numeric, note=note)
 
 
 def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, every backend") -> str:
@@ -139,7 +140,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, ev
     if not rows:
         return nothing("No timing of a small problem is in these records.")
     numeric = ["µs a call", "5th–95th, µs", "Samples", "Eager call, host µs"]
-    return table_html(pd.DataFrame(rows), caption, numeric=numeric)
+    return table_html(rows, caption, numeric=numeric)
 
 
 def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with the float64 reference") -> str:
@@ -156,7 +157,7 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with
         "Every element of out and lse is compared. The bound: twice the error the same maths makes in torch at that "
         "precision, plus a rounding term. A NaN fails."
     )
-    return table_html(pd.DataFrame(rows), caption, numeric=numeric, note=note)
+    return table_html(rows, caption, numeric=numeric, note=note)
 
 
 def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def findings_table(trials: Sequence[Trial], *, caption: str = "Checks that faile
                 "First bad": ", ".join(f"{k} {v}" for k, v in first.items()) if first else _first_line(trial.reason),
             }
         )
-    return table_html(pd.DataFrame(rows), caption, numeric=["Bad elements"]) if rows else ""
+    return table_html(rows, caption, numeric=["Bad elements"]) if rows else ""
 
 
 def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -> str:
@@ -243,8 +244,7 @@ def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -
         "Static shared memory; what a launch asks for comes on top. "
         "HMMA is a warp's matrix product, HGMMA a warpgroup's."
     )
-    frame = pd.DataFrame(rows, dtype=object)
-    return table_html(frame, caption, numeric=numeric, note=note)
+    return table_html(rows, caption, numeric=numeric, note=note)
 
 
 def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine can do at best, measured") -> str:
@@ -261,7 +261,7 @@ def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine 
     ]
     if not rows:
         return nothing("No ceiling was measured in these records.")
-    return table_html(pd.DataFrame(rows), caption, numeric=["Measured"])
+    return table_html(rows, caption, numeric=["Measured"])
 
 
 ENVIRONMENT_ROWS = {
@@ -304,7 +304,7 @@ def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine
         rows.append({"Fact": title, "Before": first, "After": "the same" if then == first else then})
     if not rows:
         return nothing("The run did not record its machine.")
-    return table_html(pd.DataFrame(rows), caption)
+    return table_html(rows, caption)
 
 
 def _fact(name: str, value: Any) -> str:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 from markupsafe import Markup, escape
 
 from flashcore import html_tables, verdict
@@ -109,7 +108,7 @@ def gates_html(decision: Decision) -> str:
             }
         )
     return html_tables.table_html(
-        pd.DataFrame(rows),
+        rows,
         "Gates: what was required, and what was measured",
         numeric=["Measured", "Threshold", "Margin", "n", "5th–95th"],
         note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side. "

@@ -29,7 +29,7 @@ from flashcore.zoom import zoom
 if TYPE_CHECKING:
     import pandas
 
-GRID_CELLS = 16
+GRID_CELLS = 12
 """Cells along the pages of a recorded error grid; more pages share a cell, which then holds the worst of them."""
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Scores judged at once; about twenty float64 temporaries of that size live at the same time (5 GB on a GPU)."""

@@ -40,18 +40,19 @@ class Case:
 
 
 @functools.lru_cache(maxsize=1)
-def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: str) -> Case:
+def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False) -> Case:
     """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another.
 
     Bound of `out`: twice the largest error that the same maths makes at this precision, and of rounding
     ``eps(dtype) * |expected|`` and what a rounding of the scores does: they are sums in float32 with partial sums up to
     ``scale * |q| |k|`` (Cauchy-Schwarz), so an exponent is off by `delta` = 2^-24 of that and `out` by
     ``2 delta max|v|``. The last counts for large inputs alone. Bound of `lse`: 1e-3, twice the error at this precision,
-    `delta` and a rounding to float32.
+    `delta` and a rounding to float32. A backend that stores its scores in 16 bits (`rounds_scores`) is held to the same
+    maths with that rounding in it.
     """
     q, k, v = make_inputs(problem, seed=seed, device=device, pattern=pattern, layout=layout)
     out, lse = reference.attention(q, k, v, problem)
-    near_out, near_lse = reference.attention_same_precision(q, k, v, problem)
+    near_out, near_lse = reference.attention_same_precision(q, k, v, problem, round_scores=round_scores)
     longest = [float(t.float().norm(dim=-1).max()) for t in (q, k)]
     delta = UNIT_FLOAT32 * abs(problem.scale) * longest[0] * longest[1]
     lse_error = torch.where(lse.isfinite(), (near_lse - lse).abs(), 0.0).max()
@@ -131,7 +132,7 @@ def check_attention(
     data = {"seed": seed, "pattern": pattern, "layout": layout, "role": chosen.role}
 
     def measure() -> Trial:
-        case = make_case(problem, seed, pattern, layout, device or device_of(chosen))
+        case = make_case(problem, seed, pattern, layout, device or device_of(chosen), chosen.rounds_scores)
         common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash())
         if case.bad_inputs:
             return Trial(status="error", reason=case.bad_inputs, data=data, **common)

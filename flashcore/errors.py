@@ -50,6 +50,16 @@ class FaultError(FlashCoreError):
     """A planted fault no longer fits the source it was written for."""
 
 
+class CublasLtError(FlashCoreError, RuntimeError):
+    """cuBLASLt returned anything but success; names the status, the call and the shapes."""
+
+    def __init__(self, call: str, status: str, shapes: str):
+        self.call, self.status, self.shapes = call, status, shapes
+        super().__init__(
+            f"{call} gave {status} for the product {shapes}; run 'flashcore survey' to see what this cuBLASLt offers."
+        )
+
+
 class ToolMissing(FlashCoreError, RuntimeError):
     """A compiler, disassembler or browser that this step needs is not installed."""
 

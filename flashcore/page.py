@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from flashcore import html_tables, verdict
+from flashcore import html_tables, tables, verdict
 from flashcore.compare import number
 from flashcore.problem import parse_problem
 from flashcore.records import RunFolder, Trial
 from flashcore.verdict import Decision, Evidence, GateResult
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CARD_WORD = {"PASS": "met", "FAIL": "missed", "INCONCLUSIVE": "inconclusive"}
 
@@ -159,6 +162,28 @@ def correctness_html(evidence: Evidence) -> str:
     for heading, trials in _sources(evidence):
         parts += [heading, html_tables.correctness_table(trials), html_tables.findings_table(trials)]
     return "".join(parts)
+
+
+def proof_html(evidence: Evidence) -> str:
+    """What stands behind the checks: planted bugs found, clean runs silent, repeats alike, memory checked."""
+    parts = []
+    for heading, trials in _sources(evidence):
+        if not any(t.kind == "fault" for t in trials):
+            continue
+        clean = tables.clean_runs_table(trials)
+        parts += [heading, Markup("<p><strong>Planted bugs.</strong> {}.</p>").format(tables.faults_sentence(trials))]
+        parts.append(_frame_html(clean.drop(columns=["dtypes", "seeds"], errors="ignore"), "Runs with nothing planted"))
+        found = _frame_html(tables.fault_matrix(trials), "Planted bugs, and where bisection found them")
+        parts.append(fold("Every planted bug", found))
+        repeats = _frame_html(tables.determinism_table(trials), "The same inputs again: the same bits or not")
+        memory = _frame_html(tables.sanitizer_table(trials), "compute-sanitizer")
+        parts.append(fold("Repeated runs, and compute-sanitizer", repeats + memory))
+    return "".join(parts) or html_tables.nothing("No planted bug is in these records; notebook 02 plants them.")
+
+
+def _frame_html(frame: DataFrame, caption: str) -> str:
+    rows = [{str(name).capitalize(): value for name, value in row.items()} for row in frame.to_dict("records")]
+    return html_tables.table_html(rows, caption) if rows else html_tables.nothing(f"{caption}: no record.")
 
 
 def machine_html(evidence: Evidence) -> str:

@@ -108,7 +108,9 @@ def _chunks(problem: Problem, device_type: str) -> Iterator[tuple[slice, slice]]
             yield slice(head, min(head + num_heads, total)), slice(row, min(row + num_rows, problem.seqlen_q))
 
 
-def _attention(q, k, v, problem: Problem, compute, round_probs) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    q, k, v, problem: Problem, compute, round_probs, round_scores=lambda scores: scores
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two-pass softmax attention computed in dtype `compute`, chunk by chunk; `round_probs` is applied before P @ V."""
     import torch
 
@@ -121,7 +123,7 @@ def _attention(q, k, v, problem: Problem, compute, round_probs) -> tuple[torch.T
     lse = torch.empty(q.shape[:2], dtype=compute, device=q.device)
     for heads, rows in _chunks(problem, q.device.type):
         k_chunk, v_chunk = k[kv_head[heads]].to(compute), v[kv_head[heads]].to(compute)
-        probs = _scores(q[heads, rows].to(compute), k_chunk, problem, rows)
+        probs = round_scores(_scores(q[heads, rows].to(compute), k_chunk, problem, rows))
         row_max = probs.amax(dim=-1, keepdim=True)
         probs = probs.sub_(safe(row_max)).exp_()
         row_sum = probs.sum(dim=-1, keepdim=True)
@@ -150,10 +152,13 @@ def attention(q, k, v, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return _attention(q, k, v, problem, torch.float64, lambda probs: probs)
 
 
-def attention_same_precision(q, k, v, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_same_precision(
+    q, k, v, problem: Problem, *, round_scores: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same maths at the precision a good kernel has: its distance from `attention` sets the bound of a check.
 
     Products of `q.dtype` inputs accumulated in float32, softmax in float32, probs rounded to `q.dtype` before P @ V.
+    With `round_scores` the scores are rounded to `q.dtype` too, as an unfused path does that stores them in 16 bits.
 
     Returns
     -------
@@ -162,7 +167,11 @@ def attention_same_precision(q, k, v, problem: Problem) -> tuple[torch.Tensor, t
     """
     import torch
 
-    out, lse = _attention(q, k, v, problem, torch.float32, lambda probs: probs.to(q.dtype).float())
+    def rounded(tensor):
+        return tensor.to(q.dtype).float()
+
+    scores = {"round_scores": rounded} if round_scores else {}
+    out, lse = _attention(q, k, v, problem, torch.float32, rounded, **scores)
     return out.to(q.dtype), lse
 
 

@@ -13,11 +13,14 @@ scores    ``(sqrt(D) + 4) u scale (|q| @ |k|^T)``
 row_max   no error model: any reference that keeps `probs` finite and does not lose the row (`_legal_row_max`)
 rescale   ``rescale (g(|row_max_{j-1}| + |row_max_j|) + u) + 2^-126``; while the row saw no key, any finite value
 probs     ``probs (g(|scores| + |row_max|) + u_d) + eta_d``
-row_sum   ``4 u rescale row_sum_{j-1} + (u_d + (sqrt(n) + 4) u) sum(probs) + n eta_d`` (summed before or after rounding)
-accum     ``4 u rescale |accum_{j-1}| + ((u_d + (sqrt(n) + 4) u) probs + eta_d) @ |v|``
+row_sum   ``(n/2 + 4) u rescale row_sum_{j-1} + (u_d + (sqrt(n) + 4) u) sum(probs) + n eta_d``
+accum     ``(n/2 + 4) u rescale |accum_{j-1}| + ((u_d + (sqrt(n) + 4) u) probs + eta_d) @ |v|``
 out       ``(u_d + 4 u) |out| + eta_d``
 lse       ``g(|row_max| + |ln row_sum|)``
 ========  =======================================================================================================
+
+What earlier pages left is added to up to n times by a kernel that sums key by key, and small terms are then rounded
+away in one direction; hence n/2 and not sqrt(n) there.
 
 Globally the same terms travel with the dataflow: the error of `scores` enters `probs` as a relative error, that of
 `probs` enters both sums, and theirs `out` and `lse`. `row_max` is the backend's own there, since any legal one may be
@@ -52,6 +55,10 @@ _LOG_MAX = {"float16": math.log(65504.0), "bfloat16": 88.0, "float32": 88.0}
 """Natural log of the largest finite prob: a reference further below the scores makes an infinity."""
 _LOG_TINY = {"float16": 14 * math.log(2.0), "bfloat16": 87.0, "float32": 87.0}
 """Minus the natural log of the smallest normal prob: a reference further above the whole row loses it."""
+
+_SCORE_UNKNOWN = 50.0
+"""A score that may be off by this much (a large one stored in 16 bits) says nothing of its prob: it may be anything."""
+_ANYTHING = 1e300
 
 
 @dataclass
@@ -108,10 +115,15 @@ class Judges:
     def _sum_unit(num_terms: int) -> float:
         return (math.sqrt(num_terms) + 4) * UNIT_FLOAT32
 
+    @staticmethod
+    def _carried_unit(num_terms: int) -> float:
+        return (num_terms / 2 + 4) * UNIT_FLOAT32
+
     def _scores_model(self, scores):
         magnitudes = self.q.abs() @ self.k.abs().transpose(-1, -2)
         model = magnitudes.mul_(self._sum_unit(self.problem.head_dim) * abs(self.problem.scale))
-        return model + self.stored["scores"] * self._finite(scores).abs()
+        rounding = self.stored["scores"] * self._finite(scores).abs()
+        return model + rounding + (self.eta if self.stored["scores"] else 0.0)
 
     @staticmethod
     def _finite(tensor):
@@ -141,8 +153,9 @@ class Judges:
             sums[:, j] = unit * probs.sum(dim=-1) + n * self.eta
             accum[:, j] = (unit * probs + self.eta) @ v[:, page]
             if j:
-                sums[:, j] += 4 * u * (mine.rescale[:, j] * mine.row_sum[:, j - 1]).abs()
-                accum[:, j] += 4 * u * (mine.rescale[:, j, :, None] * mine.accum[:, j - 1]).abs()
+                carried = self._carried_unit(n)
+                sums[:, j] += carried * (mine.rescale[:, j] * mine.row_sum[:, j - 1]).abs()
+                accum[:, j] += carried * (mine.rescale[:, j, :, None] * mine.accum[:, j - 1]).abs()
         return {
             "scores": self._scores_model(wanted.scores),
             "rescale": wanted.rescale * (self._rescale_relative() + self.stored["rescale"]) + _FLUSHED,
@@ -158,6 +171,7 @@ class Judges:
         u, v = UNIT_FLOAT32, self.v.abs()
         scores = self._scores_model(truth.scores)
         probs = truth.probs * (torch.expm1(scores) + self._probs_relative(truth.scores) + self.unit) + self.eta
+        probs = probs.masked_fill(scores > _SCORE_UNKNOWN, _ANYTHING)
         moved = self._rescale_relative()
         sums, accum = torch.empty_like(truth.row_sum), torch.empty_like(truth.accum)
         size = torch.zeros_like(truth.accum[:, 0])  # the sum of |probs * v| so far, which rounding of the sums goes by
@@ -168,7 +182,7 @@ class Judges:
             accum[:, j] = (probs[..., page] + unit * p) @ v[:, page]
             if j:
                 rescale = truth.rescale[:, j]
-                error = moved[:, j] + 4 * u
+                error = moved[:, j] + self._carried_unit(n)
                 sums[:, j] += rescale * (sums[:, j - 1] + error * truth.row_sum[:, j - 1])
                 accum[:, j] += rescale[..., None] * (accum[:, j - 1] + error[..., None] * size)
                 size = rescale[..., None] * size
@@ -190,7 +204,8 @@ class Judges:
         for stage in STAGES:
             got, expected = getattr(self.mine, stage), getattr(wanted, stage)
             if stage == "row_max":
-                error, expected = self._legal_row_max(scores)
+                slack = None if is_local else HEADROOM * models["scores"]
+                error, expected = self._legal_row_max(scores, slack)
                 self._record(into[stage], stage, got, expected, error, torch.zeros_like(error), ~(error <= 0))
             elif stage == "rescale":
                 # While the row has seen no key the accumulator is zero, and any finite number may multiply it.
@@ -203,17 +218,21 @@ class Judges:
             else:
                 self.add(into[stage], stage, got, expected, models[stage], is_local)
 
-    def _legal_row_max(self, scores) -> tuple[torch.Tensor, torch.Tensor]:
+    def _legal_row_max(self, scores, slack=None) -> tuple[torch.Tensor, torch.Tensor]:
         """How far outside the legal range each row_max lies (0 inside, NaN for NaN), and the running maximum.
 
         Legal is any finite number that leaves the page's probs finite and the row's largest prob a normal number of the
         dtype; -inf only while the row has seen no key. Where the scores themselves hold NaN or +inf none is legal, and
-        the fault is theirs: such rows are not judged here.
+        the fault is theirs: such rows are not judged here. `slack` is how far each score may be off, which widens the
+        range: the backend took its reference from its own scores.
         """
         tops = torch.stack([scores[..., page].amax(dim=-1) for page in self.pages], dim=1)
         running = tops.cummax(dim=1).values
         top, got = tops.amax(dim=1, keepdim=True), self.mine.row_max
         low, high = tops - _LOG_MAX[self.problem.dtype], top + _LOG_TINY[self.problem.dtype]
+        if slack is not None:
+            room = torch.stack([slack[..., page].amax(dim=-1) for page in self.pages], dim=1)
+            low, high = low - room, high + room.amax(dim=1, keepdim=True)
         outside = torch.maximum(low - got, got - high).clamp(min=0.0)
         seen = running > -math.inf
         outside = torch.where(seen, outside, torch.where(got == math.inf, math.inf, torch.zeros_like(got)))
@@ -225,7 +244,8 @@ class Judges:
 
     def add(self, into: Judgement, stage, got, expected, model, nan_is_equal: bool) -> None:
         """Judge one stage of this chunk against ``HEADROOM * model``."""
-        bound = (HEADROOM * model).nan_to_num(nan=0.0, posinf=0.0)  # no finite bound: only equality will do
+        # Where the model is NaN only equality will do; where it is past the largest number, any finite value will.
+        bound = (HEADROOM * model).nan_to_num(nan=0.0)
         same = got == expected
         if nan_is_equal:
             same |= got.isnan() & expected.isnan()

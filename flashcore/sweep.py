@@ -86,6 +86,8 @@ def sweep(
             progress(f"{number} of {len(problems)}: {problem.label()}")
         candidates: list[tuple[Backend, Trial]] = []
         for backend in ready:
+            if not backend.swept and problem not in REPORT_PROBLEMS:
+                continue
             reason = backend.why_not(problem)
             if reason:
                 record(_timing_trial(backend, problem, status="unsupported", reason=reason))

@@ -65,6 +65,125 @@ def stage_table(trial: Trial) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
+def fault_matrix(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a planted bug, one column a backend: where it had to be found, and what came of it, in words."""
+    import pandas
+
+    trials = [trial for trial in trials if trial.kind == "fault"]
+    backends = list(dict.fromkeys(t.backend for t in trials if t.backend))
+    rows: dict[str, dict[str, str]] = {}
+    for trial in trials:
+        name = trial.data.get("fault")
+        if name is None:
+            continue
+        row = rows.setdefault(name, {
+            "fault": name, "bug": str(trial.data.get("title", "")),
+            "to be found at": str(trial.data.get("expected_stage", "")),
+            **dict.fromkeys(backends, "not run"), "a check for finite and nonzero": "",
+        })  # fmt: skip
+        for backend in [trial.backend] if trial.backend else backends:
+            row[backend] = _outcome(trial)
+        if trial.data.get("check_passed"):
+            row["a check for finite and nonzero"] = "would PASS it"
+    return pandas.DataFrame(list(rows.values()))
+
+
+def _outcome(trial: Trial) -> str:
+    outcome = str(trial.data.get("outcome", WORDS[trial.status]))
+    if outcome == "found elsewhere":
+        return f"found elsewhere: {trial.data.get('found_stage')}"
+    if outcome == "crashed" and trial.status == "ok":
+        return "found: its process died"
+    if outcome == "not applicable" and trial.reason:
+        return trial.reason.split(":")[0]
+    return outcome
+
+
+def fault_counts(trials: Iterable[Trial]) -> dict[str, dict[str, int]]:
+    """For each backend how many planted bugs had each outcome; those with no sense there are not counted."""
+    counts: dict[str, dict[str, int]] = {}
+    for trial in trials:
+        outcome = trial.data.get("outcome")
+        if trial.kind == "fault" and trial.backend and outcome not in (None, "not applicable"):
+            of_backend = counts.setdefault(trial.backend, {})
+            of_backend[outcome] = of_backend.get(outcome, 0) + 1
+    return counts
+
+
+def faults_sentence(trials: Iterable[Trial]) -> str:
+    """How many planted bugs each backend's bisection found, as one line."""
+    trials = list(trials)
+    parts = []
+    for backend, outcomes in fault_counts(trials).items():
+        if set(outcomes) == {"not run"}:
+            parts.append(f"{backend}: not run")
+            continue
+        total = sum(outcomes.values())
+        rest = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != "found")
+        found = f"{backend}: {outcomes.get('found', 0)} of {total} found at their stage"
+        parts.append(f"{found}, {rest}" if rest else found)
+    return "; ".join(parts) or "no fault was planted"
+
+
+def clean_runs_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a backend: runs with nothing planted, and how many of them raised an alarm."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind == "bisection" and trial.variant == "clean-runs":
+            data = trial.data
+            seeds = data.get("seeds")
+            rows.append({
+                "backend": trial.backend, "verdict": WORDS[trial.status], "runs": data.get("runs", 0),
+                "false alarms": data.get("alarms", "not run"), "values judged": data.get("values", 0),
+                "dtypes": _kinds(data.get("dtypes")), "input patterns": len(data.get("patterns") or ()),
+                "seeds": f"{seeds[0]} to {seeds[1]}" if seeds else "", "reason": trial.reason or "",
+            })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def _kinds(counts: dict[str, int] | None) -> str:
+    return ", ".join(f"{name} ({n})" for name, n in (counts or {}).items())
+
+
+def determinism_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a backend and problem: whether repeats give the same bits, and else where they first differ."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind == "bisection" and (trial.variant or "").endswith("determinism"):
+            same = trial.data.get("identical")
+            rows.append({
+                "backend": trial.backend, "problem": trial.problem.label() if trial.problem else "",
+                "runs": trial.data.get("runs", 0),
+                "result": "the same bits" if same else WORDS[trial.status] if same is None else "other bits",
+                "first differs in": trial.data.get("first_stage") or "",
+                "element": describe(trial.data["element"]) if trial.data.get("element") else "",
+                "reason": trial.reason or "",
+            })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def sanitizer_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a backend and tool of compute-sanitizer; `not available` is a state, with what mends it."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind == "sanitizer":
+            first = next(iter(trial.data.get("findings") or ()), {})
+            place = f"{first['file']}:{first['line']}" if first.get("file") else ""
+            rows.append({
+                "backend": trial.backend, "tool": trial.data.get("tool", trial.variant),
+                "result": "not available" if trial.status == "unavailable" else WORDS[trial.status],
+                "findings": trial.data.get("num_findings", ""), "first kernel": first.get("kernel", ""),
+                "first place": place, "reason": trial.reason or "",
+            })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
 def styled(table: pandas.DataFrame, caption: str) -> Styler:
     """An HTML table with a caption, errors in scientific notation and no row numbers."""
     floats = [name for name in table.columns if table[name].dtype.kind == "f"]

@@ -16,22 +16,23 @@ LAYERS = [
     {"problem"},
     {"records"},
     {"build", "inputs", "reference", "compare", "tables"},
-    {"device", "tolerance"},
+    {"device", "tolerance", "isolation", "sanitizer_log", "cublaslt"},
     {"backends"},
-    {"ops", "check", "timing", "stagewise", "zoom", "ceilings"},
-    {"bisection", "faults", "sweep"},
+    {"ops", "check", "timing", "stagewise", "zoom", "ceilings", "planting"},
+    {"bisection", "faults", "sweep", "determinism"},
+    {"proving", "sanitizer", "sanitizer_target"},
     {"gates", "evidence", "notebooks"},
     {"judging"},
     {"verdict"},
     {"svg", "html_tables"},
-    {"plots", "page"},
-    {"pipeline"},
+    {"plots", "page", "stage_plots"},
+    {"pipeline", "cli_debug"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MAY_IMPORT_TORCH = {
-    "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "zoom", "ceilings", "bisection",
-    "faults", "sweep",
+    "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "zoom", "ceilings",
+    "bisection", "faults", "sweep", "determinism",
 }  # fmt: skip
 """Modules that compute. Everything else must load, and `flashcore --help` answer, without torch's seconds of import."""
 

@@ -52,3 +52,60 @@ def test_named_problems_join_the_matrix_and_large_ones_need_a_gpu():
 def test_tables_need_no_torch():
     code = "import sys, flashcore.tables; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def fault(name: str, backend: str | None, outcome: str, **fields) -> Trial:
+    data = {"fault": name, "title": f"bug {name}", "expected_stage": "scores", "outcome": outcome}
+    data |= fields.pop("data", {})
+    return Trial(kind="fault", backend=backend, variant=name, data=data, **fields)
+
+
+def test_the_fault_matrix_says_every_outcome_in_words():
+    trials = [
+        fault("F1", "cpu", "found", data={"check_passed": True}),
+        fault("F1", "wmma", "found elsewhere", status="failed", data={"found_stage": "accum"}),
+        fault("F4", None, "not applicable", status="unsupported", reason="awaits the cublaslt backend"),
+        fault("F11", "wmma", "crashed", status="ok"),
+        fault("G1", "wmma", "missed", status="failed"),
+        Trial(kind="fault", backend="scalar", status="unavailable", data={"outcome": "not run"}, reason="no GPU"),
+    ]
+    table = tables.fault_matrix(trials).set_index("fault")
+    assert list(table.index) == ["F1", "F4", "F11", "G1"]
+    assert list(table.loc["F1", ["cpu", "wmma", "scalar"]]) == ["found", "found elsewhere: accum", "not run"]
+    assert table.loc["F1", "a check for finite and nonzero"] == "would PASS it"
+    assert set(table.loc["F4", ["cpu", "wmma", "scalar"]]) == {"awaits the cublaslt backend"}
+    assert table.loc["F11", "wmma"] == "found: its process died" and table.loc["G1", "wmma"] == "missed"
+    assert tables.faults_sentence(trials) == (
+        "cpu: 1 of 1 found at their stage; wmma: 0 of 3 found at their stage, 1 found elsewhere, 1 crashed, 1 missed; "
+        "scalar: not run"
+    )
+    assert tables.fault_matrix([]).empty and tables.faults_sentence([]) == "no fault was planted"
+
+
+def test_clean_runs_repeats_and_sanitizer_in_words():
+    clean = Trial(kind="bisection", backend="cpu", variant="clean-runs", data={
+        "runs": 100, "alarms": 0, "values": 5, "dtypes": {"float16": 60, "float32": 40}, "patterns": {"normal": 100},
+        "seeds": [0, 99]})  # fmt: skip
+    [row] = tables.clean_runs_table([clean]).to_dict("records")
+    assert (row["verdict"], row["false alarms"], row["dtypes"]) == ("PASS", 0, "float16 (60), float32 (40)")
+    repeats = [
+        Trial(kind="bisection", backend="cpu", variant="determinism", problem=SMALL,
+              data={"runs": 5, "identical": True}),
+        Trial(kind="bisection", backend="wmma", variant="determinism", status="failed", problem=SMALL, reason="other",
+              data={"runs": 5, "identical": False, "first_stage": "scores",
+                    "element": {"row": 3, "got": 1.0, "expected": 2.0}}),
+        Trial(kind="bisection", backend="scalar", variant="determinism", status="unavailable", reason="no GPU"),
+    ]  # fmt: skip
+    results = tables.determinism_table(repeats)
+    assert list(results["result"]) == ["the same bits", "other bits", "unavailable"]
+    assert results.loc[1, "first differs in"] == "scores" and "row 3" in results.loc[1, "element"]
+    watched = [
+        Trial(kind="sanitizer", backend="wmma", variant="memcheck", status="unavailable", reason="not installed"),
+        Trial(kind="sanitizer", backend="wmma", variant="racecheck", status="failed", reason="race", data={
+            "tool": "racecheck", "num_findings": 7,
+            "findings": [{"kernel": "attention_wmma", "file": "attention_wmma.cu", "line": 12}]}),
+        Trial(kind="sanitizer", backend="wmma", variant="synccheck", data={"num_findings": 0, "findings": []}),
+    ]  # fmt: skip
+    table = tables.sanitizer_table(watched)
+    assert list(table["result"]) == ["not available", "FAIL", "PASS"]
+    assert table.loc[1, "first place"] == "attention_wmma.cu:12"

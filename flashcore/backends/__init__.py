@@ -52,6 +52,10 @@ class Backend(ABC):
     """The head_dims it takes; None for any."""
     kernel: str | None = None
     """Name of the `.cu` file it launches, if one of ours; its hash goes into every record."""
+    swept: bool = True
+    """Whether a sweep measures it at every problem; otherwise only at the original report's workloads."""
+    rounds_scores: bool = False
+    """Whether scores are rounded to the problem's dtype before the softmax, by design: its bound then allows for it."""
     traceable: bool = False
     """Whether `trace` returns its stages, so that it can be bisected."""
 

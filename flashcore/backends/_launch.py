@@ -1,0 +1,107 @@
+"""Compile, load and launch kernels: what stands between a torch tensor and an entry function on the GPU."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashcore.backends._outputs import new_output
+from flashcore.build import compile_kernel
+
+SHAPE = struct.Struct("4i")
+"""`LaunchShape` of kernels/include/attention.cuh."""
+COPY_BYTES = 16
+"""Kernels copy 16 bytes at a time, so rows have to start at multiples of that."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedKernel:
+    """A cubin in the GPU's memory, and the launch shape that it asks for."""
+
+    module: Any
+    tile_m: int
+    tile_n: int
+    threads: int
+    shared_bytes: int
+
+
+@functools.lru_cache(maxsize=256)
+def load_kernel(kernel: str, head_dim: int, dtype: str, trace: bool, source: str | None, device: int) -> LoadedKernel:
+    """Compile (or take from the cache), load on GPU number `device`, and read the launch shape."""
+    import cupy
+
+    cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace, source=source)
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(path=str(cubin.path))
+        raw = np.empty(SHAPE.size, np.uint8)
+        pointer = module.get_global(f"{kernel}_shape")
+        cupy.cuda.runtime.memcpy(raw.ctypes.data, pointer.ptr, raw.nbytes, cupy.cuda.runtime.memcpyDeviceToHost)
+    return LoadedKernel(module, *SHAPE.unpack(raw.tobytes()))
+
+
+@functools.lru_cache(maxsize=1024)
+def entry_point(loaded: LoadedKernel, name: str, device: int) -> Any:
+    """An entry function of a loaded cubin, allowed the dynamic shared memory that its launch shape asks for."""
+    import cupy
+
+    with cupy.cuda.Device(device):
+        function = loaded.module.get_function(name)
+        if loaded.shared_bytes:
+            function.max_dynamic_shared_size_bytes = loaded.shared_bytes
+    return function
+
+
+class _TorchStream:
+    """A stream of torch's, by the CUDA stream protocol that CuPy takes."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(pointer: int) -> Any:
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and later
+        return cupy.cuda.Stream.from_external(_TorchStream(pointer))
+    return cupy.cuda.ExternalStream(pointer)
+
+
+def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Any], *, stream: int, shared: int = 0) -> None:
+    """Launch `blocks` blocks on a stream given by its address."""
+    with _stream(stream):
+        function((blocks, 1, 1), (threads, 1, 1), tuple(arguments), shared_mem=shared)
+
+
+def as_argument(packed: bytes) -> np.ndarray:
+    """A struct to pass to a kernel by value."""
+    return np.frombuffer(packed, dtype=f"V{len(packed)}").reshape(())
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if every row starts at a multiple of 16 bytes, else a contiguous copy."""
+    rows_aligned = all(
+        size == 1 or stride * tensor.element_size() % COPY_BYTES == 0
+        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    )
+    if rows_aligned and tensor.data_ptr() % COPY_BYTES == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def outputs_for(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for `out` and `lse`; `out` in the memory order of `q`: a `[B,S,H,D]` view in gives one out."""
+    lse = new_output(tuple(q.shape[:3]), torch.float32, q.device)
+    if not q.is_contiguous() and q.transpose(1, 2).is_contiguous():
+        batch, heads, rows, columns = q.shape
+        return new_output((batch, rows, heads, columns), q.dtype, q.device).transpose(1, 2), lse
+    return new_output(tuple(q.shape), q.dtype, q.device), lse

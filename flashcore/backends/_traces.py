@@ -1,0 +1,87 @@
+"""Give a traced kernel room for its stages, and read them back as a `Trace`."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.problem import Problem
+from flashcore.reference import Trace
+
+TRACE = struct.Struct("6Q 2i")
+"""`TraceBuffers` of kernels/include/trace.cuh."""
+NOT_WRITTEN = 0x7FC0_DEAD
+"""A NaN that no arithmetic makes: trace buffers start out full of it, so that a page a kernel skipped can be told."""
+
+
+@dataclass(frozen=True)
+class TraceBuffers:
+    """Where a kernel stores its stages; shapes as in `Trace`, `accum` with rows rounded up to whole tiles."""
+
+    scores: torch.Tensor
+    row_max: torch.Tensor
+    rescale: torch.Tensor
+    probs: torch.Tensor
+    row_sum: torch.Tensor
+    accum: torch.Tensor
+
+    @classmethod
+    def make(cls, problem: Problem, page_size: int, tile_m: int, device: torch.device) -> TraceBuffers:
+        """Buffers full of `NOT_WRITTEN` for pages of `page_size` keys and query tiles of `tile_m` rows."""
+
+        def room(*shape: int) -> torch.Tensor:
+            return torch.full(shape, NOT_WRITTEN, dtype=torch.int32, device=device).view(torch.float32)
+
+        heads = (problem.batch, problem.num_heads_q)
+        square = (*heads, problem.seqlen_q, problem.seqlen_k)
+        paged = (*heads, -(-problem.seqlen_k // page_size), problem.seqlen_q)
+        padded_rows = -(-problem.seqlen_q // tile_m) * tile_m
+        accum = room(*paged[:3], padded_rows, problem.head_dim)
+        return cls(room(*square), room(*paged), room(*paged), room(*square), room(*paged), accum)
+
+    def packed(self) -> bytes:
+        """The struct that the kernel takes."""
+        stages = (self.scores, self.row_max, self.rescale, self.probs, self.row_sum, self.accum)
+        return TRACE.pack(*(stage.data_ptr() for stage in stages), self.row_max.shape[2], self.accum.shape[3])
+
+    def trace(self, problem: Problem, page_size: int, out: torch.Tensor, lse: torch.Tensor) -> Trace:
+        """What the kernel stored, its rightly skipped pages filled in."""
+        trace = Trace(
+            page_size=page_size, scores=self.scores, row_max=self.row_max, rescale=self.rescale, probs=self.probs,
+            row_sum=self.row_sum, accum=self.accum[:, :, :, : problem.seqlen_q], out=out, lse=lse,
+        )  # fmt: skip
+        fill_skipped_pages(trace, problem)
+        return trace
+
+
+def fill_skipped_pages(trace: Trace, problem: Problem) -> None:
+    """Give the pages that a causal kernel rightly never visits the values of an update that changes nothing.
+
+    A page may be skipped for a row that sees none of its keys. Only there, and only where the kernel wrote nothing,
+    the trace is filled in; a page skipped wrongly stays NaN and is found.
+    """
+    if not problem.causal:
+        return
+    device = trace.scores.device
+    pages = trace.row_max.shape[2]
+    rows = torch.arange(problem.seqlen_q, device=device)
+    visible = (rows + 1 + problem.seqlen_k - problem.seqlen_q).clamp(0, problem.seqlen_k)
+
+    def not_written(stage: torch.Tensor) -> torch.Tensor:
+        return stage.view(torch.int32) == NOT_WRITTEN
+
+    for page in range(pages):
+        first, last = page * trace.page_size, min((page + 1) * trace.page_size, problem.seqlen_k)
+        skippable = visible <= first  # [seqlen_q]
+        for stage, value in ((trace.scores, float("-inf")), (trace.probs, 0.0)):
+            part = stage[:, :, :, first:last]
+            part.masked_fill_(not_written(part) & skippable[:, None], value)
+        for stage, before_any in ((trace.row_max, float("-inf")), (trace.row_sum, 0.0), (trace.accum, 0.0)):
+            part = stage[:, :, page]
+            previous = stage[:, :, page - 1] if page else torch.full_like(part, before_any)
+            mask = skippable if part.dim() == 3 else skippable[:, None]
+            part.copy_(torch.where(not_written(part) & mask, previous, part))
+        part = trace.rescale[:, :, page]
+        part.masked_fill_(not_written(part) & skippable, 1.0)

@@ -1,0 +1,112 @@
+"""Plant a bug in a backend: patch its kernel's source, or put a wrong method in place of one of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flashcore import backends
+from flashcore.build import kernel_source
+from flashcore.errors import FaultError, UnknownName
+from flashcore.problem import Problem
+
+if TYPE_CHECKING:
+    from flashcore.backends import Backend
+
+PLAIN = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=100, seqlen_k=200, head_dim=64, page_size=64)
+"""Where most faults are planted: two sequences, grouped heads, several pages, tails on both sides."""
+
+Edit = tuple[str, str]
+"""What stands in the source, and what to put there instead."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A patch of the kernel's source; each old text has to stand there exactly once."""
+
+    edits: tuple[Edit, ...]
+
+    def text(self, kernel: str) -> str:
+        """The kernel's source with the patch in it; `FaultError` when it no longer applies."""
+        text = kernel_source(kernel)
+        for old, new in self.edits:
+            if text.count(old) != 1:
+                raise FaultError(
+                    f"A planted fault no longer fits kernel '{kernel}': its text stands there "
+                    f"{text.count(old)} times instead of once: {old!r}. Mend the patch in flashcore/faults.py."
+                )
+            text = text.replace(old, new)
+        return text
+
+    def apply(self, backend: Backend) -> Backend:
+        """A copy of the backend that compiles the patched source."""
+        planted = copy.copy(backend)
+        planted.source = self.text(backend.kernel)
+        return planted
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other methods in place of the backend's own: a wrong host-side argument, or a wrong stage of the cpu backend."""
+
+    methods: Mapping[str, Callable]
+
+    def apply(self, backend: Backend) -> Backend:
+        """A copy of the backend with the other methods."""
+        missing = [name for name in self.methods if not hasattr(backend, name)]
+        if missing:
+            raise FaultError(f"A planted fault overrides '{missing[0]}', which backend '{backend.id}' no longer has.")
+        planted = copy.copy(backend)
+        planted.__class__ = type("Planted", (type(backend),), dict(self.methods))
+        return planted
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A bug, where it can be planted, and where it has to be found."""
+
+    id: str
+    title: str
+    stage: str
+    """The first producer that bisection has to name."""
+    looks_like: str
+    """What a check of `out` alone would show."""
+    plants: Mapping[str, Source | Override] = field(default_factory=dict, repr=False)
+    """How to plant it, by backend id."""
+    problem: Problem = PLAIN
+    """A problem that shows it."""
+    pattern: str = "normal"
+    may_crash: bool = False
+    """It may read out of bounds or hang, which ends a CUDA context: on a GPU it runs in a process of its own."""
+    crash_is_found: bool = False
+    """The death of that process is a finding, since an access out of bounds is what the bug is."""
+    awaits: str | None = None
+    """What does not exist yet and the bug belongs to."""
+    held_by: str | None = None
+    """What holds a bug that is not one of a backend."""
+
+    def why_not(self, backend_id: str | None = None) -> str | None:
+        """None when it can be planted (in that backend); otherwise the reason, as a clause."""
+        if self.awaits:
+            return f"awaits {self.awaits}"
+        if self.held_by:
+            return f"no bug of a backend: {self.held_by}"
+        if backend_id is not None and backend_id not in self.plants:
+            return f"makes no sense in {backend_id}"
+        return None
+
+    def plant(self, backend_id: str) -> Backend:
+        """The backend with this bug in it.
+
+        Raises
+        ------
+        UnknownName
+            The fault makes no sense in that backend.
+        FaultError
+            The patch no longer applies.
+        """
+        if backend_id not in self.plants:
+            raise UnknownName(f"way to plant {self.id} in backend", backend_id, sorted(self.plants))
+        return self.plants[backend_id].apply(backends.get(backend_id))

@@ -1,0 +1,345 @@
+"""Prove the checker: plant every known bug and see where bisection finds it, and run what is right and see no alarm."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from flashcore import backends as registry
+from flashcore.backends import Backend
+from flashcore.bisection import Bisection, bisect, bisect_trial
+from flashcore.build import compile_kernel
+from flashcore.check import hash_of
+from flashcore.determinism import check_determinism
+from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
+from flashcore.faults import FAULTS, get
+from flashcore.inputs import LAYOUTS, PATTERNS
+from flashcore.isolation import Worker, isolated_trial
+from flashcore.planting import Fault, Source
+from flashcore.problem import Problem, parse_problem
+from flashcore.records import RunFolder, Trial
+
+Progress = Callable[[str], None]
+
+CRASH_LIMIT_S = 60.0
+"""Seconds a fault may take in a process of its own; a right kernel takes well under one."""
+_ISOLATED_ON = ("cuda",)
+
+
+def provable(backends: Sequence[Backend] | None = None) -> list[Backend]:
+    """The backends that faults make sense in: those given, or all, that expose their stages and are ours."""
+    given = registry.all_backends() if backends is None else backends
+    return [b for b in given if b.traceable and b.role == "ours"]
+
+
+# ------------------------------------------------------------------------------------------------ planted bugs
+
+
+def prove(fault_id: str, backend_id: str) -> Trial:
+    """Plant one bug, bisect, and say whether it was found at its stage. Importable, to be run in another process.
+
+    Raises
+    ------
+    UnknownName
+        No such fault or backend, or the one makes no sense in the other.
+    FaultError, CompileError, BackendUnavailable
+        The fault cannot be planted here.
+    """
+    fault = get(fault_id)
+    planted = fault.plant(backend_id)
+    planted.require(fault.problem)
+    started = time.perf_counter()
+    found = bisect(planted, fault.problem, pattern=fault.pattern)
+    return _judged(fault, found, time.perf_counter() - started)
+
+
+def _judged(fault: Fault, found: Bisection, seconds: float) -> Trial:
+    stage = found.producers[0] if found.producers else found.first_row[0].stage if found.first_row else None
+    if stage is None and not found.production.passed:
+        stage = "production"
+    outcome = "found" if stage == fault.stage else "missed" if found.passed else "found elsewhere"
+    first = found.first_row[1].first_bad if found.first_row else found.production.first_bad
+    output = found.output or {}
+    data = _facts(fault) | {
+        "found_stage": stage, "producers": found.producers, "outcome": outcome, "first_bad": first,
+        "output_finite": output.get("finite"), "check_passed": output.get("finite") and output.get("nonzero"),
+        "complete": found.coverage["complete"], "seconds": round(seconds, 3),
+    }  # fmt: skip
+    words = {"found elsewhere": f"it was found at {stage}", "missed": "nothing was found"}
+    reason = None if outcome == "found" else f"{fault.id} has to be found at {fault.stage}, and {words[outcome]}"
+    return Trial(kind="fault", backend=found.backend, variant=fault.id, problem=found.problem, data=data, reason=reason,
+                 status="ok" if outcome == "found" else "failed", source_hash=found.source_hash)  # fmt: skip
+
+
+def _facts(fault: Fault) -> dict:
+    return {"fault": fault.id, "title": fault.title, "expected_stage": fault.stage, "looks_like": fault.looks_like,
+            "pattern": fault.pattern, "problem": fault.problem.label()}  # fmt: skip
+
+
+def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None) -> int:
+    """Compile what the faults will need, traced and not, on all cores at once; returns how many variants.
+
+    What does not compile is left for the trial that needs it to say.
+    """
+    jobs = []
+    for fault in faults:
+        for backend in backends:
+            plant = fault.plants.get(backend.id)
+            if isinstance(plant, Source) and fault.why_not(backend.id) is None and backend.kernel:
+                jobs += [(fault, backend, traced) for traced in (True, False)]
+
+    def compile_one(job: tuple[Fault, Backend, bool]) -> None:
+        fault, backend, traced = job
+        try:
+            text = fault.plants[backend.id].text(backend.kernel)
+            compile_kernel(backend.kernel, head_dim=fault.problem.head_dim, dtype=fault.problem.dtype, trace=traced,
+                           source=text)  # fmt: skip
+        except FlashCoreError:
+            pass
+
+    if not jobs:
+        return 0
+    with contextlib.suppress(ImportError):
+        importlib.import_module("cuda.core")  # before the threads: its first import is not safe in several at once
+    if progress:
+        progress(f"compiling {len(jobs)} variants with a bug in them")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC runs outside Python's lock
+        collections.deque(pool.map(compile_one, jobs), maxlen=0)
+    return len(jobs)
+
+
+def run_faults(
+    run: RunFolder | None = None,
+    backends: Sequence[Backend] | None = None,
+    *,
+    faults: Sequence[Fault] = FAULTS,
+    progress: Progress | None = None,
+) -> list[Trial]:
+    """Plant every bug of the catalogue in every backend that can hold it; one `fault` trial each, written as made.
+
+    Parameters
+    ----------
+    run
+        Where trials go; None keeps them in memory.
+    backends
+        Those to plant in (see `provable`); None for all of ours.
+    faults
+        Part of the catalogue, for a quick run.
+
+    Returns
+    -------
+    list of Trial
+        Kind `fault`, `variant` the fault's id, data `outcome`: `found`, `found elsewhere`, `missed`, `crashed` (its
+        process died), `not applicable` (with the reason; nothing is left out in silence), `not run` (the backend does
+        not work here) or `not planted` (the patch no longer fits, or does not compile). Status `ok` for what was
+        found, `failed` for what was not.
+    """
+    chosen = provable(backends)
+    ready = [b for b in chosen if b.availability().ok]
+    trials: list[Trial] = []
+
+    def record(trial: Trial) -> None:
+        trials.append(run.append(trial) if run else trial)
+
+    for backend in chosen:
+        if backend not in ready:
+            state = backend.availability()
+            record(Trial(kind="fault", backend=backend.id, status="unavailable", data={"outcome": "not run"},
+                         reason=f"{state.reason}; to mend it: {state.fix}", source_hash=hash_of(backend)))  # fmt: skip
+    with Worker(warm="flashcore.proving") as worker:
+        if any(_isolated(fault, backend) for fault in faults for backend in ready):
+            worker.start()  # it imports torch while the kernels compile
+        precompile(faults, ready, progress)
+        for fault in faults:
+            if fault.awaits or fault.held_by:
+                record(_not_applicable(fault, None))
+                continue
+            for backend in ready:
+                if fault.why_not(backend.id):
+                    record(_not_applicable(fault, backend))
+                    continue
+                if progress:
+                    progress(f"{fault.id} in {backend.id}: {fault.title}")
+                record(_one(fault, backend, worker))
+    return trials
+
+
+def bisect_planted(
+    fault: Fault,
+    backend_id: str,
+    problem: Problem | None = None,
+    *,
+    pattern: str | None = None,
+    seed: int = 0,
+    repeat: int = 0,
+    layout: str = "bhsd",
+) -> list[Trial]:
+    """Look closely at one planted bug: its bisection and, with `repeat`, that many repeats compared bit by bit.
+
+    One that may crash runs in a process of its own on a GPU.
+
+    Returns
+    -------
+    list of Trial
+        Kind `bisection`, their `variant` beginning with `planted`, so that nobody takes them for the backend's own.
+
+    Raises
+    ------
+    UnknownName, FaultError
+        It cannot be planted there.
+    """
+    wanted, looks = problem or fault.problem, pattern or fault.pattern
+    planted = fault.plant(backend_id)
+    work = [("bisection", {"seed": seed, "pattern": looks, "layout": layout})]
+    if repeat:
+        work.append(("determinism", {"seed": seed, "pattern": looks, "runs": max(2, repeat)}))
+    if not _isolated(fault, planted):
+        return [_planted_trial(fault.id, backend_id, what, wanted.label(), options) for what, options in work]
+    with Worker() as worker:
+        trials = []
+        for what, options in work:
+            fields = dict(kind="bisection", backend=backend_id, variant=f"planted-{fault.id}-{what}", problem=wanted,
+                          source_hash=hash_of(planted), data={"fault": fault.id})  # fmt: skip
+            trials.append(isolated_trial(_planted_trial, fault.id, backend_id, what, wanted.label(), options,
+                                         worker=worker, timeout_s=CRASH_LIMIT_S, fields=fields))  # fmt: skip
+    return trials
+
+
+def _planted_trial(fault_id: str, backend_id: str, what: str, label: str, options: dict) -> Trial:
+    """One measurement of a planted bug. Importable, to be run in another process."""
+    planted, problem = get(fault_id).plant(backend_id), parse_problem(label)
+    measure = bisect_trial if what == "bisection" else check_determinism
+    trial = measure(planted, problem, **options)
+    data = {**trial.data, "fault": fault_id}
+    return trial.model_copy(update={"variant": f"planted-{fault_id}-{what}", "data": data})
+
+
+def _isolated(fault: Fault, backend: Backend) -> bool:
+    return fault.may_crash and backend.device in _ISOLATED_ON and fault.why_not(backend.id) is None
+
+
+def _not_applicable(fault: Fault, backend: Backend | None) -> Trial:
+    reason = fault.why_not(backend.id if backend else None)
+    return Trial(kind="fault", backend=backend.id if backend else None, variant=fault.id, status="unsupported",
+                 reason=reason, data=_facts(fault) | {"outcome": "not applicable"},
+                 source_hash=hash_of(backend) if backend else None)  # fmt: skip
+
+
+def _one(fault: Fault, backend: Backend, worker: Worker) -> Trial:
+    fields = dict(kind="fault", backend=backend.id, variant=fault.id, problem=fault.problem,
+                  source_hash=hash_of(backend))  # fmt: skip
+    data = _facts(fault) | {"found_stage": None, "producers": []}
+    if _isolated(fault, backend):
+        trial = isolated_trial(prove, fault.id, backend.id, worker=worker, timeout_s=CRASH_LIMIT_S,
+                               fields={**fields, "data": data})  # fmt: skip
+        if trial.status != "error":
+            return trial
+        crashed = trial.data["crashed"]
+        accepted = crashed and fault.crash_is_found
+        changes = {"data": {**trial.data, "outcome": "crashed" if crashed else "not planted"},
+                   "status": "ok" if accepted else "failed" if crashed else "error"}  # fmt: skip
+        return trial.model_copy(update=changes)
+    try:
+        return prove(fault.id, backend.id)
+    except (BackendUnavailable, Unsupported) as error:
+        return Trial(**fields, status="unavailable", reason=error.reason, data={**data, "outcome": "not run"})
+    except Exception as error:  # a patched kernel may raise anything; the record has to say so
+        text = " ".join(str(error).split())[:500] or "no message"
+        return Trial(**fields, status="error", reason=f"{type(error).__name__}: {text}",
+                     data={**data, "outcome": "not planted"})  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ clean runs
+
+
+def random_cases(backend: Backend, n: int, *, seed: int = 0) -> Iterator[tuple[int, Problem, str, str]]:
+    """`n` times a seed, a problem that the backend takes, an input pattern and a layout; the same for the same seed.
+
+    Every pattern comes in turn. Shapes hold single rows, tails on both sides, grouped heads, unequal lengths and rows
+    without keys; they are small, since an error does not depend on how often it is made.
+    """
+    rng = random.Random(f"{backend.id} {seed}")
+    dtypes = list(backend.dtypes)
+    head_dims = list(backend.head_dims or (1, 8, 40, 64, 128))
+    heads, lengths = [1, 1, 2], [1, 2, 17, 31, 64, 96, 129]
+    long = [*lengths, 200, 257] if backend.device == "cpu" else [*lengths, 300, 517, 1000]
+    made = 0
+    while made < n:
+        num_heads_kv = rng.choice(heads)
+        problem = Problem(
+            batch=rng.choice([1, 2]), num_heads_kv=num_heads_kv, num_heads_q=num_heads_kv * rng.choice([1, 1, 2, 3]),
+            seqlen_q=rng.choice(lengths), seqlen_k=rng.choice(long), head_dim=rng.choice(head_dims),
+            dtype=rng.choice(dtypes), causal=rng.random() < 0.5, page_size=rng.choice([16, 64, 100, 128]),
+            softmax_scale=rng.choice([None, None, None, 1.0, -0.3, 0.0]),
+        )  # fmt: skip
+        layout = rng.choice(LAYOUTS)
+        if backend.why_not(problem) is None:
+            yield seed + made, problem, PATTERNS[made % len(PATTERNS)], layout
+            made += 1
+
+
+def clean_runs(
+    run: RunFolder | None = None,
+    backends: Sequence[Backend] | None = None,
+    *,
+    n: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Trial]:
+    """Bisect backends with nothing planted on `n` random problems each; every alarm is a false one.
+
+    Returns
+    -------
+    list of Trial
+        One a backend, kind `bisection`, variant `clean-runs`; data `runs`, `alarms`, `first_alarm`, `values` judged,
+        `seeds`, and how many runs had each dtype, pattern and layout. Status `failed` when there was an alarm.
+    """
+    trials = []
+    for backend in provable(backends):
+        if progress:
+            progress(f"{n} clean runs of {backend.id}")
+        trial = _clean_runs_of(backend, n, seed)
+        trials.append(run.append(trial) if run else trial)
+    return trials
+
+
+def _clean_runs_of(backend: Backend, n: int, seed: int) -> Trial:
+    common = dict(kind="bisection", backend=backend.id, variant="clean-runs", source_hash=hash_of(backend))
+    state = backend.availability()
+    if not state.ok:
+        return Trial(**common, status="unavailable", reason=f"{state.reason}; to mend it: {state.fix}",
+                     data={"runs": 0, "wanted": n})  # fmt: skip
+    counts = {name: collections.Counter() for name in ("dtypes", "patterns", "layouts", "head_dims")}
+    done, alarms, values, first, causal, grouped = 0, 0, 0, None, 0, 0
+    started = time.perf_counter()
+    try:
+        for case_seed, problem, pattern, layout in random_cases(backend, n, seed=seed):
+            found = bisect(backend, problem, seed=case_seed, pattern=pattern, layout=layout)
+            done += 1
+            values += found.coverage["elements"]
+            causal += problem.causal
+            grouped += problem.num_heads_q != problem.num_heads_kv
+            shown = {"dtypes": problem.dtype, "patterns": pattern, "layouts": layout, "head_dims": problem.head_dim}
+            for name, value in shown.items():
+                counts[name][str(value)] += 1
+            if not found.passed:
+                alarms += 1
+                first = first or {"seed": case_seed, "problem": problem.label(), "pattern": pattern, "layout": layout,
+                                  "finding": found.finding()}  # fmt: skip
+    except Exception as error:  # a kernel that dies on a right problem is itself an alarm
+        reason = f"run {done} of {n} did not finish: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Trial(**common, status="error", reason=reason, data={"runs": done, "wanted": n, "alarms": alarms})
+    data = {"runs": done, "wanted": n, "alarms": alarms, "first_alarm": first, "values": values,
+            "seeds": [seed, seed + n - 1], "causal": causal, "grouped_heads": grouped,
+            **{name: dict(sorted(count.items())) for name, count in counts.items()},
+            "seconds": round(time.perf_counter() - started, 2)}  # fmt: skip
+    reason = None
+    if alarms:
+        reason = f"{alarms} of {done} clean runs raised an alarm, first {first['problem']}: {first['finding']}"
+    return Trial(**common, status="failed" if alarms else "ok", reason=reason, data=data)

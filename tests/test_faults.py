@@ -1,0 +1,227 @@
+"""The catalogue of planted bugs: each fits its source exactly once, compiles, and is found at the stage it names."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import synthetic_records as synthetic
+
+import flashcore
+from flashcore import backends, build, compare, faults, planting, stagewise, tables, verdict
+from flashcore.bisection import bisect
+from flashcore.check import check_attention
+from flashcore.errors import FaultError, UnknownName
+from flashcore.faults import FAULTS
+from flashcore.planting import Override, Source
+from flashcore.problem import square
+
+CPU = [f.id for f in FAULTS if "cpu" in f.plants]
+PATCHES = [(f.id, b) for f in FAULTS for b, plant in f.plants.items() if isinstance(plant, Source)]
+ON_GPU = [(f.id, b) for f in FAULTS for b in f.plants if b != "cpu"]
+
+
+def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence():
+    ids = [f.id for f in FAULTS]
+    assert len(set(ids)) == len(ids)
+    assert [i for i in ids if i.startswith("F")] == [f"F{n}" for n in range(1, 17)]
+    assert len([i for i in ids if i.startswith("G")]) >= 8
+    for fault in FAULTS:
+        assert bool(fault.plants) != bool(fault.awaits or fault.held_by), f"{fault.id} is neither planted nor explained"
+        assert fault.plants == {} or fault.stage in flashcore.reference.STAGES
+    for backend in ("cpu", "scalar", "wmma"):
+        assert sum(fault.why_not(backend) is None for fault in FAULTS) >= 20
+
+
+# ------------------------------------------------------------------------------------------------ on the cpu backend
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_a_bug_of_the_cpu_backend_is_found_at_its_stage(name):
+    fault = faults.get(name)
+    assert bisect("cpu", fault.problem, pattern=fault.pattern).passed, "the clean run has to be silent"
+    found = bisect(fault.plant("cpu"), fault.problem, pattern=fault.pattern)
+    assert found.producers[:1] == [fault.stage], found.finding()
+    first = found.first_row[1].first_bad
+    assert first["stage"] == fault.stage and {"batch", "head", "row", "got", "expected"} <= set(first)
+    assert found.window["stage"] == fault.stage and found.coverage["complete"]
+
+
+def test_planting_leaves_the_backend_itself_alone():
+    for fault in FAULTS:
+        for backend in fault.plants:
+            planted = fault.plant(backend)
+            assert planted is not backends.get(backend) and planted.id == backend
+    assert bisect("cpu", planting.PLAIN).passed
+    assert backends.get("wmma").source is None
+
+
+# ------------------------------------------------------------------------------------------------ patches of kernels
+
+
+@pytest.mark.parametrize(("name", "backend"), PATCHES)
+def test_a_patch_fits_exactly_once_and_changes_the_code(name, backend):
+    kernel = backends.get(backend).kernel
+    text = faults.get(name).plants[backend].text(kernel)
+    assert build._bare(text) != build._bare(build.kernel_source(kernel))
+
+
+@pytest.mark.slow
+def test_every_patched_kernel_compiles():
+    """The traced build holds all the code that the production build does."""
+    pytest.importorskip("cuda.core")  # before the threads: its first import is not safe in several at once
+
+    def compile_one(patch):
+        fault, backend = faults.get(patch[0]), backends.get(patch[1])
+        text = fault.plants[backend.id].text(backend.kernel)
+        return build.compile_kernel(backend.kernel, head_dim=64, dtype="float16", trace=True, source=text)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cubins = list(pool.map(compile_one, PATCHES))
+    patched = {b for _, b in PATCHES}
+    clean = {b: build.compile_kernel(backends.get(b).kernel, head_dim=64, dtype="float16", trace=True) for b in patched}
+    for patch, cubin in zip(PATCHES, cubins, strict=True):
+        assert cubin.path.read_bytes() != clean[patch[1]].path.read_bytes(), f"{patch} compiles to the same code"
+
+
+def test_a_patch_that_no_longer_fits_is_an_error():
+    for text in ("no such text stands there", "__syncthreads();"):
+        with pytest.raises(FaultError, match="stands there (0|2) times instead of once"):
+            Source(((text, ""),)).apply(backends.get("scalar"))
+    with pytest.raises(FaultError, match="which backend 'cpu' no longer has"):
+        Override({"no_such_method": lambda self: None}).apply(backends.get("cpu"))
+
+
+def test_names_that_do_not_exist():
+    with pytest.raises(UnknownName, match="There is no fault 'F99'"):
+        faults.get("F99")
+    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: scalar"):
+        faults.get("G7").plant("cpu")
+
+
+# ------------------------------------------------------------------------------------------------ F16: the report
+
+
+def reads_right() -> bool:
+    """Whether good evidence is GO and the same evidence with one wrong result is NO-GO."""
+    good = synthetic.gpu_trials(synthetic.FAST)
+    wrong = synthetic.correctness("wmma", square(16, 16, 2048, 64), status="failed")
+    with_wrong = [wrong if t.kind == "correctness" and t.backend == "wmma" else t for t in good]
+    return decided(good).verdict == "GO" and decided(with_wrong).verdict == "NO-GO"
+
+
+def decided(trials) -> verdict.Decision:
+    return verdict.decide(trials, verdict.load_gates(), environment=synthetic.environment(),
+                          current_hashes=synthetic.HASHES)  # fmt: skip
+
+
+def test_f16_a_verdict_the_wrong_way_round_is_seen(monkeypatch):
+    assert reads_right()
+    right = compare.passed
+
+    def inverted(trial):
+        return None if right(trial) is None else not right(trial)
+
+    monkeypatch.setattr(compare, "passed", inverted)
+    monkeypatch.setattr("flashcore.judging.compare.passed", inverted)
+    assert not reads_right(), "the planted polarity changes nothing, so no test would see it"
+
+
+def tables_right() -> bool:
+    """Whether a stage table says FAIL of the planted stage and nowhere else, and of a clean run nowhere."""
+    fault = faults.get("G14")
+    planted = tables.stage_table(bisect(fault.plant("cpu"), fault.problem).to_trial()).set_index("stage")
+    clean = tables.stage_table(bisect("cpu", fault.problem).to_trial())
+    said = [stage for stage in planted.index if planted.loc[stage, "from own inputs"].startswith("FAIL")]
+    return said == ["lse"] and set(clean["from own inputs"]) == {"PASS"}
+
+
+def test_f16_a_table_the_wrong_way_round_is_seen(monkeypatch):
+    assert tables_right()
+    words = tables._verdict
+    monkeypatch.setattr(tables, "_verdict", lambda j: words({**j, "passed": not j["passed"]}))
+    assert not tables_right()
+    monkeypatch.undo()
+    monkeypatch.setattr(stagewise.Judgement, "passed", property(lambda self: self.num_bad > 0))
+    with pytest.raises(Exception):  # noqa: B017  a judge that calls wrong right has no first bad element to show
+        assert tables_right()
+
+
+def test_f16_no_glyph_says_anything_anywhere():
+    package = Path(flashcore.__file__).parent
+    files = [*package.rglob("*.py"), *(build.data_dir("notebooks")).glob("*.ipynb")]
+    files += [p for p in (build.data_dir("reports") / "template").rglob("*") if p.is_file()]
+    glyphs = set("✅❌✓✗✔✘☑☒🟢🔴🟡👍👎⚠")
+    assert len(files) > 20
+    assert [p.name for p in files if glyphs & set(p.read_text(encoding="utf-8", errors="replace"))] == []
+
+
+@pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed")
+def test_f16_the_audit_of_the_sass_looks_for_what_is_there(monkeypatch):
+    wmma = build.compile_kernel("attention_wmma", head_dim=64, dtype="float16")
+    scalar = build.compile_kernel("attention_scalar", head_dim=64, dtype="float16")
+    assert wmma.tensor_instructions and not scalar.tensor_instructions
+    monkeypatch.setattr(build, "AUDITED", ("WGMMA",))
+    assert build.count_sass(wmma.path) == {"WGMMA": 0}, "Tensor Cores in SASS are HMMA and HGMMA, never WGMMA"
+
+
+# ------------------------------------------------------------------------------------------------ finite and wrong
+
+
+def no_go_of(trial) -> verdict.Decision:
+    """The verdict on evidence that meets every gate, once a wrong result takes the place of that backend's checks."""
+    good = synthetic.gpu_trials(synthetic.FAST)
+    hashes = {t.backend: t.source_hash for t in good if t.kind == "correctness"}
+    trial = trial.model_copy(update={"environment": synthetic.ENV_ID, "source_hash": hashes[trial.backend]})
+    trials = [t for t in good if (t.kind, t.backend) != ("correctness", trial.backend)] + [trial]
+    return decided(trials)
+
+
+def assert_finite_and_no_go(backend: str):
+    fault = faults.get("F8")
+    planted = fault.plant(backend)
+    found = bisect(planted, fault.problem)
+    assert found.output == {"finite": True, "nonzero": True}, "the naive check has to be fooled"
+    assert found.producers[0] == "scores" and found.first_row[1].first_bad["stage"] == "scores"
+    checked = check_attention(planted, fault.problem)
+    assert checked.status == "failed" and checked.correctness.num_nan == checked.correctness.num_inf == 0
+    decision = no_go_of(checked)
+    assert decision.verdict == "NO-GO", decision.reason
+    gate = next(g for g in decision.gates if g.id == f"{backend}-correct")
+    assert gate.state == "FAIL"
+    assert no_go_of(check_attention(backend, fault.problem)).verdict != "NO-GO", "the clean backend has to pass"
+
+
+def test_a_finite_wrong_result_is_no_go_on_the_cpu():
+    assert_finite_and_no_go("cpu")
+
+
+@pytest.mark.gpu
+def test_the_original_bug_in_wmma_is_found_at_scores_and_is_no_go():
+    assert_finite_and_no_go("wmma")
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_bug_of_the_kernels_is_found_at_its_stage():
+    from flashcore.proving import run_faults
+
+    trials = run_faults(None, backends.select("scalar,wmma"))
+    planted = [t for t in trials if t.data["outcome"] != "not applicable"]
+    assert len(planted) == len(ON_GPU)
+    wrong = [(t.variant, t.backend, t.data["outcome"], t.reason) for t in planted if t.status != "ok"]
+    assert wrong == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", sorted(faults.LATE))
+def test_a_late_warp_alone_does_no_harm(backend):
+    """What makes the missing barrier show is no bug by itself."""
+    late = Source((faults.LATE[backend],)).apply(backends.get(backend))
+    assert bisect(late, planting.PLAIN).passed

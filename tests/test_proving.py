@@ -1,0 +1,163 @@
+"""The matrix of faults and the clean runs as records: every outcome has its word, its status and its place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+
+import pytest
+
+from flashcore import backends, proving, tables
+from flashcore.backends import AVAILABLE, Availability
+from flashcore.backends.cpu import CpuBackend
+from flashcore.faults import get
+from flashcore.planting import Fault, Override, Source
+from flashcore.records import Trial
+
+CPU = backends.get("cpu")
+
+
+@pytest.fixture
+def catalogue(monkeypatch):
+    """Put faults of the test's own beside the catalogue's."""
+
+    def put(*more: Fault) -> tuple[Fault, ...]:
+        named = {f.id: f for f in more}
+        monkeypatch.setattr(proving, "get", lambda name: named.get(name) or get(name))
+        return more
+
+    return put
+
+
+def one(trials: list[Trial], name: str) -> Trial:
+    return next(t for t in trials if t.variant == name)
+
+
+def test_each_outcome_has_its_word_and_status(run, catalogue):
+    chosen = catalogue(
+        get("F8"), get("F4"), get("F16"), get("G7"),
+        Fault("X1", "nothing", "probs", "right", {"cpu": Override({})}),
+        Fault("X2", "elsewhere", "lse", "wrong", dict(get("G6").plants)),
+        Fault("X3", "gone", "scores", "wrong", {"cpu": Override({"no_such": lambda self: None})}),
+        Fault("X4", "raises", "scores", "nothing", {"cpu": Override({"scores": lambda self, *_: 1 / 0})}),
+    )  # fmt: skip
+    said = []
+    trials = proving.run_faults(run, [CPU], faults=chosen, progress=said.append)
+    assert {t.variant: (t.data["outcome"], t.status) for t in trials} == {
+        "F8": ("found", "ok"), "F4": ("not applicable", "unsupported"), "F16": ("not applicable", "unsupported"),
+        "G7": ("not applicable", "unsupported"), "X1": ("missed", "failed"), "X2": ("found elsewhere", "failed"),
+        "X3": ("not planted", "error"), "X4": ("not planted", "error"),
+    }  # fmt: skip
+    kept = [t.model_dump_json() for t in run.trials(kind="fault")]
+    assert kept == [t.model_dump_json() for t in trials] and len(said) == 5
+    found = one(trials, "F8").data
+    assert found["found_stage"] == found["expected_stage"] == "scores" and found["producers"][0] == "scores"
+    assert found["output_finite"] is found["check_passed"] is True and found["first_bad"]["column"] == 16
+    assert one(trials, "X2").data["found_stage"] == "scores" and "ZeroDivisionError" in one(trials, "X4").reason
+    assert one(trials, "F4").backend is None and one(trials, "F4").reason == "awaits the cublaslt backend"
+    assert one(trials, "F16").reason.startswith("no bug of a backend: ")
+
+
+def test_a_nan_fools_no_check():
+    [trial] = proving.run_faults(None, [CPU], faults=[get("F3")])
+    assert trial.data["output_finite"] is trial.data["check_passed"] is False
+
+
+class OnAnotherDevice(CpuBackend):
+    """The cpu backend, said to run on a GPU, so that its dangerous faults run in a process of their own."""
+
+    id = "cpu"
+    device = "cuda"
+    role = "ours"
+
+    def availability(self):
+        return AVAILABLE
+
+
+def test_a_fault_that_kills_its_process_is_crashed_and_the_rest_goes_on(monkeypatch):
+    """For F11 a death is a finding, since it reads out of bounds; for G1 it is not."""
+    proved = proving.prove
+    monkeypatch.setattr(proving, "prove", crash_or_prove)
+    trials = proving.run_faults(None, [OnAnotherDevice()], faults=[get("F11"), get("G1")])
+    monkeypatch.setattr(proving, "prove", proved)
+    trials += proving.run_faults(None, [CPU], faults=[get("F8")])
+    assert [(t.variant, t.data["outcome"], t.status) for t in trials] == [
+        ("F11", "crashed", "ok"), ("G1", "crashed", "failed"), ("F8", "found", "ok"),
+    ]  # fmt: skip
+    assert all("SIGSEGV" in t.reason for t in trials[:2])
+    assert "process died" in tables.fault_matrix(trials).set_index("fault").loc["F11", "cpu"]
+
+
+def crash_or_prove(fault_id, backend_id):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_backend_that_does_not_work_here_is_not_run():
+    absent = Availability(False, "no GPU", "buy one")
+    gone = copy.copy(CPU)
+    gone.__class__ = type("Gone", (CpuBackend,), {"availability": lambda self: absent})
+    [trial] = proving.run_faults(None, [gone], faults=[get("F8")])
+    assert (trial.status, trial.data["outcome"]) == ("unavailable", "not run")
+    assert trial.reason == "no GPU; to mend it: buy one"
+    [clean] = proving.clean_runs(None, [gone])
+    assert clean.status == "unavailable" and clean.data["runs"] == 0
+
+
+def test_one_hundred_clean_runs_raise_no_alarm(run):
+    [trial] = proving.clean_runs(run, [CPU])
+    assert trial.status == "ok" and trial.data["runs"] == 100 and trial.data["alarms"] == 0, trial.reason
+    data = trial.data
+    assert set(data["dtypes"]) == {"float16", "bfloat16", "float32"} and len(data["patterns"]) == 9
+    assert set(data["layouts"]) == {"bhsd", "bshd"} and data["causal"] > 20 and data["grouped_heads"] > 20
+    assert data["values"] > 1_000_000 and data["seeds"] == [0, 99]
+    assert (trial.kind, trial.variant) == ("bisection", "clean-runs") and run.trials(kind="bisection") == [trial]
+
+
+def test_an_alarm_is_counted_and_can_be_run_again():
+    """A backend that is off by a little at the last key of long rows only: some runs see it, and say which."""
+
+    class Alarming(CpuBackend):
+        id = "alarming"
+
+        def scores(self, q, k, problem, page):
+            scores = super().scores(q, k, problem, page)
+            return scores * 1.001 if problem.seqlen_k > 100 else scores
+
+    [trial] = proving.clean_runs(None, [Alarming()], n=20)
+    assert trial.status == "failed" and 0 < trial.data["alarms"] < 20
+    first = trial.data["first_alarm"]
+    assert "scores goes wrong first" in first["finding"] and first["problem"] in trial.reason
+    from flashcore.bisection import bisect
+    from flashcore.problem import parse_problem
+
+    again = bisect(Alarming(), parse_problem(first["problem"]), seed=first["seed"], pattern=first["pattern"],
+                   layout=first["layout"])  # fmt: skip
+    assert not again.passed
+
+
+def test_the_random_problems_are_the_same_again_and_fit_the_kernels():
+    cases = list(proving.random_cases(backends.get("wmma"), 60))
+    assert cases == list(proving.random_cases(backends.get("wmma"), 60))
+    assert {p.head_dim for _, p, _, _ in cases} == {64, 128}
+    assert {p.dtype for _, p, _, _ in cases} == {"float16", "bfloat16"}
+    assert any(p.causal and p.seqlen_q > p.seqlen_k for _, p, _, _ in cases), "rows without keys have to be among them"
+
+
+def test_a_planted_bug_looked_at_closely_is_no_record_of_the_backend():
+    trials = proving.bisect_planted(get("F8"), "cpu", repeat=2)
+    assert [t.variant for t in trials] == ["planted-F8-bisection", "planted-F8-determinism"]
+    assert [t.status for t in trials] == ["failed", "ok"] and all(t.data["fault"] == "F8" for t in trials)
+
+
+def test_precompile_leaves_what_does_not_compile_to_the_trial():
+    broken = Fault("X5", "no code", "scores", "nothing", {"scalar": Source((("float row_sum = 0.f;", "not code"),))})
+    assert proving.precompile([broken, get("F11")], [backends.get("scalar")]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_clean_runs_of_every_kernel_raise_no_alarm():
+    for trial in proving.clean_runs(None, backends.select("all", device="cuda")):
+        if trial.status != "unavailable":
+            assert trial.status == "ok", trial.reason

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashcore import __version__
+from flashcore import __version__, cli_debug
 from flashcore.errors import FlashCoreError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -226,6 +226,9 @@ def _shown(path: Path) -> str:
     """The path relative to the current folder when it lies inside."""
     path = path.resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+cli_debug.add_to(app)
 
 
 def main() -> None:

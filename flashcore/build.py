@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -383,28 +384,32 @@ def build_all(progress: Callable[[str], None] | None = None) -> list[Trial]:
 
     A kernel that does not compile is a trial with status `error` and the compiler's log as reason.
     """
-    trials = []
-    for kernel in kernel_names():
-        for head_dim, dtype in variants(kernel):
-            for trace in (False, True):
-                variant = {"kernel": kernel, "head_dim": head_dim, "dtype": dtype, "trace": trace, "arch": ARCH}
-                if progress:
-                    progress(f"{kernel} D={head_dim} {dtype}{' trace' if trace else ''}")
-                try:
-                    cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace)
-                except CompileError as error:
-                    trials.append(
-                        Trial(
-                            kind="build",
-                            status="error",
-                            reason=str(error),
-                            data=variant,
-                            source_hash=source_hash(kernel),
-                        )
-                    )
-                    continue
-                facts = asdict(cubin)
-                facts.pop("path")
-                facts["tensor_instructions"] = cubin.tensor_instructions
-                trials.append(Trial(kind="build", data={**variant, **facts}, source_hash=cubin.source_hash))
+    import cuda.core  # noqa: F401 - its first import is not safe in several threads at once
+
+    wanted = [
+        (kernel, head_dim, dtype, trace)
+        for kernel in kernel_names()
+        for head_dim, dtype in variants(kernel)
+        for trace in (False, True)
+    ]
+    # NVRTC lets other threads run while it compiles.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        trials = []
+        for done, trial in enumerate(pool.map(lambda variant: _build_trial(*variant), wanted)):
+            if progress:
+                kernel, head_dim, dtype, trace = wanted[done]
+                progress(f"{kernel} D={head_dim} {dtype}{' trace' if trace else ''}")
+            trials.append(trial)
     return trials
+
+
+def _build_trial(kernel: str, head_dim: int, dtype: str, trace: bool) -> Trial:
+    variant = {"kernel": kernel, "head_dim": head_dim, "dtype": dtype, "trace": trace, "arch": ARCH}
+    try:
+        cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace)
+    except CompileError as error:
+        return Trial(kind="build", status="error", reason=str(error), data=variant, source_hash=source_hash(kernel))
+    facts = asdict(cubin)
+    facts.pop("path")
+    facts["tensor_instructions"] = cubin.tensor_instructions
+    return Trial(kind="build", data={**variant, **facts}, source_hash=cubin.source_hash)

@@ -481,3 +481,8 @@ def get(fault_id: str) -> Fault:
         if fault.id == fault_id:
             return fault
     raise UnknownName("fault", fault_id, [fault.id for fault in FAULTS])
+
+
+def planted_in(backend_id: str) -> list[Fault]:
+    """The faults that know how to be planted in this backend."""
+    return [fault for fault in FAULTS if backend_id in fault.plants]

@@ -47,9 +47,7 @@ def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softm
     if q_shape[3] != k_shape[3]:
         raise InvalidProblem(f"q has head_dim {q_shape[3]}, and k and v have {k_shape[3]}; they have to be the same.")
     if q_shape[1] % k_shape[1]:
-        raise InvalidProblem(
-            f"num_heads_q ({q_shape[1]}) must be a multiple of num_heads_kv ({k_shape[1]})."
-        )
+        raise InvalidProblem(f"num_heads_q ({q_shape[1]}) must be a multiple of num_heads_kv ({k_shape[1]}).")
     return Problem(
         batch=q_shape[0], num_heads_q=q_shape[1], num_heads_kv=k_shape[1], seqlen_q=q_shape[2], seqlen_k=k_shape[2],
         head_dim=q_shape[3], dtype=_DTYPES[q_dtype], causal=causal, softmax_scale=softmax_scale,

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flashcore.backends import Backend
@@ -27,6 +28,7 @@ TOOLS = {
     "synccheck": "barriers used wrongly",
 }
 """The tools of compute-sanitizer, and what each looks for."""
+AT_ONCE = 4
 TIME_LIMIT_S = 240.0
 """Seconds one tool may take; it slows a kernel down a hundredfold, and torch's start too."""
 KEPT = 20
@@ -93,14 +95,18 @@ def sanitize(
         `sanitizer_log.Finding`), `num_findings`, `elsewhere` (findings in other libraries' kernels, which are only
         counted) and `summary`.
     """
+    pairs = [(backend, tool) for backend in backends if backend.kernel is not None for tool in tools_of(tools)]
+
+    def watch(pair: tuple[Backend, str]) -> Trial:
+        backend, tool = pair
+        if progress:
+            progress(f"{tool} on {backend.id}: {TOOLS[tool]}")
+        return _one(backend, tool, fault, time_limit_s)
+
     trials = []
-    for backend in backends:
-        if backend.kernel is None:
-            continue
-        for tool in tools_of(tools):
-            if progress:
-                progress(f"{tool} on {backend.id}: {TOOLS[tool]}")
-            trial = _one(backend, tool, fault, time_limit_s)
+    # Each is a process of its own and spends its time in starting up, so a few run side by side.
+    with ThreadPoolExecutor(max_workers=max(1, min(AT_ONCE, (os.cpu_count() or 1) // 2))) as pool:
+        for trial in pool.map(watch, pairs):
             trials.append(run.append(trial) if run else trial)
     return trials
 

@@ -50,7 +50,7 @@ def test_full_matrix_of_shapes(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_small_matrix(backend):
-    """A few launches with every kind of tail: short enough to run under compute-sanitizer (`make sanitize`)."""
+    """A few launches with every kind of tail: short enough to run under compute-sanitizer."""
     for number, problem in enumerate(matrix()[::7]):
         chosen = backends.get(backend)
         q, k, v = make_inputs(problem, seed=number, device="cuda", layout="bshd" if number % 2 else "bhsd")

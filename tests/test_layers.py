@@ -15,24 +15,25 @@ LAYERS = [
     {"errors"},
     {"problem"},
     {"records"},
-    {"build", "inputs", "reference", "compare", "tables"},
+    {"build", "inputs", "reference", "compare", "tables", "kernel_names", "profiling", "unfused_model"},
     {"device", "tolerance", "isolation", "sanitizer_log", "cublaslt"},
-    {"backends"},
+    {"backends", "survey_grid", "matmul_heuristics", "cublas"},
     {"ops", "check", "timing", "stagewise", "zoom", "ceilings", "planting"},
-    {"bisection", "faults", "sweep", "determinism"},
+    {"bisection", "faults", "sweep", "determinism", "survey", "survey_facts"},
     {"proving", "sanitizer", "sanitizer_target"},
     {"gates", "evidence", "notebooks"},
     {"judging"},
     {"verdict"},
     {"svg", "html_tables"},
-    {"plots", "page", "stage_plots"},
-    {"pipeline", "cli_debug"},
+    {"plots", "page", "stage_plots", "survey_views"},
+    {"answers"},
+    {"pipeline", "cli_debug", "cli_survey"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MAY_IMPORT_TORCH = {
     "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "zoom", "ceilings",
-    "bisection", "faults", "sweep", "determinism",
+    "bisection", "faults", "sweep", "determinism", "profiling",
 }  # fmt: skip
 """Modules that compute. Everything else must load, and `flashcore --help` answer, without torch's seconds of import."""
 

@@ -1,0 +1,82 @@
+"""See which kernels a call launches, and how long it takes, on a GPU: torch's profiler (CUPTI) and graph replay."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+CALLS, ROUNDS = 20, 5
+"""Calls in a graph, and replays of it: as `cublaslt.measure` does, so that the figures stand side by side."""
+L2_BUFFER_BYTES = 8 << 20
+"""Source and target together stay far below the L2 cache of an H100 (50 MB)."""
+
+
+def kernels_of(calls: Sequence[Callable[[], None]]) -> list[list[str]]:
+    """Run each call once under the profiler and give the names of the kernels it launched, in order.
+
+    A small kernel of torch's runs between two calls; the names between two of them are one call's. Everything goes to
+    torch's current stream, where kernels start in the order they were launched.
+
+    Returns
+    -------
+    list
+        One list a call; empty for a call that launched nothing, and for all when the profiler lost events.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    marker = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        marker.add_(1)
+        for call in calls:
+            marker.add_(1)
+            call()
+        marker.add_(1)
+        torch.cuda.synchronize()
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    return split_by_marker([e.name for e in events], len(calls))
+
+
+def split_by_marker(names: Sequence[str], calls: int) -> list[list[str]]:
+    """Names between markers: the sequence begins with two (only one when there is no call) and ends with one."""
+    groups: list[list[str]] = []
+    marker = names[0] if names else None
+    for name in names:
+        if name == marker:
+            groups.append([])
+        else:
+            groups[-1].append(name)
+    if len(groups) != calls + 2:
+        return [[] for _ in range(calls)]
+    return groups[1:-1]
+
+
+def graph_us(call: Callable[[int], None], *, calls: int = CALLS, rounds: int = ROUNDS) -> float:
+    """Median device time in µs of one call inside a CUDA graph; the call gets the stream to launch on."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(stream.cuda_stream)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call(stream.cuda_stream)
+        taken = []
+        for _ in range(rounds):
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(stream)
+            graph.replay()
+            after.record(stream)
+            after.synchronize()
+            taken.append(before.elapsed_time(after) * 1e3 / calls)
+    return statistics.median(taken)
+
+
+def l2_copy_tbs() -> float:
+    """Speed of a copy whose source and target stay in the L2 cache, in TB/s, bytes read plus written."""
+    source = torch.zeros(L2_BUFFER_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / graph_us(lambda _: target.copy_(source)) / 1e6

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flashcore import __version__
 from flashcore.errors import FlashCoreError, RecordsError, ToolMissing
 from flashcore.records import SCHEMA_VERSION, RunFolder
 
@@ -208,7 +209,7 @@ def record_environment(run: RunFolder, when: str, parameters: dict[str, Any] | N
             "git": _git(),
             "kernels": source_hashes(),
             "parameters": parameters or {},
-            "flashcore": _version_of("flashcore"),
+            "flashcore": __version__,
         }
     temporary = run.environment_path.with_suffix(".json.tmp")
     try:

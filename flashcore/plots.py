@@ -23,6 +23,9 @@ PEER_DASHES = ((0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1
 SMALL_FLOPS = 5e9
 """A GPU problem with less work than this is small: its time is mostly latency."""
 
+LETTER = 0.0165
+"""Width of a letter of a bold label, as a share of a figure's width."""
+
 
 def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dict[int, Trial]]]:
     """Timings for the plots: ``{(head_dim, causal, dtype): {backend: {seqlen: trial}}}``.
@@ -65,7 +68,8 @@ def tflops_figure(
     lengths = sorted({s for points in lines.values() for s in points})
     with style():
         figure = Figure(figsize=(6.6, 3.9))
-        axes = figure.add_axes((0.105, 0.135, 0.645, 0.80))
+        room = max(0.25, LETTER * (max(map(len, lines)) + len(" 99.9")))  # for the labels at the ends of the lines
+        axes = figure.add_axes((0.105, 0.135, 0.895 - room, 0.80))
         ends: list[tuple[float, str, str, bool]] = []
         looks = _looks(lines)
         for backend, points in lines.items():
@@ -159,7 +163,8 @@ def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) ->
     with style():
         figure = Figure(figsize=(6.6, 0.95 + 0.42 * len(trials)))
         height = 0.95 + 0.42 * len(trials)
-        axes = figure.add_axes((0.19, 0.62 / height, 0.70, 1 - 0.92 / height))
+        room = max(0.19, LETTER * max(len(t.backend or "unnamed") for t in trials) + 0.01)  # for the names
+        axes = figure.add_axes((room, 0.62 / height, 0.89 - room, 1 - 0.92 / height))
         values = []
         looks = _looks({t.backend or "unnamed": {0: t} for t in trials})
         for row, trial in enumerate(trials):
@@ -248,7 +253,7 @@ def _looks(lines: Mapping[str, Mapping[int, Trial]]) -> dict[str, tuple[bool, st
             index = fixed.get(backend)
             if index is None:
                 index, ours_seen = ours_seen, ours_seen + 1
-            looks[backend] = (True, COLOURS[f"s{index % 5 + 1}"], MARKERS[index % len(MARKERS)], "-")
+            looks[backend] = (True, COLOURS[f"s{index % 6 + 1}"], MARKERS[index % len(MARKERS)], "-")
         else:
             known = sorted(compare.PEERS)
             index = known.index(backend) if backend in known else len(known) + peers_seen

@@ -159,6 +159,12 @@ def scratch_run() -> RunFolder:
     return RunFolder.create(tempfile.mkdtemp(prefix="flashcore-run-"))
 
 
+def _line(trial: Trial) -> str:
+    """A trial as one line; what is not there at all is left out, which keeps a run of a thousand trials small."""
+    empty = {name for name in ("reason", "correctness", "timing", "data") if not getattr(trial, name)}
+    return trial.model_dump_json(exclude=empty)
+
+
 def append_trials(path: Path, trials: Iterable[Trial]) -> None:
     """Append trials to a JSON-lines file. Each line goes out in one write, so processes may share the file.
 
@@ -172,7 +178,7 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
                 if file.read(1) != b"\n":
                     os.write(file.fileno(), b"\n")
             for trial in trials:
-                os.write(file.fileno(), trial.model_dump_json().encode() + b"\n")
+                os.write(file.fileno(), _line(trial).encode() + b"\n")
             os.fsync(file.fileno())
     except OSError as error:
         raise RecordsError(

@@ -238,12 +238,20 @@ FAULTS: tuple[Fault, ...] = (
         "F8", "fragments stored by a wrong lane map: 256 cells of a tile written, the rest stale", "scores",
         "finite, wrong",
         {
-            "wmma": _source((
-                "wmma::store_matrix_sync(&scores[r * FRAGMENT][n * FRAGMENT], s[r][n], SCORE_STRIDE, "
-                "wmma::mem_row_major);\n    }\n    __syncwarp();",
-                "for (int i = 0; i < 8; ++i) scores[lane / 2][lane % 2 * 8 + i] = s[r][n].x[i];\n    }\n"
-                "    __syncwarp();",
-            )),
+            # What is stale has to be finite, as it was in the bug that this one is: the first page finds zeros.
+            "wmma": _source(
+                (
+                    "  int element_row[8];\n  read_element_rows(",
+                    "  for (int i = lane; i < WARP_ROWS * SCORE_STRIDE; i += WARP) (&scores[0][0])[i] = 0.f;\n"
+                    "  __syncwarp();\n  int element_row[8];\n  read_element_rows(",
+                ),
+                (
+                    "wmma::store_matrix_sync(&scores[r * FRAGMENT][n * FRAGMENT], s[r][n], SCORE_STRIDE, "
+                    "wmma::mem_row_major);\n    }\n    __syncwarp();",
+                    "for (int i = 0; i < 8; ++i) scores[lane / 2][lane % 2 * 8 + i] = s[r][n].x[i];\n    }\n"
+                    "    __syncwarp();",
+                ),
+            ),
             "cpu": _cpu_after("scores", _cpu_stale_cells),
         },
     ),

@@ -18,6 +18,8 @@ from flashcore.survey_grid import candidates_of, measured_us, product_of
 
 POLICIES = ("first", "largest-workspace")
 """Those that can be judged from a survey: `measured` is the best by definition."""
+FEWEST_CASES = 3
+"""With fewer products a correlation is a matter of chance."""
 STRONG, WEAK = 0.6, 0.3
 """Rank correlations from which on a relation is called strong, and below which none."""
 
@@ -109,6 +111,11 @@ def correlation_words(found: tuple[float, int, int] | None) -> str:
     if found is None:
         return "No product has candidates that differ in workspace, so workspace can predict nothing here."
     value, candidates, cases = found
+    if cases < FEWEST_CASES:
+        return (
+            f"Only {candidates} candidates of {cases} product{'s' if cases != 1 else ''} differ in workspace, "
+            "too few to tell whether it predicts time."
+        )
     strength = "a strong" if abs(value) >= STRONG else "a weak" if abs(value) >= WEAK else "no"
     direction = ""
     if strength != "no":

@@ -1,0 +1,148 @@
+"""The build: one text a kernel, a hash without comments, a cache that survives damage and company, honest errors."""
+
+import json
+import multiprocessing
+import shutil
+
+import pytest
+
+from flashcore import build
+from flashcore.errors import CompileError, UnknownName
+
+TINY = """// A kernel of the tests.
+// Variants: head_dim 64, dtype float16
+#include "attention.cuh"
+extern "C" __device__ const LaunchShape tiny_shape = {1, 1, 32, 0};
+extern "C" __global__ void tiny(const AttentionParams params) {
+  params.lse_gmem[threadIdx.x] = 1.f;  // one store
+}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A kernel from a plug-in folder, and a cache of its own."""
+    (tmp_path / "plugins").mkdir()
+    source = tmp_path / "plugins" / "tiny.cu"
+    source.write_text(TINY)
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(source.parent))
+    monkeypatch.setenv("FLASHCORE_CACHE", str(tmp_path / "cache"))
+    return source
+
+
+def compiled(**options):
+    return build.compile_kernel("tiny", head_dim=64, dtype="float16", **options)
+
+
+def test_every_kernel_is_found_with_its_variants(tiny):
+    assert {"attention_scalar", "attention_wmma", "page_softmax", "tiny"} <= set(build.kernel_names())
+    assert build.variants("tiny") == [(64, "float16")]
+    assert build.variants("attention_wmma") == [(d, t) for d in (64, 128) for t in ("float16", "bfloat16")]
+    with pytest.raises(UnknownName, match="no kernel 'nothing'.*attention_wmma"):
+        build.kernel_path("nothing")
+
+
+def test_the_source_is_one_text_with_its_own_headers_and_their_lines(tiny):
+    text = build.kernel_source("tiny")
+    assert text.count("struct AttentionParams {") == 1 and '#include "attention.cuh"' not in text
+    assert '#line 1 "attention.cuh"' in text and '#line 4 "tiny.cu"' in text
+    assert "#include <cuda_fp16.h>" in text, "CUDA's own headers stay to be included"
+
+
+def test_the_hash_knows_code_and_neither_comments_nor_white_space(tiny):
+    before = build.source_hash("tiny")
+    assert len(before) == 16
+    tiny.write_text(TINY.replace("// one store", "/* another\n comment */").replace("  params", "\n\n   params"))
+    assert build.source_hash("tiny") == before
+    tiny.write_text(TINY.replace("1.f", "2.f"))
+    assert build.source_hash("tiny") != before
+
+
+def test_a_comment_inside_a_string_is_code():
+    assert build._bare('a = "// no comment"; // one') == 'a="//nocomment";'
+
+
+def test_a_cubin_says_what_the_compiler_made_and_is_cached(tiny):
+    first = compiled()
+    assert not first.cached and first.path.is_file() and first.spill_bytes == 0 and 0 < first.registers < 64
+    assert first.sass is None or (first.sass["HMMA"] == 0 and first.tensor_instructions == {})
+    again = compiled()
+    assert again.cached and again.path == first.path and again.registers == first.registers
+    assert compiled(defines={"ANYTHING": 1}).path != first.path
+    assert compiled(trace=True).path != first.path
+
+
+@pytest.mark.parametrize("damage", ["empty cubin", "cut off facts", "no facts", "facts of another"])
+def test_a_damaged_cache_entry_is_built_again(tiny, damage):
+    entry = compiled().path
+    facts = entry.with_suffix(".json")
+    if damage == "empty cubin":
+        entry.write_bytes(b"")
+    elif damage == "cut off facts":
+        facts.write_text(facts.read_text()[:20])
+    elif damage == "no facts":
+        facts.unlink()
+    else:
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "unheard_of": 1}))
+    mended = compiled()
+    assert not mended.cached and mended.path.stat().st_size > 0
+    assert compiled().cached
+
+
+def _compile_in_a_process(_):
+    return build.compile_kernel("tiny", head_dim=64, dtype="float16").path.stat().st_size
+
+
+def test_several_processes_may_build_the_same_entry_at_once(tiny, tmp_path):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        sizes = pool.map(_compile_in_a_process, range(3))
+    assert len(set(sizes)) == 1 and sizes[0] > 0
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")], "no half-written file is left"
+
+
+def test_a_compile_error_shows_the_compilers_log_with_file_and_line(tiny):
+    tiny.write_text(TINY.replace("1.f;", "nonsense;"))
+    with pytest.raises(CompileError) as caught:
+        compiled()
+    assert 'tiny.cu(6): error: identifier "nonsense" is undefined' in caught.value.log
+    header = build.kernel_source("tiny").replace("to_float(__half x) {", "to_float(__half x) { nonsense;")
+    with pytest.raises(CompileError, match=r"attention\.cuh\(\d+\): error"):
+        compiled(source=header)
+
+
+def test_build_all_records_a_kernel_that_does_not_compile(tiny):
+    tiny.write_text(TINY.replace("1.f;", "nonsense;"))
+    told = []
+    trials = build.build_all(progress=told.append)
+    assert len(trials) == len(told) == 2 + 3 * 8
+    broken = [t for t in trials if t.status == "error"]
+    assert {t.data["kernel"] for t in broken} == {"tiny"} and "nonsense" in broken[0].reason
+    good = next(t for t in trials if t.data["kernel"] == "attention_wmma" and not t.data["trace"])
+    assert good.source_hash == build.source_hash("attention_wmma") and good.data["spill_bytes"] == 0
+
+
+def test_the_log_of_ptxas_is_read():
+    log = """ptxas info    : Function properties for a
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 10368 bytes smem
+ptxas info    : Used 168 registers
+ptxas warning : (C7508) 'setmaxnreg' ignored"""
+    facts = build._read_ptxas_log(log)
+    assert (facts["registers"], facts["spill_bytes"], facts["shared_bytes"]) == (168, 16, 10368)
+    assert facts["warnings"] == ["ptxas warning : (C7508) 'setmaxnreg' ignored"]
+
+
+def test_headers_of_another_major_version_are_not_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "include"
+    shutil.copytree(build.header_dirs()[0], folder, ignore=lambda d, names: [n for n in names if n not in KEPT])
+    runtime = folder / "cuda_runtime_api.h"
+    runtime.write_text("#define CUDART_VERSION  11080\n")
+    monkeypatch.setattr(build, "_wheel_folders", lambda *parts: [folder])
+    monkeypatch.setattr(build, "_toolkit_folders", lambda *parts: [])
+    with pytest.raises(build.ToolMissing, match="pip install"):
+        build.header_dirs.__wrapped__()
+    runtime.write_text(f"#define CUDART_VERSION {int(build.nvrtc_version().split('.')[0]) * 1000}\n")
+    assert build.header_dirs.__wrapped__() == (folder,)
+
+
+KEPT = {"cuda_fp16.h", "mma.h", "crt", "cuda_runtime_api.h"}

@@ -1,0 +1,77 @@
+"""Facts of the machine: written in one piece, before and after, and a doctor that says what mends what."""
+
+import json
+import sys
+
+import pytest
+
+from flashcore import __version__, build, device
+from flashcore.errors import RecordsError
+
+
+def test_a_snapshot_names_every_fact_even_those_it_does_not_know():
+    facts = device.snapshot()
+    for name in ("gpu", "uuid", "sm_count", "driver", "cuda_runtime", "cudnn", "cublaslt", "torch", "nvrtc", "python",
+                 "sm_clock_mhz", "temperature_c", "power_w", "throttle_reasons"):  # fmt: skip
+        assert name in facts
+    assert facts["python"] == sys.version.split()[0] and facts["torch"]
+
+
+def test_the_environment_of_a_run_is_written_before_and_after(run):
+    identity = device.record_environment(run, "before", {"profile": "quick"})
+    first = run.environment()
+    assert first["id"] == identity and identity.startswith("env-") and first["after"] is None
+    assert first["kernels"] == build.source_hashes() and first["parameters"] == {"profile": "quick"}
+    assert first["flashcore"] == __version__
+    device.record_environment(run, "after")
+    second = run.environment()
+    assert second["after"]["python"] and second["id"] == identity and second["before"] == first["before"]
+    assert [p.name for p in run.path.iterdir() if "tmp" in p.name] == []
+
+
+def test_the_git_commit_comes_from_the_environment_where_there_is_no_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "__file__", str(tmp_path / "flashcore" / "device.py"))
+    monkeypatch.setenv("FLASHCORE_GIT_COMMIT", "abc123")
+    monkeypatch.setenv("FLASHCORE_GIT_DIRTY", "1")
+    assert device._git() == {"commit": "abc123", "dirty": True}
+    monkeypatch.delenv("FLASHCORE_GIT_DIRTY")
+    assert device._git()["dirty"] is None
+
+
+def test_an_environment_that_cannot_be_written_is_one_sentence(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(device.os, "replace", full)
+    with pytest.raises(RecordsError, match="No space left on device.*--out"):
+        device.record_environment(run, "before")
+    assert not run.environment_path.exists() and not list(run.path.glob("*.tmp"))
+
+
+def test_a_damaged_environment_is_one_sentence(run):
+    run.environment_path.write_text("{")
+    with pytest.raises(RecordsError, match="cannot be read"):
+        run.environment()
+
+
+def test_throttle_reasons_are_words(monkeypatch):
+    monkeypatch.setattr(device, "_ask_nvml", lambda question: None)
+    assert device.clocks()["throttle_reasons"] is None, "not known is not the same as none"
+    monkeypatch.setattr(device, "_ask_nvml", lambda question: 0x4 | 0x20)
+    assert device.clocks()["throttle_reasons"] == ["software power cap", "software thermal slowdown"]
+
+
+def test_the_doctor_says_what_mends_what_is_missing(monkeypatch):
+    monkeypatch.setattr(build, "nvrtc_version", lambda: (_ for _ in ()).throw(build.ToolMissing("NVRTC", "mend it so")))
+    monkeypatch.setattr(build, "disassembler", lambda: None)
+    build.header_dirs.cache_clear()
+    found = {check.name: check for check in device.checks()}
+    assert found["Python"].ok and found["torch"].ok and found["torch"].needed
+    assert not found["NVRTC and CUDA headers"].ok and "mend it so" in found["NVRTC and CUDA headers"].detail
+    assert not found["nvdisasm"].ok and found["nvdisasm"].fix
+    assert all(check.fix for check in found.values() if not check.ok)
+
+
+def test_environment_is_json_that_any_tool_reads(run):
+    device.record_environment(run, "before")
+    assert json.loads(run.environment_path.read_text())["schema_version"] == 1

@@ -49,8 +49,18 @@ def test_the_loop_takes_the_problems_page_and_one_head_at_a_time():
     assert CublasLtBatched().page_size(square(1, 1, 100_000, 64)) == 2048, "a row of a page fits a warp's registers"
 
 
-@pytest.mark.parametrize(("lengths", "key", "row"), [((64, 64), 0, 0), ((64, 64), 32, 32), ((64, 96), 32, 0),
-                                                     ((64, 96), 64, 32), ((96, 64), 0, 32), ((16, 64), 63, 15)])  # fmt: skip
+SEES = [
+    ((64, 64), 0, 0),
+    ((64, 64), 32, 32),
+    ((64, 96), 32, 0),
+    ((64, 96), 64, 32),
+    ((96, 64), 0, 32),
+    ((16, 64), 63, 15),
+]
+"""(seqlen_q, seqlen_k), the page's first key, the first row that sees it."""
+
+
+@pytest.mark.parametrize(("lengths", "key", "row"), SEES)
 def test_the_first_row_of_a_page_is_the_first_that_sees_it(lengths, key, row):
     problem = Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=lengths[0], seqlen_k=lengths[1], head_dim=64)
     assert CublasLt().first_row(problem, key) == 0

@@ -104,13 +104,13 @@ verdict: $(RUN_STAMP) ## Print the verdict of RUN (exit code 0 GO, 3 NO-GO, 4 IN
 lint: $(DEV_STAMP) ## Check style, and that no notebook holds outputs
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m nbstripout --verify notebooks/*.ipynb
+	@$(PYTHON) -m nbstripout --keep-id --verify notebooks/*.ipynb
 
 .PHONY: format
 format: $(DEV_STAMP) ## Mend style, and strip the notebooks
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
-	@$(PYTHON) -m nbstripout notebooks/*.ipynb
+	@$(PYTHON) -m nbstripout --keep-id notebooks/*.ipynb
 
 .PHONY: wheel
 wheel: $(DEV_STAMP) ## Build the wheel into dist/

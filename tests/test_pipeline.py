@@ -237,3 +237,17 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
         [sys.executable, "-m", "flashcore", "verdict", str(run.path)], capture_output=True, text=True
     )
     assert again.returncode == 4
+
+
+def test_evidence_shows_what_was_printed_and_no_warning_with_a_path_of_the_machine(tmp_path):
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell("print('hello')")
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="hello from the notebook"),
+        nbformat.v4.new_output("stream", name="stderr", text="/somewhere/lib/thing.py:1: UserWarning: never mind"),
+    ]
+    path = tmp_path / "05_noise.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    text = pipeline._convert(path, "evidence.html.j2", {})
+    assert "hello from the notebook" in text and "/somewhere/lib" not in text

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashcore.errors import CompileError, RecordsError, ToolMissing, UnknownName
-from flashcore.records import Trial
+from flashcore.records import Trial, write_whole
 
 ARCH = "sm_90a"
 HEAD_DIMS = (64, 128)
@@ -291,10 +290,10 @@ def compile_kernel(
     }
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(entry, code)
+        write_whole(entry, code)
         facts["sass"] = count_sass(entry)
         facts["sha256"] = hashlib.sha256(code).hexdigest()
-        _write_atomically(entry.with_suffix(".json"), json.dumps(facts).encode())
+        write_whole(entry.with_suffix(".json"), json.dumps(facts).encode())
     except OSError as error:
         raise RecordsError(
             f"The kernel cache {entry.parent} cannot be written ({error.strerror}); "
@@ -313,17 +312,6 @@ def _read_entry(entry: Path, kernel: str) -> Cubin | None:
         return Cubin(path=entry, cached=True, **facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _nvrtc(path: Path, text: str, macros: dict[str, str | int]) -> tuple[bytes, str]:

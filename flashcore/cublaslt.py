@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import numpy as np
 
 from flashcore.build import cache_dir
 from flashcore.errors import CublasLtError, InvalidProblem, ToolMissing, UnknownName
+from flashcore.records import write_whole
 
 CUDA_TYPE = {"float16": 2, "bfloat16": 14, "float32": 0}
 """cudaDataType (library_types.h)."""
@@ -423,10 +423,7 @@ def _keep_winner(product: Product, algorithm: Algorithm, device: int) -> None:
     path = _winner_path(product, device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".cublaslt.")
-        with os.fdopen(handle, "w") as file:
-            json.dump(asdict(algorithm), file)
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(asdict(algorithm)).encode())
     except OSError:  # a cache that cannot be written costs time at the next start, nothing else
         return
 

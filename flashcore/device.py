@@ -19,7 +19,7 @@ from typing import Any
 
 from flashcore import __version__
 from flashcore.errors import FlashCoreError, RecordsError, ToolMissing
-from flashcore.records import SCHEMA_VERSION, RunFolder
+from flashcore.records import SCHEMA_VERSION, RunFolder, write_whole
 
 THROTTLE_REASONS = {
     0x1: "gpu idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown",
@@ -211,12 +211,9 @@ def record_environment(run: RunFolder, when: str, parameters: dict[str, Any] | N
             "parameters": parameters or {},
             "flashcore": __version__,
         }
-    temporary = run.environment_path.with_suffix(".json.tmp")
     try:
-        temporary.write_text(json.dumps(environment, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, run.environment_path)
+        write_whole(run.environment_path, (json.dumps(environment, indent=1, default=str) + "\n").encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RecordsError(
             f"{run.environment_path} cannot be written ({error.strerror}); "
             "free the disk or choose another folder with --out."

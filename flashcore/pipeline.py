@@ -17,7 +17,7 @@ from flashcore import device, notebooks, page, verdict
 from flashcore.build import data_dir
 from flashcore.errors import FlashCoreError, NotebookFailed, RecordsError, UnknownName
 from flashcore.problem import parse_problem
-from flashcore.records import RunFolder
+from flashcore.records import RunFolder, write_whole
 
 PROFILES = ("quick", "full")
 STATUS_NOTEBOOK = verdict.STATUS_NOTEBOOK
@@ -277,17 +277,14 @@ td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0}}</style><
 
 
 def _write_page(run: RunFolder, text: str) -> Path:
-    path, partial = run.path / "report.html", run.path / f".report.{os.getpid()}.partial"
+    path = run.path / "report.html"
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise RecordsError(
             f"The report {path} cannot be written ({error.strerror}); free the disk or choose another folder "
             "with --out."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

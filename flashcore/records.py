@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -157,6 +158,16 @@ class RunFolder:
 def scratch_run() -> RunFolder:
     """A fresh run folder under the system's temporary directory, for a notebook opened by hand."""
     return RunFolder.create(tempfile.mkdtemp(prefix="flashcore-run-"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one piece: beside its place first, then moved there. An interruption leaves nothing half-done."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _line(trial: Trial) -> str:

@@ -114,7 +114,7 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RecordsError, match="No space left on device.*--out"):
         pipeline._write_page(run, "text")
     assert not (run.path / "report.html").exists()

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 import torch
 
 from flashcore.backends import AVAILABLE, Availability, Backend
-from flashcore.backends._launch import LoadedKernel, aligned, as_argument, entry_point, launch, load_kernel, outputs_for
+from flashcore.backends._launch import LoadedKernel, PreparedLaunch, aligned, entry_point, load_kernel, outputs_for
 from flashcore.backends._traces import TraceBuffers
 from flashcore.problem import Problem
 from flashcore.reference import Trace
 
 PARAMS = struct.Struct("5Q 12q 6i f 4x")
 """`AttentionParams` of kernels/include/attention.cuh: five pointers, four strides of three, six ints, the scale."""
+
+KEPT_LAUNCHES = 1024
+"""Prepared launches kept; an entry is half a kilobyte."""
+_prepared: dict[tuple, PreparedLaunch] = {}
 
 
 @functools.lru_cache(maxsize=16)
@@ -77,9 +81,15 @@ class CudaBackend(Backend):
         """The softmax scale to launch with."""
         return problem.scale
 
+    def defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
+        """Macros to compile the kernel with for this problem, besides head_dim and dtype."""
+        return ()
+
     def load(self, problem: Problem, device: torch.device, *, trace: bool) -> LoadedKernel:
         """This backend's kernel for the problem's head_dim and dtype."""
-        return load_kernel(self.kernel, problem.head_dim, problem.dtype, trace, self.source, device.index or 0)
+        return load_kernel(
+            self.kernel, problem.head_dim, problem.dtype, trace, self.source, device.index or 0, self.defines(problem)
+        )
 
     def params(self, q, k, v, out, lse, problem: Problem) -> bytes:
         """`AttentionParams`, packed."""
@@ -90,13 +100,39 @@ class CudaBackend(Backend):
             int(problem.causal), self.scale(problem),
         )  # fmt: skip
 
+    def arguments(self, q, k, v, out, lse, problem: Problem, loaded: LoadedKernel) -> list[bytes]:
+        """What the entry function takes, each packed; room for stages comes after it."""
+        return [self.params(q, k, v, out, lse, problem)]
+
+    def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
+        """How many blocks to launch: one a tile of query rows."""
+        return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch
+
     def _launch(self, q, k, v, out, lse, problem: Problem, buffers: TraceBuffers | None = None) -> None:
-        loaded = self.load(problem, q.device, trace=buffers is not None)
         q, k, v = aligned(q), aligned(k), aligned(v)
-        arguments = [as_argument(self.params(q, k, v, out, lse, problem))]
+        device = q.device.index or 0
+        stream = torch.cuda.current_stream(device).cuda_stream
         if buffers is not None:
-            arguments.append(as_argument(buffers.packed()))
-        function = entry_point(loaded, self.kernel, q.device.index or 0)
-        blocks = -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch
-        stream = torch.cuda.current_stream(q.device).cuda_stream
-        launch(function, blocks, loaded.threads, arguments, stream=stream, shared=loaded.shared_bytes)
+            self._prepare(q, k, v, out, lse, problem, device, buffers).on(stream)
+            return
+        # Packing arguments takes longer than a short kernel runs, so that what was packed once is kept.
+        key = (
+            type(self), self.source, problem, device, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
+            lse.data_ptr(), q.stride(), k.stride(), v.stride(), out.stride(),
+        )  # fmt: skip
+        prepared = _prepared.get(key)
+        if prepared is None:
+            if len(_prepared) >= KEPT_LAUNCHES:
+                _prepared.clear()
+            prepared = _prepared[key] = self._prepare(q, k, v, out, lse, problem, device, None)
+        prepared.on(stream)
+
+    def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, buffers: TraceBuffers | None):
+        loaded = self.load(problem, q.device, trace=buffers is not None)
+        arguments = self.arguments(q, k, v, out, lse, problem, loaded)
+        if buffers is not None:
+            arguments.append(buffers.packed())
+        function = entry_point(loaded, self.kernel, device)
+        return PreparedLaunch(
+            function, self.blocks(problem, loaded, device), loaded.threads, loaded.shared_bytes, arguments
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 from flashcore.backends._outputs import new_output
 from flashcore.build import compile_kernel
+from flashcore.errors import LaunchError
 
 SHAPE = struct.Struct("4i")
 """`LaunchShape` of kernels/include/attention.cuh."""
@@ -32,11 +34,19 @@ class LoadedKernel:
 
 
 @functools.lru_cache(maxsize=256)
-def load_kernel(kernel: str, head_dim: int, dtype: str, trace: bool, source: str | None, device: int) -> LoadedKernel:
+def load_kernel(
+    kernel: str,
+    head_dim: int,
+    dtype: str,
+    trace: bool,
+    source: str | None,
+    device: int,
+    defines: tuple[tuple[str, int], ...] = (),
+) -> LoadedKernel:
     """Compile (or take from the cache), load on GPU number `device`, and read the launch shape."""
     import cupy
 
-    cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace, source=source)
+    cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace, source=source, defines=dict(defines))
     with cupy.cuda.Device(device):
         module = cupy.RawModule(path=str(cubin.path))
         raw = np.empty(SHAPE.size, np.uint8)
@@ -82,18 +92,46 @@ def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Any], *
         function((blocks, 1, 1), (threads, 1, 1), tuple(arguments), shared_mem=shared)
 
 
+class PreparedLaunch:
+    """A launch whose arguments are packed once: repeated, it costs one call of the driver."""
+
+    def __init__(self, function: Any, blocks: int, threads: int, shared: int, arguments: Sequence[bytes]):
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._buffers = [ctypes.create_string_buffer(packed, len(packed)) for packed in arguments]
+        self._pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(b) for b in self._buffers))
+        handle = function.kernel.ptr
+        self._head = (driver.CUfunction(handle), blocks, 1, 1, threads, 1, 1, shared)
+        self._arguments = ctypes.addressof(self._pointers)
+
+    def on(self, stream: int) -> None:
+        """Launch on a stream given by its address.
+
+        Raises
+        ------
+        LaunchError
+            The driver refused.
+        """
+        (status,) = self._driver.cuLaunchKernel(*self._head, stream, self._arguments, 0)
+        if status:
+            raise LaunchError("cuLaunchKernel", status.name)
+
+
 def as_argument(packed: bytes) -> np.ndarray:
     """A struct to pass to a kernel by value."""
     return np.frombuffer(packed, dtype=f"V{len(packed)}").reshape(())
 
 
+@functools.lru_cache(maxsize=4096)
+def _rows_aligned(shape: torch.Size, stride: tuple[int, ...], element_size: int) -> bool:
+    rows = zip(shape[:-1], stride[:-1], strict=True)
+    return all(size == 1 or step * element_size % COPY_BYTES == 0 for size, step in rows)
+
+
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if every row starts at a multiple of 16 bytes, else a contiguous copy."""
-    rows_aligned = all(
-        size == 1 or stride * tensor.element_size() % COPY_BYTES == 0
-        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    )
-    if rows_aligned and tensor.data_ptr() % COPY_BYTES == 0:
+    if tensor.data_ptr() % COPY_BYTES == 0 and _rows_aligned(tensor.shape, tensor.stride(), tensor.element_size()):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 

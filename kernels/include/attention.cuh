@@ -58,15 +58,15 @@ constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// Which part of the problem a block works on. Row tiles of one head are neighbours in the grid, so that they share
-// K and V in L2; with a causal mask the tiles with most keys start first, so that none of them is left for last.
+// Tile `number` of the problem: what a block works on. Row tiles of one head are neighbours, so that they share K and V
+// in L2; with a causal mask the tiles with most keys come first, so that none of them is left for last.
 struct Tile {
   int batch, head, head_kv, first_row;
 
-  __device__ Tile(const AttentionParams& params, int tile_m) {
+  __device__ Tile(const AttentionParams& params, int tile_m, int number) {
     const int tiles = (params.seqlen_q + tile_m - 1) / tile_m;
-    const int tile = blockIdx.x % tiles;
-    const int batch_head = blockIdx.x / tiles;
+    const int tile = number % tiles;
+    const int batch_head = number / tiles;
     first_row = (params.causal ? tiles - 1 - tile : tile) * tile_m;
     head = batch_head % params.num_heads_q;
     batch = batch_head / params.num_heads_q;

@@ -195,7 +195,7 @@ def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=
         judges = Judges(mine, own, inputs, problem, heads.start)
         wanted = reference.flat_stages_from(mine, *inputs, problem)
         judges.all(local, wanted, judges.local_models(wanted), mine.scores, is_local=True)
-        truth = reference.flat_trace(*inputs, problem, page_size, row_max=mine.row_max)
+        truth = reference.flat_trace(*inputs, problem, page_size, row_max=mine.row_max, previous=own.previous)
         models = judges.global_models(truth)
         judges.all(overall, truth, models, truth.scores, is_local=False)
         for stage, result in (("out", out), ("lse", lse)):
@@ -217,6 +217,11 @@ def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=
 
 
 def _check_shapes(own: Trace, problem: Problem, num_pages: int, backend: str) -> None:
+    if own.previous is not None and len(own.previous) != num_pages:
+        raise FlashCoreError(
+            f"Backend '{backend}' traced chains of {len(own.previous)} pages; {problem.label()} has {num_pages} pages "
+            f"of {own.page_size} keys."
+        )
     b, h, sq, sk, d = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, problem.head_dim)
     row, full = (b, h, num_pages, sq), (b, h, sq, sk)
     shapes = {"scores": full, "row_max": row, "rescale": row, "probs": full, "row_sum": row, "accum": (*row, d),

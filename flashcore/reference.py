@@ -1,16 +1,34 @@
 """Attention in float64, whole and stage by stage: what every backend is judged against.
 
 All functions work on the device of their tensors and in pieces, so that a large problem on a GPU is checked there.
-Shapes: B batch, Hq and Hkv heads, Sq queries, Sk keys, D head_dim, P pages of `page_size` keys.
+Shapes: B batch, Hq and Hkv heads, Sq queries, Sk keys, D head_dim, P pages of `page_size` keys, C chains of pages.
+
+Chains
+------
+A chain is an online softmax over some of the pages, one after the other. An ordinary kernel has one, over all pages. A
+split-KV kernel has several, each over pages of its own, and combines them at the end. With p the page that page j
+continues, and what stands before a chain's first page row_max -inf and sums 0::
+
+    rescale_j = exp(row_max_p - safe(row_max_j))
+    row_sum_j = rescale_j * row_sum_p + sum(probs_j)
+    accum_j   = rescale_j * accum_p   + probs_j @ v_j
+
+and with c running over the last page of every chain::
+
+    shared   = max_c row_max_c
+    weight_c = exp(row_max_c - safe(shared))
+    out      = sum_c weight_c * accum_c / sum_c weight_c * row_sum_c      (0 for a row that sees no key)
+    lse      = shared + ln(sum_c weight_c * row_sum_c)                    (-inf for a row that sees no key)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from flashcore.errors import FlashCoreError
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -27,8 +45,9 @@ CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 class Trace:
     """What a backend really computed at each stage, natural logarithm throughout.
 
-    ``safe(m)`` is 0 where m is -inf, else m. Page j holds keys ``j*page_size`` to ``(j+1)*page_size - 1``.
-    A page that a backend skips is a no-op: scores -inf, probs 0, the other stages carried over.
+    ``safe(m)`` is 0 where m is -inf, else m. Page j holds keys ``j*page_size`` to ``(j+1)*page_size - 1``, and p stands
+    for the page that it continues: j-1 unless `previous` says otherwise.
+    A page that a backend skips is a no-op: scores -inf, probs 0, the other stages carried over from page p.
     """
 
     page_size: int
@@ -37,24 +56,82 @@ class Trace:
     row_max: torch.Tensor
     """``[B, Hq, P, Sq]``: the reference after page j; the running maximum, or any value that keeps probs finite."""
     rescale: torch.Tensor
-    """``[B, Hq, P, Sq]``: ``exp(row_max_{j-1} - safe(row_max_j))``, with row_max_{-1} = -inf."""
+    """``[B, Hq, P, Sq]``: ``exp(row_max_p - safe(row_max_j))``; row_max_p is -inf where a chain begins."""
     probs: torch.Tensor
     """``[B, Hq, Sq, Sk]``: ``exp(scores_j - safe(row_max_j))``."""
     row_sum: torch.Tensor
-    """``[B, Hq, P, Sq]``: ``rescale_j * row_sum_{j-1} + sum(probs_j)``."""
+    """``[B, Hq, P, Sq]``: ``rescale_j * row_sum_p + sum(probs_j)``."""
     accum: torch.Tensor
-    """``[B, Hq, P, Sq, D]``: ``rescale_j * accum_{j-1} + probs_j @ v_j``."""
+    """``[B, Hq, P, Sq, D]``: ``rescale_j * accum_p + probs_j @ v_j``."""
     out: torch.Tensor
-    """``[B, Hq, Sq, D]``: ``accum / row_sum`` after the last page, 0 for a row that sees no key."""
+    """``[B, Hq, Sq, D]``: ``accum / row_sum`` after the last page, chains combined; 0 for a row that sees no key."""
     lse: torch.Tensor
-    """``[B, Hq, Sq]``: ``row_max + ln(row_sum)`` after the last page, -inf for a row that sees no key."""
+    """``[B, Hq, Sq]``: ``row_max + ln(row_sum)`` after the last page, chains combined; -inf where a row sees no key."""
+    previous: tuple[int, ...] | None = None
+    """For each page the page whose state it continues, -1 where a chain begins; None: each continues the one before."""
+
+    def __post_init__(self):
+        if self.previous is not None:
+            links(self.previous, len(self.previous))
 
     def map(self, change) -> Trace:
         """The same trace with `change` applied to each stage's tensor."""
-        return Trace(self.page_size, **{name: change(getattr(self, name)) for name in STAGES})
+        return Trace(self.page_size, **{name: change(getattr(self, name)) for name in STAGES}, previous=self.previous)
 
 
-assert tuple(f.name for f in fields(Trace))[1:] == STAGES  # the two lists are one
+assert tuple(f.name for f in fields(Trace))[1:-1] == STAGES  # the two lists are one
+
+
+def interleaved(num_pages: int, num_splits: int) -> tuple[int, ...]:
+    """`Trace.previous` of `num_splits` chains that take turns: page j continues page ``j - num_splits``."""
+    return tuple(max(j - num_splits, -1) for j in range(num_pages))
+
+
+def contiguous(num_pages: int, pages_per_split: int) -> tuple[int, ...]:
+    """`Trace.previous` of chains of `pages_per_split` pages in a row; the last chain may be shorter."""
+    return tuple(j - 1 if j % pages_per_split else -1 for j in range(num_pages))
+
+
+def links(previous: tuple[int, ...] | None, num_pages: int) -> tuple[int, ...]:
+    """For each page the page that it continues, -1 where a chain begins; checked, and written out where it was None.
+
+    Raises
+    ------
+    FlashCoreError
+        There are more or fewer pages than that, a page continues one that does not precede it, or two continue one.
+    """
+    if previous is None:
+        return tuple(range(-1, num_pages - 1))
+    if len(previous) != num_pages:
+        raise FlashCoreError(f"`previous` names the page that each of {len(previous)} pages continues; "
+                             f"there are {num_pages} pages.")  # fmt: skip
+    continued_by: dict[int, int] = {}
+    for page, before in enumerate(previous):
+        if not -1 <= before < page:
+            raise FlashCoreError(f"`previous` lets page {page} continue page {before}; it has to be an earlier page, "
+                                 "or -1 where a chain begins.")  # fmt: skip
+        if before >= 0 and before in continued_by:
+            raise FlashCoreError(f"`previous` lets page {page} continue page {before}, which page "
+                                 f"{continued_by[before]} continues already.")  # fmt: skip
+        continued_by[before] = page
+    return tuple(previous)
+
+
+def chains(chain: tuple[int, ...]) -> list[list[int]]:
+    """The pages of every chain in their order, from `links`."""
+    found: list[list[int]] = []
+    of_page: list[list[int]] = []
+    for page, before in enumerate(chain):
+        if before < 0:
+            found.append([])
+        of_page.append(found[-1] if before < 0 else of_page[before])
+        of_page[page].append(page)
+    return found
+
+
+def ends(chain: tuple[int, ...]) -> list[int]:
+    """The last page of every chain, from `links`."""
+    return [pages_of_one[-1] for pages_of_one in chains(chain)]
 
 
 def safe(row_max: torch.Tensor) -> torch.Tensor:
@@ -175,12 +252,74 @@ def attention_same_precision(
     return out.to(q.dtype), lse
 
 
+def before_page(state: torch.Tensor, chain: tuple[int, ...], nothing: float) -> torch.Tensor:
+    """``[N, P, ...]``: each page's `state` as the page that it continues left it; `nothing` where a chain begins."""
+    import torch
+
+    padded = torch.cat([torch.full_like(state[:, :1], nothing), state], dim=1)
+    return padded[:, [before + 1 for before in chain]]
+
+
+def running_maximum(scores: torch.Tensor, columns: list[slice], chain: tuple[int, ...]) -> torch.Tensor:
+    """``[N, P, Sq]``: the largest of `scores` ``[N, Sq, Sk]`` that each page's chain has seen up to and with it."""
+    import torch
+
+    running = torch.stack([scores[..., page].amax(dim=-1) for page in columns], dim=1)
+    for pages_of_one in chains(chain):
+        running[:, pages_of_one] = running[:, pages_of_one].cummax(dim=1).values
+    return running
+
+
+def combine_weights(row_max: torch.Tensor, last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the sums of each chain are multiplied by to be added up, and the reference that they then share.
+
+    Parameters
+    ----------
+    row_max
+        ``[N, P, Sq]``.
+    last
+        The last page of every chain (`ends`).
+
+    Returns
+    -------
+    weights, shared
+        ``[N, C, Sq]``, ``exp(row_max_c - safe(shared))``, and ``[N, Sq]``, the largest row_max_c. A chain that is alone
+        has nothing to be weighed against: its weight is 1 and the reference its own, whatever that is.
+    """
+    import torch
+
+    row_max = row_max[:, last]
+    if len(last) == 1:
+        return torch.ones_like(row_max), row_max[:, 0]
+    shared = row_max.amax(dim=1)
+    return torch.exp(row_max - safe(shared)[:, None]), shared
+
+
+def combined(sums: torch.Tensor, weights: torch.Tensor, last: Sequence[int]) -> torch.Tensor:
+    """``[N, Sq, ...]``: what chains have in `sums` ``[N, P, Sq, ...]`` after their last pages, weighed and added up."""
+    total = None
+    for weight, page in zip(weights.unbind(dim=1), last, strict=True):
+        part = sums[:, page] * (weight if sums.dim() == 3 else weight[..., None])
+        total = part if total is None else total + part
+    return total
+
+
+def _results(row_max, row_sum, accum, last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` and `lse` of flat heads from the three stages that a chain hands on."""
+    weights, shared = combine_weights(row_max, last)
+    total = combined(row_sum, weights, last)
+    return _ratio(combined(accum, weights, last), total), shared + total.log()
+
+
 def _ratio(accum, row_sum):
     """``accum / row_sum`` over the last axis of `accum`, 0 where the row saw no key."""
     return accum / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)
 
 
-def flat_trace(q, k, v, problem: Problem, page_size: int, row_max: torch.Tensor | None = None) -> Trace:
+def flat_trace(
+    q, k, v, problem: Problem, page_size: int, row_max: torch.Tensor | None = None,
+    previous: tuple[int, ...] | None = None,
+) -> Trace:  # fmt: skip
     """The page loop of flat heads in float64; with `row_max`, subtracting that instead of the running maximum.
 
     Parameters
@@ -189,6 +328,8 @@ def flat_trace(q, k, v, problem: Problem, page_size: int, row_max: torch.Tensor 
         float64 ``[N, Sq, D]``, ``[N, Sk, D]`` twice: N heads, K and V already those of each query head.
     row_max
         ``[N, P, Sq]``: another backend's reference. Any is legal, so it is the one to share when stages are compared.
+    previous
+        The chains of pages, as in `Trace`; the running maximum is that of each chain.
 
     Returns
     -------
@@ -198,47 +339,47 @@ def flat_trace(q, k, v, problem: Problem, page_size: int, row_max: torch.Tensor 
     import torch
 
     columns = pages(problem, page_size)
+    chain = links(previous, len(columns))
     scores = _scores(q, k, problem, slice(0, problem.seqlen_q))
     if row_max is None:
-        row_max = torch.stack([scores[..., c].amax(dim=-1) for c in columns], dim=1).cummax(dim=1).values
-    before = torch.cat([torch.full_like(row_max[:, :1], -math.inf), row_max[:, :-1]], dim=1)
-    rescale = torch.exp(before - safe(row_max))
+        row_max = running_maximum(scores, columns, chain)
+    rescale = torch.exp(before_page(row_max, chain, -math.inf) - safe(row_max))
     probs = torch.empty_like(scores)
     row_sum, accum = torch.empty_like(row_max), q.new_empty(*row_max.shape, problem.head_dim)
-    total, sums = q.new_zeros(q.shape), q.new_zeros(q.shape[:2])
-    for j, page in enumerate(columns):
+    no_sum, no_accum = q.new_zeros(q.shape[:2]), q.new_zeros(q.shape)
+    for j, (page, p) in enumerate(zip(columns, chain, strict=True)):
         probs[..., page] = torch.exp(scores[..., page] - safe(row_max[:, j])[..., None])
         # Nothing has been seen before the first visible page, so its rescale multiplies zeros, whatever it is.
-        sums = rescale[:, j] * sums + probs[..., page].sum(dim=-1)
-        total = rescale[:, j, :, None] * total + probs[..., page] @ v[:, page]
-        row_sum[:, j], accum[:, j] = sums, total
-    return Trace(page_size, scores, row_max, rescale, probs, row_sum, accum,
-                 _ratio(total, sums), row_max[:, -1] + sums.log())  # fmt: skip
+        sums, total = (no_sum, no_accum) if p < 0 else (row_sum[:, p], accum[:, p])
+        row_sum[:, j] = rescale[:, j] * sums + probs[..., page].sum(dim=-1)
+        accum[:, j] = rescale[:, j, :, None] * total + probs[..., page] @ v[:, page]
+    out, lse = _results(row_max, row_sum, accum, ends(chain))
+    return Trace(page_size, scores, row_max, rescale, probs, row_sum, accum, out, lse, previous)
 
 
 def flat_stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:
     """Each stage in float64 from the inputs that `own` gave to that stage, for flat heads (shapes as in `flat_trace`).
 
-    `row_max` is the running maximum of `own.scores`: what an ordinary backend does, though any finite one is legal.
+    `row_max` is the running maximum of `own.scores` in each of its chains: what an ordinary backend does, though any
+    finite one is legal.
     """
     import torch
 
     columns = pages(problem, own.page_size)
+    chain = links(own.previous, len(columns))
     scores = _scores(q, k, problem, slice(0, problem.seqlen_q))
-    running = torch.stack([own.scores[..., c].amax(dim=-1) for c in columns], dim=1).cummax(dim=1).values
-    before = torch.cat([torch.full_like(own.row_max[:, :1], -math.inf), own.row_max[:, :-1]], dim=1)
-    rescale = torch.exp(before - safe(own.row_max))
+    running = running_maximum(own.scores, columns, chain)
+    rescale = torch.exp(before_page(own.row_max, chain, -math.inf) - safe(own.row_max))
     probs, row_sum, accum = torch.empty_like(scores), torch.empty_like(running), own.accum.new_empty(own.accum.shape)
-    for j, page in enumerate(columns):
+    for j, (page, p) in enumerate(zip(columns, chain, strict=True)):
         probs[..., page] = torch.exp(own.scores[..., page] - safe(own.row_max[:, j])[..., None])
         row_sum[:, j] = own.probs[..., page].sum(dim=-1)
         accum[:, j] = own.probs[..., page] @ v[:, page]
-        if j:
-            row_sum[:, j] += own.rescale[:, j] * own.row_sum[:, j - 1]
-            accum[:, j] += own.rescale[:, j, :, None] * own.accum[:, j - 1]
-    out = _ratio(own.accum[:, -1], own.row_sum[:, -1])
-    return Trace(own.page_size, scores, running, rescale, probs, row_sum, accum, out,
-                 own.row_max[:, -1] + own.row_sum[:, -1].log())  # fmt: skip
+        if p >= 0:
+            row_sum[:, j] += own.rescale[:, j] * own.row_sum[:, p]
+            accum[:, j] += own.rescale[:, j, :, None] * own.accum[:, p]
+    out, lse = _results(own.row_max, own.row_sum, own.accum, ends(chain))
+    return Trace(own.page_size, scores, running, rescale, probs, row_sum, accum, out, lse, own.previous)
 
 
 def flat_inputs(q, k, v, problem: Problem, heads: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -252,10 +393,16 @@ def _unflatten(flat: Trace, problem: Problem) -> Trace:
     return flat.map(lambda t: t.view(problem.batch, problem.num_heads_q, *t.shape[1:]))
 
 
-def trace(q, k, v, problem: Problem, page_size: int | None = None) -> Trace:
-    """Every stage of the page loop in float64, for pages of `page_size` keys (`problem.page_size` when None)."""
+def trace(
+    q, k, v, problem: Problem, page_size: int | None = None, previous: tuple[int, ...] | None = None
+) -> Trace:  # fmt: skip
+    """Every stage of the page loop in float64, for pages of `page_size` keys (`problem.page_size` when None).
+
+    `previous` says which page continues which, as in `Trace`: one chain over all pages when None.
+    """
     everything = flat_inputs(q, k, v, problem, slice(None))
-    return _unflatten(flat_trace(*everything, problem, page_size or problem.page_size), problem)
+    flat = flat_trace(*everything, problem, page_size or problem.page_size, previous=previous)
+    return _unflatten(flat, problem)
 
 
 def stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:

@@ -7,20 +7,28 @@ unit roundoff 2^-24, ``u_d`` that of the problem's dtype and ``eta_d`` half its 
 normal number (a flushed subnormal); ``g(x) = u (4x + 8)``. A float32 sum of n terms in any order is off by
 ``(sqrt(n) + 4) u`` of the sum of magnitudes (Higham and Mary, "A New Approach to Probabilistic Rounding Error
 Analysis", SIAM J. Sci. Comput. 41, 2019). A stage that is stored in fewer bits than float32 adds the rounding of that.
+Page j continues page p: the one before it, unless the trace has several chains (`flashcore.reference`).
 
 ========  =======================================================================================================
 scores    ``(sqrt(D) + 4) u scale (|q| @ |k|^T)``
 row_max   no error model: any reference that keeps `probs` finite and does not lose the row (`_legal_row_max`)
-rescale   ``rescale (g(|row_max_{j-1}| + |row_max_j|) + u) + 2^-126``; while the row saw no key, any finite value
+rescale   ``rescale (g(|row_max_p| + |row_max_j|) + u) + 2^-126``; while the chain saw no key, any finite value
 probs     ``probs (g(|scores| + |row_max|) + u_d) + eta_d``
-row_sum   ``(n/2 + 4) u rescale row_sum_{j-1} + (u_d + (sqrt(n) + 4) u) sum(probs) + n eta_d``
-accum     ``(n/2 + 4) u rescale |accum_{j-1}| + ((u_d + (sqrt(n) + 4) u) probs + eta_d) @ |v|``
+row_sum   ``(n/2 + 4) u rescale row_sum_p + (u_d + (sqrt(n) + 4) u) sum(probs) + n eta_d``
+accum     ``(n/2 + 4) u rescale |accum_p| + ((u_d + (sqrt(n) + 4) u) probs + eta_d) @ |v|``
 out       ``(u_d + 4 u) |out| + eta_d``
 lse       ``g(|row_max| + |ln row_sum|)``
 ========  =======================================================================================================
 
 What earlier pages left is added to up to n times by a kernel that sums key by key, and small terms are then rounded
 away in one direction; hence n/2 and not sqrt(n) there.
+
+Where C > 1 chains are combined, the weight of each has the error of an exponential, ``e_c = g(|row_max_c| +
+|shared|)``, either sum over the chains that of C terms, ``s = (sqrt(C) + 4) u``, and a weight below 2^-126 is flushed.
+With ``W = sum_c weight_c row_sum_c``, K the number of keys and V the sum of their ``|v|``, there is this much more::
+
+    out  (sum_c (e_c + s) weight_c (|accum_c| + |out| row_sum_c) + 2^-126 (V + |out| K)) / W
+    lse  (sum_c (e_c + s) weight_c row_sum_c + 2^-126 K) / W        (and its g has |shared| and |ln W|)
 
 Globally the same terms travel with the dataflow: the error of `scores` enters `probs` as a relative error, that of
 `probs` enters both sums, and theirs `out` and `lse`. `row_max` is the backend's own there, since any legal one may be
@@ -55,6 +63,8 @@ _LOG_MAX = {"float16": math.log(65504.0), "bfloat16": 88.0, "float32": 88.0}
 """Natural log of the largest finite prob: a reference further below the scores makes an infinity."""
 _LOG_TINY = {"float16": 14 * math.log(2.0), "bfloat16": 87.0, "float32": 87.0}
 """Minus the natural log of the smallest normal prob: a reference further above the whole row loses it."""
+_LOG_WEIGHT = 102 * math.log(2.0)
+"""Minus the natural log of the smallest weight of a chain beside which what is flushed, 2^-126, is within rounding."""
 
 _SCORE_UNKNOWN = 50.0
 """A score that may be off by this much (a large one stored in 16 bits) says nothing of its prob: it may be anything."""
@@ -108,8 +118,10 @@ class Judges:
         # What storing a stage costs: nothing more than float32 already counts, unless it was stored in 16 bits.
         self.stored = {s: 0.0 if getattr(own, s).dtype.itemsize >= 4 else torch.finfo(getattr(own, s).dtype).eps / 2
                        for s in STAGES}  # fmt: skip
-        before = torch.full_like(mine.row_max[:, :1], -math.inf)
-        self.before = torch.cat([before, mine.row_max[:, :-1]], dim=1)
+        self.chain = reference.links(own.previous, len(self.pages))
+        self.last = reference.ends(self.chain)
+        self.before = reference.before_page(mine.row_max, self.chain, -math.inf)
+        self.weights, self.shared = reference.combine_weights(mine.row_max, self.last)
 
     @staticmethod
     def _sum_unit(num_terms: int) -> float:
@@ -140,8 +152,31 @@ class Judges:
     def _rescale_relative(self):
         return _relative_exp(self._finite(self.before).abs() + self._finite(self.mine.row_max).abs()) + UNIT_FLOAT32
 
-    def _lse_model(self, row_sum):
-        return _relative_exp(self._finite(self.mine.row_max[:, -1]).abs() + self._finite(row_sum.log()).abs())
+    def _lse_model(self, total):
+        return _relative_exp(self._finite(self.shared).abs() + self._finite(total.log()).abs())
+
+    def _combined(self, sums):
+        return reference.combined(sums, self.weights, self.last)
+
+    def _combine_models(self, row_sum, accum, out):
+        """What combining several chains adds to the error of `out` and of `lse`; nothing where there is one."""
+        if len(self.last) == 1:
+            return 0.0, 0.0
+        reach = self._finite(self.mine.row_max[:, self.last]).abs() + self._finite(self.shared).abs()[:, None]
+        off = self.weights * (_relative_exp(reach) + self._sum_unit(len(self.last)))
+        # A flushed weight loses 2^-126 of its chain's sums. Those may be huge, after a reference far below the scores,
+        # and to lose them then is an error. So it counts for sums of probs up to 1, as ordinary references leave them.
+        keys, values = self.problem.seqlen_k, self.v.abs().sum(dim=1)
+        picked = range(len(self.last))
+        sums = reference.combined(row_sum[:, self.last].abs(), off, picked) + _FLUSHED * keys
+        moved = reference.combined(accum[:, self.last].abs(), off, picked) + _FLUSHED * values[:, None]
+        total = self._or_one(self._combined(row_sum)).abs()
+        return (moved + out.abs() * sums[..., None]) / total[..., None], sums / total
+
+    @staticmethod
+    def _or_one(total):
+        """1 in place of the 0 of a row that saw no key, to divide by."""
+        return total.masked_fill(total == 0, 1.0)
 
     def local_models(self, wanted: Trace) -> dict[str, torch.Tensor]:
         """The error model of each stage from its own inputs (the table at the top of this file)."""
@@ -152,18 +187,19 @@ class Judges:
             unit = self.unit + self._sum_unit(n)
             sums[:, j] = unit * probs.sum(dim=-1) + n * self.eta
             accum[:, j] = (unit * probs + self.eta) @ v[:, page]
-            if j:
+            if (p := self.chain[j]) >= 0:
                 carried = self._carried_unit(n)
-                sums[:, j] += carried * (mine.rescale[:, j] * mine.row_sum[:, j - 1]).abs()
-                accum[:, j] += carried * (mine.rescale[:, j, :, None] * mine.accum[:, j - 1]).abs()
+                sums[:, j] += carried * (mine.rescale[:, j] * mine.row_sum[:, p]).abs()
+                accum[:, j] += carried * (mine.rescale[:, j, :, None] * mine.accum[:, p]).abs()
+        more_out, more_lse = self._combine_models(mine.row_sum, mine.accum, wanted.out)
         return {
             "scores": self._scores_model(wanted.scores),
             "rescale": wanted.rescale * (self._rescale_relative() + self.stored["rescale"]) + _FLUSHED,
             "probs": wanted.probs * (self._probs_relative(mine.scores) + self.unit) + self.eta,
             "row_sum": sums + self.stored["row_sum"] * wanted.row_sum.abs(),
             "accum": accum + self.stored["accum"] * wanted.accum.abs(),
-            "out": (self.unit + 4 * u) * wanted.out.abs() + self.eta,
-            "lse": self._lse_model(mine.row_sum[:, -1]),
+            "out": (self.unit + 4 * u) * wanted.out.abs() + self.eta + more_out,
+            "lse": self._lse_model(self._combined(mine.row_sum)) + more_lse,
         }
 
     def global_models(self, truth: Trace) -> dict[str, torch.Tensor]:
@@ -174,29 +210,32 @@ class Judges:
         probs = probs.masked_fill(scores > _SCORE_UNKNOWN, _ANYTHING)
         moved = self._rescale_relative()
         sums, accum = torch.empty_like(truth.row_sum), torch.empty_like(truth.accum)
-        size = torch.zeros_like(truth.accum[:, 0])  # the sum of |probs * v| so far, which rounding of the sums goes by
+        # The sum of |probs * v| so far, which rounding of the sums goes by, after the newest page of each chain.
+        sizes: dict[int, torch.Tensor] = {}
         for j, page in enumerate(self.pages):
-            n, p = page.stop - page.start, truth.probs[..., page]
+            n, own = page.stop - page.start, truth.probs[..., page]
             unit = self._sum_unit(n)
-            sums[:, j] = probs[..., page].sum(dim=-1) + unit * p.sum(dim=-1)
-            accum[:, j] = (probs[..., page] + unit * p) @ v[:, page]
-            if j:
-                rescale = truth.rescale[:, j]
+            sums[:, j] = probs[..., page].sum(dim=-1) + unit * own.sum(dim=-1)
+            accum[:, j] = (probs[..., page] + unit * own) @ v[:, page]
+            size = torch.zeros_like(accum[:, j])
+            if (p := self.chain[j]) >= 0:
+                rescale, size = truth.rescale[:, j], sizes.pop(p)
                 error = moved[:, j] + self._carried_unit(n)
-                sums[:, j] += rescale * (sums[:, j - 1] + error * truth.row_sum[:, j - 1])
-                accum[:, j] += rescale[..., None] * (accum[:, j - 1] + error[..., None] * size)
+                sums[:, j] += rescale * (sums[:, p] + error * truth.row_sum[:, p])
+                accum[:, j] += rescale[..., None] * (accum[:, p] + error[..., None] * size)
                 size = rescale[..., None] * size
-            size = size + p @ v[:, page]
-        total = truth.row_sum[:, -1].masked_fill(truth.row_sum[:, -1] == 0, 1.0)
-        spread = (accum[:, -1] + truth.out.abs() * sums[:, -1, :, None]) / total[..., None]
+            sizes[j] = size + own @ v[:, page]
+        total, off = self._combined(truth.row_sum), self._combined(sums)
+        spread = (self._combined(accum) + truth.out.abs() * off[..., None]) / self._or_one(total)[..., None]
+        more_out, more_lse = self._combine_models(truth.row_sum, truth.accum, truth.out)
         return {
             "scores": scores,
             "rescale": truth.rescale * (moved + self.stored["rescale"]) + _FLUSHED,
             "probs": probs,
             "row_sum": sums + self.stored["row_sum"] * truth.row_sum,
             "accum": accum + self.stored["accum"] * truth.accum.abs(),
-            "out": spread + (self.unit + 4 * u) * truth.out.abs() + self.eta,
-            "lse": sums[:, -1] / total + self._lse_model(truth.row_sum[:, -1]),
+            "out": spread + (self.unit + 4 * u) * truth.out.abs() + self.eta + more_out,
+            "lse": off / self._or_one(total) + self._lse_model(total) + more_lse,
         }
 
     def all(self, into: dict[str, Judgement], wanted: Trace, models, scores, *, is_local: bool) -> None:
@@ -208,7 +247,7 @@ class Judges:
                 error, expected = self._legal_row_max(scores, slack)
                 self._record(into[stage], stage, got, expected, error, torch.zeros_like(error), ~(error <= 0))
             elif stage == "rescale":
-                # While the row has seen no key the accumulator is zero, and any finite number may multiply it.
+                # While the chain has seen no key the accumulator is zero, and any finite number may multiply it.
                 free = (self.before == -math.inf) & got.isfinite()
                 self.add(into[stage], stage, got, torch.where(free, got, expected), models[stage], is_local)
             elif stage == "probs" and is_local:
@@ -222,25 +261,43 @@ class Judges:
         """How far outside the legal range each row_max lies (0 inside, NaN for NaN), and the running maximum.
 
         Legal is any finite number that leaves the page's probs finite and the row's largest prob a normal number of the
-        dtype; -inf only while the row has seen no key. Where the scores themselves hold NaN or +inf none is legal, and
-        the fault is theirs: such rows are not judged here. `slack` is how far each score may be off, which widens the
-        range: the backend took its reference from its own scores.
+        dtype, and at the end of one of several chains does not make the weights of the others vanish; -inf only while
+        the chain has seen no key. Where the scores themselves hold NaN or +inf none is legal, and the fault is theirs:
+        such rows are not judged here. `slack` is how far each score may be off, which widens the range: the backend
+        took its reference from its own scores.
         """
         tops = torch.stack([scores[..., page].amax(dim=-1) for page in self.pages], dim=1)
-        running = tops.cummax(dim=1).values
+        running = reference.running_maximum(scores, self.pages, self.chain)
+        # What a reference loses is measured against the whole row, also where chains share the row. A prob is off by
+        # up to eta_d, which in the end is weighed to eta_d exp(row_max_c - top) of the row's largest term, wherever the
+        # top of its own chain lies. So each chain may go as far above the top of the row as the one chain of an
+        # ordinary kernel may, and no further. That may be far above its own scores; what vanishes from it then would
+        # vanish from an ordinary kernel too.
         top, got = tops.amax(dim=1, keepdim=True), self.mine.row_max
         low, high = tops - _LOG_MAX[self.problem.dtype], top + _LOG_TINY[self.problem.dtype]
         if slack is not None:
             room = torch.stack([slack[..., page].amax(dim=-1) for page in self.pages], dim=1)
             low, high = low - room, high + room.amax(dim=1, keepdim=True)
+            top = top + room.amax(dim=1, keepdim=True)
         outside = torch.maximum(low - got, got - high).clamp(min=0.0)
         seen = running > -math.inf
         outside = torch.where(seen, outside, torch.where(got == math.inf, math.inf, torch.zeros_like(got)))
+        if len(self.last) > 1:
+            outside[:, self.last] = outside[:, self.last].maximum(self._weighs_too_much(top))
         # A row that sees no key at all (top -inf) may keep any finite reference: its probs are all zero.
         outside = torch.where(seen & (got == -math.inf), math.inf, outside)
         outside = torch.where(got.isnan(), math.nan, outside)
         broken = scores.isnan().any(dim=-1) | (scores == math.inf).any(dim=-1)
         return outside.masked_fill(broken[:, None], 0.0), running
+
+    def _weighs_too_much(self, top):
+        """How far each chain's last reference lies above what leaves the others a weight, ``[N, C, Sq]``.
+
+        The largest of them is what every chain is weighed against, also when its own chain saw no key of the row and
+        has nothing to lose. The float32 weight of the chain that holds the row's `top` ``[N, 1, Sq]`` must not vanish.
+        """
+        over = self.mine.row_max[:, self.last] - top - _LOG_WEIGHT
+        return over.clamp(min=0.0).masked_fill(top == -math.inf, 0.0)
 
     def add(self, into: Judgement, stage, got, expected, model, nan_is_equal: bool) -> None:
         """Judge one stage of this chunk against ``HEADROOM * model``."""

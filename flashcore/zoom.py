@@ -54,7 +54,7 @@ def zoom(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_l
     if is_local:
         wanted = reference.flat_stages_from(mine, *inputs, problem)
     else:
-        wanted = reference.flat_trace(*inputs, problem, own.page_size, row_max=mine.row_max)
+        wanted = reference.flat_trace(*inputs, problem, own.page_size, row_max=mine.row_max, previous=own.previous)
     got, expected = (_plane(getattr(t, stage)[0], stage, page) for t in (mine, wanted))
     if stage in _ROW_STAGES:
         down, across, place = "page", "row", (page, element["row"])

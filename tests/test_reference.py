@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashcore import reference
+from flashcore.errors import FlashCoreError
 from flashcore.inputs import make_inputs
 from flashcore.problem import Problem, square
 from flashcore.reference import STAGES
@@ -103,6 +104,106 @@ def test_stages_from_a_spoilt_stage_ignores_that_stage_and_uses_it_downstream(in
     found = reference.stages_from(spoilt, *inputs, problem)
     changed = {s for s in STAGES if not torch.allclose(getattr(found, s), values[s], rtol=1e-9, atol=1e-9)}
     assert changed == consumers[name]
+
+
+# ------------------------------------------------------------------------------------------------ chains of pages
+
+
+def test_the_chains_of_split_kernels_by_hand():
+    assert reference.interleaved(5, 2) == (-1, -1, 0, 1, 2)
+    assert reference.interleaved(2, 4) == (-1, -1) and reference.interleaved(3, 1) == (-1, 0, 1)
+    assert reference.contiguous(5, 2) == (-1, 0, -1, 2, -1) and reference.contiguous(3, 8) == (-1, 0, 1)
+    assert reference.links(None, 3) == (-1, 0, 1)
+    chain = reference.links((-1, 0, -1, 1, 2), 5)
+    assert reference.chains(chain) == [[0, 1, 3], [2, 4]] and reference.ends(chain) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("previous", "words"),
+    [
+        ((0, 0), "page 0 continue page 0; it has to be an earlier page"),
+        ((-1, 2, 0), "page 1 continue page 2; it has to be an earlier page"),
+        ((-2,), "page 0 continue page -2"),
+        ((-1, 0, 0), "page 2 continue page 0, which page 1 continues already"),
+    ],
+)
+def test_chains_that_cannot_be_are_an_error(previous, words):
+    problem = square(1, 1, 16 * len(previous), 8, page_size=16)
+    stages = {stage: getattr(reference.trace(*make_inputs(problem), problem), stage) for stage in STAGES}
+    with pytest.raises(FlashCoreError, match=words):
+        reference.Trace(16, **stages, previous=previous)
+    with pytest.raises(FlashCoreError, match=words):
+        reference.trace(*make_inputs(problem), problem, previous=previous)
+
+
+def test_chains_over_another_number_of_pages_are_an_error():
+    problem = square(1, 1, 48, 8, page_size=16)
+    with pytest.raises(FlashCoreError, match="each of 2 pages continues; there are 3 pages"):
+        reference.trace(*make_inputs(problem), problem, previous=(-1, 0))
+
+
+CHAINS = [
+    lambda pages: reference.interleaved(pages, 2),
+    lambda pages: reference.interleaved(pages, 5),
+    lambda pages: reference.contiguous(pages, 2),
+    lambda pages: reference.contiguous(pages, 1),
+]
+
+
+@pytest.mark.parametrize("problem", [*SHAPES, EMPTY_ROWS], ids=lambda p: p.label())
+@pytest.mark.parametrize("make_chains", CHAINS)
+@pytest.mark.parametrize("pattern", ["normal", "rising", "large"])
+def test_chains_combined_end_where_whole_attention_does(problem, make_chains, pattern):
+    inputs = make_inputs(problem, pattern=pattern)
+    out, lse = reference.attention(*inputs, problem)
+    previous = make_chains(-(-problem.seqlen_k // 7))
+    trace = reference.trace(*inputs, problem, page_size=7, previous=previous)
+    assert trace.previous == previous
+    torch.testing.assert_close(trace.out, out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(trace.lse, lse, rtol=1e-12, atol=1e-12)
+    starts = [page for page, before in enumerate(previous) if before < 0]
+    assert bool((trace.rescale[:, :, starts] == 0).all()), "nothing precedes the first page of a chain"
+    assert not any(bool(getattr(trace, stage).isnan().any()) for stage in STAGES)
+    again = reference.stages_from(trace, *inputs, problem)
+    assert again.previous == previous
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(again, stage), getattr(trace, stage), rtol=1e-12, atol=1e-12)
+
+
+def test_one_chain_written_out_is_the_ordinary_trace_to_the_bit():
+    problem = SHAPES[2].with_(page_size=16)
+    inputs = make_inputs(problem)
+    plain = reference.trace(*inputs, problem)
+    written = reference.trace(*inputs, problem, previous=(-1, 0, 1, 2, 3))
+    assert plain.previous is None
+    for stage in STAGES:
+        assert torch.equal(getattr(plain, stage), getattr(written, stage))
+
+
+def test_a_chain_is_the_ordinary_loop_over_its_own_pages():
+    """Two chains of two pages: the stages of each are those of a problem that has only these keys."""
+    problem = square(1, 2, 64, 8, page_size=16)
+    q, k, v = make_inputs(problem)
+    whole = reference.trace(q, k, v, problem, previous=reference.contiguous(4, 2))
+    half = problem.with_(seqlen_k=32)
+    for part in (0, 1):
+        keys, two = slice(32 * part, 32 * part + 32), slice(2 * part, 2 * part + 2)
+        alone = reference.trace(q, k[:, :, keys], v[:, :, keys], half)
+        for stage in ("row_max", "rescale", "row_sum", "accum"):
+            torch.testing.assert_close(getattr(whole, stage)[:, :, two], getattr(alone, stage), rtol=1e-12, atol=1e-12)
+
+
+def test_the_combined_results_depend_on_the_reference_of_each_chain():
+    """With one chain `out` needs no reference; with several it is what they are weighed by."""
+    problem = square(1, 2, 48, 8, page_size=16)
+    inputs = make_inputs(problem)
+    clean = reference.trace(*inputs, problem, previous=reference.interleaved(3, 2))
+    spoilt = clean.row_max.clone()
+    spoilt[:, :, 1] += 0.5
+    values = {stage: getattr(clean, stage) for stage in STAGES} | {"row_max": spoilt}
+    found = reference.stages_from(reference.Trace(16, **values, previous=clean.previous), *inputs, problem)
+    changed = {s for s in STAGES if not torch.allclose(getattr(found, s), getattr(clean, s), rtol=1e-9, atol=1e-9)}
+    assert changed == {"probs", "out", "lse"}, "page 1 is a chain alone, so no rescale follows from its reference"
 
 
 def test_grouped_heads_share_consecutive_heads():

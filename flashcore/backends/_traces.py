@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.problem import Problem
-from flashcore.reference import Trace
+from flashcore.reference import Trace, links
 
 TRACE = struct.Struct("6Q 2i")
 """`TraceBuffers` of kernels/include/trace.cuh."""
@@ -46,11 +46,15 @@ class TraceBuffers:
         stages = (self.scores, self.row_max, self.rescale, self.probs, self.row_sum, self.accum)
         return TRACE.pack(*(stage.data_ptr() for stage in stages), self.row_max.shape[2], self.accum.shape[3])
 
-    def trace(self, problem: Problem, page_size: int, out: torch.Tensor, lse: torch.Tensor) -> Trace:
-        """What the kernel stored, its rightly skipped pages filled in."""
+    def trace(
+        self, problem: Problem, page_size: int, out: torch.Tensor, lse: torch.Tensor,
+        previous: tuple[int, ...] | None = None,
+    ) -> Trace:  # fmt: skip
+        """What the kernel stored, its rightly skipped pages filled in; `previous` says which page continues which."""
         trace = Trace(
             page_size=page_size, scores=self.scores, row_max=self.row_max, rescale=self.rescale, probs=self.probs,
             row_sum=self.row_sum, accum=self.accum[:, :, :, : problem.seqlen_q], out=out, lse=lse,
+            previous=previous,
         )  # fmt: skip
         fill_skipped_pages(trace, problem)
         return trace
@@ -60,19 +64,19 @@ def fill_skipped_pages(trace: Trace, problem: Problem) -> None:
     """Give the pages that a causal kernel rightly never visits the values of an update that changes nothing.
 
     A page may be skipped for a row that sees none of its keys. Only there, and only where the kernel wrote nothing,
-    the trace is filled in; a page skipped wrongly stays NaN and is found.
+    the trace is filled in, from the page that this one continues; a page skipped wrongly stays NaN and is found.
     """
     if not problem.causal:
         return
     device = trace.scores.device
-    pages = trace.row_max.shape[2]
+    chain = links(trace.previous, trace.row_max.shape[2])
     rows = torch.arange(problem.seqlen_q, device=device)
     visible = (rows + 1 + problem.seqlen_k - problem.seqlen_q).clamp(0, problem.seqlen_k)
 
     def not_written(stage: torch.Tensor) -> torch.Tensor:
         return stage.view(torch.int32) == NOT_WRITTEN
 
-    for page in range(pages):
+    for page, before in enumerate(chain):
         first, last = page * trace.page_size, min((page + 1) * trace.page_size, problem.seqlen_k)
         skippable = visible <= first  # [seqlen_q]
         for stage, value in ((trace.scores, float("-inf")), (trace.probs, 0.0)):
@@ -80,8 +84,8 @@ def fill_skipped_pages(trace: Trace, problem: Problem) -> None:
             part.masked_fill_(not_written(part) & skippable[:, None], value)
         for stage, before_any in ((trace.row_max, float("-inf")), (trace.row_sum, 0.0), (trace.accum, 0.0)):
             part = stage[:, :, page]
-            previous = stage[:, :, page - 1] if page else torch.full_like(part, before_any)
+            carried = stage[:, :, before] if before >= 0 else torch.full_like(part, before_any)
             mask = skippable if part.dim() == 3 else skippable[:, None]
-            part.copy_(torch.where(not_written(part) & mask, previous, part))
+            part.copy_(torch.where(not_written(part) & mask, carried, part))
         part = trace.rescale[:, :, page]
         part.masked_fill_(not_written(part) & skippable, 1.0)

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,18 @@ ALIGNMENT_BYTES = 16
 """Alignment promised to the heuristic for every matrix; cuBLASLt's default is 256, which page offsets do not keep."""
 POLICIES = ("first", "largest-workspace", "measured")
 Policy = Literal["first", "largest-workspace", "measured"]
+
+
+class Matrix(NamedTuple):
+    """One operand of a product, row-major; strides in elements."""
+
+    dtype: str
+    rows: int
+    columns: int
+    row: int
+    """From one row to the next."""
+    next_matrix: int
+    """From one matrix of the batch to the next."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +62,11 @@ class Product:
     """Elements from one row of A to the next; 0 means packed."""
     row_b: int = 0
     row_d: int = 0
-    next_a: int = 0
-    """Elements from one matrix of the batch to the next; 0 means packed."""
-    next_b: int = 0
-    next_d: int = 0
+    next_a: int | None = None
+    """Elements from one matrix of the batch to the next; None means packed, 0 one A for the whole batch."""
+    next_b: int | None = None
+    """As `next_a`; 0 is one B for the whole batch."""
+    next_d: int | None = None
     order: Literal["column", "row"] = "column"
     """How the layouts are told to cuBLASLt: as transposed column-major ones or as row-major ones; one result."""
 
@@ -62,10 +75,9 @@ class Product:
         filled = {
             "row_a": self.row_a or self.k, "row_b": self.row_b or columns_b, "row_d": self.row_d or self.n,
         }  # fmt: skip
-        filled |= {
-            "next_a": self.next_a or self.m * filled["row_a"], "next_b": self.next_b or rows_b * filled["row_b"],
-            "next_d": self.next_d or self.m * filled["row_d"],
-        }  # fmt: skip
+        packed = {"next_a": self.m * filled["row_a"], "next_b": rows_b * filled["row_b"],
+                  "next_d": self.m * filled["row_d"]}  # fmt: skip
+        filled |= {name: size for name, size in packed.items() if getattr(self, name) is None}
         for name, value in filled.items():
             object.__setattr__(self, name, value)
         if min(self.m, self.n, self.k, self.batch) < 1:
@@ -76,6 +88,17 @@ class Product:
                     f"Rows of {name} are {columns} elements wide and only {row} apart, so they overlap; "
                     f"give row_{name.lower()} of at least {columns}."
                 )
+        if self.batch > 1 and self.next_d == 0:
+            raise InvalidProblem(f"All {self.batch} matrices of a batch would be written to one D; give next_d.")
+
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
+        """A, B and D as they lie in memory."""
+        rows_b, columns_b = (self.n, self.k) if self.transpose_b else (self.k, self.n)
+        return (
+            Matrix(self.dtype, self.m, self.k, self.row_a, self.next_a),
+            Matrix(self.dtype, rows_b, columns_b, self.row_b, self.next_b),
+            Matrix(self.out_dtype, self.m, self.n, self.row_d, self.next_d),
+        )
 
     def flops(self) -> int:
         """``2·m·n·k·batch``."""
@@ -163,20 +186,43 @@ def version() -> int:
 
 
 def _checked(call: str, product: Product, function: Callable, *arguments) -> Any:
-    lt = library()
     try:
         return function(*arguments)
-    except lt.cuBLASLtError as error:
+    except Exception as error:
+        lt = library()
+        if not isinstance(error, lt.cuBLASLtError):
+            raise
         status = int(getattr(error, "status", -1))
         raise CublasLtError(call, lt.get_status_name(status) if status >= 0 else str(error), product.label()) from None
 
 
-def _set(setter: Callable, widths: Callable, descriptor: int, attribute: int, value: int) -> None:
-    """Set one attribute with exactly the width cuBLASLt gives it: the caller cannot choose a wrong one."""
-    holder = np.array([value], dtype=widths(attribute))
-    if int(holder[0]) != value:
-        raise InvalidProblem(f"{value} does not fit attribute {attribute!r} ({holder.dtype}) of cuBLASLt.")
-    setter(descriptor, int(attribute), holder.ctypes.data, holder.nbytes)
+def _set(
+    product: Product, call: str, setter: Callable, widths: Callable, descriptor: int, attribute: Any, value: int
+) -> None:
+    """Set one attribute of a descriptor, of exactly the width that cuBLASLt gives it.
+
+    A plain int takes that width. A NumPy integer has a width of its own, and one that differs is refused here: cuBLASLt
+    would read the bytes beside it, or, at best, answer with a status code.
+
+    Raises
+    ------
+    InvalidProblem
+        The value is of another width, or does not fit.
+    CublasLtError
+        cuBLASLt refused it.
+    """
+    wanted = np.dtype(widths(attribute))
+    name = getattr(attribute, "name", str(attribute))
+    if isinstance(value, np.generic) and value.dtype.itemsize != wanted.itemsize:
+        raise InvalidProblem(
+            f"{call} takes {wanted.itemsize} bytes ({wanted}) for {name}, and a value of {value.dtype.itemsize} "
+            f"({value.dtype}) was given for the product {product.label()}; give a plain int."
+        )
+    limits = np.iinfo(wanted)
+    if not limits.min <= int(value) <= limits.max:
+        raise InvalidProblem(f"{value} does not fit {name} ({wanted}) of cuBLASLt, for the product {product.label()}.")
+    holder = np.array([int(value)], dtype=wanted)
+    _checked(call, product, setter, descriptor, int(attribute), holder.ctypes.data, holder.nbytes)
 
 
 class _Descriptors:
@@ -185,36 +231,42 @@ class _Descriptors:
     def __init__(self, product: Product):
         lt = self._lt = library()
         self.product = product
+        self._layouts: list[int] = []
         self.operation = _checked("cublasLtMatmulDescCreate", product, lt.matmul_desc_create, COMPUTE_32F, 0)
-        rows_b, columns_b = (product.n, product.k) if product.transpose_b else (product.k, product.n)
-        a = (product.dtype, product.m, product.k, product.row_a, product.next_a)
-        b = (product.dtype, rows_b, columns_b, product.row_b, product.next_b)
-        d = (product.out_dtype, product.m, product.n, product.row_d, product.next_d)
+        a, b, d = product.matrices()
         if product.order == "row":
-            self.first, self.second, self.out = (self._layout(*x, ORDER_ROW) for x in (a, b, d))
+            self.first, self.second, self.out = (self._layout(matrix, ORDER_ROW) for matrix in (a, b, d))
             transposed = lt.MatmulDescAttribute.TRANSB
         else:  # a row-major matrix is its transpose in column-major order, and Dᵀ = Bᵀ Aᵀ
-            self.first, self.second, self.out = (self._layout(*x, ORDER_COLUMN) for x in (b, a, d))
+            self.first, self.second, self.out = (self._layout(matrix, ORDER_COLUMN) for matrix in (b, a, d))
             transposed = lt.MatmulDescAttribute.TRANSA
         if product.transpose_b:
-            widths = lt.get_matmul_desc_attribute_dtype
-            _set(lt.matmul_desc_set_attribute, widths, self.operation, transposed, OP_T)
+            setter, widths = lt.matmul_desc_set_attribute, lt.get_matmul_desc_attribute_dtype
+            _set(product, "cublasLtMatmulDescSetAttribute", setter, widths, self.operation, transposed, OP_T)
 
-    def _layout(self, dtype: str, rows: int, columns: int, row: int, next_matrix: int, order: int) -> int:
+    def _layout(self, matrix: Matrix, order: int) -> int:
         lt, product = self._lt, self.product
-        shape = (rows, columns) if order == ORDER_ROW else (columns, rows)
-        layout = _checked("cublasLtMatrixLayoutCreate", product, lt.matrix_layout_create, CUDA_TYPE[dtype], *shape, row)
+        shape = (matrix.rows, matrix.columns) if order == ORDER_ROW else (matrix.columns, matrix.rows)
+        layout = _checked(
+            "cublasLtMatrixLayoutCreate", product, lt.matrix_layout_create, CUDA_TYPE[matrix.dtype], *shape, matrix.row
+        )
+        self._layouts.append(layout)
         names = lt.MatrixLayoutAttribute
-        values = {names.ORDER: order, names.BATCH_COUNT: product.batch, names.STRIDED_BATCH_OFFSET: next_matrix}
+        values = {
+            names.ORDER: order, names.BATCH_COUNT: product.batch, names.STRIDED_BATCH_OFFSET: matrix.next_matrix,
+        }  # fmt: skip
         for attribute, value in values.items():
-            _set(lt.matrix_layout_set_attribute, lt.get_matrix_layout_attribute_dtype, layout, attribute, value)
+            _set(
+                product, "cublasLtMatrixLayoutSetAttribute", lt.matrix_layout_set_attribute,
+                lt.get_matrix_layout_attribute_dtype, layout, attribute, value,
+            )  # fmt: skip
         return layout
 
     def __del__(self):
-        for name, destroy in (("operation", "matmul_desc_destroy"), ("first", "matrix_layout_destroy"),
-                              ("second", "matrix_layout_destroy"), ("out", "matrix_layout_destroy")):  # fmt: skip
-            if hasattr(self, name):
-                getattr(self._lt, destroy)(getattr(self, name))
+        if hasattr(self, "operation"):
+            self._lt.matmul_desc_destroy(self.operation)
+        for layout in getattr(self, "_layouts", ()):
+            self._lt.matrix_layout_destroy(layout)
 
 
 def candidates(
@@ -233,10 +285,11 @@ def candidates(
     preference = lt.matmul_preference_create()
     try:
         names, widths = lt.MatmulPreferenceAttribute, lt.get_matmul_preference_attribute_dtype
-        _set(lt.matmul_preference_set_attribute, widths, preference, names.MAX_WORKSPACE_BYTES, limit)
-        for letter in "ABCD":
-            attribute = getattr(names, f"MIN_ALIGNMENT_{letter}_BYTES")
-            _set(lt.matmul_preference_set_attribute, widths, preference, attribute, ALIGNMENT_BYTES)
+        values = {names.MAX_WORKSPACE_BYTES: limit}
+        values |= {getattr(names, f"MIN_ALIGNMENT_{letter}_BYTES"): ALIGNMENT_BYTES for letter in "ABCD"}
+        for attribute, value in values.items():
+            _set(product, "cublasLtMatmulPreferenceSetAttribute", lt.matmul_preference_set_attribute, widths,
+                 preference, attribute, value)  # fmt: skip
         results = lt.MatmulHeuristicResult(asked)
         found = np.zeros(1, np.int32)
         _checked(
@@ -426,9 +479,3 @@ def _keep_winner(product: Product, algorithm: Algorithm, device: int) -> None:
         write_whole(path, json.dumps(asdict(algorithm)).encode())
     except OSError:  # a cache that cannot be written costs time at the next start, nothing else
         return
-
-
-def repacked(product: Product, **changes) -> Product:
-    """The same product with some fields changed and every stride packed again."""
-    packed = dict(row_a=0, row_b=0, row_d=0, next_a=0, next_b=0, next_d=0)
-    return replace(product, **(packed | changes))

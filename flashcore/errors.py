@@ -60,6 +60,15 @@ class CublasLtError(FlashCoreError, RuntimeError):
         )
 
 
+class LaunchError(FlashCoreError, RuntimeError):
+    """The CUDA driver refused a launch or a tensor map; names the call and the status."""
+
+    def __init__(self, call: str, status: str, what: str = ""):
+        self.call, self.status = call, status
+        where = f" for {what}" if what else ""
+        super().__init__(f"{call} gave {status}{where}; 'flashcore doctor' checks the machine.")
+
+
 class ToolMissing(FlashCoreError, RuntimeError):
     """A compiler, disassembler or browser that this step needs is not installed."""
 
@@ -103,6 +112,15 @@ class GatesError(FlashCoreError, ValueError):
         super().__init__(f"{where}: {reason}")
 
 
+class ClaimsError(FlashCoreError, ValueError):
+    """The claims file is wrong; names the file, the line and the reason."""
+
+    def __init__(self, path: str, line: int | None, reason: str):
+        self.path, self.line, self.reason = path, line, reason
+        where = f"{path}, line {line}" if line else path
+        super().__init__(f"{where}: {reason}")
+
+
 class NotebookParameterError(FlashCoreError, ValueError):
     """A notebook was given a parameter it does not declare, or a value of the wrong type."""
 
@@ -113,3 +131,50 @@ class NotebookFailed(FlashCoreError, RuntimeError):
     def __init__(self, notebook: str, reason: str):
         self.notebook, self.reason = notebook, reason
         super().__init__(f"Notebook '{notebook}' did not finish: {reason}. What it had measured is kept.")
+
+
+class PagingError(FlashCoreError):
+    """A paged K/V cache was asked for something that it cannot do; it is as it was before the call."""
+
+
+class PoolExhausted(PagingError, RuntimeError):
+    """The cache has too few free pages, or no free row for another sequence; nothing was changed."""
+
+    def __init__(self, what: str, needed: int, free: int, total: int, fix: str):
+        self.what, self.needed, self.free, self.total, self.fix = what, needed, free, total, fix
+        super().__init__(
+            f"This takes {needed} more {what} and {free} of the cache's {total} are free; {fix}. Nothing was changed."
+        )
+
+
+class SequenceGone(PagingError, LookupError):
+    """A sequence was used after it was freed, or in a cache that it does not belong to."""
+
+    def __init__(self, sequence: str):
+        self.sequence = sequence
+        super().__init__(
+            f"{sequence} was freed, or belongs to another cache; use a handle that add() or fork() of this cache gave."
+        )
+
+
+class SequenceTooLong(PagingError, ValueError):
+    """A sequence's length does not fit into its row of the page table."""
+
+    def __init__(self, row: int, length: int, capacity: int, fix: str):
+        self.row, self.length, self.capacity, self.fix = row, length, capacity, fix
+        super().__init__(f"Row {row} would hold {length} tokens and its pages hold {capacity}; {fix}.")
+
+
+class PageTableError(PagingError, ValueError):
+    """A pool, page table, list of lengths or selection of pages is wrong: device, dtype, shape or contents."""
+
+
+class PagesOverlap(PagingError, ValueError):
+    """The page that a sequence writes to next is in use elsewhere too, so one would overwrite the other's keys."""
+
+    def __init__(self, row: int, page: int, uses: int):
+        self.row, self.page, self.uses = row, page, uses
+        super().__init__(
+            f"Row {row} writes its next tokens to page {page}, which the page table names {uses} times; "
+            "give each sequence a page of its own to write to (a copy, where a prefix was shared)."
+        )

@@ -23,6 +23,10 @@ CPU it is torch's own path and quicker than our page loop, which is there for ``
 """
 WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn"})
 
+KEPT_CALLS = 4096
+_calls: dict[tuple, tuple[Problem, backends.Backend]] = {}
+"""Calls that were checked, with what was found."""
+
 _DTYPES = {getattr(torch, name): name for name in DTYPE_BYTES}
 
 
@@ -52,6 +56,10 @@ def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softm
         batch=q_shape[0], num_heads_q=q_shape[1], num_heads_kv=k_shape[1], seqlen_q=q_shape[2], seqlen_k=k_shape[2],
         head_dim=q_shape[3], dtype=_DTYPES[q_dtype], causal=causal, softmax_scale=softmax_scale,
     )  # fmt: skip
+
+
+def _wants_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None) -> Problem:
@@ -88,7 +96,7 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
                     f"The last dimension of {name} is not contiguous (stride {tensor.stride(3)}); "
                     f"pass {name}.contiguous(), or a view whose head_dim lies together in memory."
                 )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _wants_gradients(q, k, v):
         raise InvalidProblem(
             "q, k or v requires gradients, and FlashCore computes the forward pass only; "
             "call it under torch.no_grad(), or detach the tensors."
@@ -174,8 +182,23 @@ def attention(
     arrays = _is_cupy(q) and _is_cupy(k) and _is_cupy(v)
     if arrays:
         q, k, v = (torch.from_dlpack(array) for array in (q, k, v))
-    problem = problem_of(q, k, v, causal, softmax_scale)
-    chosen = _choose(problem, q.device, backend, bool(return_lse))
+    try:
+        # Looking the whole call up takes half as long as checking it.
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+            k.device, v.device, causal, softmax_scale, backend, return_lse,
+        )  # fmt: skip
+        known = _calls.get(key)
+    except (AttributeError, TypeError):  # not tensors, or an option of a wrong type: the checks say which
+        key = known = None
+    if known is None or _wants_gradients(q, k, v):
+        problem = problem_of(q, k, v, causal, softmax_scale)
+        known = problem, _choose(problem, q.device, backend, bool(return_lse))
+        if key is not None:
+            if len(_calls) >= KEPT_CALLS:
+                _calls.clear()
+            _calls[key] = known
+    problem, chosen = known
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             out, lse = chosen.run(q, k, v, problem)

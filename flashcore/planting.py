@@ -1,11 +1,11 @@
-"""Plant a bug in a backend: patch its kernel's source, or put a wrong method in place of one of its own."""
+"""Plant a bug in a backend: patch its kernel's source, put a wrong method in place of one of its own, or both."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashcore import backends
 from flashcore.build import kernel_source
@@ -22,11 +22,23 @@ Edit = tuple[str, str]
 """What stands in the source, and what to put there instead."""
 
 
+def _with_methods(backend: Backend, methods: Mapping[str, Any]) -> Backend:
+    """A copy of the backend with these methods and attributes in place of its own."""
+    missing = [name for name in methods if not hasattr(backend, name)]
+    if missing:
+        raise FaultError(f"A planted fault overrides '{missing[0]}', which backend '{backend.id}' no longer has.")
+    planted = copy.copy(backend)
+    planted.__class__ = type("Planted", (type(backend),), dict(methods))
+    return planted
+
+
 @dataclass(frozen=True)
 class Source:
     """A patch of the kernel's source; each old text has to stand there exactly once."""
 
     edits: tuple[Edit, ...]
+    methods: Mapping[str, Any] = field(default_factory=dict)
+    """Methods and attributes of the backend to replace as well."""
 
     def text(self, kernel: str) -> str:
         """The kernel's source with the patch in it; `FaultError` when it no longer applies."""
@@ -42,25 +54,23 @@ class Source:
 
     def apply(self, backend: Backend) -> Backend:
         """A copy of the backend that compiles the patched source."""
-        planted = copy.copy(backend)
+        planted = _with_methods(backend, self.methods)
         planted.source = self.text(backend.kernel)
         return planted
 
 
 @dataclass(frozen=True)
 class Override:
-    """Other methods in place of the backend's own: a wrong host-side argument, or a wrong stage of the cpu backend."""
+    """Other methods in place of the backend's own: a wrong host-side argument, or a wrong stage of the cpu backend.
 
-    methods: Mapping[str, Callable]
+    An attribute of the class may be among them.
+    """
+
+    methods: Mapping[str, Any]
 
     def apply(self, backend: Backend) -> Backend:
         """A copy of the backend with the other methods."""
-        missing = [name for name in self.methods if not hasattr(backend, name)]
-        if missing:
-            raise FaultError(f"A planted fault overrides '{missing[0]}', which backend '{backend.id}' no longer has.")
-        planted = copy.copy(backend)
-        planted.__class__ = type("Planted", (type(backend),), dict(self.methods))
-        return planted
+        return _with_methods(backend, self.methods)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Fault:
     id: str
     title: str
     stage: str
-    """The first producer that bisection has to name."""
+    """The first producer that bisection has to name; `survey` for what shows in the labels of algorithms alone."""
     looks_like: str
     """What a check of `out` alone would show."""
     plants: Mapping[str, Source | Override] = field(default_factory=dict, repr=False)
@@ -82,6 +92,11 @@ class Fault:
     """It may read out of bounds or hang, which ends a CUDA context: on a GPU it runs in a process of its own."""
     crash_is_found: bool = False
     """The death of that process is a finding, since an access out of bounds is what the bug is."""
+    error_is_found: bool = False
+    """A typed error that carries the stage it was raised at (its `stage`) is a finding: a status code that nobody
+    swallowed is how the bug shows."""
+    found_by: Literal["bisection", "labels"] = "bisection"
+    """`labels`: every stage is right, and the proof is that of `survey.wrong_labels`, by the kernels' names."""
     awaits: str | None = None
     """What does not exist yet and the bug belongs to."""
     held_by: str | None = None
@@ -94,8 +109,15 @@ class Fault:
         if self.held_by:
             return f"no bug of a backend: {self.held_by}"
         if backend_id is not None and backend_id not in self.plants:
-            return f"makes no sense in {backend_id}"
+            kin = self._planted_kin(backend_id)
+            return f"planted in {kin}, whose code this one runs" if kin else f"makes no sense in {backend_id}"
         return None
+
+    def _planted_kin(self, backend_id: str) -> str | None:
+        """A backend that this bug is planted in and that the one named derives from."""
+        known = {backend.id: backend for backend in backends.all_backends()}
+        mine = known.get(backend_id)
+        return next((name for name in self.plants if name in known and isinstance(mine, type(known[name]))), None)
 
     def plant(self, backend_id: str) -> Backend:
         """The backend with this bug in it.

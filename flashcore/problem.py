@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Literal
@@ -42,6 +43,14 @@ class Problem(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "problem"
             raise InvalidProblem(f"{name}: {first['msg']} (got {first.get('input')!r}).") from None
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, name) for name in type(self).model_fields))
+
+    def __hash__(self) -> int:
+        # A problem is part of the key of every cached plan and launch; hashing its fields takes longer than a launch.
+        return self._hash
 
     @field_validator("softmax_scale")
     @classmethod

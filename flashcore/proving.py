@@ -10,12 +10,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from flashcore import backends as registry
 from flashcore.backends import Backend
-from flashcore.bisection import Bisection, bisect, bisect_trial
+from flashcore.bisection import Bisection, bisect
 from flashcore.build import compile_kernel
-from flashcore.check import hash_of
+from flashcore.check import guarded, hash_of
 from flashcore.determinism import check_determinism
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.faults import FAULTS, get
@@ -24,6 +25,7 @@ from flashcore.isolation import Worker, isolated_trial
 from flashcore.planting import Fault, Source
 from flashcore.problem import Problem, parse_problem
 from flashcore.records import RunFolder, Trial
+from flashcore.survey import wrong_labels
 
 Progress = Callable[[str], None]
 
@@ -44,6 +46,9 @@ def provable(backends: Sequence[Backend] | None = None) -> list[Backend]:
 def prove(fault_id: str, backend_id: str) -> Trial:
     """Plant one bug, bisect, and say whether it was found at its stage. Importable, to be run in another process.
 
+    A bug that shows in an algorithm's label alone (`Fault.found_by`) is looked for there. Where a typed error is how a
+    bug shows (`Fault.error_is_found`), the stage that the error itself carries is the one found.
+
     Raises
     ------
     UnknownName
@@ -55,26 +60,55 @@ def prove(fault_id: str, backend_id: str) -> Trial:
     planted = fault.plant(backend_id)
     planted.require(fault.problem)
     started = time.perf_counter()
-    found = bisect(planted, fault.problem, pattern=fault.pattern)
-    return _judged(fault, found, time.perf_counter() - started)
+    if fault.found_by == "labels":
+        wrong = wrong_labels(planted, fault.problem)
+        more = {"finding": wrong[0]} if wrong else {}
+        return _judged(fault, planted, "survey" if wrong else None, started, more)
+    try:
+        found = bisect(planted, fault.problem, pattern=fault.pattern)
+    except FlashCoreError as error:
+        stage = _stage_that_refused(fault, error)
+        if stage is None:
+            raise
+        return _judged(fault, planted, stage, started, {"finding": str(error), "error": type(error).__name__})
+    return _judged(fault, planted, _stage_of(found), started, _seen(found))
 
 
-def _judged(fault: Fault, found: Bisection, seconds: float) -> Trial:
-    stage = found.producers[0] if found.producers else found.first_row[0].stage if found.first_row else None
-    if stage is None and not found.production.passed:
-        stage = "production"
-    outcome = "found" if stage == fault.stage else "missed" if found.passed else "found elsewhere"
-    first = found.first_row[1].first_bad if found.first_row else found.production.first_bad
-    output = found.output or {}
+def _judged(fault: Fault, planted: Backend, stage: str | None, started: float, seen: dict[str, Any]) -> Trial:
+    """The record of a bug that was looked for and found at `stage`, or nowhere."""
+    outcome = "found" if stage == fault.stage else "missed" if stage is None else "found elsewhere"
     data = _facts(fault) | {
-        "found_stage": stage, "producers": found.producers, "outcome": outcome, "first_bad": first,
-        "output_finite": output.get("finite"), "check_passed": output.get("finite") and output.get("nonzero"),
-        "complete": found.coverage["complete"], "seconds": round(seconds, 3),
+        "found_stage": stage, "producers": [], "outcome": outcome, "first_bad": None, "output_finite": None,
+        "check_passed": None, **seen, "seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
     words = {"found elsewhere": f"it was found at {stage}", "missed": "nothing was found"}
     reason = None if outcome == "found" else f"{fault.id} has to be found at {fault.stage}, and {words[outcome]}"
-    return Trial(kind="fault", backend=found.backend, variant=fault.id, problem=found.problem, data=data, reason=reason,
-                 status="ok" if outcome == "found" else "failed", source_hash=found.source_hash)  # fmt: skip
+    return Trial(kind="fault", backend=planted.id, variant=fault.id, problem=fault.problem, data=data, reason=reason,
+                 status="ok" if outcome == "found" else "failed", source_hash=planted.source_hash())  # fmt: skip
+
+
+def _stage_of(found: Bisection) -> str | None:
+    """Where a bisection says that a bug is: its first producer, else the first stage that drifts; None for nowhere."""
+    if found.first_row:
+        return found.first_row[0].stage
+    if not found.production.passed:
+        return "production"
+    return None if found.passed else "coverage"
+
+
+def _stage_that_refused(fault: Fault, error: FlashCoreError) -> str | None:
+    """The stage that an error carries, where an error is how the bug shows; None for any other error."""
+    return getattr(error, "stage", None) if fault.error_is_found else None
+
+
+def _seen(found: Bisection) -> dict[str, Any]:
+    """What a bisection of a planted bug saw, for its record."""
+    first = found.first_row[1].first_bad if found.first_row else found.production.first_bad
+    output = found.output or {}
+    return {
+        "producers": found.producers, "first_bad": first, "output_finite": output.get("finite"),
+        "check_passed": output.get("finite") and output.get("nonzero"), "complete": found.coverage["complete"],
+    }  # fmt: skip
 
 
 def _facts(fault: Fault) -> dict:
@@ -85,23 +119,20 @@ def _facts(fault: Fault) -> dict:
 def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None) -> int:
     """Compile what the faults will need, traced and not, on all cores at once; returns how many variants.
 
-    What does not compile is left for the trial that needs it to say.
+    Backends of one kernel share what is compiled. What does not compile is left for the trial that needs it to say.
     """
-    jobs = []
+    jobs: dict[tuple, Source] = {}
     for fault in faults:
         for backend in backends:
             plant = fault.plants.get(backend.id)
             if isinstance(plant, Source) and fault.why_not(backend.id) is None and backend.kernel:
-                jobs += [(fault, backend, traced) for traced in (True, False)]
+                jobs |= {(backend.kernel, plant.edits, fault.problem.head_dim, fault.problem.dtype, traced): plant
+                         for traced in (True, False)}  # fmt: skip
 
-    def compile_one(job: tuple[Fault, Backend, bool]) -> None:
-        fault, backend, traced = job
-        try:
-            text = fault.plants[backend.id].text(backend.kernel)
-            compile_kernel(backend.kernel, head_dim=fault.problem.head_dim, dtype=fault.problem.dtype, trace=traced,
-                           source=text)  # fmt: skip
-        except FlashCoreError:
-            pass
+    def compile_one(job: tuple[tuple, Source]) -> None:
+        (kernel, _, head_dim, dtype, traced), plant = job
+        with contextlib.suppress(FlashCoreError):
+            compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=traced, source=plant.text(kernel))
 
     if not jobs:
         return 0
@@ -110,7 +141,7 @@ def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: P
     if progress:
         progress(f"compiling {len(jobs)} variants with a bug in them")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC runs outside Python's lock
-        collections.deque(pool.map(compile_one, jobs), maxlen=0)
+        collections.deque(pool.map(compile_one, jobs.items()), maxlen=0)
     return len(jobs)
 
 
@@ -182,6 +213,8 @@ def bisect_planted(
 ) -> list[Trial]:
     """Look closely at one planted bug: its bisection and, with `repeat`, that many repeats compared bit by bit.
 
+    One that shows in the labels of algorithms alone has these looked at as well.
+
     One that may crash runs in a process of its own on a GPU.
 
     Returns
@@ -197,6 +230,8 @@ def bisect_planted(
     wanted, looks = problem or fault.problem, pattern or fault.pattern
     planted = fault.plant(backend_id)
     work = [("bisection", {"seed": seed, "pattern": looks, "layout": layout})]
+    if fault.found_by == "labels":
+        work.append(("labels", {}))
     if repeat:
         work.append(("determinism", {"seed": seed, "pattern": looks, "runs": max(2, repeat)}))
     if not _isolated(fault, planted):
@@ -213,11 +248,38 @@ def bisect_planted(
 
 def _planted_trial(fault_id: str, backend_id: str, what: str, label: str, options: dict) -> Trial:
     """One measurement of a planted bug. Importable, to be run in another process."""
-    planted, problem = get(fault_id).plant(backend_id), parse_problem(label)
-    measure = bisect_trial if what == "bisection" else check_determinism
-    trial = measure(planted, problem, **options)
+    fault = get(fault_id)
+    planted, problem = fault.plant(backend_id), parse_problem(label)
+    if what == "determinism":
+        trial = check_determinism(planted, problem, **options)
+    else:
+        measure = _labels_trial if what == "labels" else _bisected
+        trial = guarded("bisection", planted, problem, lambda: measure(fault, planted, problem, **options))
     data = {**trial.data, "fault": fault_id}
     return trial.model_copy(update={"variant": f"planted-{fault_id}-{what}", "data": data})
+
+
+def _bisected(fault: Fault, planted: Backend, problem: Problem, **options) -> Trial:
+    """The record of its bisection, or of the error that is how the bug shows."""
+    try:
+        return bisect(planted, problem, **options).to_trial()
+    except FlashCoreError as error:
+        stage = _stage_that_refused(fault, error)
+        if stage is None:
+            raise
+        finding = f"{stage} was refused: {error}"
+        data = {"producers": [stage], "finding": finding, "error": type(error).__name__, **options}
+        return Trial(kind="bisection", backend=planted.id, problem=problem, status="failed", reason=finding, data=data,
+                     source_hash=hash_of(planted))  # fmt: skip
+
+
+def _labels_trial(fault: Fault, planted: Backend, problem: Problem) -> Trial:
+    """The record of what contradicts the labels of its algorithms."""
+    wrong = wrong_labels(planted, problem)
+    finding = "; ".join(wrong) or "every algorithm that is named is the one that runs"
+    return Trial(kind="bisection", backend=planted.id, problem=problem, status="failed" if wrong else "ok",
+                 reason=finding if wrong else None, data={"finding": finding, "wrong_labels": len(wrong)},
+                 source_hash=hash_of(planted))  # fmt: skip
 
 
 def _isolated(fault: Fault, backend: Backend) -> bool:

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flashcore import cublaslt, device, kernel_names, matmul_heuristics
-from flashcore.cublaslt import Algorithm, Product
+from flashcore.backends import Backend
+from flashcore.cublaslt import Algorithm, Plan, Product
 from flashcore.errors import FlashCoreError
 from flashcore.matmul_heuristics import Prediction
+from flashcore.planting import Override
+from flashcore.problem import Problem
 from flashcore.records import RunFolder, Timing, Trial
 from flashcore.survey_grid import SurveyCase, product_of, write_product
 
@@ -167,10 +170,11 @@ def _buffers(product: Product, workspace_bytes: int, *, random: bool) -> tuple[A
     return a, b, d, torch.empty(max(workspace_bytes, 1), dtype=torch.uint8, device="cuda")
 
 
-def _launcher(product: Product, algorithm: Algorithm | None) -> Callable[[], None]:
+def _launcher(product: Product, algorithm: Algorithm | None, plan: Plan | None = None) -> Callable[[], None]:
     """A call that launches the product once on torch's stream, through the `Plan` that backends use.
 
-    Without an algorithm it goes through cuBLAS without Lt. What fails launches nothing.
+    Without an algorithm it goes through cuBLAS without Lt; with a plan that is ready, through that. What fails launches
+    nothing.
     """
 
     def launch() -> None:
@@ -181,7 +185,7 @@ def _launcher(product: Product, algorithm: Algorithm | None) -> Callable[[], Non
         stream = torch.cuda.current_stream().cuda_stream
         size = algorithm.workspace_bytes if algorithm else cublas.WORKSPACE_BYTES
         try:
-            call = cublaslt.Plan(product, algorithm, alpha=1.0, beta=0.0) if algorithm else cublas.Call(product)
+            call = plan or (Plan(product, algorithm, alpha=1.0, beta=0.0) if algorithm else cublas.Call(product))
             a, b, d, room = _buffers(product, size, random=False)
             call.run(a.data_ptr(), b.data_ptr(), d.data_ptr(), stream=stream, workspace=room.data_ptr(),
                      workspace_bytes=size)  # fmt: skip
@@ -318,6 +322,11 @@ def attributes(algorithm: Algorithm) -> dict[str, Any]:
     return found | {"waves_count": round(algorithm.waves_count, 4)}
 
 
+def _configuration(algorithm: Algorithm) -> tuple[tuple[str, Any], ...]:
+    """The attributes that make one algorithm another than the next, for one product."""
+    return tuple((k, v) for k, v in attributes(algorithm).items() if k not in ("rank", "waves_count"))
+
+
 def _timing(product: Product, latency_us: float | None) -> Timing | None:
     if latency_us is None:
         return None
@@ -351,11 +360,63 @@ def _sentence(text: str | None) -> str:
 # ------------------------------------------------------------------------------------------------ the label's proof
 
 
-def verify_label(product: Product, algorithm: Algorithm) -> str | None:
-    """Run a product with an algorithm, as a backend does, and give the name of the kernel that the profiler saw."""
+def wrong_labels(backend: Backend, problem: Problem) -> list[str]:
+    """What contradicts the algorithms that a cublaslt backend names for a problem; empty when each is what runs.
+
+    The backend runs once, and each plan that it used is launched again under the profiler, beside every candidate that
+    cuBLASLt offers for the same product: the kernel has to be that of the candidate with the attributes of the plan's
+    label, and to compute the tile that they name.
+
+    Returns
+    -------
+    list of str
+        One sentence a product.
+
+    Raises
+    ------
+    FaultError
+        The backend makes no plans.
+    FlashCoreError
+        The profiler saw no kernel, so there is no proof either way.
+    """
     from flashcore.profiling import kernels_of
 
-    return _kernel(kernels_of([_launcher(product, algorithm)])[0])
+    plans = _plans_of(backend, problem)
+    offers = [cublaslt.candidates(plan.product, workspace_bytes=cublaslt.workspace_limit()) for plan in plans]
+    calls: list[Callable[[], None]] = []
+    for plan, offered in zip(plans, offers, strict=True):
+        calls += [_launcher(plan.product, algorithm) for algorithm in offered]
+        calls.append(_launcher(plan.product, plan.algorithm, plan))
+    names = iter(kernels_of(calls))
+    found = []
+    for plan, offered in zip(plans, offers, strict=True):
+        kernel_of = {_configuration(algorithm): _kernel(next(names)) for algorithm in offered}
+        ran, label = _kernel(next(names)), _configuration(plan.algorithm)
+        if ran is None:
+            raise FlashCoreError(
+                f"The profiler saw no kernel for the product {plan.product.label()}, so nothing proves which one ran; "
+                "see that no other profiler holds the GPU, and run it again."
+            )
+        wrong = kernel_names.label_problem(dict(label)["tile"], ran, kernel_of.get(label))
+        if wrong:
+            found.append(f"{plan.product.label()}: {wrong}")
+    return found
+
+
+def _plans_of(backend: Backend, problem: Problem) -> list[Plan]:
+    """The plans that a backend uses for a problem, one a product, in the order of their first use."""
+    from flashcore.inputs import make_inputs
+
+    used: dict[Product, Plan] = {}
+
+    def plan(self, product, *more):
+        found = type(backend).plan(self, product, *more)
+        used.setdefault(product, found)
+        return found
+
+    watched = Override({"plan": plan}).apply(backend)
+    watched.run(*make_inputs(problem, device="cuda"), problem)
+    return list(used.values())
 
 
 def prove_labels(run: RunFolder, cases: Sequence[SurveyCase]) -> list[Trial]:
@@ -394,9 +455,9 @@ def prove_labels(run: RunFolder, cases: Sequence[SurveyCase]) -> list[Trial]:
 
 def surveyed_kernel(trials: Sequence[Trial], product: Product, algorithm: Algorithm) -> str | None:
     """The kernel that a survey saw for an algorithm with these attributes on this product; None when it saw none."""
-    wanted = {k: v for k, v in attributes(algorithm).items() if k not in ("rank", "waves_count")}
+    wanted = _configuration(algorithm)
     for trial in trials:
-        same = all(trial.data.get(k) == v for k, v in wanted.items())
+        same = all(trial.data.get(k) == v for k, v in wanted)
         if same and trial.data.get("group") != PROOF and product_of(trial) == product:
             return trial.data.get("kernel")
     return None

@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(TILE_M* WARP) attention_scalar(cons
 
   const int warp = threadIdx.x / WARP;
   const int lane = threadIdx.x % WARP;
-  const Tile tile(params, TILE_M, blockIdx.x);
+  const Tile tile = tile_by_number(params, TILE_M, blockIdx.x);
   const int row = tile.first_row + warp;
   const bool row_exists = row < params.seqlen_q;
   const int keys = row_exists ? visible_keys(params, row) : 0;

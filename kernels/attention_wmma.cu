@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
 
   const int warp = threadIdx.x / WARP;
   const int lane = threadIdx.x % WARP;
-  const Tile tile(params, TILE_M, blockIdx.x);
+  const Tile tile = tile_by_number(params, TILE_M, blockIdx.x);
   const int warp_first_row = tile.first_row + warp * WARP_ROWS;
   const int row = warp_first_row + lane;
   const bool row_exists = row < params.seqlen_q;

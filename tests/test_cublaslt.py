@@ -1,6 +1,8 @@
 """cuBLASLt: impossible products are refused, no attribute has a wrong width, and choices can be told and kept."""
 
+import ctypes
 import dataclasses
+import gc
 import json
 
 import numpy as np
@@ -31,7 +33,20 @@ def test_a_product_counts_its_work_and_packs_its_strides():
     plain = Product(m=4, n=6, k=8, batch=3, out_dtype="float32")
     assert plain.row_b == 6 and plain.next_b == 48 and plain.bytes() == 3 * (2 * (32 + 48) + 4 * 24)
     assert "m=4" in plain.label() and "batch=3" in plain.label() and "float16->float32" in plain.label()
-    assert cublaslt.repacked(QK, n=256).next_d == 2048 * 256
+    shared = dataclasses.replace(QK, batch=3, next_b=0)
+    assert shared.next_b == 0 and shared.next_a == 2048 * 64, "0 is one B for the whole batch, and None means packed"
+
+
+def test_a_product_says_how_its_matrices_lie():
+    a, b, d = Product(m=4, n=6, k=8, batch=2, transpose_b=True, out_dtype="float32", row_b=16).matrices()
+    assert a == ("float16", 4, 8, 8, 32) and b == ("float16", 6, 8, 16, 96) and d == ("float32", 4, 6, 6, 24)
+    assert Product(m=4, n=6, k=8).matrices()[1][1:3] == (8, 6)
+
+
+def test_a_batch_cannot_be_written_to_one_matrix():
+    with pytest.raises(InvalidProblem, match="All 2 matrices of a batch would be written to one D"):
+        dataclasses.replace(QK, batch=2, next_d=0)
+    assert dataclasses.replace(QK, batch=1, next_d=0).next_d == 0
 
 
 @pytest.mark.parametrize("wrong", [dict(m=0), dict(n=-1), dict(k=0), dict(batch=0)])
@@ -57,14 +72,106 @@ def test_an_attribute_is_always_set_at_its_own_width():
     def setter(descriptor, attribute, pointer, size):
         calls.append((descriptor, attribute, size))
 
-    cublaslt._set(setter, lambda attribute: np.int64, 7, 6, 1 << 40)
-    cublaslt._set(setter, lambda attribute: np.int32, 7, 5, 256)
-    assert calls == [(7, 6, 8), (7, 5, 4)]
+    cublaslt._set(QK, "set", setter, lambda attribute: np.int64, 7, 6, 1 << 40)
+    cublaslt._set(QK, "set", setter, lambda attribute: np.int32, 7, 5, 256)
+    cublaslt._set(QK, "set", setter, lambda attribute: np.int64, 7, 6, np.int64(3))
+    assert calls == [(7, 6, 8), (7, 5, 4), (7, 6, 8)]
 
 
-def test_a_value_that_does_not_fit_its_attribute_is_refused():
-    with pytest.raises((InvalidProblem, OverflowError)):
-        cublaslt._set(lambda *_: None, lambda attribute: np.int32, 7, 5, 1 << 40)
+def never(*_):
+    raise AssertionError("the value was handed on")
+
+
+@pytest.mark.parametrize("value", [1 << 40, -(1 << 40)])
+def test_a_value_that_does_not_fit_its_attribute_is_refused(value):
+    with pytest.raises(InvalidProblem, match=r"does not fit 5 \(int32\) of cuBLASLt, for the product m=2048"):
+        cublaslt._set(QK, "set", never, lambda attribute: np.int32, 7, 5, value)
+
+
+@pytest.mark.parametrize("value", [np.int32(64), np.int16(64)])
+def test_a_value_with_a_width_of_its_own_is_refused_unless_it_is_the_attributes(value):
+    with pytest.raises(InvalidProblem, match=rf"set takes 8 bytes \(int64\) for 6, and a value of {value.nbytes} "):
+        cublaslt._set(QK, "set", never, lambda attribute: np.int64, 7, 6, value)
+
+
+class Library:
+    """cuBLASLt's enumerations and widths from its bindings, and a log of what is made and destroyed."""
+
+    class cuBLASLtError(Exception):  # noqa: N801 - the name that the bindings give it
+        status = 7
+
+    def __init__(self):
+        from nvmath.bindings import cublasLt as bindings
+
+        self.bindings, self.made, self.destroyed, self.set, self.refused = bindings, [], [], [], None
+
+    def __getattr__(self, name):
+        return getattr(self.bindings, name)
+
+    def get_status_name(self, status):
+        return {7: "CUBLAS_STATUS_INVALID_VALUE"}[status]
+
+    def _make(self, *what):
+        self.made.append(what)
+        return len(self.made) - 1
+
+    def matmul_desc_create(self, *what):
+        return self._make("operation", *what)
+
+    def matrix_layout_create(self, *what):
+        return self._make("layout", *what)
+
+    def _destroy(self, handle):
+        self.destroyed.append(handle)
+
+    matmul_desc_destroy = matrix_layout_destroy = _destroy
+
+    def matrix_layout_set_attribute(self, handle, attribute, pointer, size):
+        if self.refused == attribute:
+            raise self.cuBLASLtError("no")
+        value = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(pointer)).view(f"i{size}")[0]
+        self.set.append((handle, attribute, int(value)))
+
+    def matmul_desc_set_attribute(self, handle, attribute, pointer, size):
+        self.set.append((handle, attribute, 1))
+
+
+@pytest.fixture
+def bindings(monkeypatch):
+    stand_in = Library()
+    monkeypatch.setattr(cublaslt, "library", lambda: stand_in)
+    return stand_in
+
+
+STRIDED_BATCH_OFFSET = 6
+
+
+@pytest.mark.parametrize("order", ["column", "row"])
+def test_the_layouts_are_those_of_the_matrices_and_are_destroyed(bindings, order):
+    product = Product(m=4, n=6, k=8, batch=2, transpose_b=True, row_b=16, order=order)
+    descriptors = cublaslt._Descriptors(product)
+    wanted = {"row": [(4, 8, 8), (6, 8, 16), (4, 6, 6)], "column": [(8, 6, 16), (8, 4, 8), (6, 4, 6)]}[order]
+    assert [what[2:] for what in bindings.made if what[0] == "layout"] == wanted
+    offsets = [value for _, attribute, value in bindings.set if attribute == STRIDED_BATCH_OFFSET]
+    assert offsets == {"row": [32, 96, 24], "column": [96, 32, 24]}[order]
+    del descriptors
+    assert sorted(bindings.destroyed) == list(range(len(bindings.made)))
+
+
+def test_four_bytes_for_a_stride_are_refused_and_nothing_is_left_behind(bindings):
+    product = Product(m=4, n=6, k=8, batch=2, transpose_b=True, next_b=np.int32(48))
+    with pytest.raises(InvalidProblem, match=r"8 bytes \(int64\) for STRIDED_BATCH_OFFSET, and a value of 4 \(int32\)"):
+        cublaslt._Descriptors(product)
+    gc.collect()
+    assert len(bindings.made) == 2 and sorted(bindings.destroyed) == [0, 1]
+
+
+def test_a_status_of_a_setter_is_an_error_with_its_name_the_call_and_the_shapes(bindings):
+    bindings.refused = STRIDED_BATCH_OFFSET
+    with pytest.raises(CublasLtError, match="cublasLtMatrixLayoutSetAttribute gave CUBLAS_STATUS_INVALID_VALUE .*m=4"):
+        cublaslt._Descriptors(Product(m=4, n=6, k=8))
+    with pytest.raises(ZeroDivisionError):
+        cublaslt._checked("a call", QK, lambda: 1 / 0)
 
 
 def test_the_workspace_limit_comes_from_the_environment(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from flashcore import backends, proving, tables
 from flashcore.backends import AVAILABLE, Availability
 from flashcore.backends.cpu import CpuBackend
+from flashcore.errors import CublasLtError
 from flashcore.faults import get
 from flashcore.planting import Fault, Override, Source
 from flashcore.records import Trial
@@ -36,7 +37,7 @@ def one(trials: list[Trial], name: str) -> Trial:
 
 def test_each_outcome_has_its_word_and_status(run, catalogue):
     chosen = catalogue(
-        get("F8"), get("F4"), get("F16"), get("G7"),
+        get("F8"), get("F10"), get("F16"), get("G7"), get("F4"),
         Fault("X1", "nothing", "probs", "right", {"cpu": Override({})}),
         Fault("X2", "elsewhere", "lse", "wrong", dict(get("G6").plants)),
         Fault("X3", "gone", "scores", "wrong", {"cpu": Override({"no_such": lambda self: None})}),
@@ -45,9 +46,9 @@ def test_each_outcome_has_its_word_and_status(run, catalogue):
     said = []
     trials = proving.run_faults(run, [CPU], faults=chosen, progress=said.append)
     assert {t.variant: (t.data["outcome"], t.status) for t in trials} == {
-        "F8": ("found", "ok"), "F4": ("not applicable", "unsupported"), "F16": ("not applicable", "unsupported"),
-        "G7": ("not applicable", "unsupported"), "X1": ("missed", "failed"), "X2": ("found elsewhere", "failed"),
-        "X3": ("not planted", "error"), "X4": ("not planted", "error"),
+        "F8": ("found", "ok"), "F10": ("not applicable", "unsupported"), "F16": ("not applicable", "unsupported"),
+        "G7": ("not applicable", "unsupported"), "F4": ("not applicable", "unsupported"), "X1": ("missed", "failed"),
+        "X2": ("found elsewhere", "failed"), "X3": ("not planted", "error"), "X4": ("not planted", "error"),
     }  # fmt: skip
     kept = [t.model_dump_json() for t in run.trials(kind="fault")]
     assert kept == [t.model_dump_json() for t in trials] and len(said) == 5
@@ -55,8 +56,68 @@ def test_each_outcome_has_its_word_and_status(run, catalogue):
     assert found["found_stage"] == found["expected_stage"] == "scores" and found["producers"][0] == "scores"
     assert found["output_finite"] is found["check_passed"] is True and found["first_bad"]["column"] == 16
     assert one(trials, "X2").data["found_stage"] == "scores" and "ZeroDivisionError" in one(trials, "X4").reason
-    assert one(trials, "F4").backend is None and one(trials, "F4").reason == "awaits the cublaslt backend"
+    assert one(trials, "F10").backend is None and one(trials, "F10").reason == "awaits paged attention"
+    assert one(trials, "F4").backend == "cpu" and one(trials, "F4").reason == "makes no sense in cpu"
     assert one(trials, "F16").reason.startswith("no bug of a backend: ")
+
+
+def refuse(stage: str | None):
+    """A stage that raises a typed error, as a status code of a library does; it carries `stage`."""
+
+    def scores(self, *_):
+        error = CublasLtError("cublasLtMatmul", "CUBLAS_STATUS_INVALID_VALUE", "m=100,n=20,k=64")
+        if stage:
+            error.stage = stage
+        raise error
+
+    return {"cpu": Override({"scores": scores})}
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome", "status", "stage"),
+    [
+        (Fault("X6", "refused", "scores", "code", refuse("scores"), error_is_found=True), "found", "ok", "scores"),
+        (Fault("X7", "elsewhere", "scores", "code", refuse("accum"), error_is_found=True), "found elsewhere", "failed",
+         "accum"),
+        (Fault("X8", "nowhere", "scores", "code", refuse(None), error_is_found=True), "not planted", "error", None),
+        (Fault("X9", "no finding", "scores", "code", refuse("scores")), "not planted", "error", None),
+    ],
+    ids=lambda value: getattr(value, "id", ""),
+)  # fmt: skip
+def test_a_typed_error_is_a_finding_only_where_the_bug_says_so_and_at_the_stage_it_carries(
+    catalogue, fault, outcome, status, stage
+):
+    catalogue(fault)
+    [trial] = proving.run_faults(None, [CPU], faults=[fault])
+    assert (trial.data["outcome"], trial.status, trial.data["found_stage"]) == (outcome, status, stage)
+    [close] = proving.bisect_planted(fault, "cpu")
+    if stage:
+        assert "CUBLAS_STATUS_INVALID_VALUE" in trial.data["finding"] and trial.data["error"] == "CublasLtError"
+        assert close.status == "failed" and close.data["producers"] == [stage] and "m=100" in close.reason
+    else:
+        assert close.status == "error" and "m=100" in close.reason and "m=100" in trial.reason
+
+
+def test_a_wrong_label_is_found_by_the_labels_alone(catalogue, monkeypatch):
+    [fault] = catalogue(Fault("X10", "label", "survey", "unlike the kernel", {"cpu": Override({})}, found_by="labels"))
+    asked = []
+
+    def wrong_labels(planted, problem):
+        asked.append((type(planted).__name__, problem))
+        return said
+
+    monkeypatch.setattr(proving, "wrong_labels", wrong_labels)
+    said = ["m=1: the survey saw a for this algorithm, and b ran"]
+    [trial] = proving.run_faults(None, [CPU], faults=[fault])
+    assert (trial.data["outcome"], trial.status, trial.data["found_stage"]) == ("found", "ok", "survey")
+    assert trial.data["finding"] == said[0] and asked == [("Planted", fault.problem)]
+    bisection, labels = proving.bisect_planted(fault, "cpu")
+    assert bisection.status == "ok", "every stage of such a backend is right"
+    assert labels.status == "failed" and labels.reason == said[0] and labels.variant == "planted-X10-labels"
+    said = []
+    [trial] = proving.run_faults(None, [CPU], faults=[fault])
+    assert (trial.data["outcome"], trial.status) == ("missed", "failed")
+    assert [t.status for t in proving.bisect_planted(fault, "cpu")] == ["ok", "ok"]
 
 
 def test_a_nan_fools_no_check():
@@ -153,6 +214,8 @@ def test_a_planted_bug_looked_at_closely_is_no_record_of_the_backend():
 def test_precompile_leaves_what_does_not_compile_to_the_trial():
     broken = Fault("X5", "no code", "scores", "nothing", {"scalar": Source((("float row_sum = 0.f;", "not code"),))})
     assert proving.precompile([broken, get("F11")], [backends.get("scalar")]) == 2
+    pair = backends.select("cublaslt,cublaslt-batched")
+    assert proving.precompile([get("G14")], pair) == 2, "two backends of one kernel share what is compiled"
 
 
 @pytest.mark.gpu

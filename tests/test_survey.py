@@ -9,7 +9,8 @@ import synthetic_survey as synthetic
 
 from flashcore import cublaslt, device, kernel_names, matmul_heuristics, survey
 from flashcore.cublaslt import Product
-from flashcore.errors import CublasLtError, InvalidProblem, ToolMissing, UnknownName
+from flashcore.errors import CublasLtError, FlashCoreError, InvalidProblem, ToolMissing, UnknownName
+from flashcore.problem import square
 from flashcore.profiling import split_by_marker
 from flashcore.records import Trial
 from flashcore.survey_grid import (
@@ -232,6 +233,55 @@ def test_f14_another_candidate_running_under_the_label_is_found(run, stand_in, m
     trials = prove(run, stand_in, monkeypatch, lambda a: synthetic.kernel_of(synthetic.algorithm(2)))
     assert [t.status for t in trials] == ["failed"] * 3
     assert "nvjet_sm90_hsh_128x64" in trials[0].reason and "nvjet_sm90_hsh_64x96" in trials[0].reason
+
+
+class Planner:
+    """A backend whose one product is the report's Q·Kᵀ, under the plan that it is given."""
+
+    id = "planner"
+
+    def plan(self, product, alpha, beta, device, room):
+        return FakePlan(product, self.chosen)
+
+    def run(self, q, k, v, problem):
+        for _ in range(2):
+            self.plan(QK, 1.0, 0.0, 0, 0)
+
+
+class FakePlan:
+    def __init__(self, product, algorithm):
+        self.product, self.algorithm = product, algorithm
+
+
+def labels(monkeypatch, stand_in, *, label, ran):
+    """What `wrong_labels` says when the backend's label is candidate `label` and its bytes are candidate `ran`."""
+    import flashcore.profiling as profiling
+
+    offered = synthetic.offered(QK)
+    backend = Planner()
+    backend.chosen = replace(offered[label], raw=offered[ran].raw)
+    by_bytes = {a.raw: synthetic.kernel_of(a) for a in offered}
+    monkeypatch.setattr("flashcore.inputs.make_inputs", lambda problem, device: (None, None, None))
+    monkeypatch.setattr(survey, "_launcher", lambda product, algorithm, plan=None: algorithm.raw)
+    monkeypatch.setattr(profiling, "kernels_of", lambda calls: [[by_bytes[raw]] for raw in calls])
+    return survey.wrong_labels(backend, square(1, 2, 2048, 64))
+
+
+def test_f14_a_backend_that_runs_other_bytes_than_it_names_is_found(stand_in, monkeypatch):
+    assert labels(monkeypatch, stand_in, label=0, ran=0) == [], "the clean backend has to be silent"
+    [wrong] = labels(monkeypatch, stand_in, label=1, ran=2)
+    assert wrong.startswith("m=2048,n=128,k=64,Bᵀ") and "nvjet_sm90_hsh_128x64" in wrong and "64x96" in wrong
+
+
+def test_a_profiler_that_saw_nothing_proves_nothing(stand_in, monkeypatch):
+    import flashcore.profiling as profiling
+
+    monkeypatch.setattr("flashcore.inputs.make_inputs", lambda problem, device: (None, None, None))
+    monkeypatch.setattr(profiling, "kernels_of", lambda calls: [[] for _ in calls])
+    backend = Planner()
+    backend.chosen = synthetic.offered(QK)[0]
+    with pytest.raises(FlashCoreError, match="saw no kernel for the product m=2048"):
+        survey.wrong_labels(backend, square(1, 2, 2048, 64))
 
 
 def test_f14_is_found_by_the_tile_alone():

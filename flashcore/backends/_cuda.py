@@ -10,10 +10,18 @@ from collections.abc import Sequence
 import torch
 
 from flashcore.backends import AVAILABLE, Availability, Backend
-from flashcore.backends._launch import LoadedKernel, PreparedLaunch, aligned, entry_point, load_kernel, outputs_for
+from flashcore.backends._launch import (
+    LoadedKernel,
+    PreparedLaunch,
+    aligned,
+    current_stream,
+    entry_point,
+    load_kernel,
+    outputs_for,
+)
 from flashcore.backends._traces import TraceBuffers
 from flashcore.problem import Problem
-from flashcore.reference import Trace
+from flashcore.reference import Trace, interleaved
 
 PARAMS = struct.Struct("5Q 12q 6i f 4x")
 """`AttentionParams` of kernels/include/attention.cuh: five pointers, four strides of three, six ints, the scale."""
@@ -71,7 +79,9 @@ class CudaBackend(Backend):
         buffers = TraceBuffers.make(problem, loaded.tile_n, loaded.tile_m, q.device)
         out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q))
         self._launch(q, k, v, out, lse, problem, buffers)
-        return buffers.trace(problem, loaded.tile_n, out, lse)
+        pages = -(-problem.seqlen_k // loaded.tile_n)
+        previous = interleaved(pages, loaded.num_splits) if loaded.num_splits > 1 else None
+        return buffers.trace(problem, loaded.tile_n, out, lse, previous)
 
     def strides(self, name: str, tensor: torch.Tensor) -> Sequence[int]:
         """Strides of batch, head and row of tensor `name` (q, k, v or out), in elements."""
@@ -85,11 +95,17 @@ class CudaBackend(Backend):
         """Macros to compile the kernel with for this problem, besides head_dim and dtype."""
         return ()
 
+    def entry(self, problem: Problem, device: int) -> str:
+        """The entry function to launch for this problem, of those in the kernel's file."""
+        return self.kernel
+
     def load(self, problem: Problem, device: torch.device, *, trace: bool) -> LoadedKernel:
-        """This backend's kernel for the problem's head_dim and dtype."""
+        """This backend's kernel for the problem."""
+        number = device.index or 0
         return load_kernel(
-            self.kernel, problem.head_dim, problem.dtype, trace, self.source, device.index or 0, self.defines(problem)
-        )
+            self.kernel, problem.head_dim, problem.dtype, trace, self.source, number, self.defines(problem),
+            self.entry(problem, number),
+        )  # fmt: skip
 
     def params(self, q, k, v, out, lse, problem: Problem) -> bytes:
         """`AttentionParams`, packed."""
@@ -104,35 +120,31 @@ class CudaBackend(Backend):
         """What the entry function takes, each packed; room for stages comes after it."""
         return [self.params(q, k, v, out, lse, problem)]
 
-    def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
-        """How many blocks to launch: one a tile of query rows."""
-        return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch
+    def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
+        """The grid to launch: one block a tile of query rows."""
+        return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch, 1, 1
 
     def _launch(self, q, k, v, out, lse, problem: Problem, buffers: TraceBuffers | None = None) -> None:
-        q, k, v = aligned(q), aligned(k), aligned(v)
         device = q.device.index or 0
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if buffers is not None:
-            self._prepare(q, k, v, out, lse, problem, device, buffers).on(stream)
-            return
         # Packing arguments takes longer than a short kernel runs, so that what was packed once is kept.
         key = (
             type(self), self.source, problem, device, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
-            lse.data_ptr(), q.stride(), k.stride(), v.stride(), out.stride(),
+            lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
-        prepared = _prepared.get(key)
+        prepared = None if buffers is not None else _prepared.get(key)
         if prepared is None:
-            if len(_prepared) >= KEPT_LAUNCHES:
-                _prepared.clear()
-            prepared = _prepared[key] = self._prepare(q, k, v, out, lse, problem, device, None)
-        prepared.on(stream)
+            rows = [aligned(tensor) for tensor in (q, k, v)]
+            prepared = self._prepare(*rows, out, lse, problem, device, buffers)
+            if buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True)):
+                if len(_prepared) >= KEPT_LAUNCHES:
+                    _prepared.clear()
+                _prepared[key] = prepared
+        prepared.on(current_stream(device))
 
     def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, buffers: TraceBuffers | None):
         loaded = self.load(problem, q.device, trace=buffers is not None)
         arguments = self.arguments(q, k, v, out, lse, problem, loaded)
         if buffers is not None:
             arguments.append(buffers.packed())
-        function = entry_point(loaded, self.kernel, device)
-        return PreparedLaunch(
-            function, self.blocks(problem, loaded, device), loaded.threads, loaded.shared_bytes, arguments
-        )
+        function = entry_point(loaded, self.entry(problem, device), device)
+        return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments)

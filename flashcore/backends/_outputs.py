@@ -21,7 +21,11 @@ def poisoned_outputs() -> Iterator[None]:
         _poison.reset(token)
 
 
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, just allocated: full of NaN while outputs are poisoned, else as it is."""
+    return tensor.fill_(float("nan")) if _poison.get() else tensor
+
+
 def new_output(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor for a backend to fill completely."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    return out.fill_(float("nan")) if _poison.get() else out
+    return poisoned(torch.empty(shape, dtype=dtype, device=device))

@@ -51,6 +51,8 @@ struct LaunchShape {
   int tile_n;        // keys a page
   int threads;       // a block
   int shared_bytes;  // dynamic shared memory a block
+  int num_splits = 1;  // chains of pages, each with a softmax of its own: page j continues page j - num_splits
+  int overlaps_launch = 0;  // 1: it waits by itself for the kernel ahead of it in the stream, and may start before
 };
 
 #define INFINITY __int_as_float(0x7f800000)  // NVRTC brings no <math.h>
@@ -58,26 +60,41 @@ constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// Tile `number` of the problem: what a block works on. Row tiles of one head are neighbours, so that they share K and V
-// in L2; with a causal mask the tiles with most keys come first, so that none of them is left for last.
+// A tile of query rows: what a block works on.
 struct Tile {
   int batch, head, head_kv, first_row;
 
-  __device__ Tile(const AttentionParams& params, int tile_m, int number) {
-    const int tiles = (params.seqlen_q + tile_m - 1) / tile_m;
-    const int tile = number % tiles;
-    const int batch_head = number / tiles;
-    first_row = (params.causal ? tiles - 1 - tile : tile) * tile_m;
-    head = batch_head % params.num_heads_q;
+  Tile() = default;
+  __device__ Tile(const AttentionParams& params, int batch_head, int first_row) : first_row(first_row) {
     batch = batch_head / params.num_heads_q;
+    head = batch_head - batch * params.num_heads_q;
     head_kv = head / (params.num_heads_q / params.num_heads_kv);
   }
 };
+
+// Tile `number` of the problem. Row tiles of one head are neighbours, so that they share K and V in L2; with a causal mask
+// the tiles with most keys come first, so that none of them is left for last.
+__device__ __forceinline__ Tile tile_by_number(const AttentionParams& params, int tile_m, int number) {
+  const int tiles = (params.seqlen_q + tile_m - 1) / tile_m;
+  const int tile = number % tiles;
+  return Tile(params, number / tiles, (params.causal ? tiles - 1 - tile : tile) * tile_m);
+}
 
 // A query row sees key columns [0, visible_keys(row)). Causal masks are aligned bottom right.
 __device__ __forceinline__ int visible_keys(const AttentionParams& params, int row) {
   if (!params.causal) return params.seqlen_k;
   return max(0, min(params.seqlen_k, row + 1 + params.seqlen_k - params.seqlen_q));
+}
+
+// How many pages of `tile_n` keys rows [first_row, first_row + rows) see.
+__device__ __forceinline__ int pages_of(const AttentionParams& params, int first_row, int rows, int tile_n) {
+  if (first_row >= params.seqlen_q) return 0;
+  return (visible_keys(params, min(first_row + rows, params.seqlen_q) - 1) + tile_n - 1) / tile_n;
+}
+
+// Of those, how many need neither a mask nor another sign: the others are the last ones, or all.
+__device__ __forceinline__ int pages_as_they_are(const AttentionParams& params, int first_row, int tile_n) {
+  return params.softmax_scale < 0.f ? 0 : visible_keys(params, first_row) / tile_n;
 }
 
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

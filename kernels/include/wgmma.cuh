@@ -4,6 +4,7 @@
 // lane / 4 and two of row lane / 4 + 8, in the 16 rows of its warp.
 #pragma once
 #include "attention.cuh"
+#include "ptx.cuh"
 
 // wgmma.fence: registers and shared memory written before are seen by the products issued after it.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -21,19 +22,21 @@ __device__ __forceinline__ void wgmma_wait() {
 // pieces are swizzled in groups of eight rows, as the tensor copies leave them. `block_bytes` leads from one block of 64
 // columns to the next; only an operand whose columns are not the depth of the product (V) steps over it.
 struct MatrixDescriptor {
-  unsigned long long bits;
+  unsigned low;  // address and step between blocks, each in units of 16 bytes
 
-  __device__ MatrixDescriptor(const void* matrix_smem, int block_bytes) {
-    constexpr unsigned long long SWIZZLE_128_BYTES = 1ull << 62;
-    constexpr unsigned long long EIGHT_ROWS = 8 * 128;
-    bits = SWIZZLE_128_BYTES | (EIGHT_ROWS >> 4) << 32 | (unsigned long long)(block_bytes >> 4) << 16 |
-           (smem_address(matrix_smem) >> 4);
-  }
+  __device__ MatrixDescriptor(const void* matrix_smem, int block_bytes)
+      : low((block_bytes >> 4) << 16 | smem_address(matrix_smem) >> 4) {}
+
   // The same matrix `bytes` further on; addresses in shared memory never carry out of the address field.
   __device__ MatrixDescriptor at(int bytes) const {
     MatrixDescriptor further = *this;
-    further.bits += bytes >> 4;
+    further.low += bytes >> 4;
     return further;
+  }
+  __device__ unsigned long long bits() const {
+    constexpr unsigned long long SWIZZLE_128_BYTES = 1ull << 62;
+    constexpr unsigned long long EIGHT_ROWS = 8 * 128;
+    return SWIZZLE_128_BYTES | (EIGHT_ROWS >> 4) << 32 | low;
   }
 };
 
@@ -63,7 +66,7 @@ struct Wgmma;
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NUMBERS "}, %" #D0 ", %" #D1       \
                    ", p, 1, 1, 0, 0;\n}"                                                                           \
                    : __VA_ARGS__                                                                                     \
-                   : "l"(a.bits), "l"(b.bits), "r"(add));                                                            \
+                   : "l"(a.bits()), "l"(b.bits()), "r"(add));                                                         \
     }                                                                                                                \
     __device__ __forceinline__ static void registers(float (&x)[N / 2], const unsigned* a, MatrixDescriptor b,       \
                                                      int add) {                                                      \
@@ -71,7 +74,7 @@ struct Wgmma;
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NUMBERS "}, {%" #D0 ", %" #D1      \
                    ", %" #D2 ", %" #D3 "}, %" #D4 ", p, 1, 1, 1;\n}"                                               \
                    : __VA_ARGS__                                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(add));                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(add));                           \
     }                                                                                                                \
   };
 
@@ -106,3 +109,17 @@ DEFINE_WGMMA(128, NUMBERS_64, 64, 65, 66, 67, 68, 69, OPERANDS_64(x))
 DEFINE_WGMMA(144, NUMBERS_72, 72, 73, 74, 75, 76, 77, OPERANDS_72(x))
 DEFINE_WGMMA(160, NUMBERS_80, 80, 81, 82, 83, 84, 85, OPERANDS_80(x))
 DEFINE_WGMMA(176, NUMBERS_88, 88, 89, 90, 91, 92, 93, OPERANDS_88(x))
+
+// Which of a thread's two rows an accumulator element belongs to, and its column.
+__device__ constexpr int row_of(int i) { return i / 2 % 2; }
+__device__ __forceinline__ int column_of(int i, int lane) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+
+// The four lanes that share a row combine.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}

@@ -1,0 +1,139 @@
+// The softmax of scores that arrive page by page, on the accumulators of wgmma, with a reference that goes stale.
+//
+// Softmax does not care which reference is subtracted. Each row takes the maximum of its first page and keeps it, and no
+// maximum is computed after that. The sum of a page's probabilities is the guard: while it is small, every probability is
+// finite in 16 bits. When it is not, the warp takes a new maximum and does the page again.
+#pragma once
+#include "trace.cuh"
+#include "wgmma.cuh"
+
+// A probability above this would not be finite in 16 bits: the page's sum, which bounds each, has to stay below.
+// bfloat16 has float's range; there the accumulator is what has to stay finite.
+constexpr float LARGEST_PAGE_SUM = FLASHCORE_BF16 ? 1.8446744e19f : 32768.f;
+
+// Scores as the softmax wants them: the sign of the scale in them, and minus infinity where a row does not see the key.
+template <int SCORES>
+__device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], const AttentionParams& params, int row, int first_key,
+                                              int lane) {
+  const int keys[2] = {visible_keys(params, row) - first_key, visible_keys(params, row + 8) - first_key};
+#pragma unroll
+  for (int i = 0; i < SCORES; ++i) {
+    const float score = params.softmax_scale < 0.f ? -s[i] : s[i];
+    s[i] = column_of(i, lane) < keys[row_of(i)] ? score : -INFINITY;
+  }
+}
+
+// The softmax of a thread's two rows, over the pages so far.
+struct Softmax {
+  float scale_log2;
+  float reference[2];     // what is subtracted from scale_log2 * score
+  float row_sum[2];       // of this thread's columns alone
+  float rescale[2];       // what the last page multiplied the sums before it by
+
+  __device__ explicit Softmax(float softmax_scale) {
+    // Never quite zero: a scale of zero must leave masked scores at minus infinity, and infinity times zero is NaN.
+    scale_log2 = fmaxf(fabsf(softmax_scale) * LOG2_E, SMALLEST_NORMAL);
+    reference[0] = reference[1] = -INFINITY;
+    row_sum[0] = row_sum[1] = 0.f;
+  }
+
+  // P = exp2(scale_log2 * S - reference), and its sums over the page
+  template <int SCORES>
+  __device__ __forceinline__ void exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2],
+                                               float (&page_sum)[2]) const {
+    page_sum[0] = page_sum[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < SCORES; i += 2) {
+      const int row = row_of(i);
+      const float even = ex2_approx(fmaf(s[i], scale_log2, -reference[row]));
+      const float odd = ex2_approx(fmaf(s[i + 1], scale_log2, -reference[row]));
+      page_sum[row] += even;
+      page_sum[row] += odd;
+      p[i / 2] = pack_pair(even, odd);
+    }
+  }
+
+  // reference = max(reference, rowmax(S)), and everything before is brought to it
+  template <int SCORES, typename Rescale>
+  __device__ __forceinline__ void raise_reference(const float (&s)[SCORES], Rescale&& rescale_outputs) {
+    float row_max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) row_max[row_of(i)] = fmaxf(row_max[row_of(i)], s[i]);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float highest = fmaxf(reference[row], quad_max(row_max[row]) * scale_log2);
+      // A row that has seen no key subtracts 0, since -inf - (-inf) is NaN.
+      const float raised = highest == -INFINITY ? 0.f : highest;
+      rescale[row] = ex2_approx(reference[row] - raised);
+      reference[row] = raised;
+      row_sum[row] *= rescale[row];
+    }
+    rescale_outputs();
+  }
+
+  // The softmax of the first page, with its own maximum for a reference.
+  template <int SCORES>
+  __device__ __forceinline__ void first(const float (&s)[SCORES], unsigned (&p)[SCORES / 2]) {
+    raise_reference(s, [] {});
+    exponentials(s, p, row_sum);
+  }
+
+  // The softmax of a later page: with the reference as it is, or a new one should a row of the warp outgrow it.
+  template <int SCORES, int OUTPUTS>
+  __device__ __forceinline__ void next(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&o)[OUTPUTS]) {
+    float page_sum[2];
+    exponentials(s, p, page_sum);
+    TRACE(rescale[0] = rescale[1] = 1.f;)
+    const bool fits = page_sum[0] < LARGEST_PAGE_SUM && page_sum[1] < LARGEST_PAGE_SUM;  // NaN does not
+    if (!__all_sync(~0u, fits)) {
+      raise_reference(s, [&] {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; ++i) o[i] *= rescale[row_of(i)];
+      });
+      exponentials(s, p, page_sum);
+    }
+    row_sum[0] += page_sum[0];
+    row_sum[1] += page_sum[1];
+  }
+};
+
+#ifdef FLASHCORE_TRACE
+// The stages of the two rows of a thread, as they lie in the accumulators of wgmma.
+struct AccumulatorTrace {
+  const AttentionParams& params;
+  TraceRow stage[2];
+  int row, lane;
+  int first_key;  // of the chain of pages that the softmax runs over
+
+  __device__ AccumulatorTrace(const TraceBuffers& trace, const AttentionParams& params, const Tile& tile, int row, int lane,
+                              int first_key = 0)
+      : params(params), stage{TraceRow(trace, params, tile, row), TraceRow(trace, params, tile, row + 8)}, row(row),
+        lane(lane), first_key(first_key) {}
+
+  __device__ bool exists(int r) const { return row + 8 * r < params.seqlen_q; }
+
+  template <int SCORES>
+  __device__ void page(int page, int tile_n, const float (&s)[SCORES], const unsigned (&p)[SCORES / 2],
+                       const Softmax& softmax) const {
+    for (int i = 0; i < SCORES; ++i) {
+      const int r = row_of(i), key = page * tile_n + column_of(i, lane);
+      const unsigned short bits = p[i / 2] >> (i % 2 * 16);
+      if (!exists(r) || key >= params.seqlen_k) continue;
+      stage[r].score(key, s[i] == -INFINITY ? -INFINITY : s[i] * fabsf(params.softmax_scale));
+      stage[r].prob(key, to_float(reinterpret_cast<const Element&>(bits)));
+    }
+    for (int r = 0; r < 2; ++r) {
+      const float row_sum = quad_sum(softmax.row_sum[r]);
+      if (!exists(r) || lane % 4 != 0) continue;
+      const bool seen = visible_keys(params, row + 8 * r) > first_key;
+      stage[r].row_max(page, seen ? softmax.reference[r] * LN_2 : -INFINITY);
+      stage[r].rescale(page, softmax.rescale[r]);
+      stage[r].row_sum(page, row_sum);
+    }
+  }
+  __device__ void accum(int page, const float (&o)[HEAD_DIM / 2]) const {
+    for (int i = 0; i < HEAD_DIM / 2; ++i)
+      if (exists(row_of(i))) stage[row_of(i)].accum_row(page)[column_of(i, lane)] = o[i];
+  }
+};
+#endif

@@ -1,0 +1,323 @@
+"""The host side of the cuBLASLt backends against float64 without a GPU: products and page_softmax.cu are emulated.
+
+What runs here is the backend's own loop: how heads, pages and rows are cut, every address, stride, alpha and beta. The
+emulation reads and writes memory at the addresses that cuBLASLt and the kernel would get.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flashcore import backends, faults, reference
+from flashcore.backends import AVAILABLE
+from flashcore.backends import cublaslt as module
+from flashcore.backends._cuda import PARAMS
+from flashcore.backends._outputs import poisoned_outputs
+from flashcore.backends._page_tables import END
+from flashcore.backends._traces import TRACE
+from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
+from flashcore.bisection import bisect, judge
+from flashcore.check import check_attention
+from flashcore.errors import CublasLtError, PageTableError, Unsupported
+from flashcore.inputs import make_inputs
+from flashcore.planting import PLAIN
+from flashcore.problem import Problem
+
+NUMPY = {"float16": np.float16, "float32": np.float32}
+
+
+def memory(address: int, shape, strides, dtype) -> np.ndarray:
+    """An array over memory at an address; strides in elements."""
+    dtype = np.dtype(dtype)
+    count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(int(address))
+    flat = np.frombuffer(raw, dtype)
+    return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides], writeable=True)
+
+
+def packed(address: int, *shape: int, dtype=np.float32) -> np.ndarray:
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return memory(address, shape, strides, dtype)
+
+
+class Plan:
+    """A product on the CPU, in float32, under its alpha and beta."""
+
+    algorithm = SimpleNamespace(workspace_bytes=0)
+
+    def __init__(self, product, alpha, beta):
+        self.product, self.alpha, self.beta = product, alpha, beta
+
+    def run(self, a, b, d, *, stream, workspace, workspace_bytes):
+        first, second, out = (
+            memory(at, (self.product.batch, m.rows, m.columns), (m.next_matrix, m.row, 1), NUMPY[m.dtype])
+            for at, m in zip((a, b, d), self.product.matrices(), strict=True)
+        )
+        second = second.swapaxes(1, 2) if self.product.transpose_b else second
+        with np.errstate(over="ignore"):
+            result = self.alpha * (first.astype(np.float32) @ second.astype(np.float32))
+            out[...] = result + self.beta * out if self.beta else result
+
+
+def launch(name, blocks, threads, arguments, *, stream, shared=0):
+    """page_softmax.cu, on the CPU."""
+    params, page = PARAMS.unpack(arguments[0].tobytes()), module._PAGE.unpack(arguments[1].tobytes())
+    _, heads_q, _, rows, _, causal = params[17:23]
+    keys_in_all, out_at, lse_at, out_strides = params[21], params[3], params[4], params[14:17]
+    scores_at, probs_at, max_at, sum_at, accum_at, stride, first_head, first_row, number, first_key, keys, heads = page
+    row_max, row_sum = packed(max_at, heads, rows), packed(sum_at, heads, rows)
+    accum = packed(accum_at, heads, rows, 64)
+    if name == "page_finish":
+        assert blocks == -(-heads * rows // 8)
+        total = np.where(row_sum == 0, 1, row_sum)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lse = np.where(row_sum == 0, -np.inf, row_max + np.log(row_sum))
+        for head in range(heads):
+            batch, own = divmod(first_head + head, heads_q)
+            at = out_at + 2 * (batch * out_strides[0] + own * out_strides[1])
+            memory(at, (rows, 64), (out_strides[2], 1), np.float16)[...] = accum[head] / total[head][:, None]
+            packed(lse_at + 4 * (first_head + head) * rows, rows)[...] = lse[head]
+        return
+    assert blocks == -(-(rows - first_row) // 8) * heads and name.startswith("page_softmax_")
+    dtype = np.float16 if "_16_" in name else np.float32
+    here = slice(first_row, rows)
+    s = packed(scores_at, heads, rows, stride, dtype=dtype)[:, here, :keys].astype(np.float32)
+    sees = np.arange(rows)[here] + 1 + keys_in_all - rows if causal else np.full(rows - first_row, keys_in_all)
+    s = np.where(np.arange(keys)[None, :] < (sees - first_key)[:, None], s, -np.inf)
+    old_max = row_max[:, here].copy() if number else np.full_like(row_max[:, here], -np.inf)
+    new_max = np.maximum(old_max, s.max(axis=2))
+    safe = np.where(new_max == -np.inf, 0, new_max)
+    rescale = np.exp(old_max - safe)
+    p = np.exp(s - safe[..., None])
+    packed(probs_at, heads, rows, stride, dtype=np.float16)[:, here, :keys] = p
+    row_sum[:, here] = rescale * (row_sum[:, here] if number else 0) + p.sum(axis=2)
+    row_max[:, here] = new_max
+    if number:
+        accum[:, here] *= rescale[..., None]
+    if len(arguments) > 2:
+        *stages, pages, _ = TRACE.unpack(arguments[2].tobytes())
+        all_heads = params[17] * heads_q
+        mine = slice(first_head, first_head + heads)
+        for at, values in ((stages[0], s), (stages[3], p.astype(np.float16))):
+            square = packed(at, all_heads, rows, keys_in_all)
+            square[mine, here, first_key : first_key + keys] = values
+        for at, values in ((stages[1], new_max), (stages[2], rescale), (stages[4], row_sum[:, here])):
+            packed(at, all_heads, pages, rows)[mine, number, here] = values
+
+
+class Emulated:
+    """Mixed into a backend: no GPU is asked for anything."""
+
+    device = "cpu"
+    heads_at_once = 4
+    rounds_scores = True
+
+    def availability(self):
+        return AVAILABLE
+
+    def load(self, problem, device, *, trace):
+        return SimpleNamespace(tile_m=8, threads=256)
+
+    def plan(self, product, alpha, beta, device, room):
+        return Plan(product, alpha, beta)
+
+
+class Resident(Emulated, CublasLt):
+    pages_of = 64
+
+
+class Batched(Emulated, CublasLtBatched):
+    heads_at_once = None
+    pages_of = 64
+
+
+class Loop(Emulated, CublasLtLoop):
+    heads_at_once = 1
+    rounds_scores = False
+
+
+BACKENDS = [Resident(), Batched(), Loop()]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(module, "_side_streams", lambda device, count: (stream,) * count)
+    monkeypatch.setattr(module, "entry_point", lambda loaded, name, device: name)
+    monkeypatch.setattr(module, "launch", launch)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.id)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(100, 200), (1, 333), (200, 77), (64, 64)])
+def test_the_host_side_is_right_and_every_stage_of_it(backend, causal, lengths):
+    problem = PLAIN.with_(seqlen_q=lengths[0], seqlen_k=lengths[1], causal=causal)
+    for layout in ("bhsd", "bshd"):
+        checked = check_attention(backend, problem, layout=layout, device="cpu")
+        assert checked.status == "ok", checked.reason
+    found = bisect(backend, problem, device="cpu")
+    assert found.passed, f"{found.finding()}\n{found.table()}"
+
+
+def test_expanded_views_are_read_as_what_they_show():
+    """Heads, sequences or rows that are one in memory: a stride of 0 is not a packed matrix."""
+    problem = PLAIN.with_(seqlen_q=50)
+    shape = (2, 2, 200, 64)
+    for one in ((2, 1, 200, 64), (1, 2, 200, 64), (1, 1, 200, 64), (2, 2, 1, 64)):
+        q, _, _ = make_inputs(problem, seed=4)
+        k, v = (torch.randn(one).half().expand(shape) for _ in range(2))
+        for backend in BACKENDS:
+            out, lse = backend.run(q, k, v, problem)
+            wanted, wanted_lse = reference.attention(q, k, v, problem)
+            assert torch.allclose(out.double(), wanted, atol=4e-3), one
+            assert torch.allclose(lse.double(), wanted_lse, atol=4e-3), one
+
+
+HOST_SIDE = ["F3", "F11", "F12", "G5", "G6", "G8", "G16"]
+
+
+@pytest.mark.parametrize("name", HOST_SIDE)
+def test_a_wrong_host_side_argument_is_found_at_its_stage(name):
+    """F11 reads past the end of K here as it does there, so K lies inside a larger piece of memory."""
+    fault = faults.get(name)
+    for backend in ("cublaslt", "cublaslt-batched"):
+        methods = dict(fault.plants[backend].methods)
+        clean = type("Clean", (Emulated, type(backends.get(backend))), {"pages_of": methods["pages_of"]})()
+        planted = type("Planted", (type(clean),), methods)()
+        q, k, v = make_inputs(fault.problem, seed=0)
+        room = torch.randn(4 * k.numel(), dtype=torch.float16)
+        k = room[: k.numel()].view(k.shape).copy_(k)
+        assert bisected(clean, q, k, v, fault.problem).passed, "the clean run has to be silent"
+        found = bisected(planted, q, k, v, fault.problem)
+        assert found.producers[:1] == [fault.stage], f"{name} in {backend}: {found.finding()}"
+
+
+def bisected(backend, q, k, v, problem):
+    with poisoned_outputs():
+        trace = backend.trace(q, k, v, problem)
+        out, lse = backend.run(q, k, v, problem)
+    return judge(trace, q, k, v, problem, backend=backend.id, out=out, lse=lse)
+
+
+def test_what_is_refused_carries_the_stage_it_happened_at():
+    class Refusing(Resident):
+        wrong = "float16"
+
+        def plan(self, product, alpha, beta, device, room):
+            if product.out_dtype == self.wrong:
+                raise CublasLtError("cublasLtMatmulAlgoGetHeuristic", "CUBLAS_STATUS_INVALID_VALUE", product.label())
+            return super().plan(product, alpha, beta, device, room)
+
+    backend = Refusing()
+    for wrong, stage in (("float16", "scores"), ("float32", "accum")):
+        backend.wrong = wrong
+        with pytest.raises(CublasLtError, match="m=100") as caught:
+            backend.run(*make_inputs(PLAIN), PLAIN)
+        assert caught.value.stage == stage
+
+
+# ------------------------------------------------------------------------------------------------ page tables
+
+PAGED = Problem(batch=3, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=200, head_dim=64, page_size=32)
+"""Seven pages, the last one of 8 keys."""
+
+
+def expected(q, k, v, problem, tables):
+    """float64 attention over the keys of the listed pages alone, at their own positions."""
+    group = problem.num_heads_q // problem.num_heads_kv
+    k, v = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * problem.scale
+    column = torch.arange(problem.seqlen_k)
+    listed = torch.stack([torch.isin(column // problem.page_size, torch.tensor(t, dtype=torch.long)) for t in tables])
+    sees = listed[:, None, None, :].expand_as(scores).clone()
+    if problem.causal:
+        row = torch.arange(problem.seqlen_q)[:, None] + problem.seqlen_k - problem.seqlen_q
+        sees &= column[None, :] <= row
+    scores = scores.masked_fill(~sees, -math.inf)
+    return torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v, torch.logsumexp(scores, dim=-1)
+
+
+TABLES = [
+    ([[0, 1, 2, 3, 4, 5, 6]] * 3, "every page"),
+    ([[5, 2, 3]] * 3, "order and gaps"),
+    ([[6, 0]] * 3, "the short page first"),
+    ([[4, 1, 0], [3], [6, 5, 2, 0]], "a row of its own for each sequence"),
+    ([[2, 3], [], [1]], "a sequence without pages"),
+    ([[]] * 3, "no pages at all"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.id)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tables", "what"), TABLES, ids=[what for _, what in TABLES])
+def test_a_page_table_selects_keys_and_leaves_them_where_they_are(backend, causal, tables, what):
+    problem = PAGED.with_(causal=causal)
+    width = max(map(len, tables)) + 1
+    rows = torch.tensor([t + [END] + [99] * (width - len(t) - 1) for t in tables], dtype=torch.int32)
+    for layout in ("bhsd", "bshd"):
+        q, k, v = make_inputs(problem, seed=1, layout=layout)
+        out, lse = backend.run(q, k, v, problem, page_table=rows)
+        wanted, wanted_lse = expected(q, k, v, problem, tables)
+        assert torch.allclose(out.double(), wanted, atol=4e-3)
+        assert torch.allclose(lse.double(), wanted_lse, atol=4e-3)
+        if len(set(map(tuple, tables))) == 1:
+            shared, _ = backend.run(q, k, v, problem, page_table=tables[0])
+            assert torch.equal(out, shared), "a list is the same table for every sequence"
+
+
+def test_a_page_named_twice_counts_twice():
+    backend = Resident()
+    q, k, v = make_inputs(PAGED, seed=2)
+    out, lse = backend.run(q, k, v, PAGED, page_table=[1, 1])
+    once, once_lse = backend.run(q, k, v, PAGED, page_table=[1])
+    assert torch.allclose(out, once, atol=2e-3)
+    assert torch.allclose(lse, once_lse + math.log(2), atol=1e-3)
+
+
+@pytest.mark.parametrize("tables", [[[5, 2, 3]] * 3, [[4, 6], [1, 6], [0, 6]]])
+def test_a_sparse_trace_is_that_of_the_keys_side_by_side(tables):
+    q, k, v = make_inputs(PAGED, seed=3)
+    rows = torch.tensor(tables, dtype=torch.int32)
+    keys = [torch.cat([torch.arange(200)[p * 32 : (p + 1) * 32] for p in t]) for t in tables]
+    beside = [torch.stack([t[b, :, keys[b]] for b in range(3)]) for t in (k, v)]
+    dense = PAGED.with_(seqlen_k=len(keys[0]))
+    for backend in BACKENDS:
+        trace = backend.trace(q, k, v, PAGED, page_table=rows)
+        out, lse = backend.run(q, k, v, PAGED, page_table=rows)
+        found = judge(trace, q, *beside, dense, backend=backend.id, out=out, lse=lse)
+        assert found.passed and found.coverage["pages"] == len(tables[0]), found.finding()
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "error", "words"),
+    [
+        ([7], {}, PageTableError, "page 7 for sequence 0, place 0; 200 keys make 7 pages of 32, so give 0 to 6"),
+        ([0, -2], {}, PageTableError, "page -2 for sequence 0, place 1"),
+        (torch.tensor([[0], [1], [9]]), {}, PageTableError, "page 9 for sequence 2"),
+        (torch.tensor([0, 1]), {}, PageTableError, r"\[batch, max_pages\] with batch 3; this one is torch.int64 \[2\]"),
+        (torch.zeros(2, 4, dtype=torch.int32), {}, PageTableError, r"batch 3; .* \[2, 4\]"),
+        (torch.zeros(3, 1), {}, PageTableError, "torch.float32"),
+        ([0.5], {}, PageTableError, "this one is a list"),
+        ([0], {"page_size": 4096}, Unsupported, "hold 2048 keys at most"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(table, changes, error, words):
+    problem = PAGED.with_(**changes)
+    with pytest.raises(error, match=words):
+        Resident().run(*make_inputs(problem), problem, page_table=table)
+
+
+def test_what_a_sparse_trace_cannot_hold_is_said():
+    q, k, v = make_inputs(PAGED)
+    for table, causal in (([6, 0], False), ([0], True), ([], False)):
+        with pytest.raises(Unsupported, match="only the last may be a short one"):
+            Resident().trace(q, k, v, PAGED.with_(causal=causal), page_table=table)
+    with pytest.raises(Unsupported, match="as many keys in each"):
+        Resident().trace(q, k, v, PAGED, page_table=torch.tensor([[0, 1], [2, END], [3, 4]]))

@@ -1,0 +1,118 @@
+"""What callers may pass to a paged cache, and the one sentence they get when they pass something else."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from flashcore.errors import InvalidProblem, PageTableError
+
+if TYPE_CHECKING:
+    from flashcore.paging.tables import PagedKV
+
+DTYPES = (torch.float16, torch.bfloat16)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+"""Tokens in a page. Powers of two, so that a position splits into page and offset by a shift and a mask."""
+
+
+def whole(name: str, value) -> int:
+    """`value` as an int of at least 0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidProblem(f"{name} is {value!r}; it has to be a whole number.") from None
+    if number < 0:
+        raise InvalidProblem(f"{name} is {number}; it has to be at least 0.")
+    return number
+
+
+def counts_of(tokens: int | Sequence[int], num_sequences: int) -> list[int]:
+    """One count for each sequence, from one for all or a list."""
+    if isinstance(tokens, int):
+        return [whole("tokens", tokens)] * num_sequences
+    counts = [whole("tokens", count) for count in tokens]
+    if len(counts) != num_sequences:
+        raise InvalidProblem(f"tokens has {len(counts)} numbers for {num_sequences} sequences.")
+    return counts
+
+
+def check_sizes(sizes: dict[str, int], page_size: int, dtype: torch.dtype) -> None:
+    """Raise `InvalidProblem` unless all are sizes that a cache can be made with."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or not 0 < value < 2**31:
+            raise InvalidProblem(f"{name} is {value!r}; it has to be a whole number from 1 to 2**31 - 1.")
+    if page_size not in PAGE_SIZES:
+        raise InvalidProblem(f"page_size is {page_size!r}; it has to be one of {', '.join(map(str, PAGE_SIZES))}.")
+    if dtype not in DTYPES:
+        raise InvalidProblem(f"dtype is {dtype}; a cache holds {' or '.join(map(str, DTYPES))}.")
+
+
+def check_new(k, v, kv: PagedKV, num_sequences: int) -> None:
+    """Raise `InvalidProblem` unless k and v are ``[num_sequences, num_heads_kv, tokens, head_dim]`` for these pools."""
+    for name, new in (("k", k), ("v", v)):
+        if not isinstance(new, torch.Tensor) or new.dtype != kv.dtype or new.device != kv.device:
+            found = f"{new.dtype} on {new.device}" if isinstance(new, torch.Tensor) else type(new).__name__
+            raise InvalidProblem(f"{name} is {found}, and the cache is {kv.dtype} on {kv.device}.")
+        wanted = (num_sequences, kv.num_heads_kv, k.shape[2] if k.dim() == 4 else 0, kv.head_dim)
+        if tuple(new.shape) != wanted or wanted[2] == 0:
+            raise InvalidProblem(
+                f"{name} is {list(new.shape)}; it has to be [{num_sequences} sequences, {kv.num_heads_kv} heads, "
+                f"tokens, {kv.head_dim}], with as many tokens, at least one, in k as in v."
+            )
+
+
+def check_query(q, kv: PagedKV) -> None:
+    """Raise `InvalidProblem` unless `q` is ``[batch, num_heads_q, q_tokens, head_dim]`` for these tables."""
+    if not isinstance(q, torch.Tensor) or q.dim() != 4 or 0 in q.shape:
+        shape = list(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
+        raise InvalidProblem(f"q is {shape}; it has to be a tensor [batch, num_heads_q, q_tokens, head_dim].")
+    if q.device != kv.device or q.dtype != kv.dtype:
+        raise InvalidProblem(f"q is {q.dtype} on {q.device}, and the cache is {kv.dtype} on {kv.device}.")
+    if q.shape[0] != kv.batch or q.shape[3] != kv.head_dim:
+        raise InvalidProblem(
+            f"q has batch {q.shape[0]} and head_dim {q.shape[3]}, and the cache has {kv.batch} and "
+            f"{kv.head_dim}; for some of a cache's sequences, pass cache.view(sequences)."
+        )
+    heads_q, heads_kv = q.shape[1], kv.num_heads_kv
+    if heads_q % heads_kv:
+        raise InvalidProblem(f"num_heads_q ({heads_q}) must be a multiple of num_heads_kv ({heads_kv}).")
+
+
+def check_pools(k_pool, v_pool) -> None:
+    """Raise `PageTableError` unless these are two pools alike, of four dimensions and a dtype that a cache holds."""
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        if not isinstance(pool, torch.Tensor) or pool.dim() != 4 or 0 in pool.shape:
+            shape = list(pool.shape) if isinstance(pool, torch.Tensor) else type(pool).__name__
+            raise PageTableError(f"{name} is {shape}; it has to be a tensor of four dimensions, none of them empty.")
+        if pool.dtype not in DTYPES:
+            raise PageTableError(f"{name} is {pool.dtype}; a cache holds {' or '.join(map(str, DTYPES))}.")
+        if pool.stride(3) != 1:
+            raise PageTableError(f"The last dimension of {name} is not contiguous; head_dim has to lie together.")
+    if k_pool.shape != v_pool.shape or k_pool.dtype != v_pool.dtype or k_pool.device != v_pool.device:
+        raise PageTableError(
+            f"k_pool is {k_pool.dtype} {list(k_pool.shape)} on {k_pool.device} and v_pool is {v_pool.dtype} "
+            f"{list(v_pool.shape)} on {v_pool.device}; they have to be alike."
+        )
+
+
+def check_table(page_table, lengths, device: torch.device) -> None:
+    """Raise `PageTableError` unless these are int32 ``[batch, max_pages]`` and ``[batch]`` on `device`."""
+    for name, tensor, dims in (("page_table", page_table, 2), ("lengths", lengths, 1)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or math.prod(tensor.shape) == 0:
+            shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            wanted = "[batch, max_pages]" if dims == 2 else "[batch]"
+            raise PageTableError(f"{name} is {shape}; it has to be a tensor {wanted}.")
+        if tensor.dtype != torch.int32:
+            raise PageTableError(f"{name} is {tensor.dtype}; convert it with {name}.to(torch.int32).")
+        if tensor.device != device:
+            raise PageTableError(f"{name} lies on {tensor.device} and the pools on {device}; move it there.")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise PageTableError(f"{name} has stride {tensor.stride(-1)} in its last dimension; pass a contiguous one.")
+    if page_table.shape[0] != lengths.shape[0]:
+        raise PageTableError(
+            f"page_table has {page_table.shape[0]} rows and lengths has {lengths.shape[0]}; they have to be the same."
+        )

@@ -1,0 +1,98 @@
+"""Attention over a paged cache in float64, one sequence after the other: what every paged kernel is judged against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flashcore.paging.checks import debugging
+from flashcore.paging.selection import PageSelection
+from flashcore.paging.tables import PagedKV
+from flashcore.reference import safe
+
+
+def gather(cache: PagedKV, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sequence's keys and values in the order of their positions. Waits for the device.
+
+    Returns
+    -------
+    k, v : ``[num_heads_kv, length, head_dim]`` in the dtype of the cache
+    present : ``[length]`` bool
+        False where the page was dropped; k and v are 0 there.
+    """
+    length = int(cache.lengths[row])
+    table = cache.page_table[row, : -(-length // cache.page_size)].long()
+    present = (table >= 0).repeat_interleave(cache.page_size)[:length]
+
+    def dense(pool: torch.Tensor) -> torch.Tensor:
+        rows = pool[table.clamp(min=0)].transpose(0, 1).flatten(1, 2)[:, :length]
+        return rows.masked_fill(~present[:, None], 0.0)
+
+    return dense(cache.k_pool), dense(cache.v_pool), present
+
+
+def paged_reference(
+    q: torch.Tensor,
+    cache: PagedKV,
+    selection: PageSelection | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``softmax(scale * q k^T + mask) v`` over the pages selected, in float64 on the device of the tensors.
+
+    Parameters
+    ----------
+    q
+        ``[batch, num_heads_q, q_tokens, head_dim]``: row i is the query at position ``length - q_tokens + i``.
+    selection
+        Pages to attend to; None for all. A dropped page is passed over in any case.
+    causal
+        A query sees keys up to its own position (bottom-right aligned); False: all keys.
+    softmax_scale
+        None for ``1/sqrt(head_dim)``.
+
+    Returns
+    -------
+    out : float64 ``[batch, num_heads_q, q_tokens, head_dim]``
+        0 in rows that see no key.
+    lse : float64 ``[batch, num_heads_q, q_tokens]``
+        Natural logarithm of the softmax denominator, -inf in rows that see no key.
+
+    Raises
+    ------
+    InvalidProblem, PageTableError
+        `q` or the selection does not fit the cache.
+    """
+    cache.check_query(q)
+    if debugging():
+        cache.check()
+    if selection is not None:
+        selection.check(cache)
+    scale = 1.0 / math.sqrt(cache.head_dim) if softmax_scale is None else softmax_scale
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
+    chosen = None if selection is None else selection.mask(cache.max_pages)
+    for row in range(cache.batch):
+        k, v, present = gather(cache, row)
+        length, tokens = k.shape[1], q.shape[2]
+        if length == 0:
+            continue
+        seen = present.expand(cache.num_heads_kv, tokens, length)
+        if chosen is not None:
+            seen = seen & chosen[row].repeat_interleave(cache.page_size, dim=1)[:, None, :length]
+        if causal:
+            last_seen = torch.arange(length - tokens, length, device=q.device)
+            seen = seen & (torch.arange(length, device=q.device) <= last_seen[:, None])
+        for head in range(cache.num_heads_kv):
+            group = slice(head * q.shape[1] // cache.num_heads_kv, (head + 1) * q.shape[1] // cache.num_heads_kv)
+            scores = (q[row, group].double() @ k[head].double().T).mul_(scale).masked_fill_(~seen[head], -math.inf)
+            row_max = scores.amax(dim=-1, keepdim=True)
+            probs = scores.sub_(safe(row_max)).exp_()
+            row_sum = probs.sum(dim=-1, keepdim=True)
+            # A value that no query sees may be anything: 0 * Inf would be NaN.
+            values = v[head].double().masked_fill(~seen[head].any(dim=0)[:, None], 0.0)
+            out[row, group] = (probs @ values) / row_sum.masked_fill(row_sum == 0, 1.0)
+            lse[row, group] = (row_max + row_sum.log()).squeeze(-1)
+    return out, lse

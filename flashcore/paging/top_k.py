@@ -1,0 +1,88 @@
+"""The pages whose key bounds promise the highest scores for the query (Quest, Tang et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.paging.bounds import LARGEST, LEAST
+from flashcore.paging.selection import PageSelection, first_query_page, query_pages
+from flashcore.paging.tables import PagedKV
+
+
+def page_scores(q: torch.Tensor, cache: PagedKV) -> torch.Tensor:
+    """An upper bound of ``q . k`` over the keys of each page, float32 ``[batch, num_heads_kv, max_pages]``.
+
+    The largest over the query heads of the group and over the query tokens; -inf for a page without keys. A softmax
+    scale above 0 does not change the order of pages.
+    """
+    if cache.key_bounds is None:
+        raise PageTableError(
+            "This cache keeps no key bounds, by which TopK chooses; make it with key_bounds=True, "
+            "or pass key_bounds=True to from_tables()."
+        )
+    batch, heads_q, tokens, head_dim = q.shape
+    bounds = cache.key_bounds[cache.page_table.clamp(0, cache.num_pages - 1).long()].float()
+    bounds = bounds.permute(3, 0, 2, 4, 1)  # [least or largest, batch, num_heads_kv, head_dim, max_pages]
+    resident = cache.resident_pages()[:, None]
+    # A page without keys has infinite bounds, and 0 * inf is NaN.
+    bounds = bounds.masked_fill(~resident[..., None, :], 0.0)
+    rows = q.float().reshape(batch, cache.num_heads_kv, heads_q // cache.num_heads_kv * tokens, head_dim)
+    # sum_d max(q_d * least_d, q_d * largest_d): a positive q_d takes the largest, a negative one the least.
+    scores = rows.clamp(min=0) @ bounds[LARGEST] + rows.clamp(max=0) @ bounds[LEAST]
+    return scores.amax(dim=2).masked_fill(~resident, -math.inf)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The best pages by their bounds, a fixed number or a share of what each sequence has.
+
+    Always among them, and counted: the first `sink_pages`, and the pages of the queries' own tokens, the last page
+    before all (its keys are the newest, and under a causal mask a query may see no other). When these alone are more
+    than asked for, these are what is selected.
+    """
+
+    pages: int | None = None
+    """Pages for each sequence and KV head."""
+    share: float | None = None
+    """Or the share of the sequence's pages, rounded up: above 0, at most 1."""
+    sink_pages: int = 0
+
+    def __post_init__(self):
+        if (self.pages is None) == (self.share is None):
+            raise InvalidProblem("TopK takes either pages or share; give one of them.")
+        if self.pages is not None and self.pages < 1:
+            raise InvalidProblem(f"TopK(pages={self.pages}): it selects at least 1 page.")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise InvalidProblem(f"TopK(share={self.share}): a share is above 0 and at most 1.")
+        if self.sink_pages < 0:
+            raise InvalidProblem(f"TopK(sink_pages={self.sink_pages}): it takes at least 0.")
+
+    def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
+        cache.check_query(q)
+        columns = torch.arange(cache.max_pages, device=cache.device)
+        resident = cache.resident_pages()
+        must = resident & ((columns < self.sink_pages) | (columns >= first_query_page(cache, q.shape[2])[:, None]))
+        available = resident.sum(dim=1)
+        asked = available if self.pages is not None else torch.ceil(available.double() * self.share).long()
+        if self.pages is not None:
+            asked = asked.clamp(max=self.pages)
+        counts = torch.maximum(asked, must.sum(dim=1))[:, None]
+        width = min(cache.max_pages, max(self._most(cache), self.sink_pages + query_pages(q.shape[2], cache.page_size)))
+
+        scores = page_scores(q, cache)
+        # Infinite or NaN keys make a page worth a look: behind those that must be in, before any without keys.
+        scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).max).masked_fill(must[:, None], math.inf)
+        scores = scores.masked_fill(~resident[:, None], -math.inf)
+        best = scores.topk(width, dim=-1).indices
+        kept = torch.arange(width, device=cache.device) < counts[..., None]
+        pages = torch.where(kept, best, cache.max_pages).sort(dim=-1).values
+        pages = pages.masked_fill(pages == cache.max_pages, -1).to(torch.int32)
+        return PageSelection(pages, counts.to(torch.int32).expand(-1, cache.num_heads_kv).contiguous())
+
+    def _most(self, cache: PagedKV) -> int:
+        """A bound on the pages asked for that needs no look at the lengths."""
+        return self.pages if self.pages is not None else math.ceil(cache.max_pages * self.share)

@@ -1,0 +1,91 @@
+"""Write new tokens into their pages, on the device: slots come from the page table and the lengths that lie there.
+
+Nothing here waits for the device or reads from it, so that it can be captured in a CUDA graph. This is the portable
+path in torch's index operations; a kernel can stand in for `append_tokens` with the same arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.paging.bounds import widen_bounds
+from flashcore.paging.checks import check_tables, debugging
+from flashcore.paging.tables import PagedKV
+
+
+@torch.no_grad()
+def append_tokens(
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    key_bounds: torch.Tensor | None = None,
+) -> None:
+    """Write the next tokens of some sequences at positions ``lengths[row]`` and on, then add to `lengths`.
+
+    A row whose tokens do not all have a page in the table (-1, outside the pool, or past the last column) is passed
+    over whole, and its length stays. So rows without a sequence may ride along in a captured graph, and a table that
+    is wrong never harms the pool; ``PagedKV.check(tokens)`` says what is wrong with it, and with FLASHCORE_DEBUG=1 so
+    does this.
+
+    Parameters
+    ----------
+    k_new, v_new
+        ``[rows, num_heads_kv, tokens, head_dim]`` in the dtype of the pools, any strides.
+    k_pool, v_pool
+        ``[num_pages, num_heads_kv, page_size, head_dim]``, any strides.
+    page_table, lengths
+        ``[batch, max_pages]`` and ``[batch]`` int32; `lengths` is changed.
+    rows
+        ``[rows]`` integer: which sequence each row of `k_new` belongs to, each at most once; None for all in order.
+    counts
+        ``[rows]`` integer: how many of the tokens are real, the rest being padding; None for all of them.
+    key_bounds
+        ``[num_pages, num_heads_kv, 2, head_dim]``, kept up to date when given.
+    """
+    num_pages, _, page_size, _ = k_pool.shape
+    tokens = k_new.shape[2]
+    if debugging():
+        wanted = torch.full(k_new.shape[:1], tokens, device=lengths.device) if counts is None else counts.long()
+        if rows is not None:
+            wanted = torch.zeros_like(lengths, dtype=torch.int64).index_copy_(0, rows.long(), wanted)
+        check_tables(PagedKV(k_pool, v_pool, page_table, lengths), wanted)
+    table, start = (page_table, lengths) if rows is None else (page_table[rows], lengths[rows])
+    nth = torch.arange(tokens, device=k_pool.device)
+    position = start[:, None].long() + nth
+    column, offset = position // page_size, position % page_size
+    page = table.gather(1, column.clamp(max=page_table.shape[1] - 1)).long()
+    fits = (column < page_table.shape[1]) & (page >= 0) & (page < num_pages)
+    real = torch.ones_like(fits) if counts is None else nth < counts[:, None]
+    fits = (fits | ~real).all(dim=1)
+    page, offset, wanted = page.flatten(), offset.flatten(), (real & fits[:, None]).flatten()
+    k_flat, v_flat = (t.transpose(1, 2).flatten(0, 1) for t in (k_new, v_new))
+
+    if key_bounds is not None:
+        widen_bounds(key_bounds, k_flat, page, offset, wanted)
+    # Without a branch on the device's values, a token that is not wanted repeats the first one that is: same slot, same
+    # numbers. With none wanted, all write back what slot 0 of page 0 holds.
+    nth_flat = torch.arange(page.shape[0], device=page.device)
+    source = torch.where(wanted, nth_flat, wanted.int().argmax())
+    some = wanted.any()
+    page, offset = torch.where(some, page[source], 0), torch.where(some, offset[source], 0)
+    for pool, new in ((k_pool, k_flat), (v_pool, v_flat)):
+        pool[page, :, offset] = torch.where(some, new[source], pool[0, :, 0])
+
+    added = (fits * (tokens if counts is None else counts)).to(lengths.dtype)
+    if rows is None:
+        lengths += added
+    else:
+        lengths[rows] = start + added
+
+
+@torch.no_grad()
+def copy_pages(pools: list[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy whole pages within each pool ``[num_pages, ...]``; `source` and `target` are int64 and disjoint."""
+    for pool in pools:
+        pool[target] = pool[source]

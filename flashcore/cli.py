@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashcore import __version__, cli_debug, cli_survey
+from flashcore import __version__, cli_claims, cli_debug, cli_survey
 from flashcore.errors import FlashCoreError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -230,6 +230,7 @@ def _shown(path: Path) -> str:
 
 cli_debug.add_to(app)
 cli_survey.add_to(app)
+cli_claims.add_to(app)
 
 
 def main() -> None:

@@ -7,15 +7,22 @@ Each names the stage it has to be found at. Bisection is never told which bug is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
-from flashcore import reference
+import numpy as np
+
+from flashcore import cublaslt, reference
 from flashcore.errors import UnknownName
 from flashcore.planting import PLAIN, Edit, Fault, Override, Source
+from flashcore.problem import square
 
 CAUSAL = PLAIN.with_(causal=True)
 EMPTY_ROWS = PLAIN.with_(causal=True, seqlen_q=200, seqlen_k=77)
 """More queries than keys: the first 123 rows see no key, and the last of them share a tile with rows that do."""
+ROWS_OF_2048 = square(1, 2, 2048, 64)
+"""Products large enough that cuBLASLt offers algorithms with different tiles."""
 
 LATE = {
     "scalar": (
@@ -53,6 +60,55 @@ def _kv_strides(change: Callable[[list[int]], list[int]]) -> Override:
 
 def _scale_twice(self, problem):
     return problem.scale * problem.scale
+
+
+# ------------------------------------------------------------------------------- cublaslt
+
+LT_PAGE = 60
+"""Keys in a page where bugs are planted in `cublaslt`: its own 1024 would make one page of a small problem. No multiple
+of 8, so that a page ends inside a vector of scores, and 200 keys leave a tail of 20."""
+MASKED = "s[step][i] = first + i < keys_here ? s[step][i] : -INFINITY;"
+UNSCALED = {"alpha": lambda self, problem: 1.0}
+"""The product with K stored as it is, for the softmax kernel to scale."""
+
+
+def _lt(*edits: Edit, **methods: Any) -> Mapping[str, Source | Override]:
+    """One plant for both variants of cublaslt that batch heads; `cublaslt-loop` and `-graph` run the same code."""
+    methods = {"pages_of": LT_PAGE, **methods}
+    plant = Source(edits, methods) if edits else Override(methods)
+    return {"cublaslt": plant, "cublaslt-batched": plant}
+
+
+def _lt_k_strides(change: Callable[[list[int]], list[int]]) -> Mapping[str, Source | Override]:
+    return _lt(**_kv_strides(change).methods)
+
+
+class _TailInColumns(cublaslt.Product):
+    """A product whose B is told to cuBLASLt with rows and columns the wrong way round."""
+
+    def matrices(self):
+        a, b, d = super().matrices()
+        return a, b._replace(rows=b.columns, columns=b.rows), d
+
+
+def _lt_base(name: str) -> Callable:
+    from flashcore.backends.cublaslt import CublasLt
+
+    return getattr(CublasLt, name)
+
+
+def _tail_in_columns(self, product, *more):
+    is_tail = product.transpose_b and product.n < self.pages_of
+    return _lt_base("plan")(self, _TailInColumns(**asdict(product)) if is_tail else product, *more)
+
+
+def _another_algorithm(self, product, alpha, beta, device, room):
+    """The algorithm that is named is the heuristic's first; what runs are the bytes of one with another tile."""
+    offered = cublaslt.candidates(product, workspace_bytes=room, device=device)
+    named = offered[0]
+    others = [a for a in offered if a.tile != named.tile and a.workspace_bytes <= named.workspace_bytes]
+    ran = others[0] if others else offered[-1]
+    return cublaslt.Plan(product, replace(named, raw=ran.raw), alpha=alpha, beta=beta, device=device)
 
 
 # ------------------------------------------------------------------------------- wrong stages (cpu)
@@ -163,6 +219,7 @@ FAULTS: tuple[Fault, ...] = (
                 "row_sum = rescale * row_sum + page_sum;",
                 "row_sum = rescale * __shfl_sync(~0u, row_sum, 0) + page_sum;",
             )),
+            **_lt((": page.row_sum_gmem[row_here];", ": page.row_sum_gmem[row_here - warp];")),
             "cpu": _cpu(row_sum=lambda self, s, r, p: r * s[..., :1] + p.sum(dim=-1)),
         },
     ),
@@ -171,6 +228,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("new_max == -INFINITY ? 0.f : new_max;", "new_max;")),
             "wmma": _source(("new_max == -INFINITY ? 0.f : new_max * scale_log2;", "new_max * scale_log2;")),
+            **_lt(("new_max == -INFINITY ? 0.f : new_max;", "new_max;")),
             "cpu": _cpu(
                 rescale=lambda self, before, m: (before - m).exp(),
                 probs=lambda self, s, m: (s - m[..., None]).exp(),
@@ -188,16 +246,17 @@ FAULTS: tuple[Fault, ...] = (
             "wmma": _source((
                 "fill_fragment(accum[r][h], 0.f)", "fill_fragment(accum[r][h], __int_as_float(0x7fc00000))",
             )),
+            **_lt(beta=lambda self, number: 1.0),
             "cpu": _cpu(initial_accum=lambda self, q: q.new_full(q.shape, math.nan)),
         },
     ),
     Fault(
         "F4", "tail of K or V set as columns where rows are meant", "scores", "a status code, or wrong scores",
-        awaits="the cublaslt backend",
+        _lt(plan=_tail_in_columns), error_is_found=True,
     ),
     Fault(
         "F5", "a 4-byte value given for a 64-bit layout attribute", "scores", "a status code, if it is checked",
-        awaits="the cublaslt backend",
+        _lt_k_strides(lambda s: [s[0], np.int32(s[1]), s[2]]), error_is_found=True,
     ),
     Fault(
         "F6", "scores kept in 16 bits before they are scaled", "scores", "Inf or NaN for large inputs",
@@ -212,6 +271,7 @@ FAULTS: tuple[Fault, ...] = (
                 "    for (int n = 0; n < TILE_N; ++n) s_rmem[n] = __half2float(__float2half(s_rmem[n]));\n"
                 "    const int keys_here = keys - first_key;",
             )),
+            **_lt((MASKED, MASKED.replace("? s[step][i]", "? s[step][i] * params.softmax_scale")), **UNSCALED),
             "cpu": _cpu(scores=_cpu_unscaled_half),
         },
         pattern="large",
@@ -230,6 +290,14 @@ FAULTS: tuple[Fault, ...] = (
                 "      if (!(fabsf(s_rmem[n]) < INFINITY)) s_rmem[n] = 0.f;\n    }\n"
                 "    const int keys_here = keys - first_key;",
             )),
+            **_lt(
+                (
+                    MASKED,
+                    "if (!(fabsf(s[step][i]) < INFINITY)) s[step][i] = 0.f;\n      "
+                    + MASKED.replace("? s[step][i]", "? s[step][i] * params.softmax_scale"),
+                ),
+                **UNSCALED,
+            ),
             "cpu": _cpu(scores=_cpu_laundered_half),
         },
         pattern="large",
@@ -260,6 +328,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("if (!params.causal) return params.seqlen_k;", "return params.seqlen_k;")),
             "wmma": _source(("if (!params.causal) return params.seqlen_k;", "return params.seqlen_k;")),
+            **_lt(("min(visible_keys(params, row) - page.first_key, page.keys)", "page.keys")),
             "cpu": _cpu(scores=_cpu_no_mask),
         },
         problem=CAUSAL,
@@ -273,6 +342,8 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _kv_strides(lambda s: [2 * s[0], s[1], s[2]]),
             "wmma": _kv_strides(lambda s: [2 * s[0], s[1], s[2]]),
+            # What lies between two matrices of cuBLASLt's strided batch, and between sequences, in bytes.
+            **_lt_k_strides(lambda s: [2 * s[0], 2 * s[1], s[2]]),
             "cpu": _cpu(scores=_cpu_batch_in_bytes),
         },
         may_crash=True, crash_is_found=True,
@@ -282,6 +353,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _kv_strides(lambda s: [s[0], 0, s[2]]),
             "wmma": _kv_strides(lambda s: [s[0], 0, s[2]]),
+            **_lt_k_strides(lambda s: [s[0], 0, s[2]]),
             "cpu": _cpu(scores=_cpu_broadcast_k),
         },
     ),
@@ -291,7 +363,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "F14", "the algorithm surveyed is not the one run", "survey", "label unlike the kernel",
-        awaits="the survey of cuBLASLt",
+        {name: Override({"plan": _another_algorithm}) for name in ("cublaslt", "cublaslt-batched")},
+        problem=ROWS_OF_2048, found_by="labels",
     ),
     Fault(
         "F15", "one element of the last page and the last head wrong: what a tracer of page 0 misses", "scores",
@@ -310,6 +383,12 @@ FAULTS: tuple[Fault, ...] = (
                 "        row == params.seqlen_q - 1) {\n"
                 "      for (int n = 0; n < TILE_N; ++n)\n"
                 "        if (first_key + n == params.seqlen_k - 1) s_rmem[n] += 2.f;\n    }",
+            )),
+            **_lt((
+                MASKED,
+                f"{MASKED}\n      if (page.first_head + head == params.batch * params.num_heads_q - 1 &&\n"
+                "          row == params.seqlen_q - 1 && page.first_key + first + i == params.seqlen_k - 1)\n"
+                "        s[step][i] += 0.25f;",
             )),
             "cpu": _cpu_after("scores", _cpu_late),
         },
@@ -339,6 +418,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("score = first_key + lane < keys ?", "score = first_key + lane <= keys ?")),
             "wmma": _source(("s_rmem[n] = n < keys_here ?", "s_rmem[n] = n <= keys_here ?")),
+            **_lt((MASKED, MASKED.replace("<", "<="))),
             "cpu": _cpu_after("row_sum", lambda total, before, r, p: total + (1.0 if p.shape[-1] < 64 else 0.0)),
         },
     ),
@@ -347,6 +427,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("row + 1 + params.seqlen_k", "row + 2 + params.seqlen_k")),
             "wmma": _source(("row + 1 + params.seqlen_k", "row + 2 + params.seqlen_k")),
+            **_lt(("min(visible_keys(params, row) -", "min(visible_keys(params, row + 1) -")),
             "cpu": _cpu_after("scores", _cpu_tail),
         },
         problem=CAUSAL,
@@ -369,6 +450,7 @@ FAULTS: tuple[Fault, ...] = (
             "wmma": _source((
                 "&smem.v[slot][n * FRAGMENT][h * FRAGMENT]", "&smem.v[1 - slot][n * FRAGMENT][h * FRAGMENT]",
             )),
+            **_lt(first_value=lambda self, page: 0),
             "cpu": _cpu(page_of_v=lambda self, v, pages, j: v[..., : pages[j].stop - pages[j].start, :]),
         },
     ),
@@ -377,6 +459,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": Override({"scale": _scale_twice}),
             "wmma": Override({"scale": _scale_twice}),
+            **_lt(scale=_scale_twice),
             "cpu": _cpu_after("scores", lambda scores, q, k, problem, page: scores * problem.scale),
         },
     ),
@@ -384,6 +467,7 @@ FAULTS: tuple[Fault, ...] = (
         "G7", "maximum not reduced across lanes", "probs", "finite, wrong",
         {
             "scalar": _source(("fmaxf(row_max, warp_max(score))", "fmaxf(row_max, score)")),
+            **_lt(("fmaxf(old_max, warp_max(page_max))", "fmaxf(old_max, page_max)")),
         },
     ),
     Fault(
@@ -391,6 +475,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("head / (params.num_heads_q / params.num_heads_kv)", "head % params.num_heads_kv")),
             "wmma": _source(("head / (params.num_heads_q / params.num_heads_kv)", "head % params.num_heads_kv")),
+            **_lt(queries_of=lambda self, span, member, p: (span.head_kv + member * p.num_heads_kv, 1)),
             "cpu": _cpu(kv_of_head=_cpu_kv_modulo),
         },
     ),
@@ -415,6 +500,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("row_sum = rescale * row_sum + warp_sum(prob);", "row_sum = row_sum + warp_sum(prob);")),
             "wmma": _source(("row_sum = rescale * row_sum + page_sum;", "row_sum = row_sum + page_sum;")),
+            **_lt(("rescale * old_sum + warp_sum(page_sum)", "old_sum + warp_sum(page_sum)")),
             "cpu": _cpu(row_sum=lambda self, s, r, p: s + p.sum(dim=-1)),
         },
         pattern="rising",
@@ -443,6 +529,11 @@ FAULTS: tuple[Fault, ...] = (
                 ("ex2_approx((score - reference) * LOG2_E)", "ex2_approx(score - reference)"),
             ),
             "wmma": _source(("fmaxf(fabsf(params.softmax_scale) * LOG2_E,", "fmaxf(fabsf(params.softmax_scale),")),
+            **_lt(
+                ("ex2_approx((old_max - reference) * LOG2_E)", "ex2_approx(old_max - reference)"),
+                ("ex2_approx((s[step][i] - reference) * LOG2_E)", "ex2_approx(s[step][i] - reference)"),
+                ("ex2_approx((s[step][i + 1] - reference) * LOG2_E)", "ex2_approx(s[step][i + 1] - reference)"),
+            ),
             "cpu": _cpu(
                 rescale=lambda self, before, m: (before - reference.safe(m)).exp2(),
                 probs=lambda self, s, m: (s - reference.safe(m)[..., None]).exp2(),
@@ -454,6 +545,7 @@ FAULTS: tuple[Fault, ...] = (
         {
             "scalar": _source(("row_max + logf(row_sum)", "row_max + log2f(row_sum)")),
             "wmma": _source(("+ logf(row_sum)", "+ log2f(row_sum)")),
+            **_lt(("+ logf(row_sum)", "+ log2f(row_sum)")),
             "cpu": _cpu_after("finish", lambda result, a, s, m: (result[0], m + s.log2())),
         },
     ),
@@ -465,6 +557,7 @@ FAULTS: tuple[Fault, ...] = (
                 "if (warp_first_row + r < params.seqlen_q) {",
                 "if (warp_first_row + r < params.seqlen_q / 16 * 16) {",
             )),
+            **_lt(("d = 2 * lane; d < HEAD_DIM;", "d = 2 * lane; row < params.seqlen_q - 1 && d < HEAD_DIM;")),
             "cpu": _cpu_after("finish", _cpu_last_row_unwritten),
         },
     ),
@@ -477,6 +570,7 @@ FAULTS: tuple[Fault, ...] = (
             "wmma": _source((
                 "(visible_keys(params, last_row) + TILE_N - 1) / TILE_N", "visible_keys(params, last_row) / TILE_N",
             )),
+            **_lt(num_pages=lambda self, problem, page_size: problem.seqlen_k // page_size),
             "cpu": _cpu_after("scores", lambda s, q, k, problem, page: s if s.shape[-1] == 64 else s.fill_(-math.inf)),
         },
     ),

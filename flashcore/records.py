@@ -172,8 +172,18 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def _line(trial: Trial) -> str:
     """A trial as one line; what is not there at all is left out, which keeps a run of a thousand trials small."""
-    empty = {name for name in ("reason", "correctness", "timing", "data") if not getattr(trial, name)}
-    return trial.model_dump_json(exclude=empty)
+    absent: dict[str, Any] = {
+        name: True
+        for name in ("reason", "problem", "correctness", "timing", "data", "source_hash")
+        if not getattr(trial, name)
+    }
+    if trial.problem:
+        usual = type(trial.problem).model_fields
+        absent["problem"] = {n for n in ("softmax_scale", "page_size") if getattr(trial.problem, n) == usual[n].default}
+    for name in ("correctness", "timing"):
+        if part := getattr(trial, name):
+            absent[name] = {n for n in type(part).model_fields if getattr(part, n) in (None, [])}
+    return trial.model_dump_json(exclude=absent)
 
 
 def append_trials(path: Path, trials: Iterable[Trial]) -> None:

@@ -99,7 +99,10 @@ class Judgement:
         return self.num_bad == 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if not k.startswith("_")} | {"passed": self.passed}
+        kept = {k: v for k, v in vars(self).items() if not k.startswith("_")} | {"passed": self.passed}
+        if self.passed:  # where a right stage is least exact is no finding
+            del kept["worst"]
+        return kept
 
 
 def _relative_exp(exponent: torch.Tensor) -> torch.Tensor:

@@ -129,12 +129,12 @@ def summarise(samples_us: Sequence[float], problem: Problem, *, method: str, rou
     low, _, high = statistics.quantiles(samples_us, n=4) if len(samples_us) > 1 else (latency_us,) * 3
     return Timing(
         method=method,
-        latency_us=latency_us,
+        latency_us=round(latency_us, 4),
         samples_us=[round(s, 4) for s in samples_us[:50]],
-        tflops=problem.flops() / latency_us / 1e6,
+        tflops=round(problem.flops() / latency_us / 1e6, 4),
         round=round_id,
         l2=l2,
-        quartiles_us=[low, high],
+        quartiles_us=[round(low, 4), round(high, 4)],
         **more,
     )
 

@@ -20,7 +20,8 @@ from flashcore.problem import square
 
 CPU = [f.id for f in FAULTS if "cpu" in f.plants]
 PATCHES = [(f.id, b) for f in FAULTS for b, plant in f.plants.items() if isinstance(plant, Source)]
-ON_GPU = [(f.id, b) for f in FAULTS for b in f.plants if b != "cpu"]
+IN_KERNELS = [(f.id, b) for f in FAULTS for b in f.plants if b in ("scalar", "wmma")]
+IN_CUBLASLT = [(f.id, b) for f in FAULTS for b in f.plants if b.startswith("cublaslt")]
 
 
 def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence():
@@ -30,8 +31,9 @@ def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence(
     assert len([i for i in ids if i.startswith("G")]) >= 8
     for fault in FAULTS:
         assert bool(fault.plants) != bool(fault.awaits or fault.held_by), f"{fault.id} is neither planted nor explained"
-        assert fault.plants == {} or fault.stage in flashcore.reference.STAGES
-    for backend in ("cpu", "scalar", "wmma"):
+        stages = (*flashcore.reference.STAGES, "survey") if fault.found_by == "labels" else flashcore.reference.STAGES
+        assert fault.plants == {} or fault.stage in stages
+    for backend in ("cpu", "scalar", "wmma", "cublaslt", "cublaslt-batched"):
         assert sum(fault.why_not(backend) is None for fault in FAULTS) >= 20
 
 
@@ -74,31 +76,49 @@ def test_every_patched_kernel_compiles():
     pytest.importorskip("cuda.core")  # before the threads: its first import is not safe in several at once
 
     def compile_one(patch):
-        fault, backend = faults.get(patch[0]), backends.get(patch[1])
-        text = fault.plants[backend.id].text(backend.kernel)
-        return build.compile_kernel(backend.kernel, head_dim=64, dtype="float16", trace=True, source=text)
+        kernel, text = patch
+        return build.compile_kernel(kernel, head_dim=64, dtype="float16", trace=True, source=text)
 
+    sources: dict[tuple[str, str], list] = {}  # backends of one kernel share what is compiled
+    for name, backend in PATCHES:
+        kernel = backends.get(backend).kernel
+        sources.setdefault((kernel, faults.get(name).plants[backend].text(kernel)), []).append((name, backend))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cubins = list(pool.map(compile_one, PATCHES))
-    patched = {b for _, b in PATCHES}
-    clean = {b: build.compile_kernel(backends.get(b).kernel, head_dim=64, dtype="float16", trace=True) for b in patched}
-    for patch, cubin in zip(PATCHES, cubins, strict=True):
-        assert cubin.path.read_bytes() != clean[patch[1]].path.read_bytes(), f"{patch} compiles to the same code"
+        cubins = list(pool.map(compile_one, sources))
+    clean = {k: build.compile_kernel(k, head_dim=64, dtype="float16", trace=True) for k in {k for k, _ in sources}}
+    for ((kernel, _), patches), cubin in zip(sources.items(), cubins, strict=True):
+        assert cubin.path.read_bytes() != clean[kernel].path.read_bytes(), f"{patches} compiles to the same code"
 
 
 def test_a_patch_that_no_longer_fits_is_an_error():
     for text in ("no such text stands there", "__syncthreads();"):
         with pytest.raises(FaultError, match="stands there (0|2) times instead of once"):
             Source(((text, ""),)).apply(backends.get("scalar"))
-    with pytest.raises(FaultError, match="which backend 'cpu' no longer has"):
-        Override({"no_such_method": lambda self: None}).apply(backends.get("cpu"))
+    for plant in (Override({"no_such_method": lambda self: None}), Source((), {"no_such_method": None})):
+        with pytest.raises(FaultError, match="which backend 'wmma' no longer has"):
+            plant.apply(backends.get("wmma"))
 
 
 def test_names_that_do_not_exist():
     with pytest.raises(UnknownName, match="There is no fault 'F99'"):
         faults.get("F99")
-    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: scalar"):
+    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, scal"):
         faults.get("G7").plant("cpu")
+
+
+def test_why_a_bug_is_not_planted_is_said():
+    assert faults.get("F3").why_not("cublaslt") is None
+    assert faults.get("F4").why_not("cpu") == "makes no sense in cpu"
+    assert faults.get("F3").why_not("cublaslt-loop") == "planted in cublaslt, whose code this one runs"
+    assert faults.get("G4").why_not("cublaslt-loop") == "makes no sense in cublaslt-loop"
+    assert faults.get("F10").why_not("cpu") == "awaits paged attention"
+
+
+def test_a_patch_and_a_wrong_method_are_planted_together():
+    planted = faults.get("F6").plant("cublaslt")
+    assert planted.alpha(planting.PLAIN) == 1.0 != backends.get("cublaslt").alpha(planting.PLAIN)
+    assert "* params.softmax_scale" in planted.source and backends.get("cublaslt").source is None
+    assert planted.page_size(planting.PLAIN) == 60, "small pages, so that a small problem has several and a tail"
 
 
 # ------------------------------------------------------------------------------------------------ F16: the report
@@ -213,10 +233,46 @@ def test_every_bug_of_the_kernels_is_found_at_its_stage():
     from flashcore.proving import run_faults
 
     trials = run_faults(None, backends.select("scalar,wmma"))
+    assert_all_found(trials, IN_KERNELS)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_bug_of_cublaslt_is_found_at_its_stage():
+    from flashcore.proving import run_faults
+
+    trials = run_faults(None, backends.select("cublaslt,cublaslt-batched"))
+    assert_all_found(trials, IN_CUBLASLT)
+    said = {t.variant: t.data["finding"] for t in trials if t.data.get("error")}
+    assert "F5" in said and "8 bytes (int64) for STRIDED_BATCH_OFFSET" in said["F5"]
+    if "F4" in said:  # a cuBLASLt that took the layouts would have given wrong scores, found there as well
+        assert "CUBLAS_STATUS_" in said["F4"] and "n=20" in said["F4"]
+
+
+def assert_all_found(trials, plants):
     planted = [t for t in trials if t.data["outcome"] != "not applicable"]
-    assert len(planted) == len(ON_GPU)
+    assert len(planted) == len(plants)
     wrong = [(t.variant, t.backend, t.data["outcome"], t.reason) for t in planted if t.status != "ok"]
     assert wrong == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cublaslt", "cublaslt-batched"])
+def test_cublaslt_is_clean_where_its_bugs_are_planted(backend):
+    """In the small pages of the plants, with every problem and pattern of theirs."""
+    small = Override({"pages_of": faults.LT_PAGE}).apply(backends.get(backend))
+    for problem, pattern in {(f.problem, f.pattern) for f in FAULTS if f.stage != "survey" and backend in f.plants}:
+        found = bisect(small, problem, pattern=pattern)
+        assert found.passed, f"{problem.label()}, {pattern}: {found.finding()}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cublaslt", "cublaslt-batched", "cublaslt-loop"])
+def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
+    from flashcore.survey import wrong_labels
+
+    assert wrong_labels(backends.get(backend), faults.get("F14").problem) == []
 
 
 @pytest.mark.gpu

@@ -54,6 +54,8 @@ class Backend(ABC):
     """Name of the `.cu` file it launches, if one of ours; its hash goes into every record."""
     swept: bool = True
     """Whether a sweep measures it at every problem; otherwise only at the original report's workloads."""
+    variant_of: str | None = None
+    """The backend whose kernels and stages it runs in another order; a report then checks it on fewer problems."""
     rounds_scores: bool = False
     """Whether scores are rounded to the problem's dtype before the softmax, by design: its bound then allows for it."""
     traceable: bool = False

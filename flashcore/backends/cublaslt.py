@@ -325,6 +325,7 @@ class CublasLtBatched(CublasLt):
 
     id = "cublaslt-batched"
     title = "cuBLASLt, all heads in one launch a page"
+    variant_of = "cublaslt"
     pages_of = LARGEST_PAGE
     lanes = 1
     heads_at_once = None
@@ -336,6 +337,7 @@ class CublasLtLoop(CublasLt):
 
     id = "cublaslt-loop"
     title = "cuBLASLt, one launch a head and page"
+    variant_of = "cublaslt"
     policy = "largest-workspace"
     wide_scores = True
     rounds_scores = False

@@ -49,6 +49,7 @@ class CublasLtGraph(CublasLt):
 
     id = "cublaslt-graph"
     title = "cuBLASLt as in `cublaslt`, the whole call one CUDA graph"
+    variant_of = "cublaslt"
     swept = False
     """A sweep captures what it times, and captured this is `cublaslt` to the launch: each problem would be timed twice
     for one figure. At the report's workloads, where it is measured, it is the launch overhead that differs."""

@@ -18,6 +18,13 @@ EXAMPLES = [
     errors.RecordsDamaged("records.jsonl", 3, "Unterminated string", [1, 2]),
     errors.RecordsTooNew("records.jsonl", 1, 9, 1),
     errors.GatesError("gates.toml", 12, "there is no metric 'speed'."),
+    errors.ClaimsError("claims.toml", 7, "there is no quantity 'speed'."),
+    errors.LaunchError("cuLaunchKernelEx", "CUDA_ERROR_INVALID_VALUE"),
+    errors.CublasLtError("cublasLtMatmul", "NOT_SUPPORTED", "2048 x 128 x 64"),
+    errors.PoolExhausted("pages", 3, 1, 64, "free a sequence"),
+    errors.SequenceGone("Sequence 4"),
+    errors.SequenceTooLong(2, 300, 256, "give the cache more pages a sequence"),
+    errors.PagesOverlap(2, 17, 3),
     errors.NotebookFailed("04_tflops_sweep", "its kernel died"),
 ]
 

@@ -4,10 +4,11 @@
 // goes stale (online_softmax.cuh).
 // Slow at: problems with few tiles, which leave nothing to overlap with; for those there is hopper_split.cuh.
 //
-// Roles: one warp copies K and V into two rings of pages. NUM_CONSUMERS warpgroups own 64 query rows each; a step is
+// Roles: one thread, the producer, deals out tiles, and copies Q, and pages of K and V into two rings. NUM_CONSUMERS
+// warpgroups own 64 query rows of a tile each; a step is
 //   S = Q @ K^T of this page and O += P @ V of the last one, then P = softmax(S).
-// The warpgroups issue their products in turn (barriers TURN), so that they stay out of phase: one on Tensor Cores, the
-// others in their exponentials.
+// The warpgroups issue their products in turn (`Turn`), so that they stay out of phase: one on Tensor Cores, the others in
+// their exponentials.
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"
@@ -71,9 +72,8 @@ struct RingPosition {
   }
 };
 
-// The block's tile `step`: a head, and how many tiles of it come before; false when the block has no more. Tiles of a few
-// heads at a time, whose K and V stay in L2, are dealt out from heavy to light, forth and back, so that every block gets
-// much the same work.
+// The block's tile `step`: its head and first row; false when the block has no more. Tiles of a few heads at a time, whose
+// K and V stay in L2, are dealt out from heavy to light, forth and back, so that every block gets much the same work.
 __device__ __forceinline__ bool deal(const AttentionParams& params, int heads_per_section, int step, int& batch_head,
                                      int& first_row) {
   const int tiles = (params.seqlen_q + TILE_M - 1) / TILE_M;  // a head

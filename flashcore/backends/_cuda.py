@@ -126,25 +126,26 @@ class CudaBackend(Backend):
 
     def _launch(self, q, k, v, out, lse, problem: Problem, buffers: TraceBuffers | None = None) -> None:
         device = q.device.index or 0
+        stream = current_stream(device)
         # Packing arguments takes longer than a short kernel runs, so that what was packed once is kept.
         key = (
-            type(self), self.source, problem, device, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
+            type(self), self.source, problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
             lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
         prepared = None if buffers is not None else _prepared.get(key)
         if prepared is None:
             rows = [aligned(tensor) for tensor in (q, k, v)]
-            prepared = self._prepare(*rows, out, lse, problem, device, buffers)
+            prepared = self._prepare(*rows, out, lse, problem, device, stream, buffers)
             if buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True)):
                 if len(_prepared) >= KEPT_LAUNCHES:
                     _prepared.clear()
                 _prepared[key] = prepared
-        prepared.on(current_stream(device))
+        prepared.launch()
 
-    def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, buffers: TraceBuffers | None):
+    def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, stream: int, buffers: TraceBuffers | None):
         loaded = self.load(problem, q.device, trace=buffers is not None)
         arguments = self.arguments(q, k, v, out, lse, problem, loaded)
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
-        return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments)
+        return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments, stream)

@@ -121,30 +121,37 @@ def _launch_kernel() -> Any:
 
 
 class PreparedLaunch:
-    """A launch whose arguments are packed once: repeated, it costs one call of the driver."""
+    """A launch on one stream whose arguments are packed once: repeated, it costs one call of the driver.
+
+    Nothing in it changes after it is made, so that threads may share it.
+    """
 
     def __init__(
-        self, function: Any, loaded: LoadedKernel, blocks: tuple[int, int, int], arguments: Sequence[bytes]
-    ):  # fmt: skip
+        self,
+        function: Any,
+        loaded: LoadedKernel,
+        blocks: tuple[int, int, int],
+        arguments: Sequence[bytes],
+        stream: int,
+    ):
         self._buffers = [ctypes.create_string_buffer(packed, len(packed)) for packed in arguments]
         self._overlap = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
-            grid=blocks, block=(loaded.threads, 1, 1), shared=loaded.shared_bytes,
+            grid=blocks, block=(loaded.threads, 1, 1), shared=loaded.shared_bytes, stream=stream,
             attributes=ctypes.pointer(self._overlap), num_attributes=loaded.overlaps_launch,
         )  # fmt: skip
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(b) for b in self._buffers))
         self._call = _launch_kernel()
         self._arguments = (ctypes.byref(self._config), ctypes.c_void_p(function.kernel.ptr), pointers, None)
 
-    def on(self, stream: int) -> None:
-        """Launch on a stream given by its address.
+    def launch(self) -> None:
+        """Launch once more.
 
         Raises
         ------
         LaunchError
             The driver refused.
         """
-        self._config.stream = stream
         status = self._call(*self._arguments)
         if status:
             from cuda.bindings import driver

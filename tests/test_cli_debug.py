@@ -68,7 +68,7 @@ def test_json_is_records_and_nothing_else(app, tmp_path):
     [
         (["bisect", "--backend", "wmm"], "There is no backend 'wmm'"),
         (["bisect", "--backend", "cpu", "--fault", "F99"], "There is no fault 'F99'; choose one of: F1, F2"),
-        (["bisect", "--backend", "cpu", "--fault", "F4"], "F4 cannot be planted in cpu: awaits the cublaslt backend"),
+        (["bisect", "--backend", "cpu", "--fault", "F10"], "F10 cannot be planted in cpu: awaits paged attention"),
         (["bisect", "--backend", "cpu", "--fault", "G7"], "G7 cannot be planted in cpu: makes no sense in cpu"),
         (["bisect", "--backend", "cpu", "--problem", "reprot"], "There is no problem 'reprot'"),
         (["bisect", "--backend", "cpu", "--pattern", "odd", *SMALL], "There is no input pattern 'odd'"),
@@ -87,12 +87,12 @@ def test_a_usage_error_is_a_sentence_and_exits_2(app, arguments, words):
 
 
 def test_the_matrix_says_found_for_each_and_exits_0(app, monkeypatch, tmp_path):
-    few = (get("F8"), get("F4"), get("G7"), get("G14"))
+    few = (get("F8"), get("F10"), get("G7"), get("G14"))
     monkeypatch.setattr(proving.run_faults, "__kwdefaults__", {"faults": few, "progress": None})
     done = runner.invoke(app, ["faults", "--backend", "cpu", "--run", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     assert "cpu: 2 of 2 found at their stage." in done.stdout
-    assert "awaits the cublaslt backend" in done.stdout and "makes no sense in cpu" in done.stdout
+    assert "awaits paged attention" in done.stdout and "makes no sense in cpu" in done.stdout
     assert len(RunFolder(tmp_path / "run").trials(kind="fault")) == 4
 
 

@@ -10,18 +10,20 @@ import pytest
 import synthetic_records as synthetic
 
 import flashcore
-from flashcore import backends, build, compare, faults, planting, stagewise, tables, verdict
+from flashcore import backends, build, compare, faults, planting, plants, stagewise, tables, verdict
 from flashcore.bisection import bisect
 from flashcore.check import check_attention
 from flashcore.errors import FaultError, UnknownName
 from flashcore.faults import FAULTS
 from flashcore.planting import Override, Source
+from flashcore.plants import cublaslt, hopper
 from flashcore.problem import square
 
 CPU = [f.id for f in FAULTS if "cpu" in f.plants]
 PATCHES = [(f.id, b) for f in FAULTS for b, plant in f.plants.items() if isinstance(plant, Source)]
 IN_KERNELS = [(f.id, b) for f in FAULTS for b in f.plants if b in ("scalar", "wmma")]
 IN_CUBLASLT = [(f.id, b) for f in FAULTS for b in f.plants if b.startswith("cublaslt")]
+IN_HOPPER = [(f.id, b) for f in FAULTS for b in f.plants if b.startswith("hopper")]
 
 
 def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence():
@@ -33,8 +35,9 @@ def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence(
         assert bool(fault.plants) != bool(fault.awaits or fault.held_by), f"{fault.id} is neither planted nor explained"
         stages = (*flashcore.reference.STAGES, "survey") if fault.found_by == "labels" else flashcore.reference.STAGES
         assert fault.plants == {} or fault.stage in stages
-    for backend in ("cpu", "scalar", "wmma", "cublaslt", "cublaslt-batched"):
-        assert sum(fault.why_not(backend) is None for fault in FAULTS) >= 20
+    for backend, planted in plants.PLANTS.items():
+        assert sum(fault.why_not(backend) is None for fault in FAULTS) == len(planted) >= 20
+        assert set(planted) <= set(ids), f"planted in {backend} and not in the catalogue"
 
 
 # ------------------------------------------------------------------------------------------------ on the cpu backend
@@ -102,7 +105,7 @@ def test_a_patch_that_no_longer_fits_is_an_error():
 def test_names_that_do_not_exist():
     with pytest.raises(UnknownName, match="There is no fault 'F99'"):
         faults.get("F99")
-    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, scal"):
+    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, hopp"):
         faults.get("G7").plant("cpu")
 
 
@@ -260,10 +263,16 @@ def assert_all_found(trials, plants):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cublaslt", "cublaslt-batched"])
 def test_cublaslt_is_clean_where_its_bugs_are_planted(backend):
-    """In the small pages of the plants, with every problem and pattern of theirs."""
-    small = Override({"pages_of": faults.LT_PAGE}).apply(backends.get(backend))
-    for problem, pattern in {(f.problem, f.pattern) for f in FAULTS if f.stage != "survey" and backend in f.plants}:
-        found = bisect(small, problem, pattern=pattern)
+    """In the small pages of the plants."""
+    small = Override({"pages_of": cublaslt.LT_PAGE}).apply(backends.get(backend))
+    assert_clean_where_bugs_are_planted(small)
+
+
+def assert_clean_where_bugs_are_planted(backend):
+    """Every problem and pattern of the bugs that are planted there."""
+    planted = [fault for fault in faults.planted_in(backend.id) if fault.stage != "survey"]
+    for problem, pattern in {(f.problem, f.pattern) for f in planted}:
+        found = bisect(backend, problem, pattern=pattern)
         assert found.passed, f"{problem.label()}, {pattern}: {found.finding()}"
 
 
@@ -276,8 +285,30 @@ def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", sorted(faults.LATE))
-def test_a_late_warp_alone_does_no_harm(backend):
+@pytest.mark.parametrize("backend", sorted(plants.LATE))
+def test_a_late_copy_alone_does_no_harm(backend):
     """What makes the missing barrier show is no bug by itself."""
-    late = Source((faults.LATE[backend],)).apply(backends.get(backend))
+    late = Source(plants.LATE[backend]).apply(backends.get(backend))
     assert bisect(late, planting.PLAIN).passed
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_bug_of_the_hopper_kernel_is_found_at_its_stage():
+    from flashcore.proving import run_faults
+
+    trials = run_faults(None, backends.select("hopper,hopper-unsplit"))
+    assert_all_found(trials, IN_HOPPER)
+    hung = [t for t in trials if t.variant in ("G28", "G32") and t.status == "ok"]
+    assert [t.data["outcome"] for t in hung] == ["crashed"] * 3
+    assert "timeout" not in [t.data["ended"] for t in hung], "the watchdog ends a hang, not the time limit"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("edits", [(), (hopper.TWO_SPLITS,), hopper.WATCHDOG], ids=["as it is", "two", "watchdog"])
+def test_hopper_is_clean_where_its_bugs_are_planted(edits):
+    """With two chains of pages as with four, and with barriers that end a hang."""
+    assert_clean_where_bugs_are_planted(Source(edits).apply(backends.get("hopper")))
+    if hopper.TWO_SPLITS not in edits:
+        assert_clean_where_bugs_are_planted(Source(edits).apply(backends.get("hopper-unsplit")))

@@ -19,7 +19,7 @@ constexpr int ROWS = 32;
 extern "C" __device__ const LaunchShape attention_toy_shape = {ROWS, 1, ROWS, 0};
 
 extern "C" __global__ void attention_toy(const AttentionParams params TRACE_PARAM) {
-  const Tile tile(params, ROWS);
+  const Tile tile = tile_by_number(params, ROWS, blockIdx.x);
   const int row = tile.first_row + threadIdx.x;
   if (row >= params.seqlen_q) return;
   const Element* q = params.q_gmem + tile.batch * params.q.batch + tile.head * params.q.head + row * params.q.row;

@@ -8,12 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flashcore import build
+from flashcore import backends, build
+from flashcore.problem import square
 
 pytestmark = pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed")
 
 TRACED = [k for k in build.kernel_names() if re.search(r"\bTRACE\(", build.kernel_path(k).read_text())]
 VARIANTS = [(k, head_dim, dtype) for k in TRACED for head_dim, dtype in build.variants(k)]
+
+HOPPER = "attention_hopper"
+LONG_ROWS = backends.get("hopper").defines(square(1, 1, 8192, 64))
+"""The other tile that the backend asks for."""
+HOPPER_TILES = [(head_dim, dtype, ()) for head_dim, dtype in build.variants(HOPPER)]
+HOPPER_TILES += [(64, dtype, LONG_ROWS) for dtype in build.DTYPES]
+WARPGROUP = 128
+REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
 
 WITHOUT_TENSOR_CORES = {"attention_scalar", "page_softmax"}
 """Kernels that are meant to compute on plain units."""
@@ -49,8 +58,8 @@ def stripped(source: str) -> str:
 
 def test_the_stripper_takes_hooks_away_and_nothing_else():
     defines = "#define TRACE(...)\n#define TRACE_PARAM\n"
-    source = defines + "f(int a TRACE_PARAM) {\n  TRACE(g((a),\n h());)\n  k(TRACER(1));\n}\n"
-    assert stripped(source) == defines + "f(int a ) {\n  \n\n  k(TRACER(1));\n}\n"
+    source = defines + "f(int a TRACE_PARAM) {\n  TRACE(g((a),\n h());)\n  k(TRACER(1) TRACE(, trace));\n}\n"
+    assert stripped(source) == defines + "f(int a ) {\n  \n\n  k(TRACER(1) );\n}\n"
     for kernel in TRACED:
         lines = stripped(build.kernel_source(kernel)).splitlines()
         code = [line for line in lines if not line.lstrip().startswith(("#", "//"))]
@@ -59,7 +68,8 @@ def test_the_stripper_takes_hooks_away_and_nothing_else():
 
 
 def test_there_are_kernels_to_look_at():
-    assert {"attention_scalar", "attention_wmma"} <= set(TRACED) and len(VARIANTS) >= 8
+    assert {"attention_scalar", "attention_wmma", HOPPER} <= set(TRACED) and len(VARIANTS) >= 12
+    assert LONG_ROWS and len(HOPPER_TILES) == 6
 
 
 @pytest.mark.slow
@@ -67,14 +77,17 @@ def test_production_sass_is_the_same_with_the_hooks_taken_out():
     pytest.importorskip("cuda.core")  # before the threads: its first import is not safe in several at once
 
     def compile_one(job):
-        kernel, head_dim, dtype, source, trace = job
-        return build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype, source=source, trace=trace)
+        kernel, head_dim, dtype, defines, source, trace = job
+        return build.compile_kernel(
+            kernel, head_dim=head_dim, dtype=dtype, defines=dict(defines), source=source, trace=trace
+        )
 
-    jobs = [(*v, source, False) for v in VARIANTS for source in (None, stripped(build.kernel_source(v[0])))]
-    traced = [(*VARIANTS[0], None, True)]
+    variants = [(*v, ()) for v in VARIANTS] + [(HOPPER, *tile) for tile in HOPPER_TILES if tile[2]]
+    jobs = [(*v, source, False) for v in variants for source in (None, stripped(build.kernel_source(v[0])))]
+    traced = [(*variants[0], None, True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         *cubins, with_trace = pool.map(compile_one, jobs + traced)
-    for number, variant in enumerate(VARIANTS):
+    for number, variant in enumerate(variants):
         production, without = (instructions(cubin) for cubin in cubins[2 * number : 2 * number + 2])
         assert len(production) > 100
         assert production == without, f"{variant}: the trace hooks left something in production"
@@ -94,3 +107,63 @@ def test_line_numbers_are_in_every_cubin():
     for kernel in TRACED:
         cubin = build.compile_kernel(kernel, head_dim=64, dtype="float16")
         assert f"{kernel}.cu".encode() in cubin.path.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ the Hopper kernel
+
+
+def entry_functions(text: str) -> dict[str, dict]:
+    """Of each entry function in a disassembly: its `sass`, the `registers` it starts with, the `threads` of a block."""
+    counts = re.findall(r"EIATTR_REGCOUNT\n(?:.*\n)*?.*index@\((\w+)\)\n.*\.word\s+(0x[0-9a-f]+)", text)
+    found = {name: {"registers": int(count, 16)} for name, count in counts}
+    for title, body in re.findall(r"^//-+ \.(\S+) +-+\n(.*?)(?=^//-+ \.|\Z)", text, flags=re.MULTILINE | re.DOTALL):
+        kind, _, name = title.rpartition(".")
+        if kind == "text":
+            found[name]["sass"] = body
+        elif kind == "nv.info" and name in found:
+            found[name]["threads"] = int(
+                re.search(r"EIATTR_MAX_THREADS\n(?:.*\n)*?.*\.word\s+(0x[0-9a-f]+)", body)[1], 16
+            )
+    return found
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), HOPPER_TILES)
+def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_nothing(head_dim, dtype, defines):
+    cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
+    assert cubin.spill_bytes == 0 and cubin.sass["LDL"] == cubin.sass["STL"] == 0
+    assert cubin.warnings == [], "C75xx says that products were serialised, or that a wait was missing"
+    found = entry_functions(build.disassemble(cubin.path))
+    assert sorted(found) == [HOPPER, f"{HOPPER}_split"]
+    for name, entry in found.items():
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", entry["sass"])
+        products, copies = opcodes.count("HGMMA"), opcodes.count("UTMALDG")
+        assert products and copies and not {"HMMA", "LDL", "STL"} & set(opcodes), name
+        assert entry["registers"] * entry["threads"] <= REGISTERS_OF_A_MULTIPROCESSOR, name
+    assert sum(e["sass"].count("HGMMA.") for e in found.values()) == cubin.sass["HGMMA"]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), HOPPER_TILES)
+def test_the_registers_that_the_producer_gives_are_those_that_the_consumers_take(head_dim, dtype, defines):
+    """A warpgroup that asks for registers which nobody gave back waits for ever."""
+    cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
+    entries = entry_functions(build.disassemble(cubin.path))
+    entry = entries[HOPPER]
+    assert entry["sass"].count("USETMAXREG") == 2 and "USETMAXREG" not in entries[f"{HOPPER}_split"]["sass"]
+    changes = re.findall(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\.CTAPOOL (?:UP\d, )?(0x[0-9a-f]+) ;", entry["sass"])
+    registers = {kind: int(count, 16) for kind, count in changes}
+    assert sorted(registers) == ["DEALLOC", "TRY_ALLOC"]
+    assert all(count % 8 == 0 and 24 <= count <= 256 for count in registers.values())
+    assert registers["DEALLOC"] < entry["registers"] <= registers["TRY_ALLOC"]
+    consumers = entry["threads"] - WARPGROUP
+    after = registers["DEALLOC"] * WARPGROUP + registers["TRY_ALLOC"] * consumers
+    assert after <= entry["registers"] * entry["threads"] <= REGISTERS_OF_A_MULTIPROCESSOR
+
+
+def test_the_audit_sees_a_wait_that_is_missing():
+    """The compiler puts a wait back where one is missing, so that no result is wrong: only its remark tells."""
+    source = build.kernel_source(HOPPER)
+    first_product = "multiply_q_k<TILE_ROWS, PAGE_KEYS>(s, q, k_slots);\n  wgmma_commit();\n"
+    assert source.count(f"{first_product}  wgmma_wait<0>();\n") == 1
+    source = source.replace(f"{first_product}  wgmma_wait<0>();\n", first_product)
+    cubin = build.compile_kernel(HOPPER, head_dim=64, dtype="float16", source=source)
+    assert any("C7517" in line for line in cubin.warnings)

@@ -13,7 +13,7 @@ from flashcore.backends._outputs import poisoned_outputs
 from flashcore.errors import BackendUnavailable, Unsupported
 from flashcore.inputs import make_inputs
 from flashcore.problem import Problem, parse_problem, square
-from flashcore.records import Correctness, Trial
+from flashcore.records import Correctness, Trial, digits
 from flashcore.tolerance import UNIT_FLOAT32, Comparison, compare
 
 LSE_BOUND = 1e-3
@@ -184,10 +184,10 @@ def _correctness(found: Comparison, found_lse: Comparison | None) -> Correctness
         num_bad=sum(part.num_bad for part in parts),
         num_nan=sum(part.num_nan for part in parts),
         num_inf=sum(part.num_inf for part in parts),
-        max_abs_error=found.max_abs_error,
-        bound=found.bound,
-        lse_max_abs_error=None if found_lse is None else found_lse.max_abs_error,
-        lse_bound=None if found_lse is None else found_lse.bound,
+        max_abs_error=digits(found.max_abs_error, 9),
+        bound=digits(found.bound, 9),
+        lse_max_abs_error=None if found_lse is None else digits(found_lse.max_abs_error, 9),
+        lse_bound=None if found_lse is None else digits(found_lse.bound, 9),
         first_bad=first,
     )
 

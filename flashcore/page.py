@@ -62,16 +62,18 @@ def _speed_card(title: str, gates: Sequence[GateResult]) -> str:
 
 
 def _correctness_card(gates: Sequence[GateResult]) -> str:
-    total = sum(g.n for g in gates)
-    right = sum(round(g.n * (g.measured or 0) / 100) for g in gates)
+    # Gates may share checks (one kernel's, and all of ours), so that the widest is counted, and not their sum.
+    widest = max(gates, key=lambda gate: gate.n)
+    right = round(widest.n * (widest.measured or 0) / 100)
     states = [g.state for g in gates]
     state = "FAIL" if "FAIL" in states else "INCONCLUSIVE" if "INCONCLUSIVE" in states else "PASS"
     passing = states.count("PASS")
     lines = [
         f'Target all of them: <strong class="{state.lower()}">{CARD_WORD[state]}</strong>',
-        f"{passing} of {len(gates)} backends of ours proven",
+        f"{passing} of {len(gates)} gates on correctness pass",
     ]
-    return _card("Checks that are right", f"{right:,}", f"of {total:,}", "against the float64 reference", lines)
+    where = f"{widest.title}, against float64"
+    return _card("Checks that are right", f"{right:,}", f"of {widest.n:,}", where, lines)
 
 
 def _card(title: str, value: str, unit: str, where: str, lines: Sequence[str]) -> str:

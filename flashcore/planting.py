@@ -32,6 +32,11 @@ def _with_methods(backend: Backend, methods: Mapping[str, Any]) -> Backend:
     return planted
 
 
+def _same_entry(one: Backend, other: Backend) -> bool:
+    """Whether the two launch the same entry functions of their kernel's file."""
+    return getattr(type(one), "entry", None) is getattr(type(other), "entry", None)
+
+
 @dataclass(frozen=True)
 class Source:
     """A patch of the kernel's source; each old text has to stand there exactly once."""
@@ -47,7 +52,7 @@ class Source:
             if text.count(old) != 1:
                 raise FaultError(
                     f"A planted fault no longer fits kernel '{kernel}': its text stands there "
-                    f"{text.count(old)} times instead of once: {old!r}. Mend the patch in flashcore/faults.py."
+                    f"{text.count(old)} times instead of once: {old!r}. Mend the patch in flashcore/plants."
                 )
             text = text.replace(old, new)
         return text
@@ -117,7 +122,8 @@ class Fault:
         """A backend that this bug is planted in and that the one named derives from."""
         known = {backend.id: backend for backend in backends.all_backends()}
         mine = known.get(backend_id)
-        return next((name for name in self.plants if name in known and isinstance(mine, type(known[name]))), None)
+        kin = (name for name in self.plants if name in known and isinstance(mine, type(known[name])))
+        return next((name for name in kin if _same_entry(mine, known[name])), None)
 
     def plant(self, backend_id: str) -> Backend:
         """The backend with this bug in it.

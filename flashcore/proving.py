@@ -77,7 +77,7 @@ def prove(fault_id: str, backend_id: str) -> Trial:
 def _judged(fault: Fault, planted: Backend, stage: str | None, started: float, seen: dict[str, Any]) -> Trial:
     """The record of a bug that was looked for and found at `stage`, or nowhere."""
     outcome = "found" if stage == fault.stage else "missed" if stage is None else "found elsewhere"
-    data = _facts(fault) | {
+    data = _facts(fault) | {"looks_like": fault.looks_like, "pattern": fault.pattern} | {
         "found_stage": stage, "producers": [], "outcome": outcome, "first_bad": None, "output_finite": None,
         "check_passed": None, **seen, "seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
@@ -112,8 +112,7 @@ def _seen(found: Bisection) -> dict[str, Any]:
 
 
 def _facts(fault: Fault) -> dict:
-    return {"fault": fault.id, "title": fault.title, "expected_stage": fault.stage, "looks_like": fault.looks_like,
-            "pattern": fault.pattern, "problem": fault.problem.label()}  # fmt: skip
+    return {"fault": fault.id, "title": fault.title, "expected_stage": fault.stage}
 
 
 def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None) -> int:

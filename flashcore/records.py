@@ -155,6 +155,11 @@ class RunFolder:
         return [t for t in trials if all(getattr(t, name) == value for name, value in wanted.items())]
 
 
+def digits(value: float, n: int = 6) -> float:
+    """A figure to `n` significant digits, which is all that a clock or an error model means by it."""
+    return float(f"{value:.{n}g}")
+
+
 def scratch_run() -> RunFolder:
     """A fresh run folder under the system's temporary directory, for a notebook opened by hand."""
     return RunFolder.create(tempfile.mkdtemp(prefix="flashcore-run-"))

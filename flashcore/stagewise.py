@@ -45,6 +45,7 @@ import torch
 
 from flashcore import reference
 from flashcore.problem import Problem
+from flashcore.records import digits
 from flashcore.reference import STAGES, Trace
 from flashcore.tolerance import UNIT_FLOAT32, coordinates
 
@@ -102,7 +103,7 @@ class Judgement:
         kept = {k: v for k, v in vars(self).items() if not k.startswith("_")} | {"passed": self.passed}
         if self.passed:  # where a right stage is least exact is no finding
             del kept["worst"]
-        return kept
+        return kept | {"worst_error": digits(self.worst_error), "bound": digits(self.bound)}
 
 
 def _relative_exp(exponent: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.problem import Problem
-from flashcore.records import Timing
+from flashcore.records import Timing, digits
 
 ROUNDS = 30
 SLOW_CALL_US = 20_000.0
@@ -129,12 +129,12 @@ def summarise(samples_us: Sequence[float], problem: Problem, *, method: str, rou
     low, _, high = statistics.quantiles(samples_us, n=4) if len(samples_us) > 1 else (latency_us,) * 3
     return Timing(
         method=method,
-        latency_us=round(latency_us, 4),
-        samples_us=[round(s, 4) for s in samples_us[:50]],
-        tflops=round(problem.flops() / latency_us / 1e6, 4),
+        latency_us=digits(latency_us),
+        samples_us=[digits(s, 5) for s in samples_us[:50]],
+        tflops=digits(problem.flops() / latency_us / 1e6),
         round=round_id,
         l2=l2,
-        quartiles_us=[round(low, 4), round(high, 4)],
+        quartiles_us=[digits(low), digits(high)],
         **more,
     )
 

@@ -27,11 +27,15 @@ LETTER = 0.0165
 """Width of a letter of a bold label, as a share of a figure's width."""
 
 
+LINE = 4
+"""Lengths that make a line, beside which a single point would be clutter."""
+
+
 def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dict[int, Trial]]]:
     """Timings for the plots: ``{(head_dim, causal, dtype): {backend: {seqlen: trial}}}``.
 
     Self-attention with equal heads and lengths only; at each length the problem with the most work that was timed, the
-    same one for every backend.
+    same one for every backend. A backend timed at one length alone is left to the table where others make a line.
     """
     chosen: dict[tuple[int, bool, str], dict[int, Problem]] = {}
     timed = [t for t in trials if compare.tflops(t) is not None]
@@ -48,6 +52,9 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
         key = (p.head_dim, p.causal, p.dtype)
         if compare.same_problem(chosen.get(key, {}).get(p.seqlen_q), p):
             found.setdefault(key, {}).setdefault(trial.backend or "unnamed", {})[p.seqlen_q] = trial
+    for key, lines in found.items():
+        if max(map(len, lines.values())) >= LINE:
+            found[key] = {backend: points for backend, points in lines.items() if len(points) > 1}
     return {key: found[key] for key in sorted(found)}
 
 

@@ -106,6 +106,8 @@ def fault_counts(trials: Iterable[Trial]) -> dict[str, dict[str, int]]:
         outcome = trial.data.get("outcome")
         if trial.kind == "fault" and trial.backend and outcome not in (None, "not applicable"):
             of_backend = counts.setdefault(trial.backend, {})
+            if outcome == "crashed" and trial.status == "ok":
+                outcome = "found by its crash"
             of_backend[outcome] = of_backend.get(outcome, 0) + 1
     return counts
 

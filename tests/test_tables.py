@@ -76,7 +76,8 @@ def test_the_fault_matrix_says_every_outcome_in_words():
     assert set(table.loc["F4", ["cpu", "wmma", "scalar"]]) == {"awaits the cublaslt backend"}
     assert table.loc["F11", "wmma"] == "found: its process died" and table.loc["G1", "wmma"] == "missed"
     assert tables.faults_sentence(trials) == (
-        "cpu: 1 of 1 found at their stage; wmma: 0 of 3 found at their stage, 1 found elsewhere, 1 crashed, 1 missed; "
+        "cpu: 1 of 1 found at their stage; wmma: 0 of 3 found at their stage, 1 found elsewhere, 1 found by its crash, "
+        "1 missed; "
         "scalar: not run"
     )
     assert tables.fault_matrix([]).empty and tables.faults_sentence([]) == "no fault was planted"

@@ -594,7 +594,7 @@ def test_any_claims_are_audited_or_refused_in_words(text, trials, environment):
 def test_a_planted_contradiction_is_found_and_a_sound_pair_is_not_flagged(rate, factor, planted):
     """A rate, and the time that follows from it or one that is wrong by more than the digits allow."""
     time = REPORT.flops() / rate / 1e12 * (factor if planted else 1.0)
-    a = claim_text("a", "tflops", f"{rate:.4g}", "TFLOPS", workload="report")
+    a = claim_text("a", "tflops", f"{rate:.3e}", "TFLOPS", workload="report")  # four digits, zeros too
     b = claim_text("b", "latency_us", f"{time:.4e}", "s", workload="report", same_as=["a"])
     found = library.audit(library.parse_claims(a + b))
     assert {f.verdict for f in found} == {"contradicted" if planted else "confirmed"}
@@ -608,7 +608,8 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def _printed_where_the_runner_looks(monkeypatch):
     monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
-    monkeypatch.delenv("FLASHCORE_DEBUG", raising=False)
+    monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
+    monkeypatch.delenv("FLASHCORE_DEBUG")
 
 
 def test_the_command_prints_the_audit_and_ends_with_0_whatever_it_found(run):

@@ -24,7 +24,8 @@ def _printed_where_the_runner_looks(monkeypatch):
 
     monkeypatch.setattr(cli, "out", Console(highlight=False, width=cli.WIDTH_OF_A_FILE))
     monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
-    monkeypatch.delenv("FLASHCORE_DEBUG", raising=False)
+    monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
+    monkeypatch.delenv("FLASHCORE_DEBUG")
 
 
 def decision(word: str) -> verdict.Decision:

@@ -21,7 +21,8 @@ def app(monkeypatch):
     from rich.console import Console
 
     monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
-    monkeypatch.delenv("FLASHCORE_DEBUG", raising=False)
+    monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
+    monkeypatch.delenv("FLASHCORE_DEBUG")
     program = typer.Typer(cls=cli._Group, pretty_exceptions_enable=False)
     cli_debug.add_to(program)
     return program

@@ -9,6 +9,9 @@ from __future__ import annotations
 class FlashCoreError(Exception):
     """Base of every error raised on purpose; the command line prints it as one sentence."""
 
+    stage: str | None = None
+    """The stage of attention that was being computed, where a backend knows it."""
+
 
 class InvalidProblem(FlashCoreError, ValueError):
     """The attention problem itself makes no sense: a shape, dtype, device, stride or scale is wrong."""

@@ -32,11 +32,6 @@ def _with_methods(backend: Backend, methods: Mapping[str, Any]) -> Backend:
     return planted
 
 
-def _same_entry(one: Backend, other: Backend) -> bool:
-    """Whether the two launch the same entry functions of their kernel's file."""
-    return getattr(type(one), "entry", None) is getattr(type(other), "entry", None)
-
-
 @dataclass(frozen=True)
 class Source:
     """A patch of the kernel's source; each old text has to stand there exactly once."""
@@ -114,16 +109,11 @@ class Fault:
         if self.held_by:
             return f"no bug of a backend: {self.held_by}"
         if backend_id is not None and backend_id not in self.plants:
-            kin = self._planted_kin(backend_id)
-            return f"planted in {kin}, whose code this one runs" if kin else f"makes no sense in {backend_id}"
+            kin = next((b.variant_of for b in backends.all_backends() if b.id == backend_id), None)
+            if kin in self.plants:
+                return f"planted in {kin}, whose code this one runs"
+            return f"makes no sense in {backend_id}"
         return None
-
-    def _planted_kin(self, backend_id: str) -> str | None:
-        """A backend that this bug is planted in and that the one named derives from."""
-        known = {backend.id: backend for backend in backends.all_backends()}
-        mine = known.get(backend_id)
-        kin = (name for name in self.plants if name in known and isinstance(mine, type(known[name])))
-        return next((name for name in kin if _same_entry(mine, known[name])), None)
 
     def plant(self, backend_id: str) -> Backend:
         """The backend with this bug in it.

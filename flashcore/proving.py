@@ -98,7 +98,7 @@ def _stage_of(found: Bisection) -> str | None:
 
 def _stage_that_refused(fault: Fault, error: FlashCoreError) -> str | None:
     """The stage that an error carries, where an error is how the bug shows; None for any other error."""
-    return getattr(error, "stage", None) if fault.error_is_found else None
+    return error.stage if fault.error_is_found else None
 
 
 def _seen(found: Bisection) -> dict[str, Any]:

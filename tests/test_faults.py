@@ -233,31 +233,30 @@ def test_the_original_bug_in_wmma_is_found_at_scores_and_is_no_go():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_bug_of_the_kernels_is_found_at_its_stage():
-    from flashcore.proving import run_faults
-
-    trials = run_faults(None, backends.select("scalar,wmma"))
-    assert_all_found(trials, IN_KERNELS)
+    run_and_find_all("scalar,wmma", IN_KERNELS)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_bug_of_cublaslt_is_found_at_its_stage():
-    from flashcore.proving import run_faults
-
-    trials = run_faults(None, backends.select("cublaslt,cublaslt-batched"))
-    assert_all_found(trials, IN_CUBLASLT)
+    trials = run_and_find_all("cublaslt,cublaslt-batched", IN_CUBLASLT)
     said = {t.variant: t.data["finding"] for t in trials if t.data.get("error")}
     assert "F5" in said and "8 bytes (int64) for STRIDED_BATCH_OFFSET" in said["F5"]
     if "F4" in said:  # a cuBLASLt that took the layouts would have given wrong scores, found there as well
         assert "CUBLAS_STATUS_" in said["F4"] and "n=20" in said["F4"]
 
 
-def assert_all_found(trials, plants):
+def run_and_find_all(names, plants):
+    """Every bug of these backends, each found at its stage; the trials."""
+    from flashcore.proving import run_faults
+
+    trials = run_faults(None, backends.select(names))
     planted = [t for t in trials if t.data["outcome"] != "not applicable"]
     assert len(planted) == len(plants)
     wrong = [(t.variant, t.backend, t.data["outcome"], t.reason) for t in planted if t.status != "ok"]
     assert wrong == []
+    return trials
 
 
 @pytest.mark.gpu
@@ -296,10 +295,7 @@ def test_a_late_copy_alone_does_no_harm(backend):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_bug_of_the_hopper_kernel_is_found_at_its_stage():
-    from flashcore.proving import run_faults
-
-    trials = run_faults(None, backends.select("hopper,hopper-unsplit"))
-    assert_all_found(trials, IN_HOPPER)
+    trials = run_and_find_all("hopper,hopper-unsplit", IN_HOPPER)
     hung = [t for t in trials if t.variant in ("G28", "G32") and t.status == "ok"]
     assert [t.data["outcome"] for t in hung] == ["crashed"] * 3
     assert "timeout" not in [t.data["ended"] for t in hung], "the watchdog ends a hang, not the time limit"

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "flashcore.ops",
+    "paged_attention": "flashcore.paged_ops",
     "Problem": "flashcore.problem",
     "parse_problem": "flashcore.problem",
     "RunFolder": "flashcore.records",

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashcore import backends, reference
-from flashcore.backends._outputs import poisoned_outputs
 from flashcore.check import device_of, guarded
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
 from flashcore.inputs import make_inputs
+from flashcore.outputs import poisoned_outputs
 from flashcore.problem import Problem
 from flashcore.records import Trial
 from flashcore.reference import STAGES, Trace

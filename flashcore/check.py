@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from flashcore import backends, reference
-from flashcore.backends._outputs import poisoned_outputs
 from flashcore.errors import BackendUnavailable, Unsupported
 from flashcore.inputs import make_inputs
+from flashcore.outputs import poisoned_outputs
 from flashcore.problem import Problem, parse_problem, square
 from flashcore.records import Correctness, Trial, digits
 from flashcore.tolerance import UNIT_FLOAT32, Comparison, compare

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from flashcore import backends
-from flashcore.backends._outputs import poisoned_outputs
 from flashcore.check import device_of, guarded
 from flashcore.errors import InvalidProblem
 from flashcore.inputs import make_inputs
+from flashcore.outputs import poisoned_outputs
 from flashcore.problem import Problem
 from flashcore.records import Trial
 from flashcore.reference import STAGES, Trace

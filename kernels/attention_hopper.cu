@@ -10,8 +10,11 @@
 // The warpgroups issue their products in turn (`Turn`), so that they stay out of phase: one on Tensor Cores, the others in
 // their exponentials.
 //
+// With FLASHCORE_PAGED the keys lie in pages, and each sequence has its own length (paged.cuh).
+//
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"
+#include "paged.cuh"
 #include "warpgroup_tile.cuh"
 
 #ifdef FLASHCORE_NUM_CONSUMERS  // the host asks for another shape where that is faster
@@ -39,11 +42,20 @@ constexpr int MOST_PAGES_AHEAD = ((NUM_CONSUMERS - 1) * WARPGROUP_ROWS + TILE_N 
 static_assert(NUM_SLOTS >= 2 && NUM_SLOTS > MOST_PAGES_AHEAD, "a warpgroup may keep a page of V while others go on");
 static_assert(TILE_N % DEPTH == 0 && TILE_N <= 256, "P @ V runs over whole steps of 16 keys");
 
+#ifdef FLASHCORE_PAGED
+#define PAGED_PARAM , const PagedParams& paged
+#define PAGED(...) __VA_ARGS__
+#else
+#define PAGED_PARAM
+#define PAGED(...)
+#endif
+
 // What the producer tells the consumers of a tile.
 struct Work {
   int batch_head;
   int first_row;
   int pages;  // that its rows see; NO_MORE after the last tile
+  PAGED(int seqlen_k;)
 };
 constexpr int NO_MORE = -1;
 
@@ -52,6 +64,7 @@ struct SharedMemory {
   alignas(1024) unsigned char k[NUM_SLOTS][PAGE_BYTES];
   alignas(1024) unsigned char v[NUM_SLOTS][PAGE_BYTES];
   Work work[2];
+  PAGED(unsigned present[NUM_SLOTS];)  // which boxes of a page are there, a bit each
   Mbarrier q_full[2], q_empty[2];
   Mbarrier k_full[NUM_SLOTS], k_empty[NUM_SLOTS];
   Mbarrier v_full[NUM_SLOTS], v_empty[NUM_SLOTS];
@@ -71,6 +84,51 @@ struct RingPosition {
     return after;
   }
 };
+
+// Keys of a sequence.
+__device__ __forceinline__ int keys_of(const AttentionParams& params, int batch PAGED_PARAM) {
+  PAGED(return paged.lengths_gmem[batch];)
+  return params.seqlen_k;
+}
+
+#ifdef FLASHCORE_PAGED
+// The keys of one tile, box by box: as many as lie in one page, and at most TILE_N.
+struct PagedTile {
+  const int* table_gmem;
+  int seqlen_k, page_shift, box_keys;
+
+  __device__ PagedTile(const PagedParams& paged, int batch, int seqlen_k)
+      : table_gmem(paged.page_table_gmem + Index(batch) * paged.table_stride), seqlen_k(seqlen_k),
+        page_shift(paged.page_shift), box_keys(min(TILE_N, 1 << paged.page_shift)) {}
+
+  // The pool page that holds a key; -1, which the tensor copies fill with zeros, where there is none.
+  __device__ int pool_page(int key) const { return key < seqlen_k ? max(-1, table_gmem[key >> page_shift]) : -1; }
+  __device__ unsigned present(int first_key) const {
+    unsigned boxes = 0;
+    for (int box = 0; box * box_keys < TILE_N; ++box) boxes |= (pool_page(first_key + box * box_keys) >= 0) << box;
+    return boxes;
+  }
+  __device__ void load(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_key, int head) const {
+    mbarrier_arrive_expect_tx(full, PAGE_BYTES);
+    for (int row = 0; row < TILE_N; row += box_keys) {
+      const int key = first_key + row, page = pool_page(key);
+#pragma unroll
+      for (int block = 0; block < COLUMN_BLOCKS; ++block)
+        tma_load_4d(dst_smem + (block * TILE_N + row) * ROW_BYTES, map, full, block * BLOCK_COLUMNS,
+                    key & ((1 << page_shift) - 1), head, page);
+    }
+  }
+};
+
+constexpr int CLEARING_BARRIER = 1 + NUM_CONSUMERS;  // named barriers, after those of `Turn`
+
+// No row sees the keys of boxes that are not there.
+__device__ __forceinline__ void mask_absent(float (&s)[TILE_N / 2], unsigned present, int page_shift, int lane) {
+#pragma unroll
+  for (int i = 0; i < TILE_N / 2; ++i)
+    if (!(present >> (column_of(i, lane) >> page_shift) & 1)) s[i] = -INFINITY;
+}
+#endif
 
 // The block's tile `step`: its head and first row; false when the block has no more. Tiles of a few heads at a time, whose
 // K and V stay in L2, are dealt out from heavy to light, forth and back, so that every block gets much the same work.
@@ -93,7 +151,8 @@ __device__ __forceinline__ bool deal(const AttentionParams& params, int heads_pe
 
 // One thread: each tile's Q, and every page of K and V that it sees, as room becomes free.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const CUtensorMap& q_map,
-                                        const CUtensorMap& k_map, const CUtensorMap& v_map, int heads_per_section) {
+                                        const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                        int heads_per_section PAGED_PARAM) {
   RingPosition at;
   int batch_head, first_row;
   for (int step = 0;; ++step) {
@@ -105,17 +164,28 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
       mbarrier_arrive(&smem.q_full[half]);
       return;
     }
-    const int pages = pages_of(params, first_row, TILE_M, TILE_N);
-    smem.work[half] = {batch_head, first_row, pages};
     const Tile tile(params, batch_head, first_row);
+    const int seqlen_k = keys_of(params, tile.batch PAGED(, paged));
+    const int pages = pages_of(params, first_row, TILE_M, TILE_N, seqlen_k);
+    smem.work[half] = {batch_head, first_row, pages PAGED(, seqlen_k)};
+    PAGED(const PagedTile keys(paged, tile.batch, seqlen_k);)
     load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], first_row, tile.head, tile.batch);
 #pragma unroll 1
     for (int page = 0; page < pages; ++page, at = at.next()) {
       const int first_key = page * TILE_N;
+#ifdef FLASHCORE_PAGED
+      const unsigned present = keys.present(first_key);
+      mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
+      smem.present[at.slot] = present;
+      keys.load(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, tile.head_kv);
+      mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
+      keys.load(smem.v[at.slot], v_map, &smem.v_full[at.slot], first_key, tile.head_kv);
+#else
       mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
       load_rows<TILE_N>(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, tile.head_kv, tile.batch);
       mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
       load_rows<TILE_N>(smem.v[at.slot], v_map, &smem.v_full[at.slot], first_key, tile.head_kv, tile.batch);
+#endif
     }
   }
 }
@@ -136,7 +206,7 @@ struct Turn {
 };
 
 // One warpgroup: 64 rows of each of the block's tiles. The last product of a tile is issued with the first of the next.
-__device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params TRACE_PARAM) {
+__device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params PAGED_PARAM TRACE_PARAM) {
   const int consumer = uniform(threadIdx.x / WARPGROUP);
   const int warp = threadIdx.x / WARP % 4;
   const int lane = threadIdx.x % WARP;
@@ -144,11 +214,18 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   const MatrixDescriptor k_ring(smem.k[0], 0), v_ring(smem.v[0], TILE_N * ROW_BYTES);
   const Turn turn(consumer);
   const auto release = [&](Mbarrier* empty) { if (lane == 0) mbarrier_arrive(empty); };
+  const auto seqlen_k_in = [&](int half) { 
+    PAGED(return uniform(smem.work[half].seqlen_k);)
+    return params.seqlen_k;
+  };
   // How many pages the warpgroup's rows of the tile in a half of Q see.
   const auto pages_in = [&](int half) {
     const Work& work = smem.work[half];
-    return uniform(work.pages <= 0 ? 0 : pages_of(params, work.first_row + consumer * WARPGROUP_ROWS, WARPGROUP_ROWS, TILE_N));
+    const int own_row = work.first_row + consumer * WARPGROUP_ROWS;
+    return uniform(work.pages <= 0 ? 0 : pages_of(params, own_row, WARPGROUP_ROWS, TILE_N, seqlen_k_in(half)));
   };
+
+  PAGED(const unsigned all_present = (1u << max(1, TILE_N >> paged.page_shift)) - 1;)
 
   RingPosition at;  // of the page whose V comes next
   float s[TILE_N / 2], o[OUTPUTS];
@@ -158,6 +235,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   mbarrier_wait(&smem.q_full[0], 0);
   const bool any = pages_in(0) > 0;
   if (any) mbarrier_wait(&smem.k_full[0], 0);
+  PAGED(unsigned present = smem.present[0];)
   turn.wait();
   wgmma_fence();
   multiply_q_k<TILE_M, TILE_N>(s, q_halves, k_ring);
@@ -172,14 +250,16 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const int pages = pages_in(half);
     const int tile_pages = uniform(smem.work[half].pages);
     const int first_row = uniform(smem.work[half].first_row) + consumer * WARPGROUP_ROWS;
-    const int whole_pages = uniform(pages_as_they_are(params, first_row, TILE_N));
+    const int seqlen_k = seqlen_k_in(half);
+    const int whole_pages = uniform(pages_as_they_are(params, first_row, TILE_N, seqlen_k));
     const int row = first_row + warp * 16 + lane / 4;  // a thread's other row is row + 8
     at = {uniform(at.slot), static_cast<unsigned>(uniform(at.parity))};
     Softmax softmax(params.softmax_scale);
     TRACE(const AccumulatorTrace stages(trace, params, Tile(params, smem.work[half].batch_head, first_row), row, lane);)
 
     if (pages > 0) {
-      if (whole_pages == 0) sign_and_mask(s, params, row, 0, lane);
+      if (whole_pages == 0) sign_and_mask(s, params, row, 0, seqlen_k, lane);
+      PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
       softmax.first(s, p);
       TRACE(stages.page(0, TILE_N, s, p, softmax);)
     }
@@ -189,6 +269,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       const RingPosition k_at = at.next();
       mbarrier_wait(&smem.k_full[k_at.slot], k_at.parity);
       mbarrier_wait(&smem.v_full[at.slot], at.parity);
+      PAGED(present = smem.present[k_at.slot];)
       turn.wait();
       wgmma_fence();
       multiply_q_k<TILE_M, TILE_N>(s, q, k_ring.at(k_at.slot * PAGE_BYTES));
@@ -199,7 +280,8 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       release(&smem.k_empty[k_at.slot]);
       release(&smem.v_empty[at.slot]);
       at = k_at;
-      if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, lane);
+      if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);
+      PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
       TRACE(stages.accum(page - 1, o);)
       softmax.next(s, p, o);
       TRACE(stages.page(page, TILE_N, s, p, softmax);)
@@ -223,6 +305,10 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const int next_pages = pages_in(other_half);
     if (next_pages > 0) mbarrier_wait(&smem.k_full[after.slot], after.parity);
     if (pages > 0) mbarrier_wait(&smem.v_full[at.slot], at.parity);
+    PAGED(present = smem.present[after.slot];)
+    PAGED(const int left = seqlen_k - (pages - 1) * TILE_N;)
+    PAGED(if (pages > 0 && left < TILE_N)
+            clear_rows<TILE_N>(smem.v[at.slot], CLEARING_BARRIER + consumer, [&](int i) { return i >= left; });)
     turn.wait();
     wgmma_fence();
     multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(other_half * Q_BYTES), k_ring.at(after.slot * PAGE_BYTES));
@@ -250,7 +336,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_hopper(const __grid_constant__ AttentionParams params, const __grid_constant__ CUtensorMap q_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                     const int heads_per_section TRACE_PARAM) {
+                     const int heads_per_section PAGED(, const __grid_constant__ PagedParams paged) TRACE_PARAM) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared_bytes);
 
@@ -274,11 +360,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x >= CONSUMER_THREADS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMER_THREADS) produce(smem, params, q_map, k_map, v_map, heads_per_section);
+    if (threadIdx.x == CONSUMER_THREADS) produce(smem, params, q_map, k_map, v_map, heads_per_section PAGED(, paged));
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume(smem, params TRACE(, trace));
+    consume(smem, params PAGED(, paged) TRACE(, trace));
   }
 }
 
+#ifndef FLASHCORE_PAGED
 #include "hopper_split.cuh"
+#endif

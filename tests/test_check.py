@@ -8,11 +8,11 @@ import torch
 
 from flashcore import backends, check
 from flashcore.backends import Availability
-from flashcore.backends._outputs import new_output
 from flashcore.backends.cpu import CpuBackend
 from flashcore.check import check_attention, compare
 from flashcore.errors import UnknownName
 from flashcore.inputs import PATTERNS
+from flashcore.outputs import new_output
 from flashcore.problem import Problem, square
 from flashcore.records import Trial
 

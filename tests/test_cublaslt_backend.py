@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flashcore import backends, cublaslt, faults
-from flashcore.backends import _outputs, cublaslt_graph
+from flashcore import outputs as _outputs
+from flashcore.backends import cublaslt_graph
 from flashcore.backends._cublaslt_cut import Workspace
 from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
 from flashcore.backends.cublaslt_graph import CublasLtGraph

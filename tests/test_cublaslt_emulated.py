@@ -18,7 +18,6 @@ from flashcore import backends, faults, reference
 from flashcore.backends import AVAILABLE
 from flashcore.backends import cublaslt as module
 from flashcore.backends._cuda import PARAMS
-from flashcore.backends._outputs import poisoned_outputs
 from flashcore.backends._page_tables import END
 from flashcore.backends._traces import TRACE
 from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
@@ -26,6 +25,7 @@ from flashcore.bisection import bisect, judge
 from flashcore.check import check_attention
 from flashcore.errors import CublasLtError, PageTableError, Unsupported
 from flashcore.inputs import make_inputs
+from flashcore.outputs import poisoned_outputs
 from flashcore.planting import PLAIN
 from flashcore.problem import Problem
 

@@ -14,10 +14,10 @@ import torch
 from flashcore import backends, build, check, faults, reference
 from flashcore.backends import _tensor_maps, hopper
 from flashcore.backends._cuda import PARAMS
-from flashcore.backends._launch import LoadedKernel
 from flashcore.backends._tensor_maps import MAP_BYTES, tensor_map
 from flashcore.check import check_attention
 from flashcore.errors import LaunchError
+from flashcore.launching import LoadedKernel
 from flashcore.ops import problem_of
 from flashcore.planting import PLAIN
 from flashcore.problem import PRESETS, Problem, square
@@ -30,7 +30,7 @@ VARIANTS = list(itertools.product((64, 128), ("float16", "bfloat16")))
 @pytest.fixture
 def on_an_h200(monkeypatch):
     """As on a GPU of that many multiprocessors."""
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: MULTIPROCESSORS)
 
 
 def loaded_for(problem: Problem, *, split: bool = False) -> LoadedKernel:

@@ -15,29 +15,47 @@ LAYERS = [
     {"errors"},
     {"problem"},
     {"records"},
-    {"build", "inputs", "reference", "compare", "tables", "kernel_names", "profiling", "unfused_model"},
-    {"device", "tolerance", "isolation", "sanitizer_log", "cublaslt"},
-    {"backends", "survey_grid", "matmul_heuristics", "cublas"},
+    {
+        "build",
+        "outputs",
+        "inputs",
+        "reference",
+        "compare",
+        "tables",
+        "kernel_names",
+        "profiling",
+        "unfused_model",
+        "toml_tables",
+    },
+    {"device", "launching", "tolerance", "isolation", "sanitizer_log", "cublaslt"},
     {"paging"},
+    {"backends", "survey_grid", "matmul_heuristics", "cublas"},
     {"ops", "check", "timing", "stagewise", "zoom", "ceilings", "planting"},
-    {"plants"},
-    {"bisection", "faults", "sweep", "determinism", "survey", "survey_facts"},
+    {"plants", "paged_ops"},
+    {"bisection", "faults", "sweep", "determinism", "survey", "survey_facts", "paging_survey", "paging_facts"},
     {"proving", "sanitizer", "sanitizer_target"},
     {"gates", "evidence", "notebooks"},
     {"judging"},
+    {"flips"},
+    {"options"},
+    {"option_words"},
     {"verdict", "claims"},
     {"svg", "html_tables"},
-    {"plots", "page", "stage_plots", "survey_views"},
+    {"plots", "stage_plots", "survey_views", "paging_views"},
+    {"history"},
+    {"page"},
     {"answers"},
-    {"pipeline", "cli_debug", "cli_survey"},
-    {"cli_claims"},
+    {"pipeline", "cli_debug", "cli_survey", "cli_paging"},
+    {"cli_claims", "cli_compare"},
     {"cli"},
 ]
-FOLDERS = {"backends", "claims", "paging", "plants"}  # whose files may import each other
+FOLDERS = {"backends", "claims", "history", "paging", "paging_survey", "plants"}  # whose files may import each other
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MAY_IMPORT_TORCH = {
+    "outputs", "launching",
     "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "zoom", "ceilings",
-    "bisection", "faults", "sweep", "determinism", "profiling", "paging",
+    "bisection", "faults", "sweep", "determinism", "profiling", "paging", "paged_ops",
+    "paging_survey",
 }  # fmt: skip
 """Modules that compute. Everything else must load, and `flashcore --help` answer, without torch's seconds of import."""
 
@@ -100,7 +118,8 @@ def test_light_modules_never_import_torch_when_loaded(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "problem", "records", "gates", "judging", "verdict", "evidence", "plots", "page", "tables"]
+    "module",
+    ["errors", "problem", "records", "gates", "judging", "options", "verdict", "evidence", "plots", "page", "tables"],
 )
 def test_what_decides_and_draws_never_imports_torch_at_all(module):
     assert "torch" not in {n.split(".")[0] for n in imports(ast.parse((PACKAGE / f"{module}.py").read_text()))}

@@ -22,6 +22,7 @@ from flashcore.problem import Problem
 if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
     import torch
 
+    from flashcore.paging import PagedKV, PageSelection
     from flashcore.reference import Trace
 
 
@@ -60,6 +61,8 @@ class Backend(ABC):
     """Whether scores are rounded to the problem's dtype before the softmax, by design: its bound then allows for it."""
     traceable: bool = False
     """Whether `trace` returns its stages, so that it can be bisected."""
+    paged: bool = False
+    """Whether `run_paged` reads K and V through a page table."""
 
     def availability(self) -> Availability:
         """Whether this machine has what the backend needs. Cheap, and never raises."""
@@ -96,6 +99,34 @@ class Backend(ABC):
     def trace(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Trace:
         """What the backend really computed at each stage (see `flashcore.reference.Trace`)."""
         raise Unsupported(self.id, "it does not expose its stages, so it cannot be bisected")
+
+    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
+        """As `why_not`, for K and V in pages; with `selected`, of which each KV head attends to some."""
+        return self.why_not(problem) if self.paged else "it reads no page table"
+
+    def run_paged(
+        self, q: torch.Tensor, cache: PagedKV, problem: Problem, selection: PageSelection | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute attention over K and V in pages, under the terms of `run`.
+
+        Parameters
+        ----------
+        q
+            ``[batch, num_heads_q, q_tokens, head_dim]``: row i is the query at position ``length - q_tokens + i`` of
+            its sequence.
+        cache
+            The pages, their table, and each sequence's length; what lies past a length may be anything.
+        problem
+            Of the call: ``seqlen_q`` is q_tokens, ``seqlen_k`` the bound on all lengths that the host knows.
+        selection
+            Pages that each KV head attends to; None for all that are resident.
+
+        Returns
+        -------
+        out, lse
+            As `run`; 0 and -inf for a query that sees no key.
+        """
+        raise Unsupported(self.id, "it reads no page table")
 
     def require(self, problem: Problem | None = None) -> None:
         """Raise `BackendUnavailable` or `Unsupported` unless the backend can run (this problem) here."""

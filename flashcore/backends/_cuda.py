@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from flashcore.backends import AVAILABLE, Availability, Backend
-from flashcore.backends._launch import (
+from flashcore.backends._traces import TraceBuffers
+from flashcore.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
@@ -19,7 +20,6 @@ from flashcore.backends._launch import (
     load_kernel,
     outputs_for,
 )
-from flashcore.backends._traces import TraceBuffers
 from flashcore.problem import Problem
 from flashcore.reference import Trace, interleaved
 
@@ -132,20 +132,30 @@ class CudaBackend(Backend):
             type(self), self.source, problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
             lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
-        prepared = None if buffers is not None else _prepared.get(key)
-        if prepared is None:
-            rows = [aligned(tensor) for tensor in (q, k, v)]
-            prepared = self._prepare(*rows, out, lse, problem, device, stream, buffers)
-            if buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True)):
-                if len(_prepared) >= KEPT_LAUNCHES:
-                    _prepared.clear()
-                _prepared[key] = prepared
-        prepared.launch()
 
-    def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, stream: int, buffers: TraceBuffers | None):
+        def prepare() -> PreparedLaunch:
+            rows = [aligned(tensor) for tensor in (q, k, v)]
+            again = buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True))
+            return self._prepare(*rows, out, lse, problem, device, stream, buffers, again)
+
+        launch_kept(None if buffers is not None else key, prepare)
+
+    def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
         arguments = self.arguments(q, k, v, out, lse, problem, loaded)
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
-        return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments, stream)
+        return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments, stream, again=again)
+
+
+def launch_kept(key: tuple | None, prepare: Callable[[], PreparedLaunch]) -> None:
+    """Launch what was prepared under this key before; or prepare it, and keep it if it is good for another call."""
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = prepare()
+        if key is not None and prepared.again:
+            if len(_prepared) >= KEPT_LAUNCHES:
+                _prepared.clear()
+            _prepared[key] = prepared
+    prepared.launch()

@@ -27,11 +27,11 @@ from flashcore import cublaslt
 from flashcore.backends import Availability, register
 from flashcore.backends._cublaslt_cut import LARGEST_PAGE, Cut, Span, Workspace
 from flashcore.backends._cublaslt_cut import RESIDENT_SHARE as RESIDENT_SHARE
-from flashcore.backends._launch import LoadedKernel, aligned, as_argument, entry_point, launch, outputs_for
 from flashcore.backends._page_tables import Page, PageTable, page_at, parts
 from flashcore.backends._traces import TraceBuffers
 from flashcore.cublaslt import Plan, Policy, Product, choose
 from flashcore.errors import FlashCoreError, ToolMissing, Unsupported
+from flashcore.launching import LoadedKernel, aligned, as_argument, entry_point, launch, outputs_for
 from flashcore.problem import Problem
 from flashcore.reference import STAGES, Trace
 

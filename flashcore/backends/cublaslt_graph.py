@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from flashcore import cublaslt
-from flashcore.backends import _outputs, register
-from flashcore.backends._launch import outputs_for
+from flashcore import outputs as _outputs
+from flashcore.backends import register
 from flashcore.backends._page_tables import PageTable
 from flashcore.backends.cublaslt import CublasLt
+from flashcore.launching import outputs_for
 from flashcore.problem import Problem
 
 KEPT = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 
@@ -10,19 +9,14 @@ import torch
 
 from flashcore.backends import register
 from flashcore.backends._cuda import CudaBackend
-from flashcore.backends._launch import LoadedKernel
 from flashcore.backends._tensor_maps import tensor_map
+from flashcore.launching import LoadedKernel, multiprocessors
 from flashcore.problem import Problem
 
 SPLIT = "attention_hopper_split"
 """Entry function in which the warpgroups of a block split the keys of a tile."""
 SPLIT_ROWS = 64
 """Query rows of its tiles."""
-
-
-@functools.lru_cache(maxsize=16)
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @register
@@ -46,7 +40,7 @@ class Hopper(CudaBackend):
     def entry(self, problem: Problem, device: int) -> str:
         """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then."""
         tiles = -(-problem.seqlen_q // SPLIT_ROWS) * problem.num_heads_q * problem.batch
-        return SPLIT if tiles <= _multiprocessors(device) else self.kernel
+        return SPLIT if tiles <= multiprocessors(device) else self.kernel
 
     def arguments(self, q, k, v, out, lse, problem: Problem, loaded: LoadedKernel) -> list[bytes]:
         def described(name: str, tensor: torch.Tensor, rows: int) -> bytes:
@@ -68,7 +62,7 @@ class Hopper(CudaBackend):
         tiles = -(-problem.seqlen_q // loaded.tile_m)
         if loaded.num_splits > 1:
             return tiles, problem.num_heads_q, problem.batch
-        return min(tiles * problem.num_heads_q * problem.batch, _multiprocessors(device)), 1, 1
+        return min(tiles * problem.num_heads_q * problem.batch, multiprocessors(device)), 1, 1
 
     def heads_per_section(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
         """Heads whose tiles are dealt out together: few, for L2, and so many that the deal comes out even."""

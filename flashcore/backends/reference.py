@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashcore import reference
 from flashcore.backends import Backend, register
+from flashcore.paging import paged_reference
 
 
 @register
@@ -16,6 +17,7 @@ class ReferenceBackend(Backend):
     device = "any"
     dtypes = ("float16", "bfloat16", "float32")
     traceable = True
+    paged = True
 
     def run(self, q, k, v, problem):
         out, lse = reference.attention(q, k, v, problem)
@@ -23,3 +25,7 @@ class ReferenceBackend(Backend):
 
     def trace(self, q, k, v, problem):
         return reference.trace(q, k, v, problem)
+
+    def run_paged(self, q, cache, problem, selection=None):
+        out, lse = paged_reference(q, cache, selection, causal=problem.causal, softmax_scale=problem.softmax_scale)
+        return out.to(q.dtype), lse.float()

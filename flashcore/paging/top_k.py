@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.paging import _selecting
 from flashcore.paging.bounds import LARGEST, LEAST
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
 from flashcore.paging.tables import PagedKV
@@ -42,8 +44,15 @@ class TopK:
 
     Always among them, and counted: the first `sink_pages`, and the pages of the queries' own tokens, the last page
     before all (its keys are the newest, and under a causal mask a query may see no other). When these alone are more
-    than asked for, these are what is selected.
+    than asked for, these are what is selected. Of pages with the same score the first go before the later.
+
+    On a Hopper GPU one kernel does it, for head_dim 64 or 128, up to 128 query rows a KV head and 32768 pages a
+    sequence (kernels/page_selection.cu); it is compiled at its first call outside a graph's capture. It adds up in
+    another order, so that pages whose scores differ by rounding alone may change places.
     """
+
+    source: ClassVar[str | None] = None
+    """Kernel source in place of the file's own; set by a planted fault."""
 
     pages: int | None = None
     """Pages for each sequence and KV head."""
@@ -63,6 +72,13 @@ class TopK:
 
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
+        width = min(cache.max_pages, max(self._most(cache), self.sink_pages + query_pages(q.shape[2], cache.page_size)))
+        asked = {"most": self.pages, "share": self.share, "sink_pages": self.sink_pages}
+        found = _selecting.selected(q, cache, width, **asked, source=self.source)
+        return self._select_in_torch(q, cache, width) if found is None else found
+
+    def _select_in_torch(self, q: torch.Tensor, cache: PagedKV, width: int) -> PageSelection:
+        """`select` on any device, for any head_dim and strides; `width` is the room for the pages of a row."""
         columns = torch.arange(cache.max_pages, device=cache.device)
         resident = cache.resident_pages()
         must = resident & ((columns < self.sink_pages) | (columns >= first_query_page(cache, q.shape[2])[:, None]))
@@ -71,13 +87,12 @@ class TopK:
         if self.pages is not None:
             asked = asked.clamp(max=self.pages)
         counts = torch.maximum(asked, must.sum(dim=1))[:, None]
-        width = min(cache.max_pages, max(self._most(cache), self.sink_pages + query_pages(q.shape[2], cache.page_size)))
 
         scores = page_scores(q, cache)
         # Infinite or NaN keys make a page worth a look: behind those that must be in, before any without keys.
         scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).max).masked_fill(must[:, None], math.inf)
         scores = scores.masked_fill(~resident[:, None], -math.inf)
-        best = scores.topk(width, dim=-1).indices
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
         kept = torch.arange(width, device=cache.device) < counts[..., None]
         pages = torch.where(kept, best, cache.max_pages).sort(dim=-1).values
         pages = pages.masked_fill(pages == cache.max_pages, -1).to(torch.int32)

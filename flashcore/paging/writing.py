@@ -1,13 +1,15 @@
 """Write new tokens into their pages, on the device: slots come from the page table and the lengths that lie there.
 
-Nothing here waits for the device or reads from it, so that it can be captured in a CUDA graph. This is the portable
-path in torch's index operations; a kernel can stand in for `append_tokens` with the same arguments.
+Nothing here waits for the device or reads from it, so that it can be captured in a CUDA graph. Where it can run, the
+kernel in kernels/paged_append.cu does it in two launches; what stands here is the portable path, in torch's index
+operations, and says what the kernel has to do.
 """
 
 from __future__ import annotations
 
 import torch
 
+from flashcore.paging import _appending
 from flashcore.paging.bounds import widen_bounds
 from flashcore.paging.checks import check_tables, debugging
 from flashcore.paging.tables import PagedKV
@@ -33,6 +35,9 @@ def append_tokens(
     is wrong never harms the pool; ``PagedKV.check(tokens)`` says what is wrong with it, and with FLASHCORE_DEBUG=1 so
     does this.
 
+    On a Hopper GPU, with head_dim 64 or 128 and rows that start at multiples of 16 bytes, a kernel does it. It is
+    compiled at its first call; one that a graph captures before that is captured in torch's operations.
+
     Parameters
     ----------
     k_new, v_new
@@ -48,13 +53,19 @@ def append_tokens(
     key_bounds
         ``[num_pages, num_heads_kv, 2, head_dim]``, kept up to date when given.
     """
-    num_pages, _, page_size, _ = k_pool.shape
-    tokens = k_new.shape[2]
     if debugging():
-        wanted = torch.full(k_new.shape[:1], tokens, device=lengths.device) if counts is None else counts.long()
+        wanted = torch.full(k_new.shape[:1], k_new.shape[2], device=lengths.device) if counts is None else counts.long()
         if rows is not None:
             wanted = torch.zeros_like(lengths, dtype=torch.int64).index_copy_(0, rows.long(), wanted)
         check_tables(PagedKV(k_pool, v_pool, page_table, lengths), wanted)
+    if not _appending.launched(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds):
+        _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds)
+
+
+def _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds) -> None:
+    """`append_tokens` on any device, for any head_dim and strides."""
+    num_pages, _, page_size, _ = k_pool.shape
+    tokens = k_new.shape[2]
     table, start = (page_table, lengths) if rows is None else (page_table[rows], lengths[rows])
     nth = torch.arange(tokens, device=k_pool.device)
     position = start[:, None].long() + nth

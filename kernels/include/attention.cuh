@@ -80,21 +80,24 @@ __device__ __forceinline__ Tile tile_by_number(const AttentionParams& params, in
   return Tile(params, number / tiles, (params.causal ? tiles - 1 - tile : tile) * tile_m);
 }
 
-// A query row sees key columns [0, visible_keys(row)). Causal masks are aligned bottom right.
+// A query row sees key columns [0, visible_keys(row)), of the seqlen_k that there are. Causal masks are aligned bottom right.
+__device__ __forceinline__ int visible_keys(const AttentionParams& params, int row, int seqlen_k) {
+  if (!params.causal) return seqlen_k;
+  return max(0, min(seqlen_k, row + 1 + seqlen_k - params.seqlen_q));
+}
 __device__ __forceinline__ int visible_keys(const AttentionParams& params, int row) {
-  if (!params.causal) return params.seqlen_k;
-  return max(0, min(params.seqlen_k, row + 1 + params.seqlen_k - params.seqlen_q));
+  return visible_keys(params, row, params.seqlen_k);
 }
 
 // How many pages of `tile_n` keys rows [first_row, first_row + rows) see.
-__device__ __forceinline__ int pages_of(const AttentionParams& params, int first_row, int rows, int tile_n) {
+__device__ __forceinline__ int pages_of(const AttentionParams& params, int first_row, int rows, int tile_n, int seqlen_k) {
   if (first_row >= params.seqlen_q) return 0;
-  return (visible_keys(params, min(first_row + rows, params.seqlen_q) - 1) + tile_n - 1) / tile_n;
+  return (visible_keys(params, min(first_row + rows, params.seqlen_q) - 1, seqlen_k) + tile_n - 1) / tile_n;
 }
 
 // Of those, how many need neither a mask nor another sign: the others are the last ones, or all.
-__device__ __forceinline__ int pages_as_they_are(const AttentionParams& params, int first_row, int tile_n) {
-  return params.softmax_scale < 0.f ? 0 : visible_keys(params, first_row) / tile_n;
+__device__ __forceinline__ int pages_as_they_are(const AttentionParams& params, int first_row, int tile_n, int seqlen_k) {
+  return params.softmax_scale < 0.f ? 0 : visible_keys(params, first_row, seqlen_k) / tile_n;
 }
 
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

@@ -51,9 +51,9 @@ __device__ __forceinline__ void run_split(Shared& smem, const AttentionParams& p
   const int own_barrier = 1 + split;
   Room& room = smem.room[split];
   const MatrixDescriptor q(smem.q, 0), k_slots(room.k[0], 0), v_slots(room.v[0], PAGE_KEYS * ROW_BYTES);
-  const int tile_pages = pages_of(params, tile.first_row, TILE_ROWS, PAGE_KEYS);
+  const int tile_pages = pages_of(params, tile.first_row, TILE_ROWS, PAGE_KEYS, params.seqlen_k);
   const int pages = uniform((tile_pages + NUM_SPLITS - 1 - split) / NUM_SPLITS);  // of this warpgroup
-  const int whole_pages = uniform(pages_as_they_are(params, tile.first_row, PAGE_KEYS));
+  const int whole_pages = uniform(pages_as_they_are(params, tile.first_row, PAGE_KEYS, params.seqlen_k));
   const int row = tile.first_row + warp * 16 + lane / 4;  // a thread's other row is row + 8
 
   const auto load_page = [&](int i) {  // the warpgroup's i-th
@@ -93,7 +93,7 @@ __device__ __forceinline__ void run_split(Shared& smem, const AttentionParams& p
   wgmma_commit();
   wgmma_wait<0>();
   if (pages > 0) {
-    if (split >= whole_pages) sign_and_mask(s, params, row, split * PAGE_KEYS, lane);
+    if (split >= whole_pages) sign_and_mask(s, params, row, split * PAGE_KEYS, params.seqlen_k, lane);
     softmax.first(s, p);
     TRACE(stages.page(split, PAGE_KEYS, s, p, softmax);)
 
@@ -112,7 +112,7 @@ __device__ __forceinline__ void run_split(Shared& smem, const AttentionParams& p
         barrier_sync(own_barrier, WARPGROUP);  // all four warps are done with the last page
         if (loads) load_page(i - 1 + SLOTS);
       }
-      if (page >= whole_pages) sign_and_mask(s, params, row, page * PAGE_KEYS, lane);
+      if (page >= whole_pages) sign_and_mask(s, params, row, page * PAGE_KEYS, params.seqlen_k, lane);
       TRACE(stages.accum(page - NUM_SPLITS, o);)
       softmax.next(s, p, o);
       TRACE(stages.page(page, PAGE_KEYS, s, p, softmax);)

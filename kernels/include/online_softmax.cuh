@@ -14,8 +14,8 @@ constexpr float LARGEST_PAGE_SUM = FLASHCORE_BF16 ? 1.8446744e19f : 32768.f;
 // Scores as the softmax wants them: the sign of the scale in them, and minus infinity where a row does not see the key.
 template <int SCORES>
 __device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], const AttentionParams& params, int row, int first_key,
-                                              int lane) {
-  const int keys[2] = {visible_keys(params, row) - first_key, visible_keys(params, row + 8) - first_key};
+                                              int seqlen_k, int lane) {
+  const int keys[2] = {visible_keys(params, row, seqlen_k) - first_key, visible_keys(params, row + 8, seqlen_k) - first_key};
 #pragma unroll
   for (int i = 0; i < SCORES; ++i) {
     const float score = params.softmax_scale < 0.f ? -s[i] : s[i];
@@ -102,15 +102,20 @@ struct Softmax {
 struct AccumulatorTrace {
   const AttentionParams& params;
   TraceRow stage[2];
-  int row, lane;
+  bool exists[2];
+  int visible[2];  // keys that the rows see
+  int lane;
   int first_key;  // of the chain of pages that the softmax runs over
 
+  __device__ AccumulatorTrace(const TraceRow& row, const TraceRow& other, const bool (&exists)[2], const int (&visible)[2],
+                              int lane, int first_key)
+      : params(row.params), stage{row, other}, exists{exists[0], exists[1]}, visible{visible[0], visible[1]}, lane(lane),
+        first_key(first_key) {}
   __device__ AccumulatorTrace(const TraceBuffers& trace, const AttentionParams& params, const Tile& tile, int row, int lane,
                               int first_key = 0)
-      : params(params), stage{TraceRow(trace, params, tile, row), TraceRow(trace, params, tile, row + 8)}, row(row),
-        lane(lane), first_key(first_key) {}
-
-  __device__ bool exists(int r) const { return row + 8 * r < params.seqlen_q; }
+      : AccumulatorTrace(TraceRow(trace, params, tile, row), TraceRow(trace, params, tile, row + 8),
+                         {row < params.seqlen_q, row + 8 < params.seqlen_q},
+                         {visible_keys(params, row), visible_keys(params, row + 8)}, lane, first_key) {}
 
   template <int SCORES>
   __device__ void page(int page, int tile_n, const float (&s)[SCORES], const unsigned (&p)[SCORES / 2],
@@ -118,14 +123,14 @@ struct AccumulatorTrace {
     for (int i = 0; i < SCORES; ++i) {
       const int r = row_of(i), key = page * tile_n + column_of(i, lane);
       const unsigned short bits = p[i / 2] >> (i % 2 * 16);
-      if (!exists(r) || key >= params.seqlen_k) continue;
+      if (!exists[r] || key >= params.seqlen_k) continue;
       stage[r].score(key, s[i] == -INFINITY ? -INFINITY : s[i] * fabsf(params.softmax_scale));
       stage[r].prob(key, to_float(reinterpret_cast<const Element&>(bits)));
     }
     for (int r = 0; r < 2; ++r) {
       const float row_sum = quad_sum(softmax.row_sum[r]);
-      if (!exists(r) || lane % 4 != 0) continue;
-      const bool seen = visible_keys(params, row + 8 * r) > first_key;
+      if (!exists[r] || lane % 4 != 0) continue;
+      const bool seen = visible[r] > first_key;
       stage[r].row_max(page, seen ? softmax.reference[r] * LN_2 : -INFINITY);
       stage[r].rescale(page, softmax.rescale[r]);
       stage[r].row_sum(page, row_sum);
@@ -133,7 +138,7 @@ struct AccumulatorTrace {
   }
   __device__ void accum(int page, const float (&o)[HEAD_DIM / 2]) const {
     for (int i = 0; i < HEAD_DIM / 2; ++i)
-      if (exists(row_of(i))) stage[row_of(i)].accum_row(page)[column_of(i, lane)] = o[i];
+      if (exists[row_of(i)]) stage[row_of(i)].accum_row(page)[column_of(i, lane)] = o[i];
   }
 };
 #endif

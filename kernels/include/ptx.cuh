@@ -29,3 +29,8 @@ __device__ __forceinline__ float ex2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// prefetch.global.L2 (PTX ISA, Data Movement: prefetch): bring the line that holds an address into L2.
+__device__ __forceinline__ void prefetch_l2(const void* src_gmem) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(src_gmem) : "memory");
+}

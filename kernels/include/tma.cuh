@@ -22,3 +22,6 @@ __device__ __forceinline__ void tma_load_4d(void* dst_smem, const CUtensorMap& m
       "l"(&map), "r"(smem_address(barrier_smem)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+
+// fence.proxy.async (PTX ISA, membar/fence): what this thread wrote to shared memory is seen by tensor copies and wgmma.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

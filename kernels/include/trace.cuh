@@ -28,13 +28,15 @@ struct TraceRow {
   const TraceBuffers& trace;
   const AttentionParams& params;
 
-  __device__ TraceRow(const TraceBuffers& trace, const AttentionParams& params, const Tile& tile, int row)
+  __device__ TraceRow(const TraceBuffers& trace, const AttentionParams& params, int batch, int head, int row)
       : trace(trace), params(params) {
-    const Index batch_head = Index(tile.batch) * params.num_heads_q + tile.head;
+    const Index batch_head = Index(batch) * params.num_heads_q + head;
     scores = (batch_head * params.seqlen_q + row) * params.seqlen_k;
     page_row = batch_head * trace.pages * params.seqlen_q + row;
     accum = (batch_head * trace.pages * trace.padded_rows + row) * HEAD_DIM;
   }
+  __device__ TraceRow(const TraceBuffers& trace, const AttentionParams& params, const Tile& tile, int row)
+      : TraceRow(trace, params, tile.batch, tile.head, row) {}
   __device__ void score(int key, float value) const { trace.scores[scores + key] = value; }
   __device__ void prob(int key, float value) const { trace.probs[scores + key] = value; }
   __device__ void row_max(int page, float value) const {

@@ -51,13 +51,13 @@ struct MatrixDescriptor {
 
 // wgmma.mma_async.m64nNk16, for N columns.
 //   shared: x (+)= A @ B^T, both in shared memory, A 64 x 16 and B N x 16
-//   registers: x (+)= A @ B, A 64 x 16 in registers, B 16 x N in shared memory
+//   registers: x (+)= A @ B, A 64 x 16 in registers, B 16 x N in shared memory; or A @ B^T, B N x 16
 // With `add` zero the accumulator is overwritten.
 template <int N>
 struct Wgmma;
 
-// NUMBERS: the accumulator's operands in the text; the others follow it as %D0 to %D5.
-#define DEFINE_WGMMA(N, NUMBERS, D0, D1, D2, D3, D4, D5, ...)                                                        \
+// NUMBERS: the accumulator's operands in the text; the others follow it as %D0 to %D6.
+#define DEFINE_WGMMA(N, NUMBERS, D0, D1, D2, D3, D4, D5, D6, ...)                                                    \
   template <>                                                                                                        \
   struct Wgmma<N> {                                                                                                  \
     __device__ __forceinline__ static void shared(float (&x)[N / 2], MatrixDescriptor a, MatrixDescriptor b,         \
@@ -68,13 +68,14 @@ struct Wgmma;
                    : __VA_ARGS__                                                                                     \
                    : "l"(a.bits()), "l"(b.bits()), "r"(add));                                                         \
     }                                                                                                                \
+    template <bool B_TRANSPOSED = false>                                                                             \
     __device__ __forceinline__ static void registers(float (&x)[N / 2], const unsigned* a, MatrixDescriptor b,       \
                                                      int add) {                                                      \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #D5 ", 0;\n"                                             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #D5 ", 0;\n"                                                 \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NUMBERS "}, {%" #D0 ", %" #D1      \
-                   ", %" #D2 ", %" #D3 "}, %" #D4 ", p, 1, 1, 1;\n}"                                               \
+                   ", %" #D2 ", %" #D3 "}, %" #D4 ", p, 1, 1, %" #D6 ";\n}"                                          \
                    : __VA_ARGS__                                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(add));                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(add), "n"(!B_TRANSPOSED));       \
     }                                                                                                                \
   };
 
@@ -82,33 +83,18 @@ struct Wgmma;
 #define NUMBERS_16 NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NUMBERS_24 NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define NUMBERS_32 NUMBERS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define NUMBERS_40 NUMBERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define NUMBERS_48 NUMBERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define NUMBERS_56 NUMBERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define NUMBERS_64 NUMBERS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define NUMBERS_72 NUMBERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define NUMBERS_80 NUMBERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define NUMBERS_88 NUMBERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define NUMBERS_64                                                                                                   \
+  NUMBERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"  \
+             ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define OPERANDS_8(x) REGISTERS_8(x, 0)
 #define OPERANDS_16(x) OPERANDS_8(x), REGISTERS_8(x, 8)
 #define OPERANDS_24(x) OPERANDS_16(x), REGISTERS_8(x, 16)
 #define OPERANDS_32(x) OPERANDS_24(x), REGISTERS_8(x, 24)
-#define OPERANDS_40(x) OPERANDS_32(x), REGISTERS_8(x, 32)
-#define OPERANDS_48(x) OPERANDS_40(x), REGISTERS_8(x, 40)
-#define OPERANDS_56(x) OPERANDS_48(x), REGISTERS_8(x, 48)
-#define OPERANDS_64(x) OPERANDS_56(x), REGISTERS_8(x, 56)
-#define OPERANDS_72(x) OPERANDS_64(x), REGISTERS_8(x, 64)
-#define OPERANDS_80(x) OPERANDS_72(x), REGISTERS_8(x, 72)
-#define OPERANDS_88(x) OPERANDS_80(x), REGISTERS_8(x, 80)
+#define OPERANDS_64(x) \
+  OPERANDS_32(x), REGISTERS_8(x, 32), REGISTERS_8(x, 40), REGISTERS_8(x, 48), REGISTERS_8(x, 56)
 
-DEFINE_WGMMA(64, NUMBERS_32, 32, 33, 34, 35, 36, 37, OPERANDS_32(x))
-DEFINE_WGMMA(80, NUMBERS_40, 40, 41, 42, 43, 44, 45, OPERANDS_40(x))
-DEFINE_WGMMA(96, NUMBERS_48, 48, 49, 50, 51, 52, 53, OPERANDS_48(x))
-DEFINE_WGMMA(112, NUMBERS_56, 56, 57, 58, 59, 60, 61, OPERANDS_56(x))
-DEFINE_WGMMA(128, NUMBERS_64, 64, 65, 66, 67, 68, 69, OPERANDS_64(x))
-DEFINE_WGMMA(144, NUMBERS_72, 72, 73, 74, 75, 76, 77, OPERANDS_72(x))
-DEFINE_WGMMA(160, NUMBERS_80, 80, 81, 82, 83, 84, 85, OPERANDS_80(x))
-DEFINE_WGMMA(176, NUMBERS_88, 88, 89, 90, 91, 92, 93, OPERANDS_88(x))
+DEFINE_WGMMA(64, NUMBERS_32, 32, 33, 34, 35, 36, 37, 38, OPERANDS_32(x))
+DEFINE_WGMMA(128, NUMBERS_64, 64, 65, 66, 67, 68, 69, 70, OPERANDS_64(x))
 
 // Which of a thread's two rows an accumulator element belongs to, and its column.
 __device__ constexpr int row_of(int i) { return i / 2 % 2; }

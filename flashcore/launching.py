@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashcore.backends._outputs import poisoned
 from flashcore.build import compile_kernel
 from flashcore.errors import LaunchError
+from flashcore.outputs import poisoned
 
 SHAPE = struct.Struct("6i")
 """`LaunchShape` of kernels/include/attention.cuh."""
@@ -133,7 +133,12 @@ class PreparedLaunch:
         blocks: tuple[int, int, int],
         arguments: Sequence[bytes],
         stream: int,
+        *,
+        again: bool = True,
+        keeps: object = None,
     ):
+        self.again = again  # whether its arguments stay good for another call
+        self._keeps = keeps  # memory that they point to, and nobody else holds
         self._buffers = [ctypes.create_string_buffer(packed, len(packed)) for packed in arguments]
         self._overlap = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
@@ -159,6 +164,12 @@ class PreparedLaunch:
             raise LaunchError("cuLaunchKernelEx", driver.CUresult(status).name)
 
 
+@functools.lru_cache(maxsize=16)
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def current_stream(device: int) -> int:
     """Address of torch's current stream on a GPU."""
     # What torch gives the kernels that its own compiler makes: a fifth of the time of building a Stream object.
@@ -177,11 +188,14 @@ def _rows_aligned(shape: torch.Size, stride: tuple[int, ...], element_size: int)
     return all(size == 1 or step * element_size % COPY_BYTES == 0 for size, step in rows)
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return tensor.data_ptr() % COPY_BYTES == 0 and _rows_aligned(tensor.shape, tensor.stride(), tensor.element_size())
+
+
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if every row starts at a multiple of 16 bytes, else a contiguous copy."""
-    if tensor.data_ptr() % COPY_BYTES == 0 and _rows_aligned(tensor.shape, tensor.stride(), tensor.element_size()):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def outputs_for(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,139 @@
+"""A backend that reads K and V through a page table; dense ones it copies into pages first, for the checks."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from flashcore.backends._cuda import CudaBackend, launch_kept
+from flashcore.backends._tensor_maps import tensor_map
+from flashcore.backends._traces import TraceBuffers
+from flashcore.errors import PageTableError
+from flashcore.launching import (
+    LoadedKernel,
+    PreparedLaunch,
+    aligned,
+    current_stream,
+    entry_point,
+    is_aligned,
+    outputs_for,
+)
+from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, paginate
+from flashcore.problem import Problem
+from flashcore.reference import Trace
+
+PAGED = struct.Struct("4Q 3i 4x")
+"""`PagedParams` of kernels/include/paged.cuh."""
+
+
+def check_pools(cache: PagedKV) -> None:
+    """Raise `PageTableError` unless every row of the pools can be copied 16 bytes at a time."""
+    for name, pool in (("k_pool", cache.k_pool), ("v_pool", cache.v_pool)):
+        if not is_aligned(pool):
+            raise PageTableError(
+                f"Rows of {name} do not all start at multiples of 16 bytes (strides {pool.stride()} elements), as the "
+                "copy engine needs; lay the pool out so that they do."
+            )
+
+
+class PagedBackend(CudaBackend):
+    """A backend whose work is one launch of a kernel that takes `AttentionParams` and `PagedParams`."""
+
+    paged = True
+    swept = False
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and problem.page_size not in PAGE_SIZES:
+            return f"page_size {problem.page_size} is not among {', '.join(map(str, PAGE_SIZES))}"
+        return reason
+
+    def run(self, q, k, v, problem: Problem):
+        return self.run_paged(q, paginate(k, v, problem.page_size), problem)
+
+    def trace(self, q, k, v, problem: Problem) -> Trace:
+        loaded = self.load(problem, q.device, trace=True)
+        buffers = TraceBuffers.make(problem, loaded.tile_n, self.traced_rows(loaded), q.device)
+        out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q))
+        self.attend(q, paginate(k, v, problem.page_size), problem, None, out, lse, buffers)
+        return buffers.trace(problem, loaded.tile_n, out, lse, self.chains(problem, loaded))
+
+    def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
+        check_pools(cache)
+        out, lse = outputs_for(q)
+        self.attend(q, cache, problem, selection, out, lse)
+        return out, lse
+
+    def traced_rows(self, loaded: LoadedKernel) -> int:
+        """Query rows that the kernel stores at once."""
+        return loaded.tile_m
+
+    def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...] | None:
+        """Which page of keys each one continues in a traced call; None for one chain."""
+        return None
+
+    def paged_arguments(
+        self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded: LoadedKernel, stream: int, traced: bool
+    ) -> tuple[list[bytes], int, object]:
+        """What the entry function takes, how many blocks there are, and what the arguments need kept alive."""
+        raise NotImplementedError
+
+    def attend(
+        self, q, cache: PagedKV, problem: Problem, selection, out, lse, buffers: TraceBuffers | None = None
+    ) -> None:
+        """Launch once, on torch's current stream."""
+        device = q.device.index or 0
+        stream = current_stream(device)
+        chosen = (0, 0) if selection is None else (selection.pages.data_ptr(), selection.counts.data_ptr())
+        key = None if buffers is not None else (
+            type(self), self.source, problem, device, stream, capture_id(stream), q.data_ptr(), q.stride(),
+            cache.k_pool.data_ptr(), cache.v_pool.data_ptr(), cache.k_pool.stride(), cache.v_pool.stride(),
+            cache.page_table.data_ptr(), cache.page_table.stride(), cache.lengths.data_ptr(), *chosen,
+            out.data_ptr(), lse.data_ptr(),
+        )  # fmt: skip
+
+        def prepare() -> PreparedLaunch:
+            loaded = self.load(problem, q.device, trace=buffers is not None)
+            rows = aligned(q)
+            arguments, blocks, keeps = self.paged_arguments(
+                rows, cache, problem, selection, out, lse, loaded, stream, buffers is not None
+            )
+            if buffers is not None:
+                arguments.append(buffers.packed())
+            function = entry_point(loaded, self.entry(problem, device), device)
+            again = rows is q
+            return PreparedLaunch(function, loaded, (blocks, 1, 1), arguments, stream, again=again, keeps=keeps)
+
+        launch_kept(key, prepare)
+
+    def pool_map(self, name: str, pool: torch.Tensor, tile_n: int, dtype: str, *, promote: bool) -> bytes:
+        """A tensor map over ``[num_pages, num_heads_kv, page_size, head_dim]``, for boxes that lie within one page."""
+        rows, strides = min(tile_n, pool.shape[2]), self.strides(name, pool)
+        return tensor_map(
+            pool.data_ptr(), pool.shape, strides, rows=rows, dtype=dtype, name=f"{name}_pool", promote=promote
+        )
+
+    def page_table(self, cache: PagedKV) -> torch.Tensor:
+        """The page table to launch with."""
+        return cache.page_table
+
+    def paged_params(self, cache: PagedKV, selection: PageSelection | None) -> bytes:
+        """`PagedParams`, packed."""
+        chosen = (0, 0, 0) if selection is None else (
+            selection.pages.data_ptr(), selection.counts.data_ptr(), selection.pages.shape[-1]
+        )  # fmt: skip
+        table = self.page_table(cache)
+        return PAGED.pack(
+            table.data_ptr(), cache.lengths.data_ptr(), chosen[0], chosen[1], table.stride(0), chosen[2],
+            cache.page_size.bit_length() - 1,
+        )  # fmt: skip
+
+
+def capture_id(stream: int) -> int:
+    """Which CUDA graph the stream is being captured into; 0 for none."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    from cuda.bindings import driver
+
+    return int(driver.cuStreamGetCaptureInfo(stream)[2])

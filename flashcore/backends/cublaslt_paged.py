@@ -1,0 +1,95 @@
+"""Backend `cublaslt-paged`: cuBLASLt's products over K and V in pages, one sequence after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flashcore.backends import register
+from flashcore.backends._page_tables import Page
+from flashcore.backends.cublaslt import LARGEST_PAGE, CublasLt
+from flashcore.errors import PageTableError
+from flashcore.launching import outputs_for
+from flashcore.paging import PAGE_SIZES, PagedKV, paginate
+from flashcore.problem import Problem
+from flashcore.reference import STAGES, Trace
+
+
+def _as_one(pool: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A pool ``[pages, heads, page_size, head_dim]`` as ``[1, heads, rows, head_dim]``; rows from page to page."""
+    page, head, row, _ = pool.stride()
+    if page % row:
+        raise PageTableError(
+            f"The pages of this pool lie {page} elements apart, no multiple of its rows' {row}; cuBLASLt's backend "
+            "cannot reach them."
+        )
+    # Reaches from the first page to the last one's first row; a product is told of the rows of one page.
+    shape = (1, pool.shape[1], (pool.shape[0] - 1) * (page // row) + 1, pool.shape[3])
+    return pool.as_strided(shape, (0, head, row, 1)), page // row
+
+
+@register
+class CublasLtPaged(CublasLt):
+    """The same over K and V in pages. Reads table and lengths to the host: slow, and right."""
+
+    id = "cublaslt-paged"
+    title = "cuBLASLt over pages, one sequence after the other"
+    paged = True
+    swept = False
+    lanes = 1
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and problem.page_size not in PAGE_SIZES:
+            return f"page_size {problem.page_size} is not among {', '.join(map(str, PAGE_SIZES))}"
+        return reason
+
+    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
+        return "it attends to all pages and takes no selection" if selected else self.why_not(problem)
+
+    def run(self, q, k, v, problem: Problem, page_table=None):
+        if page_table is not None:
+            return super().run(q, k, v, problem, page_table)
+        return self.run_paged(q, paginate(k, v, problem.page_size), problem)
+
+    def run_paged(self, q, cache: PagedKV, problem: Problem, selection=None):
+        out, lse = outputs_for(q)
+        (k, apart), (v, _) = _as_one(cache.k_pool), _as_one(cache.v_pool)
+        for row, (part, pages) in enumerate(self._sequences(cache, problem, apart)):
+            one = slice(row, row + 1)
+            self._compute(q[one], k, v, out[one], lse[one], part, cache.page_size, pages)
+        return out, lse
+
+    def trace(self, q, k, v, problem: Problem, page_table=None) -> Trace:
+        if page_table is not None:
+            return super().trace(q, k, v, problem, page_table)
+        cache = paginate(k, v, problem.page_size)
+        (k, apart), (v, _) = _as_one(cache.k_pool), _as_one(cache.v_pool)
+        traces = [
+            self._trace(q[row : row + 1], k, v, part, cache.page_size, pages)
+            for row, (part, pages) in enumerate(self._sequences(cache, problem, apart))
+        ]
+        stages = {stage: torch.cat([getattr(trace, stage) for trace in traces]) for stage in STAGES}
+        return replace(traces[0], **stages)
+
+    def _sequences(self, cache: PagedKV, problem: Problem, apart: int) -> list[tuple[Problem, list[Page]]]:
+        """Each sequence's problem and resident pages; waits for the device."""
+        found = []
+        size = cache.page_size
+        for length, row in zip(cache.lengths.tolist(), self.page_rows(cache), strict=True):
+            used = enumerate(row[: -(-length // size)])
+            pages = [
+                Page(first_key=page * apart, keys=min(size, length - nth * size), position=nth * size)
+                for nth, page in used
+                if page >= 0
+            ]
+            found.append((problem.with_(batch=1, seqlen_k=max(1, length)), pages))
+        return found
+
+    def page_rows(self, cache: PagedKV) -> list[list[int]]:
+        """The page table, on the host."""
+        return cache.page_table.tolist()
+
+
+assert max(PAGE_SIZES) <= LARGEST_PAGE

@@ -1,0 +1,111 @@
+"""Backend `decode`: the last few tokens of each sequence over K and V in pages."""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import torch
+
+from flashcore.backends import register
+from flashcore.backends._paged import PagedBackend, capture_id
+from flashcore.launching import LoadedKernel, multiprocessors
+from flashcore.paging import PagedKV, PageSelection
+from flashcore.problem import Problem
+
+DECODE = struct.Struct("4Q 2i")
+"""`DecodeParams` of kernels/attention_decode.cu."""
+MOST_TOKENS = 8
+"""Query tokens of a sequence; for more there is `hopper-paged`."""
+MOST_HEADS = 6144
+"""K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
+MOST_CHUNKS = 9
+"""Chunks of units that there are at most for each block."""
+LARGE_CHUNK = 16
+"""A traced call has so few units a block that all its chunks are alike, and the same in every head."""
+
+
+class _Room:
+    """Room for parts, and counters: used again by every call on one stream; a captured graph has its own."""
+
+    def __init__(self, parts: int, rows: int, head_dim: int, heads: int, device: torch.device):
+        self.accum = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=device)
+        self.softmax = torch.empty(parts * rows * 2, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(heads + 1, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _room(
+    parts: int, rows: int, head_dim: int, heads: int, device: torch.device, stream: int, capture: int,
+    source: str | None,
+) -> _Room:  # fmt: skip
+    return _Room(parts, rows, head_dim, heads, device)
+
+
+@register
+class Decode(PagedBackend):
+    """`kernels/attention_decode.cu`."""
+
+    id = "decode"
+    title = "Our decode kernel: paged, split keys"
+    kernel = "attention_decode"
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and problem.seqlen_q > MOST_TOKENS:
+            return f"it takes up to {MOST_TOKENS} query tokens (got {problem.seqlen_q})"
+        return reason
+
+    def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
+        at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
+        if problem.batch <= at_once:
+            return super().run_paged(q, cache, problem, selection)
+        parts = []
+        for first in range(0, problem.batch, at_once):
+            rows = slice(first, min(first + at_once, problem.batch))
+            part = PagedKV(cache.k_pool, cache.v_pool, cache.page_table[rows], cache.lengths[rows])
+            chosen = selection and PageSelection(selection.pages[rows], selection.counts[rows])
+            parts.append(super().run_paged(q[rows], part, problem.with_(batch=rows.stop - rows.start), chosen))
+        out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return out, lse
+
+    def tiling(self, problem: Problem) -> tuple[int, int]:
+        """Query heads of a tile of 64 rows, and tiles that the heads of a group take."""
+        group = problem.num_heads_q // problem.num_heads_kv
+        heads = min(group, 64 // problem.seqlen_q)
+        return heads, -(-group // heads)
+
+    def traced_rows(self, loaded: LoadedKernel) -> int:
+        return 1
+
+    def traced_parts(self, problem: Problem, unit_keys: int) -> int:
+        """Blocks that share a head in a traced call: at least two, and as many that its units come out even."""
+        units = -(-problem.seqlen_k // unit_keys)
+        return next(
+            parts for parts in range(min(2, units), units + 1) if units % parts == 0 and units // parts < LARGE_CHUNK
+        )
+
+    def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...]:
+        units = -(-problem.seqlen_k // loaded.tile_n)
+        share = units // self.traced_parts(problem, loaded.tile_n)
+        consumers = loaded.num_splits
+        return tuple(unit - consumers if unit % share >= consumers else -1 for unit in range(units))
+
+    def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
+        heads_a_tile, tiles = self.tiling(problem)
+        heads = problem.batch * problem.num_heads_kv * tiles
+        # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
+        blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else multiprocessors(q.device.index or 0)
+        rows, parts = heads_a_tile * problem.seqlen_q, loaded.num_splits * (heads + MOST_CHUNKS * blocks)
+        room = _room(parts, rows, problem.head_dim, heads, q.device, stream, capture_id(stream), self.source)
+        counters = room.counters.data_ptr()
+        arguments = [
+            self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
+            self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=False),
+            self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=False),
+            self.paged_params(cache, selection),
+            DECODE.pack(
+                room.accum.data_ptr(), room.softmax.data_ptr(), counters, counters + 4 * heads, heads_a_tile, tiles
+            ),
+        ]
+        return arguments, blocks, room

@@ -1,0 +1,42 @@
+"""Backend `hopper-paged`: the Hopper kernel over K and V in pages."""
+
+from __future__ import annotations
+
+import struct
+
+from flashcore.backends import register
+from flashcore.backends._paged import PagedBackend
+from flashcore.backends._tensor_maps import tensor_map
+from flashcore.backends.hopper import HopperUnsplit
+from flashcore.paging import PagedKV
+from flashcore.problem import Problem
+
+
+@register
+class HopperPaged(PagedBackend, HopperUnsplit):
+    """`kernels/attention_hopper.cu`, compiled for pages: any lengths, all pages of each sequence."""
+
+    id = "hopper-paged"
+    title = "Our Hopper kernel over pages"
+    paged = True
+    swept = False
+
+    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
+        return "it attends to all pages and takes no selection" if selected else self.why_not(problem)
+
+    def defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
+        return (("FLASHCORE_PAGED", 1), *super().defines(problem))
+
+    def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
+        q_map = tensor_map(
+            q.data_ptr(), q.shape, self.strides("q", q), rows=loaded.tile_m, dtype=problem.dtype, name="q"
+        )
+        arguments = [
+            self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
+            q_map,
+            self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=True),
+            self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=True),
+            struct.pack("i", self.heads_per_section(problem, loaded, q.device.index or 0)),
+            self.paged_params(cache, selection),
+        ]
+        return arguments, self.blocks(problem, loaded, q.device.index or 0)[0], None

@@ -1,0 +1,153 @@
+"""Attention over a paged K/V cache as a user calls it: a policy picks the pages, a backend reads them."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from flashcore import backends
+from flashcore.errors import InvalidProblem, PageTableError, UnknownName, Unsupported
+from flashcore.ops import _DTYPES, _wants_gradients
+from flashcore.paging import PagedKV, PageSelection, Policy
+from flashcore.paging.checks import debugging
+from flashcore.problem import Problem
+
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cuda": ("decode", "hopper-paged", "cublaslt-paged", "reference"),
+    "cpu": ("reference",),
+}
+"""What ``backend="auto"`` tries, fastest first; ids that this installation lacks are passed over."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(shape, dtype, num_heads_kv: int, room: int, page_size: int, causal: bool, softmax_scale) -> Problem:
+    return Problem(
+        batch=shape[0], num_heads_q=shape[1], num_heads_kv=num_heads_kv, seqlen_q=shape[2],
+        seqlen_k=room, head_dim=shape[3], dtype=_DTYPES[dtype], causal=causal,
+        softmax_scale=softmax_scale, page_size=page_size,
+    )  # fmt: skip
+
+
+def paged_problem_of(
+    q: torch.Tensor, cache: PagedKV, causal: bool = True, softmax_scale: float | None = None
+) -> Problem:
+    """Check a query against a cache and say what problem they are, its ``seqlen_k`` what a row of the table can hold.
+
+    Raises
+    ------
+    InvalidProblem
+        `cache` is no cache; `q` does not fit it, wants gradients or has a stride in head_dim; a scale that is no
+        finite number.
+    """
+    if not isinstance(cache, PagedKV):
+        raise InvalidProblem(
+            f"cache is a {type(cache).__name__}; pass a flashcore.paging.PagedKVCache, or PagedKV.from_tables(...)."
+        )
+    cache.check_query(q)
+    if q.stride(3) != 1 and q.shape[3] > 1:
+        raise InvalidProblem(f"The last dimension of q is not contiguous (stride {q.stride(3)}); pass q.contiguous().")
+    if softmax_scale is not None:
+        try:
+            softmax_scale = float(softmax_scale)
+        except (TypeError, ValueError):
+            raise InvalidProblem(f"softmax_scale must be a number, or None; got {softmax_scale!r}.") from None
+        if not math.isfinite(softmax_scale):
+            raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {softmax_scale}.")
+    if _wants_gradients(q, cache.k_pool, cache.v_pool):
+        raise InvalidProblem(
+            "q or the cache requires gradients, and FlashCore computes the forward pass only; "
+            "call it under torch.no_grad(), or detach the tensors."
+        )
+    # What the table can hold, not the longest length: that one grows with every token, and each would be a new problem.
+    room = cache.max_pages * cache.page_size
+    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, bool(causal), softmax_scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -> backends.Backend:
+    """The backend that runs this problem on this device."""
+    if name == "auto":
+        for candidate in AUTO_ORDER.get(device.type, ()):
+            try:
+                backend = backends.get(candidate)
+            except UnknownName:
+                continue
+            takes = backend.device in (device.type, "any")
+            if takes and backend.availability().ok and backend.why_not_paged(problem, selected=selected) is None:
+                return backend
+        raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()} in pages")
+    backend = backends.get(name)
+    if backend.device not in (device.type, "any"):
+        raise InvalidProblem(
+            f"Backend '{name}' takes {backend.device} tensors, and these lie on '{device}'; choose another backend."
+        )
+    backend.require()
+    reason = backend.why_not_paged(problem, selected=selected)
+    if reason:
+        raise Unsupported(name, reason)
+    return backend
+
+
+def paged_attention(
+    q: torch.Tensor,
+    cache: PagedKV,
+    *,
+    policy: Policy | PageSelection | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+):
+    """``softmax(softmax_scale * q k^T + mask) v`` over K and V in pages, forward only.
+
+    Parameters
+    ----------
+    q
+        ``[batch, num_heads_q, q_tokens, head_dim]``, dtype and device of the cache, any strides with the last
+        dimension contiguous: the queries of each sequence's last `q_tokens` tokens, whose keys are in the cache.
+    cache
+        A `flashcore.paging.PagedKVCache`, or a `PagedKV` over tables made elsewhere. Lengths are read on the device
+        only, so that a captured CUDA graph sees those of each replay.
+    policy
+        What picks the pages that each sequence and KV head attends to (any object with ``select(q, cache)``), a
+        `PageSelection` already made, or None for all pages.
+    causal
+        The query at position p sees keys at positions up to p; False: all keys.
+    softmax_scale
+        Multiplies ``q k^T``; None for ``1/sqrt(head_dim)``.
+    backend
+        An id that ``flashcore.backends`` knows and that reads page tables, or ``auto``.
+    return_lse
+        Return ``(out, lse)``.
+
+    Returns
+    -------
+    out : ``[batch, num_heads_q, q_tokens, head_dim]``
+        In the dtype of `q`; 0 in rows that see no key.
+    lse : float32 ``[batch, num_heads_q, q_tokens]``, with `return_lse`
+        Natural logarithm of the softmax denominator, -inf in rows that see no key.
+
+    Raises
+    ------
+    InvalidProblem, PageTableError
+        The query or the selection does not fit the cache. What lies in a table on the GPU is read only with
+        FLASHCORE_DEBUG=1, or by ``cache.check()``.
+    UnknownName, Unsupported, BackendUnavailable
+        No such backend; it does not take this; it does not work here.
+    """
+    problem = paged_problem_of(q, cache, causal, softmax_scale)
+    selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
+    if selection is not None:
+        if not isinstance(selection, PageSelection):
+            raise PageTableError(
+                f"The policy returned a {type(selection).__name__}; select() has to return a PageSelection."
+            )
+        selection.check(cache, contents=debugging())
+    if debugging():
+        cache.check()
+    chosen = _choose(problem, q.device, backend, selection is not None)
+    with torch.cuda.device(q.device if q.is_cuda else -1):
+        out, lse = chosen.run_paged(q, cache, problem, selection)
+    return (out, lse) if return_lse else out

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashcore import __version__, cli_claims, cli_debug, cli_survey
+from flashcore import __version__, cli_claims, cli_compare, cli_debug, cli_paging, cli_survey
 from flashcore.errors import FlashCoreError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -219,7 +219,33 @@ def _print_decision(decision) -> None:
         need = "" if gate.required else " (not required)"
         table.add_row(escape(gate.title) + need, gate.state, gate.evidence, escape(gate.reason))
     out.print(table)
+    if decision.options:
+        _print_options(decision)
     _say(f"Verdict: [bold]{decision.verdict}[/bold]. {escape(decision.reason)}")
+
+
+def _print_options(decision) -> None:
+    from flashcore import option_words
+
+    matrix, conditions = Table(title="Options"), Table(title="Conditions of the options")
+    for row in option_words.matrix_rows(decision.options):
+        row["Option"] += f"\n(effort: {row.pop('Effort')}; risk: {row.pop('Risk')})"
+        row["Result"] += f"\n{row.pop('Conditions')}"
+        del row["What shipping it means"]
+        _add_row(matrix, row)
+    for row in option_words.condition_rows(decision.options):
+        _add_row(conditions, row)
+    out.print(matrix)
+    out.print(conditions)
+    _say(escape(decision.recommendation))
+    _say(f"What would change it: {escape(decision.flip)}")
+
+
+def _add_row(table: Table, row: dict[str, str]) -> None:
+    if not table.columns:
+        for column in row:
+            table.add_column(column, overflow="fold")
+    table.add_row(*map(escape, row.values()))
 
 
 def _shown(path: Path) -> str:
@@ -230,7 +256,9 @@ def _shown(path: Path) -> str:
 
 cli_debug.add_to(app)
 cli_survey.add_to(app)
+cli_paging.add_to(app)
 cli_claims.add_to(app)
+cli_compare.add_to(app)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from flashcore.matmul_heuristics import Prediction
 from flashcore.planting import Override
 from flashcore.problem import Problem
 from flashcore.records import RunFolder, Timing, Trial
-from flashcore.survey_grid import SurveyCase, product_of, write_product
+from flashcore.survey_grid import SurveyCase, lean, product_of, whole, write_product
 
 CASES_A_PASS = 24
 """Cases whose kernels are named in one pass of the profiler, which takes a while to start; what dies with a run."""
@@ -244,8 +244,9 @@ def _ceilings_in(run: RunFolder) -> dict[str, float]:
 def trials_of(found: Measured, roofs: Roofs | None, prediction: Prediction | None = None) -> list[Trial]:
     """The records of one case: candidates, and cuBLAS without Lt beside them.
 
-    What belongs to the whole case (candidates offered, how many ask for workspace, how many run on Tensor Cores, the
-    prediction of nvidia-matmul-heuristics) stands in ``data["case"]`` of rank 0.
+    What belongs to the whole case (candidates offered, how many ask for workspace, how many run on Tensor Cores; where
+    every candidate is kept, the prediction of nvidia-matmul-heuristics) stands in ``data["case"]`` of rank 0. What most
+    candidates have is left out: `survey_grid.whole` puts it back.
     """
     case = found.case
     trials = [_candidate_trial(found, place, roofs, prediction) for place in _kept(found)]
@@ -288,12 +289,14 @@ def _candidate_trial(found: Measured, place: int, roofs: Roofs | None, predictio
         tensor = [kernel_names.uses_tensor_cores(_kernel(names)) for names in found.kernels]
         data["case"] = {
             "offered": len(found.offered), "with_workspace": sum(a.workspace_bytes > 0 for a in found.offered),
-            "with_tensor_core": sum(t is True for t in tensor), "prediction": _predicted(prediction),
+            "with_tensor_core": sum(t is True for t in tensor),
         }  # fmt: skip
+        if prediction and case.keep_all:
+            data["case"]["prediction"] = _predicted(prediction)
     failed = "cublasLtMatmul did not run this candidate, or could not be captured into a graph"
     return Trial(
         kind="gemm_candidate", backend="cublaslt", variant=case.id, status="ok" if latency_us is not None else "error",
-        reason=None if latency_us is not None else failed, timing=_timing(case.product, latency_us), data=data,
+        reason=None if latency_us is not None else failed, timing=_timing(case.product, latency_us), data=lean(data),
     )  # fmt: skip
 
 
@@ -344,8 +347,8 @@ def _shares(product: Product, latency_us: float, roofs: Roofs | None) -> dict[st
     return shares
 
 
-def _predicted(prediction: Prediction | None) -> dict[str, Any] | None:
-    return None if prediction is None else {**asdict(prediction), "latency_us": round(prediction.latency_us, 2)}
+def _predicted(prediction: Prediction) -> dict[str, Any]:
+    return {**asdict(prediction), "latency_us": round(prediction.latency_us, 2)}
 
 
 def _kernel(names: Sequence[str]) -> str | None:
@@ -456,7 +459,7 @@ def prove_labels(run: RunFolder, cases: Sequence[SurveyCase]) -> list[Trial]:
 def surveyed_kernel(trials: Sequence[Trial], product: Product, algorithm: Algorithm) -> str | None:
     """The kernel that a survey saw for an algorithm with these attributes on this product; None when it saw none."""
     wanted = _configuration(algorithm)
-    for trial in trials:
+    for trial in map(whole, trials):
         same = all(trial.data.get(k) == v for k, v in wanted)
         if same and trial.data.get("group") != PROOF and product_of(trial) == product:
             return trial.data.get("kernel")

@@ -14,7 +14,7 @@ from flashcore import compare, unfused_model
 from flashcore.compare import number
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Trial
-from flashcore.survey_grid import candidates_of, measured_us, product_of
+from flashcore.survey_grid import candidates_of, measured_us, product_of, whole
 
 POLICIES = ("first", "largest-workspace")
 """Those that can be judged from a survey: `measured` is the best by definition."""
@@ -133,7 +133,7 @@ def small_grid(trials: Sequence[Trial]) -> dict[tuple[int, int, int], str]:
     candidate does; `refused`: cuBLASLt offers nothing; `not known`: no kernel was seen.
     """
     found: dict[tuple[int, int, int], str] = {}
-    for trial in trials:
+    for trial in map(whole, trials):
         if trial.kind != "gemm_candidate" or trial.data.get("group") != "smallest" or trial.backend != "cublaslt":
             continue
         product = product_of(trial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flashcore.cublaslt import Product
 from flashcore.errors import InvalidProblem, UnknownName
@@ -34,6 +34,11 @@ GROUPS: tuple[str, ...] = (
 )  # fmt: skip
 _DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 _SHORT = {name: short for short, name in _DTYPES.items()}
+USUAL: dict[str, Any] = {
+    "limit_mb": DEFAULT_LIMIT_MB, "algo_id": 66, "stages": "64xAUTO", "split_k": 1, "reduction_scheme": 0,
+    "cta_swizzling": 0, "inner_shape": "UNDEFINED", "workspace_bytes": 0, "tensor_core": True,
+}  # fmt: skip
+"""What most candidates have in `data`, which their records leave out: it was a quarter of a survey's size."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,18 @@ def candidates_of(trials: Sequence[Trial], *, group: str | None = None, case: st
             continue
         if (group is None or trial.data["group"] == group) and (case is None or trial.variant == case):
             found[trial.variant, trial.data.get("rank")] = trial
-    return [t for t in found.values() if measured_us(t) is not None]
+    return [whole(t) for t in found.values() if measured_us(t) is not None]
+
+
+def lean(data: dict[str, Any]) -> dict[str, Any]:
+    """The `data` of a candidate as it is written: without what is `USUAL`."""
+    return {k: v for k, v in data.items() if k not in USUAL or v != USUAL[k] or type(v) is not type(USUAL[k])}
+
+
+def whole(trial: Trial) -> Trial:
+    """A candidate of cuBLASLt with what its record left out; records that left out nothing are taken as they are."""
+    candidate = trial.kind == "gemm_candidate" and trial.backend == "cublaslt" and trial.data.get("rank") is not None
+    return trial.model_copy(update={"data": {**USUAL, **trial.data}}) if candidate else trial
 
 
 def peers_of(trials: Sequence[Trial]) -> dict[str, Trial]:

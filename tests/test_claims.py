@@ -8,6 +8,7 @@ import math
 from dataclasses import FrozenInstanceError
 
 import pytest
+import synthetic_paging
 import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -377,6 +378,29 @@ def test_records_of_another_kind_stand_beside_a_claim():
     (finding,) = measured(text, trials=trials).of("measurement")
     assert finding.against == 70.3 and "resident pages against dense caches" in finding.sentence
     assert outcomes(measured(text, trials=trials[:1]), "measurement") == ["missing"]
+
+
+def test_each_definition_that_records_state_is_a_figure_of_its_own():
+    found = shipped_with([*synthetic_paging.memory(), *synthetic_paging.tokens()])
+    saved = found["memory-70"].of("measurement")
+    assert [f.against for f in saved] == [70.3, 47.1, -0.8] and {f.outcome for f in saved} == {"beside"}
+    assert "shared_prefix" in saved[0].sentence and "−0.800 %" in saved[2].sentence
+    rates = found["tokens-25k"].of("measurement")
+    assert len(rates) == 2 and all("attention only, batch" in f.sentence for f in rates)
+    assert "32 layers" in rates[0].sentence and "1 layer, 16 query heads" in rates[1].sentence
+    assert {found[name].verdict for name in ("memory-70", "tokens-25k")} == {"undefined"}, "a figure is no definition"
+
+
+def test_what_was_not_measured_names_the_command_that_measures_it():
+    found = shipped_with([])
+    for name in ("memory-70", "tokens-25k"):
+        (finding,) = found[name].of("measurement")
+        assert finding.outcome == "missing" and "'flashcore paging' measures it" in finding.sentence
+
+
+def shipped_with(trials: list[Trial]) -> dict[str, library.Audit]:
+    audits = library.audit(library.load_claims(), trials, environment=synthetic.environment())
+    return {audit.claim.id: audit for audit in audits}
 
 
 # ------------------------------------------------------------------------------------------------ the shipped file

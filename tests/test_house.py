@@ -23,7 +23,7 @@ if not (ROOT / "pyproject.toml").is_file():
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RECORDED = sorted(path.parent for path in (ROOT / "reports" / "recorded").glob("*/records.jsonl"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
-MOST_CELLS = 15
+MOST_CELLS = 16
 RECORDED_BYTES = 1_000_000
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import synthetic_survey as synthetic
 
-from flashcore import cublaslt, device, kernel_names, matmul_heuristics, survey
+from flashcore import cublaslt, device, kernel_names, matmul_heuristics, survey, survey_facts
 from flashcore.cublaslt import Product
 from flashcore.errors import CublasLtError, FlashCoreError, InvalidProblem, ToolMissing, UnknownName
 from flashcore.problem import square
@@ -15,12 +15,15 @@ from flashcore.profiling import split_by_marker
 from flashcore.records import Trial
 from flashcore.survey_grid import (
     GROUPS,
+    USUAL,
     candidates_of,
+    lean,
     measured_us,
     peers_of,
     product_of,
     read_product,
     survey_grid,
+    whole,
     write_product,
 )  # fmt: skip
 
@@ -97,8 +100,8 @@ def test_every_candidate_of_the_reports_cases_is_a_record_with_every_attribute(r
         "cluster_shape", "workspace_bytes", "waves_count", "rank", "kernel", "tensor_core", "compute_share",
         "memory_share", "product", "limit_mb",
     }  # fmt: skip
-    assert all(wanted <= set(t.data) for t in qk)
-    first = qk[0]
+    assert all(wanted <= set(whole(t).data) for t in qk)
+    first = whole(qk[0])
     latency_us = synthetic.times_of(QK, synthetic.offered(QK))[0]
     assert measured_us(first) == pytest.approx(latency_us, rel=1e-3) and first.timing.method == "graph_replay"
     assert first.timing.tflops == pytest.approx(QK.flops() / latency_us / 1e6, rel=1e-3)
@@ -156,8 +159,27 @@ def test_an_exploratory_case_keeps_the_first_the_fastest_and_the_largest_workspa
 
 
 def test_the_records_stay_small():
-    lines = [t.model_dump_json() for t in synthetic.survey_trials("full")]
-    assert max(map(len, lines)) < 1000 and sum(map(len, lines)) < 350_000
+    trials = synthetic.survey_trials("full")
+    lines = [t.model_dump_json() for t in trials]
+    assert max(map(len, lines)) < 1000 and sum(map(len, lines)) < 270_000
+    predicted = [t for t in trials if "prediction" in t.data.get("case", {})]
+    assert {t.data["group"] for t in predicted} == {"report", "row", "deep"}
+
+
+def test_what_most_candidates_have_is_left_out_of_a_record_and_put_back_by_readers():
+    trials = synthetic.survey_trials("full")
+    small = [t for t in trials if t.backend == "cublaslt" and t.data.get("rank") is not None]
+    assert not any(t.data.get(k) == v for t in small for k, v in USUAL.items())
+    old = [whole(t) for t in trials]  # as records were before: every attribute in each line
+    assert all(set(USUAL) <= set(t.data) for t in old if t in candidates_of(old))
+    assert candidates_of(trials) == candidates_of(old)
+    assert survey_facts.small_grid(trials) == survey_facts.small_grid(old)
+    assert survey_facts.regrets(trials) == survey_facts.regrets(old)
+    assert lean({"split_k": 1, "workspace_bytes": 64, "tensor_core": None, "cta_swizzling": False}) == {
+        "workspace_bytes": 64, "tensor_core": None, "cta_swizzling": False,
+    }  # fmt: skip
+    peer = next(t for t in trials if t.backend == "cublas")
+    assert whole(peer) is peer
 
 
 def test_without_cublaslt_a_survey_says_what_to_install(run, monkeypatch):

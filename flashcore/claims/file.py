@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flashcore.errors import ClaimsError
 from flashcore.problem import Problem, parse_problem
 from flashcore.records import Kind
+from flashcore.toml_tables import TomlFile, parse_toml, read_toml
 
 _SPEED_UNITS = {"GFLOPS": 1e-3, "TFLOPS": 1.0, "PFLOPS": 1e3}
 UNITS: dict[str, dict[str, float] | None] = {
@@ -263,40 +262,31 @@ def load_claims(path: str | Path | None = None) -> Claims:
     """
     shipped = shipped_path()
     path = shipped if path is None else Path(path)
-    known = () if path == shipped else parse_claims(_read(shipped), str(shipped)).gpus
-    return parse_claims(_read(path), str(path), gpus=known)
+    known = () if path == shipped else _claims(_read(shipped)).gpus
+    return _claims(_read(path), gpus=known)
 
 
 def parse_claims(text: str, path: str = "claims", *, gpus: tuple[Gpu, ...] = ()) -> Claims:
     """Read the text of a claims file; `path` names it in errors, `gpus` are known besides its own."""
-    try:
-        document = tomllib.loads(text, parse_float=Decimal)
-    except tomllib.TOMLDecodeError as error:
-        at = re.search(r"at line (\d+)", str(error))
-        line = int(at[1]) if at else len(text.splitlines())
-        raise ClaimsError(path, line, f"this is not TOML: {error}.") from error
-    for name in sorted(set(document) - {"claim", "gpu"}):
-        line = _line_of(text, None, None, name)
-        raise ClaimsError(path, line, f"there is no '{name}' here; only [[claim]] and [[gpu]] tables are read.")
-    own = _tables(Gpu, document, "gpu", text, path)
+    return _claims(parse_toml(text, path, ClaimsError, parse_float=Decimal), gpus=gpus)
+
+
+def _read(path: Path) -> TomlFile:
+    return read_toml(path, "claims", ClaimsError, parse_float=Decimal)
+
+
+def _claims(file: TomlFile, *, gpus: tuple[Gpu, ...] = ()) -> Claims:
+    file.only(("claim", "gpu"))
+    own = file.tables(Gpu, "gpu")
     known = {gpu.id: gpu for gpu in (*gpus, *own)}
-    claims = _tables(Claim, document, "claim", text, path)
+    claims = file.tables(Claim, "claim")
     if not claims:
-        raise ClaimsError(path, None, "there is no claim in it; write at least one [[claim]] table.")
-    found = Claims(path, tuple(claims), tuple(known.values()))
+        raise file.wrong("there is no claim in it; write at least one [[claim]] table.")
+    found = Claims(file.path, tuple(claims), tuple(known.values()))
     for index, claim in enumerate(claims):
         if bad := _bad_link(claim, found):
-            raise ClaimsError(path, _line_of(text, "claim", index, bad[0]), f"claim '{claim.id}': {bad[1]}.")
+            raise file.wrong(f"claim '{claim.id}': {bad[1]}.", (("claim", index),), bad[0])
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ClaimsError(str(path), None, f"the claims file cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise ClaimsError(str(path), None, "the claims file is not UTF-8 text.") from error
 
 
 def _problem(value: Any) -> Any:
@@ -312,41 +302,6 @@ def _problem(value: Any) -> Any:
             raise ValueError(f"a problem has no '{unknown[0]}'; its fields are {', '.join(known)}")
         return Problem(**{k: float(v) if isinstance(v, Decimal) else v for k, v in value.items()})
     return value
-
-
-def _tables(model: type[BaseModel], document: Mapping[str, Any], name: str, text: str, path: str) -> list:
-    """Every [[name]] table as a model, or the error that names the first bad one's line."""
-    tables = document.get(name, [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ClaimsError(path, _line_of(text, None, None, name), f"write each {name} as a [[{name}]] table.")
-    found: list = []
-    for index, table in enumerate(tables):
-        try:
-            item = model.model_validate(table)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = str(first["loc"][0]) if first["loc"] else None
-            called = f"{name} '{table.get('id', f'number {index + 1}')}'"
-            line = _line_of(text, name, index, key)
-            raise ClaimsError(path, line, f"{called}: {_in_words(first, key, model)}.") from None
-        if any(item.id == other.id for other in found):
-            line = _line_of(text, name, index, "id")
-            raise ClaimsError(path, line, f"there are two {name}s with the id '{item.id}'.")
-        found.append(item)
-    return found
-
-
-def _in_words(error: dict[str, Any], key: str | None, model: type[BaseModel]) -> str:
-    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        return f"there is no key '{key}'; the keys are {', '.join(model.model_fields)}"
-    if error["type"] == "missing" and len(error["loc"]) == 1:
-        return f"the key '{key}' is missing"
-    if key == "quantity":
-        return f"there is no quantity '{error['input']}'; use one of {', '.join(get_args(Quantity))}"
-    message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    got = error["input"]
-    said = str(got) if isinstance(got, Decimal) else repr(got)
-    return f"{key}: {message} (got {said[:80]})" if key else message
 
 
 def _bad_link(claim: Claim, found: Claims) -> tuple[str, str] | None:
@@ -378,19 +333,3 @@ def _bad_link(claim: Claim, found: Claims) -> tuple[str, str] | None:
 def _rate(claim: Claim) -> str:
     """The quantity, with a peak counted as the speed that it is."""
     return claim.quantity.removeprefix("peak_")
-
-
-def _line_of(text: str, table: str | None, index: int | None, key: str | None) -> int | None:
-    """Line of `key` in the table of this index; of its [[header]] when the key is not written there."""
-    header, found, inside = -1, None, table is None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if match := re.match(r"\s*\[\[\s*(\w+)\s*\]\]", line):
-            if match[1] == table:
-                header += 1
-            inside = table is None or (match[1] == table and header == index)
-            if inside and table is not None:
-                found = number
-                continue
-        if inside and key and re.match(rf"\s*\[*(?:{table}\.)?[\"']?{re.escape(key)}[\"']?[\s.=\]]", line):
-            return number
-    return found

@@ -63,7 +63,7 @@ class Run:
 def measurement(claim: Claim, claims: Claims, run: Run) -> list[Finding]:
     """What the run says of the claim's quantity, or what would have to be run."""
     if claim.records is not None:
-        return [_from_records(claim, run)]
+        return _from_records(claim, run)
     if claim.quantity in ("work_gflop", "count"):
         return []  # follows from the workload; there is nothing to measure
     if claim.quantity == "speedup":
@@ -203,20 +203,24 @@ def _machine(claim: Claim, run: Run) -> Finding:
     return Finding("measurement", "beside", sentence, claim.number, max(seen), claim.own_unit)
 
 
-def _from_records(claim: Claim, run: Run) -> Finding:
-    """A figure that other records of the run hold for the claim's quantity."""
-    wanted = claim.records
-    trials = [
-        t for t in run.trials
-        if t.kind == wanted.kind and t.status == "ok" and _is_number(t.data.get(wanted.key))
-        and all(t.data.get(key) == value for key, value in wanted.where.items())
-    ]  # fmt: skip
-    if not trials:
-        return _not_measured(claim)
-    value, trial = float(trials[-1].data[wanted.key]), trials[-1]
+def _from_records(claim: Claim, run: Run) -> list[Finding]:
+    """Figures that other records of the run hold for the claim's quantity: of each definition they state, the last."""
+    wanted, found = claim.records, {}
+    for trial in run.trials:
+        value = trial.data.get(wanted.key)
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        here = all(trial.data.get(key) == expected for key, expected in wanted.where.items())
+        if trial.kind == wanted.kind and trial.status == "ok" and real and here:
+            found[str(trial.data.get("definition"))] = trial
+    return [_as_recorded(claim, trial, run) for trial in found.values()] or [_not_measured(claim)]
+
+
+def _as_recorded(claim: Claim, trial: Trial, run: Run) -> Finding:
+    value = float(trial.data[claim.records.key])
     at = f" at {spaced(trial.problem)}" if trial.problem else ""
     meaning = trial.data.get("definition")
-    says = f"Measured: {number(value)} {claim.own_unit}{run.where}{at}" + (f", {clause(meaning)}" if meaning else "")
+    figure = f"{number(value)} {claim.own_unit}"
+    says = f"Measured: {figure}{run.where}{at}" + (f", {clause(meaning)}" if meaning else "")
     doubt = run.source.doubt(trial)
     if doubt:
         says += f"; but {doubt}"

@@ -1,20 +1,20 @@
-"""Read the gates: the conditions a run is judged by, as data."""
+"""Read the gates that a run is judged by, and the options that they decide between: both are data."""
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flashcore import compare
 from flashcore.errors import FlashCoreError, GatesError
 from flashcore.problem import parse_problem
 from flashcore.records import Kind, Trial
+from flashcore.toml_tables import TomlFile, read_toml
 
 METRIC_KIND = {
     "correct_percent": "correctness",
@@ -29,7 +29,7 @@ GROUPS = {"ours": "ours", "peers": "peer", "any": None}
 class Gate(BaseModel):
     """One condition on measured records; `reports/gates.toml` explains every key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)  # strict: "320" and "yes" are no 320 and true
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     title: str = Field(min_length=1)
@@ -114,18 +114,72 @@ class Gate(BaseModel):
         return value - self.threshold if self.at_least is not None else self.threshold - value
 
 
+class Condition(Gate):
+    """A gate that belongs to one option: the option hangs on it, and the run does not."""
+
+    required: Literal[True] = True
+
+
+class Option(BaseModel):
+    """One thing that could be shipped; `reports/gates.toml` explains every key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str = Field(min_length=1)
+    means: str = Field(min_length=1)
+    effort: str = Field(min_length=1)
+    risk: str = Field(min_length=1)
+    backend: str | None = Field(default=None, min_length=1)
+    conditions: tuple[str, ...] = ()
+    condition: tuple[Condition, ...] = ()
+
+    @field_validator("backend")
+    @classmethod
+    def _one_backend(cls, value: str | None) -> str | None:
+        if value in GROUPS:
+            raise ValueError("an option ships one backend; name it instead of a group")
+        return value
+
+    @model_validator(mode="after")
+    def _has_conditions(self) -> Option:
+        if not self.conditions and not self.condition:
+            raise ValueError(
+                "it has no condition; name gates in 'conditions', or write an [[option.condition]] below it"
+            )
+        return self
+
+    def asked(self, gates: Gates) -> tuple[Gate, ...]:
+        """Its conditions as gates; one on "ours" asks this option's backend alone: another's speed does not ship it."""
+        found = []
+        for name in self.conditions:
+            gate = gates.get(name)
+            if self.backend and gate.backend == "ours":
+                changes = {"backend": self.backend, "title": f"{gate.title} ({self.backend})"}
+                gate = gate.model_copy(update=changes)
+            found.append(gate)
+        return (*found, *self.condition)
+
+
 @dataclass(frozen=True)
 class Gates:
-    """The gates of one file, in its order."""
+    """The gates and options of one file, in its order."""
 
     path: str
     gates: tuple[Gate, ...]
+    options: tuple[Option, ...] = ()
+    rank_options_by: str | None = None
+    """Id of the gate that says which of several options that may ship is recommended; None: the first in the file."""
 
     def __iter__(self) -> Iterator[Gate]:
         return iter(self.gates)
 
     def __len__(self) -> int:
         return len(self.gates)
+
+    def get(self, id_: str) -> Gate | None:
+        """The gate with this id, or None."""
+        return next((gate for gate in self.gates if gate.id == id_), None)
 
 
 def load_gates(path: str | Path | None = None) -> Gates:
@@ -139,74 +193,42 @@ def load_gates(path: str | Path | None = None) -> Gates:
     Raises
     ------
     GatesError
-        The file cannot be read, is no TOML, or holds a gate that makes no sense; names the line and the reason.
+        The file cannot be read, is no TOML, or holds a gate or an option that makes no sense; names line and reason.
     """
     if path is None:
         from flashcore.build import data_dir
 
         path = data_dir("reports") / "gates.toml"
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except OSError as error:
-        raise GatesError(str(path), None, f"the gates file cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise GatesError(str(path), None, "the gates file is not UTF-8 text.") from error
-    except tomllib.TOMLDecodeError as error:
-        at = re.search(r"at line (\d+)", str(error))
-        line = int(at[1]) if at else len(text.splitlines())
-        raise GatesError(str(path), line, f"this is not TOML: {error}.") from error
-    unknown = sorted(set(document) - {"gate"})
-    if unknown:
-        raise GatesError(
-            str(path),
-            _line_of(text, None, unknown[0]),
-            f"there is no '{unknown[0]}' here; only [[gate]] tables are read.",
-        )
-    tables = document.get("gate")
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise GatesError(str(path), None, "there is no gate in it; write at least one [[gate]] table.")
-    gates: list[Gate] = []
-    for index, table in enumerate(tables):
-        try:
-            gate = Gate.model_validate(table, strict=False)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = str(first["loc"][0]) if first["loc"] else None
-            name = table.get("id", f"number {index + 1}")
-            raise GatesError(
-                str(path), _line_of(text, index, key), f"gate '{name}': {_in_words(first, key)}."
-            ) from None
-        if any(gate.id == other.id for other in gates):
-            raise GatesError(str(path), _line_of(text, index, "id"), f"there are two gates with the id '{gate.id}'.")
-        gates.append(gate)
+    file = read_toml(Path(path), "gates", GatesError)
+    file.only(("gate", "option"), keys=("rank_options_by",))
+    if not isinstance(file.values.get("gate"), list) or not file.values["gate"]:
+        raise file.wrong("there is no gate in it; write at least one [[gate]] table.", (), "gate")
+    gates = file.tables(Gate, "gate")
     if not any(gate.required for gate in gates):
-        raise GatesError(str(path), None, "no gate is required, so nothing would ever stop a GO; require at least one.")
-    return Gates(str(path), tuple(gates))
-
-
-def _in_words(error: dict[str, Any], key: str | None) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"there is no key '{key}'; the keys are {', '.join(Gate.model_fields)}"
-    if error["type"] == "missing":
-        return f"the key '{key}' is missing"
-    if key == "kind":
-        return f"there is no kind '{error['input']}'; use one of {', '.join(get_args(Kind))}"
-    message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{key}: {message} (got {error['input']!r})" if key else message
-
-
-def _line_of(text: str, gate: int | None, key: str | None) -> int | None:
-    """Line of `key` in the gate with this index; of its [[gate]] header when the key is not written there."""
-    header, found = -1, None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if re.match(r"\s*\[\[\s*gate\s*\]\]", line):
-            header += 1
-            if header == gate:
-                found = number
-        elif (
-            key and (gate is None or header == gate) and re.match(rf"\s*\[*[\"']?{re.escape(key)}[\"']?[\s.=\]]", line)
-        ):
-            return number
+        raise file.wrong("no gate is required, so nothing would ever stop a GO; require at least one.")
+    found = Gates(file.path, tuple(gates), tuple(file.tables(Option, "option")), file.values.get("rank_options_by"))
+    _check_names(file, found)
     return found
+
+
+def _check_names(file: TomlFile, found: Gates) -> None:
+    """Refuse a name of a gate that leads nowhere, and one condition asked twice."""
+    known = ", ".join(gate.id for gate in found)
+    ranking = found.rank_options_by
+    if ranking is not None and (not isinstance(ranking, str) or found.get(ranking) is None):
+        raise file.wrong(f"there is no gate '{ranking}' to rank options by; use one of {known}.", (), "rank_options_by")
+    for index, option in enumerate(found.options):
+        place = (("option", index),)
+        for name in option.conditions:
+            if found.get(name) is None:
+                reason = f"option '{option.id}': there is no gate '{name}'; use one of {known}, or write it below as an"
+                raise file.wrong(f"{reason} [[option.condition]].", place, "conditions", name)
+            if option.conditions.count(name) > 1:
+                raise file.wrong(f"option '{option.id}': the gate '{name}' is named twice.", place, "conditions", name)
+        ids = [condition.id for condition in option.condition]
+        for number, name in enumerate(ids):
+            if found.get(name) is not None or name in ids[:number]:
+                reason = (
+                    f"option '{option.id}': there is another gate or condition with the id '{name}'; choose a new one."
+                )
+                raise file.wrong(reason, (*place, ("condition", number)), "id")

@@ -55,6 +55,26 @@ class GateResult:
         """The margin relative to the threshold, in %."""
         return None if self.margin is None or self.threshold == 0 else 100 * self.margin / abs(self.threshold)
 
+    @property
+    def margin_over_spread(self) -> float | None:
+        """How many times its own spread the figure lies from the threshold; None where no spread is known."""
+        width = self.spread[1] - self.spread[0] if self.spread else 0
+        return None if self.margin is None or width <= 0 else abs(self.margin) / width
+
+    @property
+    def confidence(self) -> str:
+        """What stands behind the figure, in words."""
+        if self.measured is None:
+            return "nothing measured"
+        if self.spread is None:
+            counted = {"correct_percent": "check"}.get(self.metric, "record" if "data." in self.metric else "sample")
+            return f"{self.n:,} {counted}{'s' if self.n != 1 else ''}"
+        times = self.margin_over_spread
+        behind = f"{self.n} samples, {number(self.spread[0])} to {number(self.spread[1])}"
+        if times is None:
+            return f"{behind}; no spread"
+        return f"{behind}; margin {'exceeds' if times > 1 else 'is within'} the spread ({number(times, 2)} times it)"
+
 
 @dataclass(frozen=True)
 class Source:

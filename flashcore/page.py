@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from flashcore import html_tables, tables, verdict
+from flashcore import html_tables, option_words, tables, verdict
 from flashcore.compare import number
 from flashcore.problem import parse_problem
 from flashcore.records import RunFolder, Trial
@@ -85,6 +85,32 @@ def _card(title: str, value: str, unit: str, where: str, lines: Sequence[str]) -
     )
 
 
+def options_html(decision: Decision) -> str:
+    """The options: which may ship and what decides; meaning and conditions are folded. Empty for none."""
+    if not decision.options:
+        return ""
+    rows, told = [], option_words.matrix_rows(decision.options)
+    for option, row in zip(decision.options, told, strict=True):
+        name = Markup('<span class="fc-gate">{}</span><span class="fc-why">Effort: {}. Risk: {}.</span>')
+        result = Markup('<strong class="{}">{}</strong><br><span class="fc-why">{}</span>')
+        css = {"SHIP": "pass", "DO NOT SHIP": "fail"}.get(option.result, "inconclusive")
+        rows.append(
+            {
+                "Option": name.format(row["Option"], option.effort, option.risk),
+                "Result": result.format(css, row["Result"], row["Conditions"]),
+                "What decides": option_words.nearest(option),
+            }
+        )
+    table = html_tables.table_html(rows, "Options: what could be shipped", stack=True, css="fc-options")
+    kept = ("Option", "What shipping it means", "What would change it")
+    meanings = [{name: row[name] for name in kept} for row in told]
+    numeric = ["Measured", "Threshold", "Margin"]
+    conditions = option_words.condition_rows(decision.options)
+    details = html_tables.table_html(meanings, "What each option means, and what would change the decision", stack=True)
+    details += html_tables.table_html(conditions, "Every condition of every option", numeric=numeric, stack=True)
+    return table + fold("What each option means, what would change the decision, and every condition", details)
+
+
 def gates_html(decision: Decision) -> str:
     """Every gate: result, measured, threshold, margin, samples, spread, and where the evidence comes from."""
     rows = []
@@ -95,11 +121,12 @@ def gates_html(decision: Decision) -> str:
             margin = f"{_signed(gate.margin)} {_short(gate.unit)}{percent}"
             if gate.metric == "correct_percent":
                 margin = "none needed" if gate.margin == 0 else f"{_signed(gate.margin)} %"
-        name = Markup('<span class="fc-gate">{}</span><span class="fc-kind">{}</span><span class="fc-why">{}</span>')
+        kind = "" if gate.required else " fc-aim"
+        name = Markup('<span class="fc-gate">{}</span><span class="fc-kind{}">{}</span><span class="fc-why">{}</span>')
         rows.append(
             {
                 "Gate": name.format(
-                    gate.title, f"{'Required' if gate.required else 'An aim, not required'}. ", _detail(gate)
+                    gate.title, kind, f"{'Required' if gate.required else 'An aim, not required'}. ", _detail(gate)
                 ),
                 "Result": Markup('<strong class="{}">{}</strong>').format(gate.state.lower(), gate.state),
                 "Measured": "none" if gate.measured is None else f"{number(gate.measured)} {_short(gate.unit)}",

@@ -169,6 +169,19 @@ def test_the_verdict_is_the_one_of_the_records(opened, pages):
     assert tab.locator("meta[name=description]").get_attribute("content") == f"NO-GO. {decision.reason}"
 
 
+def test_the_options_stand_before_the_gates_and_their_conditions_are_folded(opened, pages):
+    tab, _ = opened("no-go")
+    shown = tab.locator(".fc-options tbody tr")
+    options = pipeline.verdict.judge(pages["no-go"]).options
+    assert [o.result in row for o, row in zip(options, shown.all_inner_texts(), strict=True)] == [True] * 3
+    tops = [tab.locator(name).first.bounding_box()["y"] for name in (".fc-banner", ".fc-options", ".fc-gates")]
+    assert tops == sorted(tops)
+    fold = tab.locator(".fc-options + details")
+    assert not fold.evaluate("e => e.open")
+    fold.locator("summary").click()
+    assert "Paging saves 70 %" in fold.inner_text() and "HOLDS" in fold.inner_text()
+
+
 def test_a_failed_notebook_is_said_prominently(opened):
     tab, _ = opened("broken")
     alert = tab.locator("main > .fc-alert")

@@ -243,8 +243,14 @@ def test_tools_by_name():
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(sanitizer.executable() is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize(
-    ("tool", "fault"), [*((tool, None) for tool in sanitizer.TOOLS), ("memcheck", "F11"), ("racecheck", "G1")]
+    ("tool", "fault", "ids"),
+    [
+        *((tool, None, ("scalar", "wmma")) for tool in sanitizer.TOOLS),
+        ("memcheck", "F11", ("scalar", "wmma")),
+        # Without its barrier wmma races too, but its pages arrive by cp.async, whose writes racecheck does not follow.
+        ("racecheck", "G1", ("scalar",)),
+    ],
 )
-def test_our_kernels_are_clean_and_planted_bugs_are_found(tool, fault):
-    for trial in sanitizer.sanitize(None, [backends.get("scalar"), backends.get("wmma")], tools=tool, fault=fault):
+def test_our_kernels_are_clean_and_planted_bugs_are_found(tool, fault, ids):
+    for trial in sanitizer.sanitize(None, [backends.get(one) for one in ids], tools=tool, fault=fault):
         assert trial.status == ("failed" if fault else "ok"), (trial.backend, trial.reason)

@@ -53,6 +53,7 @@ def test_complete_fresh_evidence_that_meets_every_gate_is_go():
     assert decision.verdict == "GO" and decision.exit_code == 0
     assert not decision.blocking
     assert {g.state for g in decision.gates if g.required} == {"PASS"}
+    assert decision.recommended.id == "B" and "Ship option B" in decision.reason
 
 
 def test_a_missed_target_is_no_go_with_its_margin():
@@ -335,6 +336,9 @@ def proves_go(trials: list[Trial], environment: dict, current: dict) -> bool:
             t.timing and math.isfinite(t.timing.latency_us) and t.timing.samples_us for t in timed
         ):
             return False
+    saved = [t for t in trials if t.kind == "paging"]  # the only option that these records can carry is B
+    if not saved or not all(t.status == "ok" and fresh(t, None) for t in saved):
+        return False
     done = {t.data.get("name") for t in trials if t.kind == "notebook" and t.status == "ok"}
     return set(synthetic.NOTEBOOKS) <= {n for n in done if isinstance(n, str)}
 
@@ -425,6 +429,10 @@ def test_a_small_gates_file_loads(tmp_path):
         ('"speed"', '"Speed gate"', 3, "id"),
         ("required = true", "required = false", None, "no gate is required"),
         ("[[gate]]", "[[gates]]", 2, "no 'gates' here"),
+        ("at_least = 320", 'at_least = "320"', 8, "at_least"),
+        ("required = true", 'required = "yes"', 9, "required"),
+        ("at_least = 320", 'why = """\n[[gate]]\nid = 3\n"""\nat_leest = 320', 12, "no key 'at_leest'"),
+        ("[[gate]]", 'rank_options_by = "fast"\n[[gate]]', 2, "no gate 'fast' to rank options by"),
     ],
 )
 def test_a_bad_gates_file_is_one_error_with_line_and_reason(tmp_path, old, new, line, words):

@@ -43,6 +43,7 @@ constexpr int CONSUMER_BARRIER = 1, COMBINER_BARRIER = CONSUMER_BARRIER + NUM_CO
 constexpr int LARGE_SHARE = 12;
 constexpr int SMALL_CHUNKS = 8;
 constexpr int SMALLEST_CHUNK = 4;  // units: fewer would leave more parts to combine than that saves
+constexpr int WORTH_DEALING = 2;   // units of each small chunk on average, from which on there are any
 
 // What the host adds: room for parts, and how a call is cut.
 struct DecodeParams {
@@ -62,6 +63,7 @@ struct Unit {
   int sequence;      // of that part, in the block
   int taken;         // units that this part has, when this is its last one, and otherwise 0
   bool begins;       // the first one of its part
+  bool closes;       // that part is the last one that the chunk has of the head
   bool whole;        // every query sees all its keys
   int position[MOST_BOXES];  // of the first key of each box
 };
@@ -70,6 +72,7 @@ constexpr int NO_MORE = -1;
 // A part that is complete.
 struct Part {
   int number, taken;
+  bool closes;  // the last one that the chunk has of the head
 };
 
 struct SharedMemory {
@@ -128,7 +131,7 @@ struct Chunks {
     const int blocks = gridDim.x;
     const int rest = units - static_cast<int>(static_cast<Index>(units) * LARGE_SHARE / 16);
     small = max(SMALLEST_CHUNK, (rest + blocks * SMALL_CHUNKS - 1) / (blocks * SMALL_CHUNKS));
-    const int chunks = rest >= blocks * SMALLEST_CHUNK ? rest / small : 0;
+    const int chunks = rest >= blocks * SMALL_CHUNKS * WORTH_DEALING ? rest / small : 0;
     first_small = units - chunks * small;
     large = first_small / blocks;
     longer_large = first_small - large * blocks;
@@ -295,6 +298,7 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
         info.sequence = sequence - (since < NUM_CONSUMERS ? 0 : (NUM_CONSUMERS - 1 - since % NUM_CONSUMERS));
         info.taken = left <= NUM_CONSUMERS ? since / NUM_CONSUMERS + 1 : 0;
         info.begins = since < NUM_CONSUMERS;
+        info.closes = since % NUM_CONSUMERS == min(NUM_CONSUMERS, since + left) - 1;
         info.whole = (whole & own) == own;
       }
       __syncwarp();
@@ -411,10 +415,10 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     mbarrier_wait(&smem.k_full[slot], at.parity);
     const Unit& unit = smem.unit[at.parity][slot];
     const int number = unit.number, part = unit.part, taken = unit.taken, sequence = unit.sequence;
-    const bool whole = unit.whole;
+    const bool whole = unit.whole, closes = unit.closes;
     const UnitPositions positions = {unit.position, box_shift};
     if (number == NO_MORE) {
-      if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0});
+      if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0, true});
       return;
     }
     if (unit.begins) {
@@ -470,7 +474,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
                  make_float2(o[i], o[i + 1]));
       }
     }
-    pass_on(smem, sequence, {number, taken});
+    pass_on(smem, sequence, {number, taken, closes});
   }
 }
 
@@ -536,27 +540,31 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
   }
 }
 
-// Three warps: each part that the consumer completes.
+// Three warps: each part that the consumers complete.
 __device__ __forceinline__ void combine_parts(SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
                                               const Chunks& chunks) {
   const int thread = threadIdx.x - CONSUMER_THREADS - WARP;
+  int taken = 0;  // units that the parts of this chunk and head have
   for (int sequence = 0;; ++sequence) {
     const int entry = sequence % PARTS_UNDER_WAY;
     mbarrier_wait(&smem.part_full[entry], sequence / PARTS_UNDER_WAY % 2);
     const Part part = smem.part[entry];
     if (part.number == NO_MORE) return;
-    if (thread == 0) {
-      __threadfence();  // the block's part, before it is accounted for
+    taken += part.taken;
+    if (part.closes && thread == 0) {
       const int all = smem.first_unit[part.number + 1] - smem.first_unit[part.number];
-      smem.combines = atomicAdd(&decode.accounted_gmem[part.number], part.taken) + part.taken == all;
+      smem.combines = atomic_add_release(&decode.accounted_gmem[part.number], taken) + taken == all;
       if (smem.combines) decode.accounted_gmem[part.number] = 0;
-      __threadfence();  // other blocks' parts, after that
     }
     barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);
-    const bool combines = smem.combines;
-    barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);  // all have read the part and the flag
     if (thread == 0) mbarrier_arrive(&smem.part_empty[entry]);
-    if (combines) combine(smem, params, decode, chunks, part.number, thread);
+    if (!part.closes) continue;
+    taken = 0;
+    const bool combines = smem.combines;
+    barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);  // the flag may be set anew
+    if (!combines) continue;
+    fence_acquire();
+    combine(smem, params, decode, chunks, part.number, thread);
   }
 }
 

@@ -103,15 +103,17 @@ struct PagedTile {
 
   // The pool page that holds a key; -1, which the tensor copies fill with zeros, where there is none.
   __device__ int pool_page(int key) const { return key < seqlen_k ? max(-1, table_gmem[key >> page_shift]) : -1; }
-  __device__ unsigned present(int first_key) const {
-    unsigned boxes = 0;
-    for (int box = 0; box * box_keys < TILE_N; ++box) boxes |= (pool_page(first_key + box * box_keys) >= 0) << box;
+  // Which of the boxes from a key on are there, a bit each. The pool page of the first one is known.
+  __device__ unsigned present(int first_key, int first_page) const {
+    unsigned boxes = first_page >= 0;
+    for (int box = 1; box * box_keys < TILE_N; ++box) boxes |= (pool_page(first_key + box * box_keys) >= 0) << box;
     return boxes;
   }
-  __device__ void load(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_key, int head) const {
+  __device__ void load(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_key, int first_page,
+                       int head) const {
     mbarrier_arrive_expect_tx(full, PAGE_BYTES);
     for (int row = 0; row < TILE_N; row += box_keys) {
-      const int key = first_key + row, page = pool_page(key);
+      const int key = first_key + row, page = row == 0 ? first_page : pool_page(key);
 #pragma unroll
       for (int block = 0; block < COLUMN_BLOCKS; ++block)
         tma_load_4d(dst_smem + (block * TILE_N + row) * ROW_BYTES, map, full, block * BLOCK_COLUMNS,
@@ -169,17 +171,20 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
     const int pages = pages_of(params, first_row, TILE_M, TILE_N, seqlen_k);
     smem.work[half] = {batch_head, first_row, pages PAGED(, seqlen_k)};
     PAGED(const PagedTile keys(paged, tile.batch, seqlen_k);)
+    PAGED(int next_pool_page = keys.pool_page(0);)  // looked up before there is room for it
     load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], first_row, tile.head, tile.batch);
 #pragma unroll 1
     for (int page = 0; page < pages; ++page, at = at.next()) {
       const int first_key = page * TILE_N;
 #ifdef FLASHCORE_PAGED
-      const unsigned present = keys.present(first_key);
+      const int pool_page = next_pool_page;
+      next_pool_page = keys.pool_page(first_key + TILE_N);
+      const unsigned present = keys.present(first_key, pool_page);
       mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
       smem.present[at.slot] = present;
-      keys.load(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, tile.head_kv);
+      keys.load(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, pool_page, tile.head_kv);
       mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
-      keys.load(smem.v[at.slot], v_map, &smem.v_full[at.slot], first_key, tile.head_kv);
+      keys.load(smem.v[at.slot], v_map, &smem.v_full[at.slot], first_key, pool_page, tile.head_kv);
 #else
       mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
       load_rows<TILE_N>(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, tile.head_kv, tile.batch);

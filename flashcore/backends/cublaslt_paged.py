@@ -35,6 +35,7 @@ class CublasLtPaged(CublasLt):
 
     id = "cublaslt-paged"
     title = "cuBLASLt over pages, one sequence after the other"
+    variant_of = "cublaslt"
     paged = True
     swept = False
     lanes = 1

@@ -18,6 +18,7 @@ class HopperPaged(PagedBackend, HopperUnsplit):
 
     id = "hopper-paged"
     title = "Our Hopper kernel over pages"
+    variant_of = "hopper"
     paged = True
     swept = False
 

@@ -34,3 +34,14 @@ __device__ __forceinline__ float ex2_approx(float x) {
 __device__ __forceinline__ void prefetch_l2(const void* src_gmem) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(src_gmem) : "memory");
 }
+
+// atom.add.release.gpu (PTX ISA, Parallel Synchronization: atom): what the thread wrote before, and what it knows others wrote,
+// is seen by whoever sees the sum. Returns what was there.
+__device__ __forceinline__ int atomic_add_release(int* sum_gmem, int x) {
+  int before;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(sum_gmem), "r"(x) : "memory");
+  return before;
+}
+
+// fence.acq_rel.gpu (PTX ISA, membar/fence): what others wrote before a value that the thread has seen can be read.
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

@@ -39,7 +39,7 @@ def loaded_for(problem: Problem, *, split: bool = False) -> LoadedKernel:
         chains = 4 if problem.head_dim == 64 else 3
         tile_m, tile_n, threads = 64, 64, 128 * chains
     else:
-        asked = dict(backends.get("hopper").defines(problem))
+        asked = dict(backends.get("hopper").defines(problem, 0))
         warpgroups = asked.get("FLASHCORE_NUM_CONSUMERS", 4 if problem.head_dim == 64 else 3)
         tile_m, tile_n, threads = 64 * warpgroups, asked.get("FLASHCORE_TILE_N", 64), 128 * (warpgroups + 1)
         chains = 1
@@ -72,13 +72,25 @@ def test_the_grid_is_a_block_a_tile_or_a_block_a_multiprocessor(on_an_h200):
     assert chosen.blocks(report, loaded_for(report), 0) == (MULTIPROCESSORS, 1, 1)
 
 
-def test_the_tile_for_long_rows_is_asked_for_where_it_was_measured_to_be_faster():
+def test_the_tile_for_long_rows_is_asked_for_where_it_was_measured_to_be_faster(on_an_h200):
     chosen = backends.get("hopper")
     long = (("FLASHCORE_NUM_CONSUMERS", 3), ("FLASHCORE_TILE_N", 128))
-    assert chosen.defines(square(1, 16, 4097, 64)) == chosen.defines(square(1, 16, 4097, 64, dtype="bfloat16")) == long
+    for problem in (square(1, 16, 4097, 64), square(1, 16, 4097, 64, dtype="bfloat16")):
+        assert chosen.defines(problem, 0) == chosen.defines_of_many(problem) == long
     others = [square(1, 16, 4096, 64), square(1, 16, 8192, 128), square(1, 16, 8192, 64, causal=True)]
     others += [square(1, 16, 8192, 64).with_(seqlen_q=1), square(1, 16, 8192, 64).with_(seqlen_k=100)]
-    assert all(chosen.defines(problem) == () for problem in others)
+    assert all(chosen.defines_of_many(problem) == () for problem in others)
+
+
+def test_tiles_of_two_warpgroups_while_all_of_them_fit_at_once(on_an_h200):
+    chosen, unsplit = (backends.get(name) for name in BOTH)
+    for head_dim in (64, 128):
+        few = (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", head_dim))
+        assert chosen.defines(square(1, 16, 1024, head_dim), 0) == few
+        assert chosen.defines(square(1, 132, 128, head_dim), 0) == few
+        for many in (square(1, 132, 129, head_dim), square(1, 133, 128, head_dim), square(16, 16, 2048, head_dim)):
+            assert chosen.defines(many, 0) == ()
+        assert unsplit.defines(square(1, 16, 1024, head_dim), 0) == ()
 
 
 # ------------------------------------------------------------------------------------------------ who gets which tile
@@ -623,5 +635,21 @@ def test_the_tile_for_long_rows(assert_right, dtype, step):
     that of bfloat16 as well; k[0] goes up to 33 pages of 128 keys times 40 or 200, within float16's range."""
     problem = Problem(batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=4160, seqlen_k=4161, head_dim=64, dtype=dtype,
                       softmax_scale=SCALE)  # fmt: skip
-    assert backends.get("hopper").defines(problem)
+    assert backends.get("hopper").defines_of_many(problem)
     assert_right(problem, leveled(problem, page_of_key(problem) * step, noise=1.0 if step == 0 else NOISE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "dtype"), VARIANTS)
+@pytest.mark.parametrize("step", [0, 20])
+def test_the_tile_for_few_tiles(assert_right, head_dim, dtype, step):
+    """Two warpgroups: more tiles of 64 rows than multiprocessors, and no more of 128."""
+    for causal in (False, True):
+        problem = Problem(batch=2, num_heads_q=8, num_heads_kv=4, seqlen_q=900, seqlen_k=917, head_dim=head_dim,
+                          dtype=dtype, causal=causal, softmax_scale=SCALE)  # fmt: skip
+        chosen = backends.get("hopper")
+        assert ("FLASHCORE_NUM_CONSUMERS", 2) in chosen.defines(problem, 0)
+        assert chosen.entry(problem, 0) == "attention_hopper"
+        assert_right(
+            problem, leveled(problem, page_of_key(problem) * step, noise=1.0 if step == 0 else NOISE), ("hopper",)
+        )

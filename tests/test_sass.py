@@ -17,10 +17,15 @@ TRACED = [k for k in build.kernel_names() if re.search(r"\bTRACE\(", build.kerne
 VARIANTS = [(k, head_dim, dtype) for k in TRACED for head_dim, dtype in build.variants(k)]
 
 HOPPER = "attention_hopper"
-LONG_ROWS = backends.get("hopper").defines(square(1, 1, 8192, 64))
-"""The other tile that the backend asks for."""
+LONG_ROWS = backends.get("hopper").defines_of_many(square(1, 1, 8192, 64))
+FEW_TILES = {head_dim: (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", head_dim)) for head_dim in (64, 128)}
+"""The other tiles that the backend asks for."""
 HOPPER_TILES = [(head_dim, dtype, ()) for head_dim, dtype in build.variants(HOPPER)]
 HOPPER_TILES += [(64, dtype, LONG_ROWS) for dtype in build.DTYPES]
+HOPPER_TILES += [(head_dim, dtype, FEW_TILES[head_dim]) for head_dim, dtype in build.variants(HOPPER)]
+PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype in build.variants(HOPPER)]
+PAGED_TILES += [(64, dtype, (("FLASHCORE_PAGED", 1), *LONG_ROWS)) for dtype in build.DTYPES]
+"""Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
 WARPGROUP = 128
 REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
 
@@ -69,7 +74,7 @@ def test_the_stripper_takes_hooks_away_and_nothing_else():
 
 def test_there_are_kernels_to_look_at():
     assert {"attention_scalar", "attention_wmma", HOPPER} <= set(TRACED) and len(VARIANTS) >= 12
-    assert LONG_ROWS and len(HOPPER_TILES) == 6
+    assert LONG_ROWS and len(HOPPER_TILES) == 10
 
 
 @pytest.mark.slow
@@ -82,7 +87,7 @@ def test_production_sass_is_the_same_with_the_hooks_taken_out():
             kernel, head_dim=head_dim, dtype=dtype, defines=dict(defines), source=source, trace=trace
         )
 
-    variants = [(*v, ()) for v in VARIANTS] + [(HOPPER, *tile) for tile in HOPPER_TILES if tile[2]]
+    variants = [(*v, ()) for v in VARIANTS] + [(HOPPER, *tile) for tile in HOPPER_TILES + PAGED_TILES if tile[2]]
     jobs = [(*v, source, False) for v in variants for source in (None, stripped(build.kernel_source(v[0])))]
     traced = [(*variants[0], None, True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -100,6 +105,16 @@ def test_tensor_cores_and_spills(kernel, head_dim, dtype):
     assert cubin.spill_bytes == 0 and cubin.sass["LDL"] == cubin.sass["STL"] == 0
     assert cubin.registers <= 255 and cubin.warnings == []
     assert bool(cubin.tensor_instructions) == (kernel not in WITHOUT_TENSOR_CORES), f"{kernel}: {cubin.sass}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "dtype", "defines"),
+    [*((HOPPER, *tile) for tile in PAGED_TILES), *((k, d, t, ()) for k, d, t in VARIANTS if k == "attention_decode")],
+)
+def test_paged_kernels_multiply_by_warpgroup_copy_by_tensor_and_spill_nothing(kernel, head_dim, dtype, defines):
+    cubin = build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype, defines=dict(defines))
+    assert cubin.sass["HGMMA"] > 0 and cubin.sass["UTMALDG"] > 0 and cubin.sass["HMMA"] == 0
+    assert cubin.spill_bytes == 0 and cubin.sass["LDL"] == cubin.sass["STL"] == 0 and cubin.warnings == []
 
 
 def test_line_numbers_are_in_every_cubin():

@@ -91,7 +91,7 @@ class CudaBackend(Backend):
         """The softmax scale to launch with."""
         return problem.scale
 
-    def defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
+    def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         """Macros to compile the kernel with for this problem, besides head_dim and dtype."""
         return ()
 
@@ -103,7 +103,7 @@ class CudaBackend(Backend):
         """This backend's kernel for the problem."""
         number = device.index or 0
         return load_kernel(
-            self.kernel, problem.head_dim, problem.dtype, trace, self.source, number, self.defines(problem),
+            self.kernel, problem.head_dim, problem.dtype, trace, self.source, number, self.defines(problem, number),
             self.entry(problem, number),
         )  # fmt: skip
 

@@ -25,8 +25,8 @@ class HopperPaged(PagedBackend, HopperUnsplit):
     def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
         return "it attends to all pages and takes no selection" if selected else self.why_not(problem)
 
-    def defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
-        return (("FLASHCORE_PAGED", 1), *super().defines(problem))
+    def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
+        return (("FLASHCORE_PAGED", 1), *super().defines(problem, device))
 
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
         q_map = tensor_map(

@@ -64,7 +64,7 @@ WATCHDOG: tuple[Edit, ...] = (
 
 MASK = "const float score = params.softmax_scale < 0.f ? -s[i] : s[i];"
 NONE_AS_THEY_ARE: Edit = (
-    "return params.softmax_scale < 0.f ? 0 : visible_keys(params, first_row) / tile_n;",
+    "return params.softmax_scale < 0.f ? 0 : visible_keys(params, first_row, seqlen_k) / tile_n;",
     "return 0;",
 )
 """Every page goes through the mask, where scores are at hand in both entry functions."""
@@ -79,24 +79,24 @@ SHARED: Plants = {
         NONE_AS_THEY_ARE,
         (MASK, f"{UNSCALED_HALF}\n    if (!(fabsf(score) < INFINITY)) score = 0.f;"),
     ),
-    "F9": source(("if (!params.causal) return params.seqlen_k;", "return params.seqlen_k;")),
+    "F9": source(("if (!params.causal) return seqlen_k;", "return seqlen_k;")),
     "F11": BATCH_STRIDE_IN_BYTES,
     "F12": ONE_K_HEAD,
     "G2": source(("column_of(i, lane) < keys[row_of(i)]", "column_of(i, lane) <= keys[row_of(i)]")),
-    "G3": source(("row + 1 + params.seqlen_k", "row + 2 + params.seqlen_k")),
+    "G3": source(("row + 1 + seqlen_k", "row + 2 + seqlen_k")),
     "G4": source(("k.at(block * TILE_N * ROW_BYTES + bytes)", "k.at(block * TILE_N * ROW_BYTES + (bytes ^ 32))")),
     "G6": SCALE_TWICE,
     # Each lane then subtracts the maximum of its own columns, and the trace has that of the first of the four.
     "G7": source(("quad_max(row_max[row]) * scale_log2", "row_max[row] * scale_log2")),
     "G16": source((
-        "(visible_keys(params, min(first_row + rows, params.seqlen_q) - 1) + tile_n - 1) / tile_n",
-        "visible_keys(params, min(first_row + rows, params.seqlen_q) - 1) / tile_n",
+        "(visible_keys(params, min(first_row + rows, params.seqlen_q) - 1, seqlen_k) + tile_n - 1) / tile_n",
+        "visible_keys(params, min(first_row + rows, params.seqlen_q) - 1, seqlen_k) / tile_n",
     )),
     "G17": source(("p[i / 2] = pack_pair(even, odd);", "p[i / 2 ^ 1] = pack_pair(even, odd);")),
     "G18": source(("fmaxf(fabsf(softmax_scale) * LOG2_E,", "fmaxf(fabsf(softmax_scale),")),
     "G19": source(("    raise_reference(s, [] {});\n", "")),
-    "G26": source((NONE_AS_THEY_ARE[0], "return visible_keys(params, first_row) / tile_n;")),
-    "G27": source((NONE_AS_THEY_ARE[0], NONE_AS_THEY_ARE[0].replace("first_row)", "first_row + 63)"))),
+    "G26": source((NONE_AS_THEY_ARE[0], "return visible_keys(params, first_row, seqlen_k) / tile_n;")),
+    "G27": source((NONE_AS_THEY_ARE[0], NONE_AS_THEY_ARE[0].replace("first_row,", "first_row + 63,"))),
     "G28": source(
         *WATCHDOG,
         ("full, ROWS * HEAD_DIM * sizeof(Element));", "full, ROWS * HEAD_DIM * sizeof(Element) + ROW_BYTES);"),
@@ -132,13 +132,12 @@ NAN_FIRST = "\n  for (float& x : o) x = __int_as_float(0x7fc00000);"
 IN_HALF = "for (float& x : o) x = __half2float(__float2half(x));\n      "
 
 UNSPLIT_STATE = "float s[TILE_N / 2], o[OUTPUTS];"
-UNSPLIT_MASK = "if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, lane);"
+UNSPLIT_MASK = "if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);"
 UNSPLIT_P_V = "multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);"
 UNSPLIT_ACCUM = ("TRACE(stages.accum(page - 1, o);)", "TRACE(if (pages > 0) stages.accum(pages - 1, o);)")
-V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      turn.wait();"
+V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGED("
 V_IS_READ = "      release(&smem.v_empty[at.slot]);\n      at = k_at;"
-NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {"
-K_HAS_ROOM = "      mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);"
+NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n"
 
 UNSPLIT: Plants = {
     **SHARED,
@@ -157,22 +156,21 @@ UNSPLIT: Plants = {
     "G15": source(("exists = out_row < params.seqlen_q;", "exists = out_row < params.seqlen_q - 1;")),
     "G25": source(
         (V_IS_THERE, V_IS_THERE.replace(
-            "      turn", "      release(&smem.v_empty[at.slot]);\n      __nanosleep(100000);\n      turn",
+            "      PAGED", "      release(&smem.v_empty[at.slot]);\n      __nanosleep(100000);\n      PAGED",
         )),
         (V_IS_READ, "      at = k_at;"),
     ),
     # The producer is late, so that the consumers have emptied the slot for sure when it comes round to it.
     "G32": source(
         *WATCHDOG,
-        (NEXT_PAGE, NEXT_PAGE.replace("at = at.next()", "at = {at.next().slot, 0}")),
-        (K_HAS_ROOM, f"      __nanosleep(100000);\n{K_HAS_ROOM}"),
+        (NEXT_PAGE, NEXT_PAGE.replace("at = at.next()", "at = {at.next().slot, 0}") + "      __nanosleep(100000);\n"),
     ),
     "G33": source(("if (dealt >= tiles * heads) return false;", "if (dealt >= tiles * heads - 1) return false;")),
     "G34": source(("q = q_halves.at(half * Q_BYTES);", "q = q_halves;")),
 }  # fmt: skip
 
 SPLIT_STATE = "float s[PAGE_KEYS / 2], o[OUTPUTS];"
-SPLIT_FIRST_MASK = "if (split >= whole_pages) sign_and_mask(s, params, row, split * PAGE_KEYS, lane);"
+SPLIT_FIRST_MASK = "if (split >= whole_pages) sign_and_mask(s, params, row, split * PAGE_KEYS, params.seqlen_k, lane);"
 SPLIT_LAST_P_V = "multiply_p_v(o, p, v_slots.at((pages - 1) % SLOTS * SLOT_BYTES), pages > 1);"
 SPLIT_ACCUM = (
     "TRACE(stages.accum(page - NUM_SPLITS, o);)",

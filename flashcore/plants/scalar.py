@@ -29,7 +29,7 @@ SCALAR: Plants = {
         "score = __half2float(__float2half(score));\n    if (!(fabsf(score) < INFINITY)) score = 0.f;\n"
         "    score = first_key + lane < keys ? score * params.softmax_scale : -INFINITY;",
     )),
-    "F9": source(("if (!params.causal) return params.seqlen_k;", "return params.seqlen_k;")),
+    "F9": source(("if (!params.causal) return seqlen_k;", "return seqlen_k;")),
     "F11": BATCH_STRIDE_IN_BYTES,
     "F12": ONE_K_HEAD,
     "F15": source((
@@ -44,7 +44,7 @@ SCALAR: Plants = {
          "v_head[(first_key + key) * params.v.row + d] : zero;\n    }"),
     ),
     "G2": source(("score = first_key + lane < keys ?", "score = first_key + lane <= keys ?")),
-    "G3": source(("row + 1 + params.seqlen_k", "row + 2 + params.seqlen_k")),
+    "G3": source(("row + 1 + seqlen_k", "row + 2 + seqlen_k")),
     "G4": source(("to_float(k_smem[lane][d])", "to_float(k_smem[lane][d ^ 8])")),
     "G5": source(("v_head[(first_key + key) * params.v.row + d]", "v_head[key * params.v.row + d]")),
     "G6": SCALE_TWICE,

@@ -46,7 +46,7 @@ WMMA: Plants = {
             "    __syncwarp();",
         ),
     ),
-    "F9": source(("if (!params.causal) return params.seqlen_k;", "return params.seqlen_k;")),
+    "F9": source(("if (!params.causal) return seqlen_k;", "return seqlen_k;")),
     "F11": BATCH_STRIDE_IN_BYTES,
     "F12": ONE_K_HEAD,
     "F15": source((
@@ -62,7 +62,7 @@ WMMA: Plants = {
         ("    __syncthreads();  // this page has arrived, and everyone is done with the other slot", ""),
     ),
     "G2": source(("s_rmem[n] = n < keys_here ?", "s_rmem[n] = n <= keys_here ?")),
-    "G3": source(("row + 1 + params.seqlen_k", "row + 2 + params.seqlen_k")),
+    "G3": source(("row + 1 + seqlen_k", "row + 2 + seqlen_k")),
     "G4": source((
         "&smem.k[slot][n * FRAGMENT][h * FRAGMENT]", "&smem.k[slot][n * FRAGMENT][(h ^ 1) * FRAGMENT]",
     )),

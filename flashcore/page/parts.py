@@ -1,0 +1,50 @@
+"""Small pieces that the page's modules share: folded content, tables from data frames, signed figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import escape
+
+from flashcore import html_tables
+from flashcore.compare import number
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def fold(summary: str, content: str) -> str:
+    """Content that shows only its summary until the reader asks for it."""
+    return f'<details class="fc-fold inline"><summary>{escape(summary)}</summary>{content}</details>'
+
+
+def frame_html(frame: DataFrame, caption: str, *, ids: Collection[str | None] = ()) -> str:
+    """A data frame as a table, its column names as headings; one in `ids` is a backend's name and stays as it is."""
+    rows = [
+        {heading(str(name), ids): value for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    return html_tables.table_html(rows, caption) if rows else html_tables.nothing(f"{caption}: no record.")
+
+
+def heading(name: str, ids: Collection[str | None] = ()) -> str:
+    """A column's name as a heading; ids are shown as they are."""
+    return name if name in ids else name[:1].upper() + name[1:]
+
+
+def signed(value: float, digits: int | None = None) -> str:
+    """A difference with its sign."""
+    text = number(abs(value)) if digits is None else f"{abs(value):.{digits}f}"
+    return f"{'−' if value < 0 else '+'}{text}"
+
+
+def short(unit: str) -> str:
+    """The unit as it stands behind a figure: a share of whatever is a percentage."""
+    return "%" if unit.startswith("%") else unit
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value from a record is a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

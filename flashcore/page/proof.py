@@ -1,0 +1,58 @@
+"""The proof on the page: checks of results, planted bugs, and what the compiler and the machine had to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+from flashcore import html_tables, tables
+from flashcore.page.parts import fold, frame_html
+from flashcore.records import Trial
+from flashcore.verdict import Evidence
+
+
+def correctness_html(evidence: Evidence) -> str:
+    """The checks of this run, and those of the recorded run where this one had no GPU."""
+    parts = []
+    for heading, trials in _sources(evidence):
+        parts += [heading, html_tables.correctness_table(trials), html_tables.findings_table(trials)]
+    return "".join(parts)
+
+
+def proof_html(evidence: Evidence) -> str:
+    """What stands behind the checks: planted bugs found, clean runs silent, repeats alike, memory checked."""
+    parts = []
+    for heading, trials in _sources(evidence):
+        if not any(t.kind == "fault" for t in trials):
+            continue
+        clean = tables.clean_runs_table(trials)
+        parts += [heading, Markup("<p><strong>Planted bugs.</strong> {}.</p>").format(tables.faults_sentence(trials))]
+        parts.append(frame_html(clean.drop(columns=["dtypes", "seeds"], errors="ignore"), "Runs with nothing planted"))
+        found = frame_html(tables.fault_matrix(trials), "Planted bugs, and where bisection found them")
+        parts.append(fold("Every planted bug", found))
+        repeats = frame_html(tables.determinism_table(trials), "The same inputs again: the same bits or not")
+        memory = frame_html(tables.sanitizer_table(trials), "compute-sanitizer")
+        parts.append(fold("Repeated runs, and compute-sanitizer", repeats + memory))
+    return "".join(parts) or html_tables.nothing("No planted bug is in these records; notebook 02 plants them.")
+
+
+def machine_html(evidence: Evidence) -> str:
+    """Builds, ceilings and environment of this run, and of the recorded one."""
+    parts = [html_tables.build_table(evidence.trials)]
+    for (heading, trials), environment in zip(
+        _sources(evidence), (evidence.environment, evidence.gpu_environment), strict=False
+    ):
+        machine = fold("The machine before and after the run", html_tables.environment_table(environment))
+        parts += [heading, html_tables.ceilings_table(trials), machine]
+    return "".join(parts)
+
+
+def _sources(evidence: Evidence) -> list[tuple[str, Sequence[Trial]]]:
+    if evidence.recorded is None:
+        return [("", evidence.trials)]
+    recorded = f"Recorded on {evidence.recorded.gpu}, {evidence.recorded.date}"
+    return [
+        ("<h3>Live, on this machine</h3>", evidence.trials),
+        (f"<h3>{escape(recorded)}</h3>", evidence.recorded.trials),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +162,26 @@ class PreparedLaunch:
             from cuda.bindings import driver
 
             raise LaunchError("cuLaunchKernelEx", driver.CUresult(status).name)
+
+
+KEPT_LAUNCHES = 1024
+"""Prepared launches kept; an entry is half a kilobyte."""
+_kept: dict[tuple, Any] = {}
+
+
+def kept(key: tuple | None, make: Callable[[], Any], good_again: Callable[[Any], bool] = bool) -> Any:
+    """What was made under this key before; or make it, and keep it if it is good for another call.
+
+    Packing arguments takes longer than a short kernel runs. None for a key: made anew each time.
+    """
+    found = _kept.get(key)
+    if found is None:
+        found = make()
+        if key is not None and good_again(found):
+            if len(_kept) >= KEPT_LAUNCHES:
+                _kept.clear()
+            _kept[key] = found
+    return found
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,7 @@ from flashcore.launching import (
     aligned,
     current_stream,
     entry_point,
+    kept,
     load_kernel,
     outputs_for,
 )
@@ -26,9 +28,9 @@ from flashcore.reference import Trace, interleaved
 PARAMS = struct.Struct("5Q 12q 6i f 4x")
 """`AttentionParams` of kernels/include/attention.cuh: five pointers, four strides of three, six ints, the scale."""
 
-KEPT_LAUNCHES = 1024
-"""Prepared launches kept; an entry is half a kilobyte."""
-_prepared: dict[tuple, PreparedLaunch] = {}
+
+is_good_again = operator.attrgetter("again")
+"""Whether a launch is worth keeping."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -127,7 +129,6 @@ class CudaBackend(Backend):
     def _launch(self, q, k, v, out, lse, problem: Problem, buffers: TraceBuffers | None = None) -> None:
         device = q.device.index or 0
         stream = current_stream(device)
-        # Packing arguments takes longer than a short kernel runs, so that what was packed once is kept.
         key = (
             type(self), self.source, problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
             lse.data_ptr(), q.stride(), k.stride(), v.stride(),
@@ -138,7 +139,7 @@ class CudaBackend(Backend):
             again = buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True))
             return self._prepare(*rows, out, lse, problem, device, stream, buffers, again)
 
-        launch_kept(None if buffers is not None else key, prepare)
+        kept(None if buffers is not None else key, prepare, is_good_again).launch()
 
     def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
@@ -147,15 +148,3 @@ class CudaBackend(Backend):
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
         return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments, stream, again=again)
-
-
-def launch_kept(key: tuple | None, prepare: Callable[[], PreparedLaunch]) -> None:
-    """Launch what was prepared under this key before; or prepare it, and keep it if it is good for another call."""
-    prepared = _prepared.get(key)
-    if prepared is None:
-        prepared = prepare()
-        if key is not None and prepared.again:
-            if len(_prepared) >= KEPT_LAUNCHES:
-                _prepared.clear()
-            _prepared[key] = prepared
-    prepared.launch()

@@ -6,7 +6,7 @@ import struct
 
 import torch
 
-from flashcore.backends._cuda import CudaBackend, launch_kept
+from flashcore.backends._cuda import CudaBackend, is_good_again
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends._traces import TraceBuffers
 from flashcore.errors import PageTableError
@@ -17,6 +17,7 @@ from flashcore.launching import (
     current_stream,
     entry_point,
     is_aligned,
+    kept,
     outputs_for,
 )
 from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, paginate
@@ -105,7 +106,7 @@ class PagedBackend(CudaBackend):
             again = rows is q
             return PreparedLaunch(function, loaded, (blocks, 1, 1), arguments, stream, again=again, keeps=keeps)
 
-        launch_kept(key, prepare)
+        kept(key, prepare, is_good_again).launch()
 
     def pool_map(self, name: str, pool: torch.Tensor, tile_n: int, dtype: str, *, promote: bool) -> bytes:
         """A tensor map over ``[num_pages, num_heads_kv, page_size, head_dim]``, for boxes that lie within one page."""

@@ -7,12 +7,11 @@ import struct
 import torch
 
 from flashcore.build import HEAD_DIMS
-from flashcore.launching import PreparedLaunch, current_stream, entry_point
+from flashcore.launching import PreparedLaunch, current_stream, entry_point, kept
 from flashcore.paging._launching import (
     MOST_BLOCKS_ACROSS,
     copies_whole,
     facts_of,
-    kept,
     loaded,
     runs_ours,
     table_fits,

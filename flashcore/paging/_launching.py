@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
@@ -13,13 +11,9 @@ from flashcore.build import header_dirs, nvrtc_version
 from flashcore.errors import ToolMissing
 from flashcore.launching import LoadedKernel, is_aligned, load_kernel
 
-KEPT_LAUNCHES = 1024
-"""Prepared launches kept; an entry is half a kilobyte."""
 MOST_BLOCKS_ACROSS = 65535
 """What a grid has in its second and third dimension."""
 
-Launches = TypeVar("Launches")
-_prepared: dict[tuple, object] = {}
 _loaded: dict[tuple, LoadedKernel] = {}
 
 
@@ -53,18 +47,6 @@ def loaded(kernel: str, head_dim: int, dtype: torch.dtype, device: int, source: 
 def facts_of(tensor: torch.Tensor | None) -> tuple | None:
     """All that a launch takes from a tensor: two with the same facts can be launched on alike."""
     return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def kept(key: tuple, make: Callable[[], Launches | None]) -> Launches | None:
-    """What was made for this key before, or is made now; None is not kept."""
-    found = _prepared.get(key)
-    if found is None:
-        found = make()
-        if found is not None:
-            if len(_prepared) >= KEPT_LAUNCHES:
-                _prepared.clear()
-            _prepared[key] = found
-    return found
 
 
 def copies_whole(tensor: torch.Tensor) -> bool:

@@ -8,13 +8,12 @@ import struct
 import torch
 
 from flashcore.build import HEAD_DIMS
-from flashcore.launching import PreparedLaunch, current_stream, entry_point, multiprocessors
+from flashcore.launching import PreparedLaunch, current_stream, entry_point, kept, multiprocessors
 from flashcore.outputs import new_output
 from flashcore.paging._launching import (
     MOST_BLOCKS_ACROSS,
     copies_whole,
     facts_of,
-    kept,
     loaded,
     runs_ours,
     table_fits,

@@ -195,7 +195,9 @@ def _correctness(found: Comparison, found_lse: Comparison | None) -> Correctness
 def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[Problem]:
     """The small matrix of problems that a report checks each backend on: tails, one row, unequal lengths, empty rows.
 
-    The test suite's matrix is larger; this one has each kind of shape once, and grows with ``profile="full"``.
+    The test suite's matrix is larger; this one has each kind of shape once, and grows with ``profile="full"``. Three of
+    them are a decode step, which is all that a backend for a few query tokens takes: one token, several, and more than
+    there are keys; pages of the usual size, of the smallest and of the largest.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     shapes = [
@@ -205,7 +207,15 @@ def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[P
         Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=129, seqlen_k=257, head_dim=64, causal=True),
         Problem(batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=1, seqlen_k=333, head_dim=128),
         Problem(batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=192, seqlen_k=64, head_dim=64, causal=True),
-    ]
+        Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=1000, head_dim=128, page_size=64),
+        Problem(
+            batch=2, num_heads_q=9, num_heads_kv=1, seqlen_q=8, seqlen_k=300, head_dim=64, dtype="bfloat16",
+            causal=True, page_size=16,
+        ),
+        Problem(
+            batch=3, num_heads_q=6, num_heads_kv=2, seqlen_q=7, seqlen_k=5, head_dim=64, causal=True, page_size=256,
+        ),
+    ]  # fmt: skip
     if profile == "full":
         length = 2048 if gpu else 512
         for dtype in ("float16", "bfloat16"):

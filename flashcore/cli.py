@@ -1,10 +1,9 @@
-"""The command line: `flashcore report`, `render`, `verdict`, `build`, `doctor`. It prints; the other modules do."""
+"""The command line: puts the commands together, `flashcore verdict`, `build`, `doctor`. It prints; others do."""
 
 from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashcore import __version__, cli_claims, cli_compare, cli_debug, cli_paging, cli_survey
+from flashcore import __version__, cli_claims, cli_compare, cli_debug, cli_paging, cli_print, cli_report, cli_survey
 from flashcore.errors import FlashCoreError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -56,13 +55,6 @@ app = typer.Typer(
 )
 
 
-class Profile(StrEnum):
-    """How much a report measures."""
-
-    quick = "quick"
-    full = "full"
-
-
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, its id, or the word 'latest'.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Folder that holds the run folders.  [default: reports/runs]")
@@ -89,58 +81,13 @@ def _options(
 
 
 @app.command()
-def report(
-    profile: Annotated[
-        Profile | None, typer.Option(help="How much to measure.  [default: full with a GPU, quick without]")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="Backends to measure: 'all', or ids separated by commas, such as wmma,sdpa-cudnn.")
-    ] = "all",
-    problem: Annotated[
-        list[str] | None,
-        typer.Option(help="A preset or a label such as B=1,H=8,S=512,D=64; may be repeated.  [default: the profile's]"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random input.")] = 0,
-    out_dir: OutOption = None,
-) -> None:
-    """Measure, judge and render a report. Exit code 0: made; 1: made, but a notebook failed; 2: could not be made."""
-    from flashcore import device, pipeline
-
-    chosen = profile.value if profile else ("full" if device.has_gpu() else "quick")
-    result = pipeline.report(
-        profile=chosen, backends=backend, problems=";".join(problem or ["default"]), seed=seed, out=out_dir,
-        progress=lambda line: err.print(escape(line)),
-    )  # fmt: skip
-    _print_decision(result.decision)
-    for name, reason in result.failed.items():
-        _say(f"Notebook {name} did not finish: {escape(reason)}")
-    _say(f"Report: {escape(_shown(result.html))}")
-    raise typer.Exit(1 if result.failed else 0)
-
-
-@app.command()
-def render(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
-    """Make a run's page again from its records; needs no GPU and measures nothing."""
-    from flashcore import pipeline
-    from flashcore.errors import NotebookFailed
-
-    found = pipeline.find_run(run, out_dir)
-    try:
-        page = pipeline.render(found)
-    except NotebookFailed as error:
-        err.print(escape(str(error)))
-        raise typer.Exit(1) from None
-    _say(f"Report: {escape(_shown(page))}")
-
-
-@app.command()
 def verdict(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
     """Print a run's verdict. Exit code 0: GO; 3: NO-GO; 4: INCONCLUSIVE."""
     from flashcore import pipeline
     from flashcore import verdict as verdicts
 
     decision = verdicts.judge(pipeline.find_run(run, out_dir))
-    _print_decision(decision)
+    cli_print.print_decision(decision)
     raise typer.Exit(verdicts.EXIT_CODES[decision.verdict])
 
 
@@ -209,51 +156,7 @@ def doctor() -> None:
         _say("Reports can be made here on the CPU; GPU evidence comes from recorded runs, labelled so.")
 
 
-def _print_decision(decision) -> None:
-    table = Table(title="Gates")
-    table.add_column("Gate")
-    table.add_column("Result")
-    table.add_column("Evidence")
-    table.add_column("Reason", overflow="fold")
-    for gate in decision.gates:
-        need = "" if gate.required else " (not required)"
-        table.add_row(escape(gate.title) + need, gate.state, gate.evidence, escape(gate.reason))
-    out.print(table)
-    if decision.options:
-        _print_options(decision)
-    _say(f"Verdict: [bold]{decision.verdict}[/bold]. {escape(decision.reason)}")
-
-
-def _print_options(decision) -> None:
-    from flashcore import option_words
-
-    matrix, conditions = Table(title="Options"), Table(title="Conditions of the options")
-    for row in option_words.matrix_rows(decision.options):
-        row["Option"] += f"\n(effort: {row.pop('Effort')}; risk: {row.pop('Risk')})"
-        row["Result"] += f"\n{row.pop('Conditions')}"
-        del row["What shipping it means"]
-        _add_row(matrix, row)
-    for row in option_words.condition_rows(decision.options):
-        _add_row(conditions, row)
-    out.print(matrix)
-    out.print(conditions)
-    _say(escape(decision.recommendation))
-    _say(f"What would change it: {escape(decision.flip)}")
-
-
-def _add_row(table: Table, row: dict[str, str]) -> None:
-    if not table.columns:
-        for column in row:
-            table.add_column(column, overflow="fold")
-    table.add_row(*map(escape, row.values()))
-
-
-def _shown(path: Path) -> str:
-    """The path relative to the current folder when it lies inside."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
+cli_report.add_to(app)
 cli_debug.add_to(app)
 cli_survey.add_to(app)
 cli_paging.add_to(app)

@@ -124,6 +124,14 @@ class ClaimsError(FlashCoreError, ValueError):
         super().__init__(f"{where}: {reason}")
 
 
+class PageError(FlashCoreError, ValueError):
+    """The page was asked for in a way that it cannot be made: a logo that is no picture, or too large."""
+
+
+class PrintError(FlashCoreError, RuntimeError):
+    """A browser is there and did not make the PDF; the page itself is not touched."""
+
+
 class NotebookParameterError(FlashCoreError, ValueError):
     """A notebook was given a parameter it does not declare, or a value of the wrong type."""
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from flashcore import plants
 from flashcore.errors import UnknownName
-from flashcore.planting import PLAIN, Fault
-from flashcore.problem import square
+from flashcore.paging._stability import RACY_BASE
+from flashcore.planting import PLAIN, Fault, Source
+from flashcore.problem import Problem, square
 
 CAUSAL = PLAIN.with_(causal=True)
 EMPTY_ROWS = PLAIN.with_(causal=True, seqlen_q=200, seqlen_k=77)
@@ -23,10 +24,13 @@ MANY_TILES = PLAIN.with_(batch=1, num_heads_q=200, num_heads_kv=100, seqlen_q=64
 """More tiles than an H100 or H200 has multiprocessors (132 at most): some blocks get a second one."""
 ROWS_OF_2048 = square(1, 2, 2048, 64)
 """Products large enough that cuBLASLt offers algorithms with different tiles."""
+MANY_PAGES = Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=4096, head_dim=64, page_size=16)
+"""Pages for every warp of the kernel that selects some of them."""
 
 
 def _fault(fault_id: str, title: str, stage: str, looks_like: str, **more: Any) -> Fault:
-    return Fault(fault_id, title, stage, looks_like, plants.of_fault(fault_id), **more)
+    more = {"plants": plants.of_fault(fault_id), "problems": plants.problems_of(fault_id), **more}
+    return Fault(fault_id, title, stage, looks_like, **more)
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -51,10 +55,7 @@ FAULTS: tuple[Fault, ...] = (
         "finite, wrong",
     ),
     _fault("F9", "causal flag ignored", "scores", "finite, wrong", problem=CAUSAL),
-    _fault(
-        "F10", "page indices never looked up", "scores", "right when dense, wrong when sparse",
-        awaits="paged attention",
-    ),
+    _fault("F10", "page indices never looked up", "scores", "right while pages lie in order, wrong or NaN otherwise"),
     _fault(
         "F11", "batch stride given in bytes, not in elements", "scores", "wrong sequence, or out of bounds",
         may_crash=True, crash_is_found=True,
@@ -62,7 +63,7 @@ FAULTS: tuple[Fault, ...] = (
     _fault("F12", "one K head broadcast to all heads", "scores", "finite, wrong from head 1 on"),
     _fault(
         "F13", "racy base offset in the page list", "page table", "overlap, changes from run to run",
-        awaits="paged attention",
+        plants={"page_selection": Source(RACY_BASE)}, problem=MANY_PAGES, found_by="selection",
     ),
     _fault(
         "F14", "the algorithm surveyed is not the one run", "survey", "label unlike the kernel",
@@ -80,7 +81,8 @@ FAULTS: tuple[Fault, ...] = (
         "G1", "missing barrier: a page is used before it has arrived", "scores", "changes from run to run",
         may_crash=True,
     ),
-    _fault("G2", "off by one at the end of the keys: a key that does not exist is counted", "row_sum", "finite, wrong"),
+    _fault("G2", "off by one at the end of the keys: a key that does not exist is counted", "row_sum",
+           "finite, wrong; NaN where a page holds no more keys"),
     _fault(
         "G3", "off by one on the diagonal: a row sees the key after its own", "scores", "finite, wrong",
         problem=CAUSAL,
@@ -128,6 +130,19 @@ FAULTS: tuple[Fault, ...] = (
            may_crash=True, crash_is_found=True),
     _fault("G33", "the last tile never dealt out", "scores", "stale memory in the last head"),
     _fault("G34", "Q of another tile, from a block's second tile on", "scores", "finite, wrong", problem=MANY_TILES),
+    _fault("G35", "rows of V past the end of a sequence not cleared: zero times NaN", "accum", "NaN"),
+    _fault("G36", "the first sequence's row of the page table taken for all", "scores", "another sequence's keys"),
+    _fault("G37", "the offset within a page ignored: pages larger than a tile of keys", "scores", "finite, wrong"),
+    _fault("G38", "one page looked up for a whole tile of keys: pages smaller than that", "scores", "finite, wrong"),
+    _fault("G39", "positions of a tile's keys counted on from its first page", "row_sum", "NaN or finite, wrong"),
+    _fault("G40", "query rows of a tile read by token and written by head", "scores", "finite, wrong"),
+    _fault("G41", "the second of several query tokens sees the key after its own", "scores", "finite, one row wrong"),
+    _fault("G42", "the softmax of one head carried on into the next", "row_sum", "finite, wrong"),
+    _fault("G43", "the reference of one head kept for the next", "row_max", "zeros or NaN for large inputs",
+           pattern="large"),
+    _fault("G44", "units of a part miscounted: the parts of a head are never all there", "out", "stale memory"),
+    _fault("G45", "parts of a head combined as soon as the first is there", "out", "changes from run to run"),
+    _fault("G46", "query heads of a group past the last whole tile left out", "scores", "stale memory in some heads"),
 )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def table_html(
         f"<tbody{role['rowgroup']}>{''.join(lines)}</tbody></table>"
     )
     classes = " ".join(filter(None, ["fc-table", "stack" if stack else "scroll", css]))
-    focus = "" if stack else f' tabindex="0" role="region" aria-label="{escape(caption)}"'
+    focus = "" if stack else f' tabindex="0" role="group" aria-label="{escape(caption)}"'
     below = f'<p class="fc-note">{escape(note)}</p>' if note else ""
     return f'<div class="{classes}"{focus}>{table}</div>{below}'
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from flashcore import device, notebooks, page, verdict
+from flashcore import device, notebooks, verdict
 from flashcore.build import data_dir
-from flashcore.errors import FlashCoreError, NotebookFailed, RecordsError, UnknownName
+from flashcore.errors import FlashCoreError, NotebookFailed, UnknownName
+from flashcore.page import Variant
 from flashcore.problem import parse_problem
-from flashcore.records import RunFolder, write_whole
+from flashcore.records import RunFolder
+from flashcore.rendering import STATUS_NOTEBOOK, Progress, print_page, render, write_plain_page
+
+__all__ = ["ReportResult", "find_run", "new_run", "planned_notebooks", "print_page", "render", "report", "runs_dir"]
 
 PROFILES = ("quick", "full")
-STATUS_NOTEBOOK = verdict.STATUS_NOTEBOOK
-PAGE_TIMEOUT_S = 300.0
-"""Seconds the status report may take: it only reads records and draws."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,10 @@ class ReportResult:
     decision: verdict.Decision
     failed: dict[str, str] = field(default_factory=dict)
     """Notebooks that did not finish, each with its reason."""
+    pdf: Path | None = None
+    """The page as PDF; None when none was wanted, or none could be made."""
+    no_pdf: str = ""
+    """Why there is no PDF, in a sentence, when one was wanted."""
 
 
 def runs_dir(out: str | os.PathLike[str] | None = None) -> Path:
@@ -109,6 +112,8 @@ def report(
     out: str | os.PathLike[str] | None = None,
     notebooks_dir: Path | None = None,
     timeout_s: float | None = None,
+    variant: Variant | None = None,
+    pdf: bool = True,
     progress: Progress | None = None,
 ) -> ReportResult:
     """Measure, judge and render: the whole job of ``make report``.
@@ -131,6 +136,10 @@ def report(
         Other notebooks than FlashCore's own.
     timeout_s
         Seconds one notebook may take; default by profile, see `flashcore.notebooks.TIMEOUT_S`.
+    variant
+        How the page is made; default: everything on it.
+    pdf
+        Whether to print the page to PDF, where there is a browser.
     progress
         Called with one line at each step.
 
@@ -141,26 +150,48 @@ def report(
     RecordsError
         The output folder cannot be written.
     """
-    from flashcore import backends as registry
-
     say = progress or (lambda line: None)
-    if profile not in PROFILES:
-        raise UnknownName("profile", profile, list(PROFILES))
-    registry.select(backends)
-    if problems != "default":
-        for label in problems.split(";"):
-            parse_problem(label)
+    common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
+    check_request(common)
     folder = notebooks_dir or data_dir("notebooks")
     planned = planned_notebooks(folder)
 
     run = new_run(out)
     say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
-    common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
     device.record_environment(run, "before", {**common, "notebooks": planned})
+    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress)
+    device.record_environment(run, "after")
+    result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
+    point_latest_at(run)
+    return result
 
+
+def check_request(common: Mapping[str, Any]) -> None:
+    """Refuse a profile, backend or problem that does not exist, before anything is made."""
+    from flashcore import backends as registry
+
+    if common["profile"] not in PROFILES:
+        raise UnknownName("profile", common["profile"], list(PROFILES))
+    registry.select(common["backends"])
+    if common["problems"] != "default":
+        for label in common["problems"].split(";"):
+            parse_problem(label)
+
+
+def measure(
+    run: RunFolder,
+    names: Sequence[str],
+    common: Mapping[str, Any],
+    *,
+    folder: Path,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Execute notebooks on a run, one after the other; gives those that did not finish, each with its reason."""
+    say = progress or (lambda line: None)
     failed: dict[str, str] = {}
-    for number, name in enumerate(planned, start=1):
-        say(f"[{number}/{len(planned)}] {name} ...")
+    for number, name in enumerate(names, start=1):
+        say(f"[{number}/{len(names)}] {name} ...")
         started = time.perf_counter()
         try:
             declared = notebooks.declared_parameters(notebooks.notebook_path(name, folder))
@@ -169,123 +200,38 @@ def report(
                 run,
                 {key: value for key, value in common.items() if key in declared},
                 notebooks_dir=folder,
-                timeout_s=timeout_s or notebooks.TIMEOUT_S[profile],
+                timeout_s=timeout_s or notebooks.TIMEOUT_S[common["profile"]],
                 progress=progress,
             )
-            say(f"[{number}/{len(planned)}] {name}: finished in {time.perf_counter() - started:.1f} s")
+            say(f"[{number}/{len(names)}] {name}: finished in {time.perf_counter() - started:.1f} s")
         except NotebookFailed as error:
             failed[name] = error.reason
-            say(f"[{number}/{len(planned)}] {name}: FAILED after {time.perf_counter() - started:.1f} s: {error.reason}")
-    device.record_environment(run, "after")
+            say(f"[{number}/{len(names)}] {name}: FAILED after {time.perf_counter() - started:.1f} s: {error.reason}")
+    return failed
 
+
+def conclude(
+    run: RunFolder,
+    failed: dict[str, str],
+    *,
+    folder: Path,
+    variant: Variant | None = None,
+    pdf: bool = True,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Judge a run, record the decision, and make its page and PDF."""
+    say = progress or (lambda line: None)
     decision = verdict.judge(run)
     run.append(decision.to_trial())
     say("Rendering the report ...")
     try:
-        html_path = render(run, notebooks_dir=folder, progress=progress)
+        page = render(run, variant=variant, notebooks_dir=folder, progress=progress)
     except NotebookFailed as error:
         failed[STATUS_NOTEBOOK] = error.reason
-        html_path = write_plain_page(run, decision, failed)
+        page = write_plain_page(run, decision, failed)
         say(f"{STATUS_NOTEBOOK}: FAILED: {error.reason}; a plain page stands in for it")
-    point_latest_at(run)
-    return ReportResult(run, html_path, decision, failed)
-
-
-def render(run: RunFolder, *, notebooks_dir: Path | None = None, progress: Progress | None = None) -> Path:
-    """Make ``report.html`` of a run from its records, without a GPU and without measuring anything.
-
-    Raises
-    ------
-    NotebookFailed
-        The status report's notebook did not finish; an older page, if any, is left as it was.
-    RecordsError
-        The page cannot be written.
-    """
-    executed = notebooks.execute_notebook(
-        STATUS_NOTEBOOK,
-        run,
-        notebooks_dir=notebooks_dir or data_dir("notebooks"),
-        timeout_s=PAGE_TIMEOUT_S,
-        needs_record=False,
-        show_bar=progress is not None,
-    )
-    try:
-        text = _to_html(executed, run)
-    except FlashCoreError:
-        raise
-    except Exception as error:  # a template that breaks raises whatever it likes; the records are still worth a page
-        raise NotebookFailed(
-            STATUS_NOTEBOOK, f"its page could not be drawn ({type(error).__name__}: {error})"
-        ) from error
-    return _write_page(run, text)
-
-
-def _to_html(executed: Path, run: RunFolder) -> str:
-    """The executed status report through the project's own template, with the other notebooks as evidence."""
-    evidence = [
-        {"name": path.stem, "title": _title(path), "html": _convert(path, "evidence.html.j2", {})}
-        for path in sorted((run.path / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-        if path.stem != STATUS_NOTEBOOK
-    ]
-    return _convert(executed, "index.html.j2", {"flashcore": page.resources(run, verdict.judge(run), evidence)})
-
-
-def _convert(path: Path, template: str, resources: dict) -> str:
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    folder = data_dir("reports") / "template"
-    exporter = HTMLExporter(
-        template_name=folder.name, template_file=template, extra_template_basedirs=[str(folder.parent)]
-    )
-    body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4), resources=resources)
-    return body
-
-
-def _title(path: Path) -> str:
-    """The first heading of a notebook, or its name in words."""
-    import nbformat
-
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown" and (heading := re.match(r"#+\s+(.+)", cell.source)):
-            return heading[1].strip()
-    return path.stem[3:].replace("_", " ")
-
-
-def write_plain_page(run: RunFolder, decision: verdict.Decision, failed: dict[str, str]) -> Path:
-    """A page without figures, for when the status report's own notebook fails: verdict, gates and failures in words."""
-    gates = "".join(
-        f"<tr><td>{html.escape(g.title)}</td><td>{g.state}</td><td>{html.escape(g.reason)}</td></tr>"
-        for g in decision.gates
-    )
-    failures = "".join(f"<li>{html.escape(name)}: {html.escape(reason)}</li>" for name, reason in failed.items())
-    return _write_page(
-        run,
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>FlashCore status report: {decision.verdict}</title>
-<style>:root{{color-scheme:light dark}}body{{font:1rem/1.5 system-ui,sans-serif;
-max-width:60rem;margin:2rem auto;padding:0 1rem}}
-td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0}}</style></head>
-<body><h1>Verdict: {decision.verdict}</h1><p>{html.escape(decision.reason)}</p>
-<h2>This page could not be drawn in full</h2><ul>{failures}</ul>
-<p>Run <code>flashcore render {html.escape(run.name)}</code> to draw it again from the records.</p>
-<h2>Gates</h2><table><thead><tr><th>Gate</th><th>Result</th><th>Reason</th></tr></thead><tbody>{gates}</tbody></table>
-</body></html>
-""",
-    )
-
-
-def _write_page(run: RunFolder, text: str) -> Path:
-    path = run.path / "report.html"
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise RecordsError(
-            f"The report {path} cannot be written ({error.strerror}); free the disk or choose another folder "
-            "with --out."
-        ) from error
-    return path
+    printed, why = print_page(run) if pdf else (None, "")
+    return ReportResult(run, page, decision, failed, printed, why)
 
 
 def point_latest_at(run: RunFolder) -> None:

@@ -80,13 +80,15 @@ class Fault:
     id: str
     title: str
     stage: str
-    """The first producer that bisection has to name; `survey` for what shows in the labels of algorithms alone."""
+    """The first producer that bisection has to name; `survey` and `page table` for what it cannot see (`found_by`)."""
     looks_like: str
     """What a check of `out` alone would show."""
     plants: Mapping[str, Source | Override] = field(default_factory=dict, repr=False)
-    """How to plant it, by backend id."""
+    """How to plant it, by backend id; a bug of the page selection by the name of that kernel."""
     problem: Problem = PLAIN
     """A problem that shows it."""
+    problems: Mapping[str, Problem] = field(default_factory=dict, repr=False)
+    """By backend id, another problem, where that backend does not take this one or has other tiles."""
     pattern: str = "normal"
     may_crash: bool = False
     """It may read out of bounds or hang, which ends a CUDA context: on a GPU it runs in a process of its own."""
@@ -95,25 +97,28 @@ class Fault:
     error_is_found: bool = False
     """A typed error that carries the stage it was raised at (its `stage`) is a finding: a status code that nobody
     swallowed is how the bug shows."""
-    found_by: Literal["bisection", "labels"] = "bisection"
-    """`labels`: every stage is right, and the proof is that of `survey.wrong_labels`, by the kernels' names."""
-    awaits: str | None = None
-    """What does not exist yet and the bug belongs to."""
+    found_by: Literal["bisection", "labels", "selection"] = "bisection"
+    """`labels`: every stage is right, and the proof is that of `survey.wrong_labels`, by the kernels' names.
+    `selection`: it is a bug of the choice of pages, which no backend runs; the same choice made again shows it."""
     held_by: str | None = None
     """What holds a bug that is not one of a backend."""
 
     def why_not(self, backend_id: str | None = None) -> str | None:
         """None when it can be planted (in that backend); otherwise the reason, as a clause."""
-        if self.awaits:
-            return f"awaits {self.awaits}"
         if self.held_by:
             return f"no bug of a backend: {self.held_by}"
         if backend_id is not None and backend_id not in self.plants:
+            if self.found_by == "selection":
+                return f"no bug of a backend: planted in {', '.join(self.plants)}"
             kin = next((b.variant_of for b in backends.all_backends() if b.id == backend_id), None)
             if kin in self.plants:
                 return f"planted in {kin}, whose code this one runs"
             return f"makes no sense in {backend_id}"
         return None
+
+    def problem_in(self, backend_id: str) -> Problem:
+        """The problem that shows it in that backend."""
+        return self.problems.get(backend_id, self.problem)
 
     def plant(self, backend_id: str) -> Backend:
         """The backend with this bug in it.

@@ -14,14 +14,17 @@ from typing import Any
 
 from flashcore import backends as registry
 from flashcore.backends import Backend
+from flashcore.backends._cuda import CudaBackend
 from flashcore.bisection import Bisection, bisect
-from flashcore.build import compile_kernel
+from flashcore.build import compile_kernel, source_hash
 from flashcore.check import guarded, hash_of
 from flashcore.determinism import check_determinism
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.faults import FAULTS, get
-from flashcore.inputs import LAYOUTS, PATTERNS
+from flashcore.inputs import LAYOUTS, PATTERNS, make_inputs
 from flashcore.isolation import Worker, isolated_trial
+from flashcore.paging import PAGE_SIZES, PagedKV, TopK, paginate
+from flashcore.paging._stability import check_selection
 from flashcore.planting import Fault, Source
 from flashcore.problem import Problem, parse_problem
 from flashcore.records import RunFolder, Trial
@@ -31,6 +34,10 @@ Progress = Callable[[str], None]
 
 CRASH_LIMIT_S = 60.0
 """Seconds a fault may take in a process of its own; a right kernel takes well under one."""
+FIRST_GPU = 0
+"""The GPU that kernels with a bug in them are compiled for ahead of time."""
+SELECTED_SHARE = 0.4
+"""Of the pages of a sequence, where a bug of the page selection is looked for: many, so that every warp writes some."""
 _ISOLATED_ON = ("cuda",)
 
 
@@ -46,8 +53,9 @@ def provable(backends: Sequence[Backend] | None = None) -> list[Backend]:
 def prove(fault_id: str, backend_id: str) -> Trial:
     """Plant one bug, bisect, and say whether it was found at its stage. Importable, to be run in another process.
 
-    A bug that shows in an algorithm's label alone (`Fault.found_by`) is looked for there. Where a typed error is how a
-    bug shows (`Fault.error_is_found`), the stage that the error itself carries is the one found.
+    A bug that shows in an algorithm's label alone (`Fault.found_by`) is looked for there, and one of the page selection
+    in its choices; `backend_id` is then that kernel's name. Where a typed error is how a bug shows
+    (`Fault.error_is_found`), the stage that the error itself carries is the one found.
 
     Raises
     ------
@@ -57,24 +65,45 @@ def prove(fault_id: str, backend_id: str) -> Trial:
         The fault cannot be planted here.
     """
     fault = get(fault_id)
-    planted = fault.plant(backend_id)
-    planted.require(fault.problem)
     started = time.perf_counter()
+    if fault.found_by == "selection":
+        return _proved_by_selecting(fault, backend_id, started)
+    planted, problem = fault.plant(backend_id), fault.problem_in(backend_id)
+    planted.require(problem)
+    hashed = planted.source_hash()
     if fault.found_by == "labels":
-        wrong = wrong_labels(planted, fault.problem)
+        wrong = wrong_labels(planted, problem)
         more = {"finding": wrong[0]} if wrong else {}
-        return _judged(fault, planted, "survey" if wrong else None, started, more)
+        return _judged(fault, backend_id, "survey" if wrong else None, started, more, hashed)
     try:
-        found = bisect(planted, fault.problem, pattern=fault.pattern)
+        found = bisect(planted, problem, pattern=fault.pattern)
     except FlashCoreError as error:
         stage = _stage_that_refused(fault, error)
         if stage is None:
             raise
-        return _judged(fault, planted, stage, started, {"finding": str(error), "error": type(error).__name__})
-    return _judged(fault, planted, _stage_of(found), started, _seen(found))
+        seen = {"finding": str(error), "error": type(error).__name__}
+        return _judged(fault, backend_id, stage, started, seen, hashed)
+    return _judged(fault, backend_id, _stage_of(found), started, _seen(found), hashed)
 
 
-def _judged(fault: Fault, planted: Backend, stage: str | None, started: float, seen: dict[str, Any]) -> Trial:
+def _proved_by_selecting(fault: Fault, kernel: str, started: float) -> Trial:
+    """Choose the same pages again and again: other ones, or invalid ones, are how a bug of that choice shows."""
+    state = CudaBackend().availability()
+    if not state.ok:
+        raise BackendUnavailable(kernel, state.reason, state.fix)
+    problem = fault.problem_in(kernel)
+    q, k, v = make_inputs(problem, device="cuda", pattern=fault.pattern)
+    pages = paginate(k, v, problem.page_size)
+    cache = PagedKV.from_tables(pages.k_pool, pages.v_pool, pages.page_table, pages.lengths, key_bounds=True)
+    planted = type("Planted", (TopK,), {"source": fault.plants[kernel].text(kernel)})
+    found = check_selection(planted(share=SELECTED_SHARE), q, cache)
+    stage = None if found.ok else "page table"
+    return _judged(fault, kernel, stage, started, {"finding": str(found)}, source_hash(kernel))
+
+
+def _judged(
+    fault: Fault, backend_id: str, stage: str | None, started: float, seen: dict[str, Any], hashed: str | None
+) -> Trial:
     """The record of a bug that was looked for and found at `stage`, or nowhere."""
     outcome = "found" if stage == fault.stage else "missed" if stage is None else "found elsewhere"
     data = _facts(fault) | {"looks_like": fault.looks_like, "pattern": fault.pattern} | {
@@ -83,8 +112,8 @@ def _judged(fault: Fault, planted: Backend, stage: str | None, started: float, s
     }  # fmt: skip
     words = {"found elsewhere": f"it was found at {stage}", "missed": "nothing was found"}
     reason = None if outcome == "found" else f"{fault.id} has to be found at {fault.stage}, and {words[outcome]}"
-    return Trial(kind="fault", backend=planted.id, variant=fault.id, problem=fault.problem, data=data, reason=reason,
-                 status="ok" if outcome == "found" else "failed", source_hash=planted.source_hash())  # fmt: skip
+    return Trial(kind="fault", backend=backend_id, variant=fault.id, problem=fault.problem_in(backend_id), data=data,
+                 reason=reason, status="ok" if outcome == "found" else "failed", source_hash=hashed)  # fmt: skip
 
 
 def _stage_of(found: Bisection) -> str | None:
@@ -112,7 +141,8 @@ def _seen(found: Bisection) -> dict[str, Any]:
 
 
 def _facts(fault: Fault) -> dict:
-    return {"fault": fault.id, "title": fault.title, "expected_stage": fault.stage}
+    facts = {"fault": fault.id, "title": fault.title, "expected_stage": fault.stage}
+    return facts if fault.found_by == "bisection" else {**facts, "found_by": fault.found_by}
 
 
 def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None) -> int:
@@ -125,13 +155,16 @@ def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: P
         for backend in backends:
             plant = fault.plants.get(backend.id)
             if isinstance(plant, Source) and fault.why_not(backend.id) is None and backend.kernel:
-                jobs |= {(backend.kernel, plant.edits, fault.problem.head_dim, fault.problem.dtype, traced): plant
+                problem = fault.problem_in(backend.id)
+                defines = backend.defines(problem, FIRST_GPU) if isinstance(backend, CudaBackend) else ()
+                jobs |= {(backend.kernel, plant.edits, problem.head_dim, problem.dtype, defines, traced): plant
                          for traced in (True, False)}  # fmt: skip
 
     def compile_one(job: tuple[tuple, Source]) -> None:
-        (kernel, _, head_dim, dtype, traced), plant = job
+        (kernel, _, head_dim, dtype, defines, traced), plant = job
         with contextlib.suppress(FlashCoreError):
-            compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=traced, source=plant.text(kernel))
+            compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=traced, defines=dict(defines),
+                           source=plant.text(kernel))  # fmt: skip
 
     if not jobs:
         return 0
@@ -152,6 +185,9 @@ def run_faults(
     progress: Progress | None = None,
 ) -> list[Trial]:
     """Plant every bug of the catalogue in every backend that can hold it; one `fault` trial each, written as made.
+
+    A bug of the page selection belongs to no backend: it is planted once, whichever backends are chosen, and the trial
+    has the kernel's name in the backend's place.
 
     Parameters
     ----------
@@ -187,8 +223,14 @@ def run_faults(
             worker.start()  # it imports torch while the kernels compile
         precompile(faults, ready, progress)
         for fault in faults:
-            if fault.awaits or fault.held_by:
+            if fault.held_by:
                 record(_not_applicable(fault, None))
+                continue
+            if fault.found_by == "selection":
+                for kernel in fault.plants:
+                    if progress:
+                        progress(f"{fault.id} in {kernel}: {fault.title}")
+                    record(_caught(fault, kernel, source_hash(kernel)))
                 continue
             for backend in ready:
                 if fault.why_not(backend.id):
@@ -226,7 +268,7 @@ def bisect_planted(
     UnknownName, FaultError
         It cannot be planted there.
     """
-    wanted, looks = problem or fault.problem, pattern or fault.pattern
+    wanted, looks = problem or fault.problem_in(backend_id), pattern or fault.pattern
     planted = fault.plant(backend_id)
     work = [("bisection", {"seed": seed, "pattern": looks, "layout": layout})]
     if fault.found_by == "labels":
@@ -293,21 +335,32 @@ def _not_applicable(fault: Fault, backend: Backend | None) -> Trial:
 
 
 def _one(fault: Fault, backend: Backend, worker: Worker) -> Trial:
-    fields = dict(kind="fault", backend=backend.id, variant=fault.id, problem=fault.problem,
-                  source_hash=hash_of(backend))  # fmt: skip
+    if not _isolated(fault, backend):
+        return _caught(fault, backend.id, hash_of(backend))
+    trial = isolated_trial(prove, fault.id, backend.id, worker=worker, timeout_s=CRASH_LIMIT_S,
+                           fields=_fields(fault, backend.id, hash_of(backend)))  # fmt: skip
+    if trial.status != "error":
+        return trial
+    crashed = trial.data["crashed"]
+    accepted = crashed and fault.crash_is_found
+    changes = {"data": {**trial.data, "outcome": "crashed" if crashed else "not planted"},
+               "status": "ok" if accepted else "failed" if crashed else "error"}  # fmt: skip
+    return trial.model_copy(update=changes)
+
+
+def _fields(fault: Fault, backend_id: str, hashed: str | None) -> dict[str, Any]:
+    """What the record of a bug has when nothing came of it."""
     data = _facts(fault) | {"found_stage": None, "producers": []}
-    if _isolated(fault, backend):
-        trial = isolated_trial(prove, fault.id, backend.id, worker=worker, timeout_s=CRASH_LIMIT_S,
-                               fields={**fields, "data": data})  # fmt: skip
-        if trial.status != "error":
-            return trial
-        crashed = trial.data["crashed"]
-        accepted = crashed and fault.crash_is_found
-        changes = {"data": {**trial.data, "outcome": "crashed" if crashed else "not planted"},
-                   "status": "ok" if accepted else "failed" if crashed else "error"}  # fmt: skip
-        return trial.model_copy(update=changes)
+    return dict(kind="fault", backend=backend_id, variant=fault.id, problem=fault.problem_in(backend_id),
+                source_hash=hashed, data=data)  # fmt: skip
+
+
+def _caught(fault: Fault, backend_id: str, hashed: str | None) -> Trial:
+    """`prove`, in this process; what it raises becomes the record's status and reason."""
+    fields = _fields(fault, backend_id, hashed)
+    data = fields.pop("data")
     try:
-        return prove(fault.id, backend.id)
+        return prove(fault.id, backend_id)
     except (BackendUnavailable, Unsupported) as error:
         return Trial(**fields, status="unavailable", reason=error.reason, data={**data, "outcome": "not run"})
     except Exception as error:  # a patched kernel may raise anything; the record has to say so
@@ -323,20 +376,24 @@ def random_cases(backend: Backend, n: int, *, seed: int = 0) -> Iterator[tuple[i
     """`n` times a seed, a problem that the backend takes, an input pattern and a layout; the same for the same seed.
 
     Every pattern comes in turn. Shapes hold single rows, tails on both sides, grouped heads, unequal lengths and rows
-    without keys; they are small, since an error does not depend on how often it is made.
+    without keys; they are small, since an error does not depend on how often it is made. A backend over pages gets more
+    problems with a few query tokens, groups of many heads, and all page sizes.
     """
     rng = random.Random(f"{backend.id} {seed}")
     dtypes = list(backend.dtypes)
     head_dims = list(backend.head_dims or (1, 8, 40, 64, 128))
     heads, lengths = [1, 1, 2], [1, 2, 17, 31, 64, 96, 129]
     long = [*lengths, 200, 257] if backend.device == "cpu" else [*lengths, 300, 517, 1000]
+    groups, page_sizes = [1, 1, 2, 3], [16, 64, 100, 128]
+    if backend.paged:
+        lengths, groups, page_sizes = [*lengths, 3, 5, 6, 8], [*groups, 4, 8, 9], list(PAGE_SIZES)
     made = 0
     while made < n:
         num_heads_kv = rng.choice(heads)
         problem = Problem(
-            batch=rng.choice([1, 2]), num_heads_kv=num_heads_kv, num_heads_q=num_heads_kv * rng.choice([1, 1, 2, 3]),
+            batch=rng.choice([1, 2]), num_heads_kv=num_heads_kv, num_heads_q=num_heads_kv * rng.choice(groups),
             seqlen_q=rng.choice(lengths), seqlen_k=rng.choice(long), head_dim=rng.choice(head_dims),
-            dtype=rng.choice(dtypes), causal=rng.random() < 0.5, page_size=rng.choice([16, 64, 100, 128]),
+            dtype=rng.choice(dtypes), causal=rng.random() < 0.5, page_size=rng.choice(page_sizes),
             softmax_scale=rng.choice([None, None, None, 1.0, -0.3, 0.0]),
         )  # fmt: skip
         layout, pattern = rng.choice(LAYOUTS), PATTERNS[made % len(PATTERNS)]

@@ -136,7 +136,7 @@ def test_damaged_records_and_a_newer_schema(run, line, said):
 def test_a_render_that_fails_is_exit_code_1(monkeypatch, run):
     from flashcore.errors import NotebookFailed
 
-    def fail(found):
+    def fail(found, *, variant):
         raise NotebookFailed("06_status_report", "its kernel died")
 
     monkeypatch.setattr(pipeline, "render", fail)

@@ -16,14 +16,20 @@ from flashcore.check import check_attention
 from flashcore.errors import FaultError, UnknownName
 from flashcore.faults import FAULTS
 from flashcore.planting import Override, Source
-from flashcore.plants import cublaslt, hopper
+from flashcore.plants import cublaslt, decode, hopper
 from flashcore.problem import square
 
 CPU = [f.id for f in FAULTS if "cpu" in f.plants]
 PATCHES = [(f.id, b) for f in FAULTS for b, plant in f.plants.items() if isinstance(plant, Source)]
 IN_KERNELS = [(f.id, b) for f in FAULTS for b in f.plants if b in ("scalar", "wmma")]
-IN_CUBLASLT = [(f.id, b) for f in FAULTS for b in f.plants if b.startswith("cublaslt")]
-IN_HOPPER = [(f.id, b) for f in FAULTS for b in f.plants if b.startswith("hopper")]
+IN_CUBLASLT = [(f.id, b) for f in FAULTS for b in f.plants if b in ("cublaslt", "cublaslt-batched")]
+IN_HOPPER = [(f.id, b) for f in FAULTS for b in f.plants if b in ("hopper", "hopper-unsplit")]
+IN_PAGED = [(f.id, b) for f in FAULTS for b in f.plants if b in ("decode", "hopper-paged", "cublaslt-paged")]
+
+
+def kernel_of(host: str) -> str:
+    """The kernel of a backend, or the kernel of that name, where a bug is of no backend."""
+    return host if host in build.kernel_names() else backends.get(host).kernel
 
 
 def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence():
@@ -32,12 +38,22 @@ def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence(
     assert [i for i in ids if i.startswith("F")] == [f"F{n}" for n in range(1, 17)]
     assert len([i for i in ids if i.startswith("G")]) >= 8
     for fault in FAULTS:
-        assert bool(fault.plants) != bool(fault.awaits or fault.held_by), f"{fault.id} is neither planted nor explained"
-        stages = (*flashcore.reference.STAGES, "survey") if fault.found_by == "labels" else flashcore.reference.STAGES
-        assert fault.plants == {} or fault.stage in stages
+        assert bool(fault.plants) != bool(fault.held_by), f"{fault.id} is neither planted nor explained"
+        stages = {"labels": (*flashcore.reference.STAGES, "survey"), "selection": ("page table",)}
+        assert fault.plants == {} or fault.stage in stages.get(fault.found_by, flashcore.reference.STAGES)
     for backend, planted in plants.PLANTS.items():
-        assert sum(fault.why_not(backend) is None for fault in FAULTS) == len(planted) >= 20
+        assert sum(fault.why_not(backend) is None for fault in FAULTS) == len(planted)
+        assert len(planted) >= 20 or backends.get(backend).paged, f"{backend} runs no other backend's code"
         assert set(planted) <= set(ids), f"planted in {backend} and not in the catalogue"
+    for backend, problems in plants.PROBLEMS.items():
+        assert set(problems) <= set(plants.PLANTS[backend])
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [(f.id, b) for f in FAULTS for b in f.plants if f.found_by != "selection"]
+)
+def test_a_bug_is_planted_where_the_backend_takes_its_problem(name, backend):
+    assert backends.get(backend).why_not(faults.get(name).problem_in(backend)) is None
 
 
 # ------------------------------------------------------------------------------------------------ on the cpu backend
@@ -56,7 +72,7 @@ def test_a_bug_of_the_cpu_backend_is_found_at_its_stage(name):
 
 def test_planting_leaves_the_backend_itself_alone():
     for fault in FAULTS:
-        for backend in fault.plants:
+        for backend in fault.plants if fault.found_by != "selection" else ():
             planted = fault.plant(backend)
             assert planted is not backends.get(backend) and planted.id == backend
     assert bisect("cpu", planting.PLAIN).passed
@@ -68,29 +84,35 @@ def test_planting_leaves_the_backend_itself_alone():
 
 @pytest.mark.parametrize(("name", "backend"), PATCHES)
 def test_a_patch_fits_exactly_once_and_changes_the_code(name, backend):
-    kernel = backends.get(backend).kernel
+    kernel = kernel_of(backend)
     text = faults.get(name).plants[backend].text(kernel)
     assert build._bare(text) != build._bare(build.kernel_source(kernel))
 
 
 @pytest.mark.slow
-def test_every_patched_kernel_compiles():
+@pytest.mark.timeout(900)
+def test_every_patched_kernel_compiles(monkeypatch):
     """The traced build holds all the code that the production build does."""
     pytest.importorskip("cuda.core")  # before the threads: its first import is not safe in several at once
+    monkeypatch.setattr("flashcore.backends.hopper.multiprocessors", lambda device: 132)
 
-    def compile_one(patch):
-        kernel, text = patch
-        return build.compile_kernel(kernel, head_dim=64, dtype="float16", trace=True, source=text)
+    def compile_one(variant):
+        kernel, defines, text = variant
+        macros = dict(defines)
+        return build.compile_kernel(kernel, head_dim=64, dtype="float16", trace=True, defines=macros, source=text)
 
-    sources: dict[tuple[str, str], list] = {}  # backends of one kernel share what is compiled
-    for name, backend in PATCHES:
-        kernel = backends.get(backend).kernel
-        sources.setdefault((kernel, faults.get(name).plants[backend].text(kernel)), []).append((name, backend))
+    variants: dict[tuple, list] = {}  # backends of one kernel share what is compiled
+    for name, host in PATCHES:
+        fault, kernel = faults.get(name), kernel_of(host)
+        defines = () if host == kernel else backends.get(host).defines(fault.problem_in(host), 0)
+        variants.setdefault((kernel, defines, fault.plants[host].text(kernel)), []).append((name, host))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cubins = list(pool.map(compile_one, sources))
-    clean = {k: build.compile_kernel(k, head_dim=64, dtype="float16", trace=True) for k in {k for k, _ in sources}}
-    for ((kernel, _), patches), cubin in zip(sources.items(), cubins, strict=True):
-        assert cubin.path.read_bytes() != clean[kernel].path.read_bytes(), f"{patches} compiles to the same code"
+        cubins = list(pool.map(compile_one, variants))
+        as_they_are = {(kernel, defines, None) for kernel, defines, _ in variants}
+        clean = dict(zip(as_they_are, pool.map(compile_one, as_they_are), strict=True))
+    for ((kernel, defines, _), patches), cubin in zip(variants.items(), cubins, strict=True):
+        same = cubin.path.read_bytes() == clean[kernel, defines, None].path.read_bytes()
+        assert not same, f"{patches} compiles to the same code"
 
 
 def test_a_patch_that_no_longer_fits_is_an_error():
@@ -105,7 +127,7 @@ def test_a_patch_that_no_longer_fits_is_an_error():
 def test_names_that_do_not_exist():
     with pytest.raises(UnknownName, match="There is no fault 'F99'"):
         faults.get("F99")
-    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, hopp"):
+    with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, deco"):
         faults.get("G7").plant("cpu")
 
 
@@ -114,7 +136,16 @@ def test_why_a_bug_is_not_planted_is_said():
     assert faults.get("F4").why_not("cpu") == "makes no sense in cpu"
     assert faults.get("F3").why_not("cublaslt-loop") == "planted in cublaslt, whose code this one runs"
     assert faults.get("G4").why_not("cublaslt-loop") == "makes no sense in cublaslt-loop"
-    assert faults.get("F10").why_not("cpu") == "awaits paged attention"
+    assert faults.get("F10").why_not("cpu") == "makes no sense in cpu" and faults.get("F10").why_not("decode") is None
+    assert faults.get("F3").why_not("hopper-paged") == "planted in hopper, whose code this one runs"
+    assert faults.get("F13").why_not("cpu") == "no bug of a backend: planted in page_selection"
+    assert faults.get("F16").why_not("cpu").startswith("no bug of a backend: tests/")
+
+
+def test_the_problem_that_shows_a_bug_may_be_another_in_a_backend():
+    assert faults.get("F3").problem_in("cpu") == faults.get("F3").problem_in("hopper-paged") == planting.PLAIN
+    assert faults.get("F3").problem_in("decode") == decode.PLAIN
+    assert faults.get("G38").problem_in("decode").page_size == faults.get("G38").problem_in("hopper-paged").page_size
 
 
 def test_a_patch_and_a_wrong_method_are_planted_together():
@@ -253,10 +284,33 @@ def run_and_find_all(names, plants):
 
     trials = run_faults(None, backends.select(names))
     planted = [t for t in trials if t.data["outcome"] != "not applicable"]
-    assert len(planted) == len(plants)
+    assert len(planted) == len(plants) + 1, "F13 is planted whichever the backends are"
     wrong = [(t.variant, t.backend, t.data["outcome"], t.reason) for t in planted if t.status != "ok"]
     assert wrong == []
     return trials
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_bug_over_pages_is_found_at_its_stage():
+    trials = run_and_find_all("decode,hopper-paged,cublaslt-paged", IN_PAGED)
+    [selecting] = [t for t in trials if t.variant == "F13"]
+    assert selecting.backend == "page_selection" and "other pages" in selecting.data["finding"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["decode", "hopper-paged", "cublaslt-paged"])
+def test_backends_over_pages_are_clean_where_their_bugs_are_planted(backend):
+    assert_clean_where_bugs_are_planted(backends.get(backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["normal", "large"])
+def test_two_heads_a_block_alone_do_no_harm(pattern):
+    """What makes a head's leftovers show in a traced call is no bug by itself."""
+    found = bisect(Override(decode.TWO_HEADS_A_BLOCK).apply(backends.get("decode")), decode.TWO_HEADS, pattern=pattern)
+    assert found.passed, found.finding()
 
 
 @pytest.mark.gpu
@@ -270,7 +324,7 @@ def test_cublaslt_is_clean_where_its_bugs_are_planted(backend):
 def assert_clean_where_bugs_are_planted(backend):
     """Every problem and pattern of the bugs that are planted there."""
     planted = [fault for fault in faults.planted_in(backend.id) if fault.stage != "survey"]
-    for problem, pattern in {(f.problem, f.pattern) for f in planted}:
+    for problem, pattern in {(f.problem_in(backend.id), f.pattern) for f in planted}:
         found = bisect(backend, problem, pattern=pattern)
         assert found.passed, f"{problem.label()}, {pattern}: {found.finding()}"
 
@@ -288,7 +342,7 @@ def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
 def test_a_late_copy_alone_does_no_harm(backend):
     """What makes the missing barrier show is no bug by itself."""
     late = Source(plants.LATE[backend]).apply(backends.get(backend))
-    assert bisect(late, planting.PLAIN).passed
+    assert bisect(late, faults.get("G1").problem_in(backend)).passed
 
 
 @pytest.mark.gpu

@@ -1,21 +1,25 @@
-"""The page in a real browser: opened from disk it asks for nothing, says nothing on the console, and fits screens."""
+"""The page in a real browser: it asks for nothing, fits screens, and serves keyboards and screen readers."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 
 import nbformat
 import pytest
+import synthetic_paging as paging
 import synthetic_records as synthetic
 
 from flashcore import pipeline
+from flashcore.build import data_dir
+from flashcore.page import SECTIONS, variant
 from flashcore.records import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-RUNS = ("no-go", "broken", "cpu")
+RUNS = ("no-go", "broken", "cpu", "go")
 LONG = "a_word_so_long_that_it_must_break_" * 6
 A4_INSIDE = (695, 1032)
 """CSS pixels of an A4 page inside the margins of the print style."""
@@ -56,6 +60,7 @@ def pages(tmp_path_factory) -> dict[str, RunFolder]:
         "no-go": synthetic.write_run(root / "no-go", synthetic.gpu_trials(), synthetic.environment()),
         "broken": synthetic.write_run(root / "broken", [*broken, hostile, died], synthetic.environment()),
         "cpu": synthetic.write_run(root / "cpu", synthetic.cpu_trials(), synthetic.environment(None)),
+        "go": synthetic.write_run(root / "go", everything(), synthetic.environment(date="2001-02-05T04:05:06+00:00")),
     }
     folder = runs["no-go"].path / "notebooks"
     folder.mkdir()
@@ -67,10 +72,30 @@ def pages(tmp_path_factory) -> dict[str, RunFolder]:
     return runs
 
 
+def everything() -> list:
+    """A whole run with a survey of paging, whose kernel of ours meets every target."""
+    trials = [t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"]
+    return [*trials[:-3], *paging.everything(), *trials[-3:]]
+
+
 def record_with_markup():
     """A record whose text tries to leave its place."""
     reason = f"</script><script>document.title='broken out'</script><img src=x onerror=alert(1)> {LONG}"
     return synthetic.correctness("scalar", synthetic.PRESETS["tiny"], status="failed", reason=reason, correctness=None)
+
+
+@pytest.fixture(scope="module")
+def recorded(pages, tmp_path_factory) -> str:
+    """The page of a recorded run, drawn now, without what git does not keep."""
+    source = max((data_dir("reports") / "recorded").glob("*/records.jsonl")).parent
+    folder = tmp_path_factory.mktemp("recorded") / source.name
+    folder.mkdir()
+    for name in ("records.jsonl", "environment.json"):
+        shutil.copy(source / name, folder)
+    pages["recorded"] = RunFolder(folder)
+    pipeline.render(pages["recorded"])
+    assert (folder / "report.html").stat().st_size < 3_000_000
+    return "recorded"
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +191,11 @@ def test_the_verdict_is_the_one_of_the_records(opened, pages):
     assert decision.verdict == "NO-GO" and "NO-GO" in tab.locator(".fc-verdict").inner_text()
     assert tab.locator(".fc-reason").inner_text() == decision.reason
     assert tab.title().startswith("NO-GO: FlashCore status report")
-    assert tab.locator("meta[name=description]").get_attribute("content") == f"NO-GO. {decision.reason}"
+    summary = f"NO-GO. {decision.reason} {decision.evidence}"
+    for name in ("meta[name=description]", "meta[property='og:description']"):
+        assert tab.locator(name).get_attribute("content") == summary
+    assert tab.locator("meta[property='og:title']").get_attribute("content") == tab.title()
+    assert tab.locator("meta[property='og:url'], meta[property='og:image']").count() == 0
 
 
 def test_the_options_stand_before_the_gates_and_their_conditions_are_folded(opened, pages):
@@ -174,8 +203,6 @@ def test_the_options_stand_before_the_gates_and_their_conditions_are_folded(open
     shown = tab.locator(".fc-options tbody tr")
     options = pipeline.verdict.judge(pages["no-go"]).options
     assert [o.result in row for o, row in zip(options, shown.all_inner_texts(), strict=True)] == [True] * 3
-    tops = [tab.locator(name).first.bounding_box()["y"] for name in (".fc-banner", ".fc-options", ".fc-gates")]
-    assert tops == sorted(tops)
     fold = tab.locator(".fc-options + details")
     assert not fold.evaluate("e => e.open")
     fold.locator("summary").click()
@@ -214,7 +241,7 @@ def test_evidence_is_folded_and_holds_outputs_but_no_code(opened):
 def test_the_records_can_be_had_from_the_page(opened, pages, tmp_path):
     tab, _ = opened("broken")
     with tab.expect_download() as download:
-        tab.locator("#fc-download").click()
+        tab.locator("[data-records=fc-records]").click()
     download.value.save_as(tmp_path / "records.jsonl")
     lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()
     written = pages["broken"].records_path.read_text(encoding="utf-8").splitlines()
@@ -248,7 +275,7 @@ def test_plots_follow_the_scheme_and_words_stand_out(opened, scheme):
     assert text.evaluate("e => getComputedStyle(e).fill") == f"rgb({', '.join(map(str, colours['fc-muted'][:3]))})"
 
 
-@pytest.mark.parametrize("name", ["no-go", "cpu"])
+@pytest.mark.parametrize("name", RUNS)
 def test_the_executive_part_fits_one_printed_page(opened, name):
     tab, _ = opened(name)
     tab.emulate_media(media="print")
@@ -263,3 +290,213 @@ def test_the_executive_part_fits_one_printed_page(opened, name):
 def test_the_file_is_small(pages):
     for run in pages.values():
         assert (run.path / "report.html").stat().st_size < 3_000_000
+
+
+# --- what is on it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["go", "no-go", "cpu"])
+def test_the_sections_stand_in_their_order(opened, name):
+    tab, _ = opened(name)
+    there = tab.evaluate("[...document.querySelectorAll('main section[id]')].map(s => s.id)")
+    assert there == [s for s in SECTIONS if s in there]
+    assert set(there) == {*SECTIONS} - ({"since"} if name != "go" else set())
+    parts = (".fc-banner", ".fc-cards", ".fc-options", ".fc-gates", "h3:has-text('What blocks')",
+             "h3:has-text('What to do next')", "#speed")  # fmt: skip
+    tops = [tab.locator(part).first.bounding_box()["y"] for part in parts]
+    assert tops == sorted(tops)
+
+
+def test_four_figures_stand_under_the_verdict_with_target_and_change(opened):
+    tab, _ = opened("go")
+    cards = tab.locator(".fc-cards > li").all_inner_texts()
+    assert [card.split("\n")[0] for card in cards] == [
+        "Best speed of ours", "Latency of a small call", "Checks that are right", "Memory saved",
+    ]  # fmt: skip
+    assert "512" in cards[0] and "× the best peer, sdpa-cudnn" in cards[0] and "Target at least 320 TFLOPS" in cards[0]
+    assert "70.3 %" in cards[3].replace("\n", " ") and "shared prefix" in cards[3]
+    assert all("since 2001-02-03" in card or "on 2001-02-03" in card for card in cards)
+    assert "faster" in cards[0]
+
+
+def test_memory_that_was_not_measured_is_said_plainly(opened):
+    tab, _ = opened("broken")
+    assert "70.3" in tab.locator(".fc-cards > li").nth(3).inner_text()
+    tab, _ = opened("cpu")
+    card = tab.locator(".fc-cards > li").nth(3).inner_text()
+    assert "not measured" in card or "shared prefix" in card  # the recorded run may hold it
+
+
+def test_what_changed_since_the_last_run_has_a_section(opened):
+    tab, _ = opened("go")
+    section = tab.locator("#since")
+    assert section.locator("h2").all_inner_texts() == ["Since the last run"] and "no-go" in section.inner_text()
+    assert tab.locator(".fc-nav a[href='#since']").count() == 1
+    assert opened("cpu")[0].locator("#since").count() == 0
+
+
+def test_the_claims_are_audited_on_the_page(opened):
+    tab, _ = opened("go")
+    rows = tab.locator(".fc-claims tbody tr").all_inner_texts()
+    assert len(rows) > 15
+    call = next(row for row in rows if "270 µs" in row)
+    assert "impossible" in call and "peak" in call
+    assert "wmma" in next(row for row in rows if "3.75 TFLOPS" in row and "Phase 3A" in row)
+    outcomes = [row for row in rows if "confirmed" in row]
+    assert rows[0] not in outcomes and rows[-1] in outcomes
+
+
+def test_ids_of_backends_are_shown_as_they_are(pages):
+    page = (pages["go"].path / "report.html").read_text()
+    headings = re.findall(r"<th[^>]*>([^<]*)</th>", page)
+    assert not {"Cpu", "Wmma", "Scalar", "Hopper", "Cublaslt"} & set(headings)
+
+
+# --- keyboards and screen readers ----------------------------------------------------------------------------------
+
+TABBABLE = "a[href], button, summary, [tabindex='0']"
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("go", "light"), ("go", "dark"), ("broken", "light"), ("cpu", "dark")])
+def test_axe_finds_no_violation(opened, name, scheme):
+    tab, _ = opened(name, scheme=scheme)
+    violations(tab)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_violation_on_the_page_of_the_recorded_run(opened, recorded, scheme, width):
+    tab, heard = opened(recorded, scheme=scheme, width=width)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    violations(tab)
+    assert heard == []
+
+
+def violations(tab) -> None:
+    """Everything unfolded, no rule of axe-core is broken; its script comes with a wheel, so it needs no network."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    tab.wait_for_timeout(200)  # toggle events
+    found = axe.run(tab).response
+    assert len(found["passes"]) > 20
+    told = [f"{v['id']}: {v['help']}: {[n['html'][:120] for n in v['nodes'][:3]]}" for v in found["violations"]]
+    assert told == []
+
+
+def test_the_keyboard_reaches_every_control_and_the_focus_is_seen(opened):
+    tab, _ = opened("go")
+    wanted = tab.evaluate(
+        """controls => [...document.querySelectorAll(controls)].filter(e => e.checkVisibility())
+             .map((e, i) => (e.dataset.n = i))""",
+        TABBABLE,
+    )
+    reached, unseen = [], []
+    for _ in range(len(wanted) + 1):
+        tab.keyboard.press("Tab")
+        number, outline = tab.evaluate(
+            "(() => { const e = document.activeElement; return [e.dataset.n, getComputedStyle(e).outlineStyle]; })()"
+        )
+        if number is None:
+            break
+        reached.append(int(number))
+        if outline == "none":
+            unseen.append(number)
+    assert reached == wanted and len(wanted) > 40
+    assert unseen == []
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_details_open_by_keyboard(opened, key):
+    tab, _ = opened("go")
+    fold = tab.locator("details").first
+    fold.locator("summary").first.focus()
+    tab.keyboard.press(key)
+    assert fold.evaluate("e => e.open")
+    tab.keyboard.press(key)
+    assert not fold.evaluate("e => e.open")
+
+
+def test_tables_sort_by_keyboard_and_say_so(opened):
+    tab, _ = opened("go")
+    table = tab.locator(".fc-gates table")
+    before = table.locator("tbody tr").all_inner_texts()
+    head = table.locator("thead th", has_text="Measured")
+    head.locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    figures = [float(re.match(r"[\d.,]+", text)[0].replace(",", "")) for text in measured(table)]
+    assert figures == sorted(figures) and len(figures) > 5
+    tab.keyboard.press("Space")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert [float(re.match(r"[\d.,]+", text)[0].replace(",", "")) for text in measured(table)] == figures[::-1]
+    tab.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") is None
+    assert table.locator("tbody tr").all_inner_texts() == before
+    assert tab.locator(".fc-table table").count() - tab.locator(".fc-table table:has(.fc-sort)").count() <= 3
+
+
+def measured(table) -> list[str]:
+    return [t for t in table.locator("tbody td:nth-child(3)").all_inner_texts() if t != "none"]
+
+
+def test_without_scripts_the_page_is_whole(opened):
+    tab, _ = opened("go", java_script_enabled=False)
+    assert tab.locator(".fc-sort").count() == 0 and not tab.locator("[data-records]").first.is_visible()
+    assert "GO" in tab.locator(".fc-verdict").inner_text()
+
+
+# --- variants ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def varied(pages, tmp_path_factory):
+    """Make a page of the run that says GO in another way, beside the first."""
+    made = {}
+
+    def make(name: str, **words) -> str:
+        if name not in made:
+            source, folder = pages["go"].path, tmp_path_factory.mktemp("varied") / name
+            shutil.copytree(source, folder)
+            (folder / "notebooks").mkdir(exist_ok=True)
+            nbformat.write(other_notebook(), folder / "notebooks" / "02_correctness_bisection.ipynb")
+            made[name] = RunFolder(folder)
+            pipeline.render(made[name], variant=variant(**words))
+            pages[name] = made[name]
+        return name
+
+    return make
+
+
+def test_engineering_has_everything_open(opened, varied):
+    tab, heard = opened(varied("engineering", audience="engineering"))
+    assert tab.locator("details").count() > 8 and tab.locator("details:not([open])").count() == 0
+    assert tab.locator("#evidence details").count() == 1 and heard == []
+
+
+def test_leadership_has_the_details_folded_and_no_notebooks(opened, varied, tmp_path):
+    logo = tmp_path / "logo.svg"
+    logo.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 1"><rect width="4" height="1"/></svg>')
+    name = varied(
+        "leadership", audience="leadership", title='Kernels <for> "us"', organisation="Example & Sons", logo=logo
+    )
+    tab, heard = opened(name)
+    assert tab.locator("details[open]").count() == 0 and tab.locator("#evidence").count() == 0
+    assert tab.locator(".fc-nav a[href='#evidence']").count() == 0
+    assert 'Kernels <for> "us"' in tab.title() and "Example & Sons" in tab.title()
+    assert tab.locator(".fc-kicker").inner_text() == 'Example & Sons: Kernels <for> "us"'
+    assert tab.locator("meta[name=author]").get_attribute("content") == "Example & Sons"
+    picture = tab.locator("img.fc-logo")
+    assert (
+        picture.evaluate("e => e.complete && e.naturalWidth > 0") and picture.get_attribute("alt") == "Example & Sons"
+    )
+    assert heard == []
+    violations(tab)
+
+
+def test_a_choice_of_sections_leaves_no_link_without_its_end(opened, varied):
+    tab, _ = opened(varied("some", sections="claims, decision"))
+    assert tab.evaluate("[...document.querySelectorAll('main section[id]')].map(s => s.id)") == ["decision", "claims"]
+    targets = tab.evaluate("[...document.querySelectorAll('a[href^=\"#\"]')].map(a => a.hash.slice(1))")
+    ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert set(targets) <= set(ids) and "live" in tab.locator(".fc-gates").inner_text()
+    assert "GO" in tab.locator(".fc-verdict").inner_text() and tab.locator(".fc-cards > li").count() == 4

@@ -13,6 +13,9 @@ from flashcore.backends import AVAILABLE, Availability
 from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import CublasLtError
 from flashcore.faults import get
+from flashcore.inputs import make_inputs
+from flashcore.paging import PAGE_SIZES, TopK
+from flashcore.paging._stability import SelectionFinding
 from flashcore.planting import Fault, Override, Source
 from flashcore.records import Trial
 
@@ -56,9 +59,40 @@ def test_each_outcome_has_its_word_and_status(run, catalogue):
     assert found["found_stage"] == found["expected_stage"] == "scores" and found["producers"][0] == "scores"
     assert found["output_finite"] is found["check_passed"] is True and found["first_bad"]["column"] == 16
     assert one(trials, "X2").data["found_stage"] == "scores" and "ZeroDivisionError" in one(trials, "X4").reason
-    assert one(trials, "F10").backend is None and one(trials, "F10").reason == "awaits paged attention"
+    assert one(trials, "F16").backend is None
     assert one(trials, "F4").backend == "cpu" and one(trials, "F4").reason == "makes no sense in cpu"
     assert one(trials, "F16").reason.startswith("no bug of a backend: ")
+
+
+def test_a_bug_of_the_page_selection_is_of_no_backend_and_runs_once(monkeypatch):
+    fault = get("F13")
+    assert fault.found_by == "selection" and list(fault.plants) == ["page_selection"]
+    two = [CPU, backends.get("reference")]
+    absent = Availability(False, "this GPU has another compute capability", "run on an H100 or H200")
+    monkeypatch.setattr(proving.CudaBackend, "availability", lambda self: absent)
+    [trial] = proving.run_faults(None, two, faults=[fault])
+    assert (trial.backend, trial.status, trial.data["outcome"]) == ("page_selection", "unavailable", "not run")
+    assert trial.reason == absent.reason and trial.source_hash and trial.problem == fault.problem
+    assert "page_selection: not run" in tables.faults_sentence([trial])
+
+    asked = []
+
+    def check_selection(policy, q, cache):
+        asked.append((policy, q.shape[2], cache.max_pages))
+        return SelectionFinding(20, repeats, (0, 1, 2) if repeats else None, None)
+
+    monkeypatch.setattr(proving, "check_selection", check_selection)
+    monkeypatch.setattr(proving.CudaBackend, "availability", lambda self: AVAILABLE)
+    monkeypatch.setattr(proving, "make_inputs", lambda problem, **_: make_inputs(problem))
+    for differing, outcome, status in ((7, "found", "ok"), (0, "missed", "failed")):
+        repeats = differing
+        [trial] = proving.run_faults(None, two, faults=[fault])
+        assert (trial.backend, trial.data["outcome"], trial.status) == ("page_selection", outcome, status)
+        assert trial.data["expected_stage"] == "page table" and trial.data["fault"] == trial.variant == "F13"
+        assert trial.data["found_by"] == "selection"
+        assert ("KV head 1, place 2" in trial.data["finding"]) == (status == "ok")
+    policy, tokens, pages = asked[0]
+    assert policy.source != TopK.source and (tokens, pages) == (1, 256) and TopK.source is None
 
 
 def refuse(stage: str | None):
@@ -203,6 +237,14 @@ def test_the_random_problems_are_the_same_again_and_fit_the_kernels():
     assert {p.head_dim for _, p, _, _ in cases} == {64, 128}
     assert {p.dtype for _, p, _, _ in cases} == {"float16", "bfloat16"}
     assert any(p.causal and p.seqlen_q > p.seqlen_k for _, p, _, _ in cases), "rows without keys have to be among them"
+
+
+def test_a_backend_over_pages_draws_problems_of_its_own():
+    for name in ("decode", "hopper-paged", "cublaslt-paged"):
+        problems = [problem for _, problem, _, _ in proving.random_cases(backends.get(name), 60)]
+        assert {p.page_size for p in problems} == set(PAGE_SIZES), name
+        assert {1, 2, 3, 5, 8} <= {p.seqlen_q for p in problems} and any(p.causal for p in problems)
+        assert any(p.num_heads_q // p.num_heads_kv * p.seqlen_q > 64 for p in problems), "more than a tile of rows"
 
 
 def test_a_planted_bug_looked_at_closely_is_no_record_of_the_backend():

@@ -11,10 +11,10 @@ from flashcore.problem import parse_problem
 from flashcore.verdict import Decision, GateResult
 
 EVIDENCE_AT = {
-    "correctness": "correctness", "attention_timing": "speed", "bisection": "correctness", "fault": "correctness",
-    "sanitizer": "correctness", "gemm_candidate": "survey", "paging": "paging", "claim": "claims",
+    "correct_percent": ("correctness", "Correctness"), "tflops": ("speed", "Speed"), "latency_us": ("speed", "Speed"),
+    "ratio_to_best_peer": ("speed", "Speed"), "data.saved_percent": ("paging", "Sparse paging"),
 }  # fmt: skip
-"""Where on the page the records of a kind are shown; of any other kind under 'provenance'."""
+"""Which section of the page shows the records behind a metric: its name, and its heading."""
 
 
 def options_html(decision: Decision) -> str:
@@ -66,9 +66,7 @@ def gates_html(decision: Decision) -> str:
                 "Margin": margin,
                 "n": gate.n or "0",
                 "5th–95th": f"{number(gate.spread[0])} to {number(gate.spread[1])}" if gate.spread else "–",
-                "Evidence": f"recorded {(gate.source or '')[-10:]}".strip()
-                if gate.evidence == "recorded"
-                else gate.evidence,
+                "Evidence": _evidence(gate),
             }
         )
     return html_tables.table_html(
@@ -90,12 +88,19 @@ def _detail(gate: GateResult) -> str:
     return f"{gate.backend}{versus} at {parse_problem(gate.problem).label().replace(',', ', ')}."
 
 
+def _evidence(gate: GateResult) -> str:
+    """Live or recorded, as a link to the section that shows the records."""
+    word = f"recorded {(gate.source or '')[-10:]}".strip() if gate.evidence == "recorded" else gate.evidence
+    if gate.evidence == "none" or gate.metric not in EVIDENCE_AT:
+        return word
+    section, heading = EVIDENCE_AT[gate.metric]
+    return Markup('<a href="#{}">{}<span class="fc-unseen">, shown under {}</span></a>').format(section, word, heading)
+
+
 def blockers_html(decision: Decision) -> str:
-    """What stands between this run and GO, and the commands to run next."""
+    """What stands between this run and GO, and what to do next: commands to run, or what shipping means."""
     if not decision.blocking:
-        if decision.verdict == "GO":
-            return '<p class="fc-lead">Nothing blocks: every required gate passes on fresh evidence.</p>'
-        return f'<p class="fc-lead">No gate blocks, but the run does: {escape(decision.reason)}</p>'
+        return _unblocked(decision)
     groups: dict[tuple[str, str], list[GateResult]] = {}
     commands: dict[str | None, list[GateResult]] = {}
     for gate in decision.blocking:
@@ -113,5 +118,28 @@ def blockers_html(decision: Decision) -> str:
         runs.append(f"<li><code>{escape(command)}</code> measures {escape(what)}{when}.</li>")
     return (
         f'<h3>What blocks</h3><ol class="fc-blockers">{"".join(items)}</ol>'
-        f'<h3>What to run next</h3><ul class="fc-next">{"".join(runs)}</ul>'
+        f'<h3>What to do next</h3><ul class="fc-next">{"".join(runs)}</ul>'
+    )
+
+
+def _unblocked(decision: Decision) -> str:
+    """Every required gate passes: then the run is complete and something ships, or the run itself is in the way."""
+    if decision.verdict != "GO":
+        return (
+            f'<h3>What blocks</h3><p class="fc-lead">No gate blocks, but the run does: {escape(decision.reason)}</p>'
+            '<h3>What to do next</h3><p class="fc-lead"><code>flashcore report</code> makes the report again; '
+            "<code>flashcore report --only PART</code> does one part of this run again.</p>"
+        )
+    lines = ["Nothing blocks: every required gate passes on fresh evidence."]
+    missed = [g.title for g in decision.gates if not g.required and g.state != "PASS"]
+    if missed:
+        lines.append(f"Aims that are not reached, and not required: {'; '.join(missed)}.")
+    said = "".join(f'<p class="fc-lead">{escape(line)}</p>' for line in lines)
+    best = decision.recommended
+    if best is None:
+        return f"<h3>What blocks</h3>{said}"
+    return (
+        f"<h3>What blocks</h3>{said}<h3>What to do next</h3>"
+        f'<p class="fc-lead">Ship option {escape(best.id)}, {escape(best.title)}. {escape(best.means)} '
+        f"What would change this: {escape(decision.flip)}</p>"
     )

@@ -61,8 +61,12 @@ def _speed_card(speeds: Sequence[GateResult], ratios: Sequence[GateResult], sinc
             whose = f", {ratio.backend} at {_problem(ratio)}" if other else ""
             text = f"{number(ratio.measured)} × the best peer, {ratio.versus or 'not named'}{whose}"
         lines.append(f'<span class="fc-second">{escape(text)}</span>')
-    lines += [_target(g) for g in (*speeds, *(ratios if speeds else ratios[1:]))]
-    lines += [_delta(since, "tflops"), _delta(since, "ratio_to_best_peer", "Against the peer ")]
+    lines += [_target(g) for g in speeds]
+    lines += [_target(g, " the peer") for g in ratios]
+    words = {m: since.deltas[m].word for m in ("tflops", "ratio_to_best_peer") if since and m in since.deltas}
+    lines.append(_delta(since, "tflops" if "tflops" in words else "ratio_to_best_peer"))
+    if len(set(words.values())) > 1:
+        lines.append(_delta(since, "ratio_to_best_peer", "Against the peer "))
     return _card("Best speed of ours", *_figure(first), _where(first), lines)
 
 
@@ -88,11 +92,11 @@ def _memory_card(decision: Decision, evidence: Evidence, since: Since | None) ->
         word = CARD_WORD[condition.state]
         told = f'<strong class="{condition.state.lower()}">{word}</strong>'
         lines.append(f"Option {escape(option.id)} asks {condition.comparison} {condition.threshold:g} %: {told}")
-    title = "Memory saved by paging"
+    title = "Memory saved"
     if trial is None:
         return _card(title, "not measured", "", "run 'flashcore paging' to measure it", lines)
     percent = trial.data["saved_percent"]
-    where = f"K/V cache of sequences with a {paging_facts.MEMORY_WORDS[CASE]}, against a dense one"
+    where = f"paged K/V cache, {paging_facts.MEMORY_WORDS[CASE]}, against a dense one"
     before = _memory(since.before.trials, {since.before.environment.get("id")}) if since else None
     if before is not None:
         moved = percent - before.data["saved_percent"]
@@ -124,10 +128,10 @@ def _where(gate: GateResult) -> str:
     return ", ".join(filter(None, [gate.backend, _problem(gate)]))
 
 
-def _target(gate: GateResult) -> str:
+def _target(gate: GateResult, of: str = "") -> str:
     kind = "Target" if gate.required else "Aim"
     word = f'<strong class="{gate.state.lower()}">{CARD_WORD[gate.state]}</strong>'
-    return f"{kind} {gate.comparison} {gate.threshold:g} {escape(gate.unit)}: {word}"
+    return f"{kind} {gate.comparison} {gate.threshold:g} {escape(gate.unit)}{of}: {word}"
 
 
 def _delta(since: Since | None, metric: str, lead: str = "") -> str:

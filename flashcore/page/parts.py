@@ -22,16 +22,25 @@ def fold(summary: str, content: str) -> str:
 
 def frame_html(frame: DataFrame, caption: str, *, ids: Collection[str | None] = ()) -> str:
     """A data frame as a table, its column names as headings; one in `ids` is a backend's name and stays as it is."""
-    rows = [
-        {heading(str(name), ids): value for name, value in row.items()}
-        for row in frame.to_dict("records")
-    ]
-    return html_tables.table_html(rows, caption) if rows else html_tables.nothing(f"{caption}: no record.")
+    records = frame.to_dict("records")
+    if not records:
+        return html_tables.nothing(f"{caption}: no record.")
+    rows = [{heading(str(name), ids): _counted(value) for name, value in row.items()} for row in records]
+    counts = [heading(str(name), ids) for name in frame.columns if all(_is_count(row[name]) for row in records)]
+    return html_tables.table_html(rows, caption, numeric=counts)
 
 
 def heading(name: str, ids: Collection[str | None] = ()) -> str:
     """A column's name as a heading; ids are shown as they are."""
     return name if name in ids else name[:1].upper() + name[1:]
+
+
+def _counted(value: Any) -> Any:
+    return f"{value:,}" if _is_count(value) else value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def signed(value: float, digits: int | None = None) -> str:

@@ -26,10 +26,10 @@ def proof_html(evidence: Evidence) -> str:
     for heading, trials in _sources(evidence):
         if not any(t.kind == "fault" for t in trials):
             continue
-        clean = tables.clean_runs_table(trials)
+        clean, ids = tables.clean_runs_table(trials), {t.backend for t in trials}
         parts += [heading, Markup("<p><strong>Planted bugs.</strong> {}.</p>").format(tables.faults_sentence(trials))]
         parts.append(frame_html(clean.drop(columns=["dtypes", "seeds"], errors="ignore"), "Runs with nothing planted"))
-        found = frame_html(tables.fault_matrix(trials), "Planted bugs, and where bisection found them")
+        found = frame_html(tables.fault_matrix(trials), "Planted bugs, and where bisection found them", ids=ids)
         parts.append(fold("Every planted bug", found))
         repeats = frame_html(tables.determinism_table(trials), "The same inputs again: the same bits or not")
         memory = frame_html(tables.sanitizer_table(trials), "compute-sanitizer")

@@ -1,4 +1,7 @@
-"""Bugs planted in the variants of `cublaslt` that batch heads; `cublaslt-loop` and `-graph` run the same code."""
+"""Bugs planted in the variants of `cublaslt` that batch heads; `cublaslt-loop` and `-graph` run the same code.
+
+`cublaslt-paged` runs it as well, and has bugs of its own in how it reads the page table.
+"""
 
 from __future__ import annotations
 
@@ -99,3 +102,21 @@ CUBLASLT: Plants = {
     "G15": _planted(("d = 2 * lane; d < HEAD_DIM;", "d = 2 * lane; row < params.seqlen_q - 1 && d < HEAD_DIM;")),
     "G16": _planted(num_pages=lambda self, problem, page_size: problem.seqlen_k // page_size),
 }  # fmt: skip
+
+
+def _whole_pages_alone(self, cache, problem, apart):
+    found = _paged_base("_sequences")(self, cache, problem, apart)
+    return [(part, [page for page in pages if page.keys == cache.page_size]) for part, pages in found]
+
+
+def _paged_base(name: str) -> Callable:
+    from flashcore.backends.cublaslt_paged import CublasLtPaged
+
+    return getattr(CublasLtPaged, name)
+
+
+PAGED: Plants = {
+    "F10": Override({"page_rows": lambda self, cache: [list(range(cache.max_pages))] * cache.batch}),
+    "G16": Override({"_sequences": _whole_pages_alone}),
+    "G36": Override({"page_rows": lambda self, cache: [cache.page_table[0].tolist()] * cache.batch}),
+}

@@ -1,12 +1,16 @@
 """Bugs planted in the Hopper kernel: in `hopper` where keys are split, in `hopper-unsplit` where they are not.
 
-Both entry functions stand in one text, and share what the headers hold: softmax, masks, descriptors.
+Both entry functions stand in one text, and share what the headers hold: softmax, masks, descriptors. `hopper-paged` is
+the unsplit one over pages, and has bugs of paging alone.
 """
 
 from __future__ import annotations
 
-from flashcore.planting import Edit, Source
+from collections.abc import Mapping
+
+from flashcore.planting import PLAIN, Edit, Source
 from flashcore.plants.host import BATCH_STRIDE_IN_BYTES, ONE_K_HEAD, SCALE_TWICE, Plants, source
+from flashcore.problem import Problem
 
 TWO_SPLITS: Edit = ("NUM_SPLITS = HEAD_DIM == 64 ? 4 : 3;", "NUM_SPLITS = 2;")
 """Two chains of pages in place of four: a small problem then has more than one page in each. No bug by itself."""
@@ -211,3 +215,15 @@ SPLIT: Plants = {
     )),
     "G31": source(("highest = fmaxf(highest, smem.reference[split][row]);", "highest = smem.reference[0][row];")),
 }  # fmt: skip
+
+CLEARS_V = "if (pages > 0 && left < TILE_N)"
+
+PAGED: Plants = {
+    "F10": source(("max(-1, table_gmem[key >> page_shift])", "key >> page_shift")),
+    "G35": source((CLEARS_V, CLEARS_V.replace("left < TILE_N", "false"))),
+    "G36": source(("paged.page_table_gmem + Index(batch) *", "paged.page_table_gmem + Index(0) *")),
+    "G37": source(("key & ((1 << page_shift) - 1), head, page);", "0, head, page);")),
+    "G38": source(("page = row == 0 ? first_page : pool_page(key);", "page = first_page;")),
+}  # fmt: skip
+PAGED_PROBLEMS: Mapping[str, Problem] = {"G37": PLAIN.with_(page_size=128), "G38": PLAIN.with_(page_size=16)}
+"""Pages larger and smaller than a tile of keys."""

@@ -1,0 +1,19 @@
+"""The page's own parts: records and decisions in, the HTML of the status report out; never torch, never a GPU."""
+
+from __future__ import annotations
+
+from flashcore.page.changes import since_html
+from flashcore.page.claims import claims_html
+from flashcore.page.decision import blockers_html, gates_html, options_html
+from flashcore.page.headline import banner_html, headline_html
+from flashcore.page.parts import fold
+from flashcore.page.proof import correctness_html, machine_html, proof_html
+from flashcore.page.resources import resources
+from flashcore.page.sections import chosen, opened
+from flashcore.page.variants import AUDIENCES, SECTIONS, Variant, variant
+
+__all__ = [
+    "AUDIENCES", "SECTIONS", "Variant", "banner_html", "blockers_html", "chosen", "claims_html", "correctness_html",
+    "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "proof_html", "resources",
+    "since_html", "variant",
+]  # fmt: skip

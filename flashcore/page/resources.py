@@ -1,0 +1,95 @@
+"""What the template `index.html.j2` wants besides the notebook's cells: the head, the records, the provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashcore import verdict
+from flashcore.build import data_dir
+from flashcore.page.headline import banner_html
+from flashcore.page.provenance import provenance_html
+from flashcore.page.variants import Variant
+from flashcore.records import RunFolder
+from flashcore.verdict import Decision, Evidence
+
+MOST_RECORD_BYTES = 1_600_000
+"""Of all records in a page, which stays under 3 MB; those of the recorded run give way."""
+
+
+def resources(
+    run: RunFolder,
+    decision: Decision,
+    evidence_html: Sequence[Mapping[str, str]] = (),
+    *,
+    variant: Variant | None = None,
+    left_out: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What the template wants under the name `flashcore`.
+
+    Parameters
+    ----------
+    evidence_html
+        ``{"title", "html"}`` of each executed notebook, its body through `evidence.html.j2`.
+    left_out
+        Titles of executed notebooks that would have made the page too large.
+    """
+    evidence, variant = verdict.gather(run), variant or Variant()
+    environment = evidence.environment
+    notebooks = {str(t.data.get("name")): t for t in evidence.trials if t.kind == "notebook"}  # the last one counts
+    gpu = evidence.gpu_environment.get("gpu")
+    return {
+        "run": run.name,
+        "title": variant.title,
+        "organisation": variant.organisation,
+        "logo": variant.logo,
+        "page_title": ", ".join(filter(None, [f"{decision.verdict}: {variant.title}", gpu, variant.organisation])),
+        "summary": summary(decision),
+        "decision": decision.as_dict(),
+        "banner": banner_html(decision),
+        "gpu": gpu,
+        "recorded": None
+        if evidence.recorded is None
+        else {"gpu": evidence.recorded.gpu, "date": evidence.recorded.date},
+        "date": str(environment.get("date") or "")[:16].replace("T", " "),
+        "evidence": list(evidence_html) if variant.has("evidence") else None,
+        "left_out": list(left_out),
+        "failed": {n: t.reason or "no reason recorded" for n, t in notebooks.items() if t.status != "ok"},
+        "provenance": provenance_html(run.name, decision, evidence) if variant.has("provenance") else None,
+        "records": embedded_records(run, evidence),
+    }
+
+
+def summary(decision: Decision) -> str:
+    """The page in two or three sentences, for whoever is sent it: verdict, reason, and where the figures come from."""
+    return " ".join(filter(None, [f"{decision.verdict}.", decision.reason, decision.evidence]))
+
+
+def embedded_records(run: RunFolder, evidence: Evidence) -> list[dict[str, str]]:
+    """The records behind the page, each file as the text that it is: of the run, and of the recorded run it shows."""
+    found = []
+    text = _text(run.records_path)
+    if text.strip():
+        found.append({"id": "fc-records", "file": f"{run.name}-records.jsonl", "label": "the records of this run",
+                      "text": _safe(text)})  # fmt: skip
+    recorded = evidence.recorded
+    if recorded is not None:
+        text = _text(data_dir("reports") / "recorded" / recorded.folder / "records.jsonl")
+        if text.strip() and len(text) + sum(len(f["text"]) for f in found) <= MOST_RECORD_BYTES:
+            found.append({"id": "fc-records-recorded", "file": f"recorded-{recorded.folder}-records.jsonl",
+                          "label": f"the records of the recorded run ({recorded.gpu}, {recorded.date})",
+                          "text": _safe(text)})  # fmt: skip
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _safe(text: str) -> str:
+    """JSON lines that no HTML parser ends early: in JSON a ``<`` stands in strings alone, where it may be escaped."""
+    return text.replace("<", "\\u003c")

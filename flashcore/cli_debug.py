@@ -54,7 +54,7 @@ def bisect(
         backends.get(backend)  # a backend that does not exist is the better message
         raise InvalidProblem(f"{planned.id} cannot be planted in {backend}: {planned.why_not(backend)}.")
     chosen = planned.plant(backend) if planned else backends.get(backend)
-    wanted = parse_problem(problem) if problem else planned.problem if planned else SMALL
+    wanted = parse_problem(problem) if problem else planned.problem_in(backend) if planned else chosen.suits(SMALL)
     looks = pattern or (planned.pattern if planned else "normal")
     chosen.require(wanted)
     if not chosen.traceable:

@@ -40,12 +40,16 @@ def same_problem(a: Problem | None, b: Problem | None) -> bool:
     ) and math.isclose(a.scale, b.scale)
 
 
+LEAST_US, MOST_US = 1e-3, 1e12
+"""A nanosecond is two cycles, and 1e12 µs are eleven days: a latency beyond these is a broken record, and no figure."""
+
+
 def latency_us(trial: Trial) -> float | None:
-    """Median latency in µs of a timing that succeeded; None when there is none, or it is no positive number."""
+    """Median latency in µs of a timing that succeeded; None when there is none, or no clock could have told it."""
     if trial.kind != "attention_timing" or trial.status != "ok" or trial.timing is None:
         return None
     value = trial.timing.latency_us
-    return value if math.isfinite(value) and value > 0 else None
+    return value if LEAST_US <= value <= MOST_US else None  # a NaN is not
 
 
 def tflops(trial: Trial) -> float | None:

@@ -330,7 +330,7 @@ def _isolated(fault: Fault, backend: Backend) -> bool:
 def _not_applicable(fault: Fault, backend: Backend | None) -> Trial:
     reason = fault.why_not(backend.id if backend else None)
     return Trial(kind="fault", backend=backend.id if backend else None, variant=fault.id, status="unsupported",
-                 reason=reason, data=_facts(fault) | {"outcome": "not applicable"},
+                 reason=reason, data={"fault": fault.id, "outcome": "not applicable"},
                  source_hash=hash_of(backend) if backend else None)  # fmt: skip
 
 

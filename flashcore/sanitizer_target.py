@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> None:
 
     backend_id, *fault = arguments
     chosen = faults.get(fault[0]).plant(backend_id) if fault else backends.get(backend_id)
-    chosen.require(PROBLEMS[0])
-    for problem in PROBLEMS:
+    chosen.require(chosen.suits(PROBLEMS[0]))
+    for problem in map(chosen.suits, PROBLEMS):
         if chosen.why_not(problem) is None:
             q, k, v = make_inputs(problem, device="cuda")
             chosen.run(q, k, v, problem)

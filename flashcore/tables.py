@@ -71,6 +71,7 @@ def fault_matrix(trials: Iterable[Trial]) -> pandas.DataFrame:
 
     trials = [trial for trial in trials if trial.kind == "fault"]
     backends = list(dict.fromkeys(t.backend for t in trials if t.backend))
+    of_no_backend = {t.backend for t in trials if t.data.get("found_by") == "selection"}
     rows: dict[str, dict[str, str]] = {}
     for trial in trials:
         name = trial.data.get("fault")
@@ -79,7 +80,8 @@ def fault_matrix(trials: Iterable[Trial]) -> pandas.DataFrame:
         row = rows.setdefault(name, {
             "fault": name, "bug": str(trial.data.get("title", "")),
             "to be found at": str(trial.data.get("expected_stage", "")),
-            **dict.fromkeys(backends, "not run"), "a check for finite and nonzero": "",
+            **{b: "no bug of it" if trial.backend in of_no_backend or b in of_no_backend else "not run"
+               for b in backends}, "a check for finite and nonzero": "",
         })  # fmt: skip
         for backend in [trial.backend] if trial.backend else backends:
             row[backend] = _outcome(trial)

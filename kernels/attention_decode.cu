@@ -2,13 +2,12 @@
 //
 // Bound by memory: each key and value is read once, for all query heads that share it and all of a sequence's query tokens.
 // Adds to attention_hopper: a page table; packed queries (row `head of the group * tokens + token` of a tile); work cut by
-// keys alone. The keys of all sequences and heads lie end to end as units of UNIT_KEYS, wherever sequences begin and end, and
-// chunks of units are dealt to blocks: a large one to each, and the rest, in small ones, to whoever is free, because
-// multiprocessors do not all reach memory at the same speed.
+// keys alone. The keys of all sequences and heads lie end to end as units of UNIT_KEYS, and each block takes as many of them
+// as any other, wherever sequences begin and end.
 // Slow at: many query tokens, for which there is attention_hopper: all 64 rows of a tile are multiplied, used or not.
 //
 // Roles: the producer, one warp, looks pages up and copies them into two rings. NUM_CONSUMERS warpgroups take units in turn;
-// what one has of a head when a chunk ends is a part, which goes to global memory. The combiner, three warps, counts the units
+// what one has of a head when the block's share ends is a part, which goes to global memory. The combiner, three warps, counts the units
 // that are accounted for, and combines a head's parts once all are.
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
@@ -39,18 +38,11 @@ constexpr int PARTS_AT_ONCE = 8;                       // read before any is use
 constexpr int PARTS_UNDER_WAY = 4;                     // between consumers and combiner
 constexpr int CONSUMER_BARRIER = 1, COMBINER_BARRIER = CONSUMER_BARRIER + NUM_CONSUMERS;  // named barriers
 
-// How much of the units goes to the blocks in large chunks, in sixteenths, and how many small ones a block gets on average.
-constexpr int LARGE_SHARE = 12;
-constexpr int SMALL_CHUNKS = 8;
-constexpr int SMALLEST_CHUNK = 4;  // units: fewer would leave more parts to combine than that saves
-constexpr int WORTH_DEALING = 2;   // units of each small chunk on average, from which on there are any
-
 // What the host adds: room for parts, and how a call is cut.
 struct DecodeParams {
   float* accum_gmem;     // [parts, tile rows, HEAD_DIM]
   float2* softmax_gmem;  // [parts, tile rows]: reference and row sum
   int* accounted_gmem;   // [heads]: units that are done; zero before a call and after it
-  int* dealt_gmem;       // [1]: small chunks that were asked for; zero before a call and after it
   int heads_a_tile;      // query heads of a group that a tile holds
   int tiles_a_group;
 };
@@ -63,7 +55,7 @@ struct Unit {
   int sequence;      // of that part, in the block
   int taken;         // units that this part has, when this is its last one, and otherwise 0
   bool begins;       // the first one of its part
-  bool closes;       // that part is the last one that the chunk has of the head
+  bool closes;       // that part is the last one that the block has of the head
   bool whole;        // every query sees all its keys
   int position[MOST_BOXES];  // of the first key of each box
 };
@@ -72,7 +64,7 @@ constexpr int NO_MORE = -1;
 // A part that is complete.
 struct Part {
   int number, taken;
-  bool closes;  // the last one that the chunk has of the head
+  bool closes;  // the last one that the block has of the head
 };
 
 struct SharedMemory {
@@ -120,31 +112,15 @@ struct Head {
   }
 };
 
-// How units are cut into chunks: a large one for each block, then small ones. The first ones of a kind may have one unit more.
-struct Chunks {
-  int large, longer_large;  // units of a large chunk, and how many have one more
-  int first_small, small;   // the first unit of the small chunks, and units of each
-  int count;                // of all chunks
-  int units;
+// How units are shared out: `few` to each block, and one more to the first `longer` blocks.
+struct Shares {
+  int few, longer;
 
-  __device__ explicit Chunks(int units) : units(units) {
-    const int blocks = gridDim.x;
-    const int rest = units - static_cast<int>(static_cast<Index>(units) * LARGE_SHARE / 16);
-    small = max(SMALLEST_CHUNK, (rest + blocks * SMALL_CHUNKS - 1) / (blocks * SMALL_CHUNKS));
-    const int chunks = rest >= blocks * SMALL_CHUNKS * WORTH_DEALING ? rest / small : 0;
-    first_small = units - chunks * small;
-    large = first_small / blocks;
-    longer_large = first_small - large * blocks;
-    count = blocks + chunks;
-  }
-  __device__ int begin(int chunk) const {
-    const int blocks = gridDim.x;
-    return chunk < blocks ? chunk * large + min(chunk, longer_large) : first_small + (chunk - blocks) * small;
-  }
-  __device__ int chunk_of(int unit) const {
-    if (unit >= first_small) return gridDim.x + (unit - first_small) / small;
-    const int in_longer = longer_large * (large + 1);
-    return unit < in_longer ? unit / (large + 1) : longer_large + (unit - in_longer) / large;
+  __device__ explicit Shares(int units) : few(units / static_cast<int>(gridDim.x)), longer(units - few * gridDim.x) {}
+  __device__ int begin(int block) const { return block * few + min(block, longer); }
+  __device__ int block_of(int unit) const {
+    const int in_longer = longer * (few + 1);
+    return unit < in_longer ? unit / (few + 1) : longer + (unit - in_longer) / few;
   }
 };
 
@@ -233,42 +209,27 @@ __device__ __forceinline__ Lookup look_up(const SharedMemory& smem, const Attent
   return box;
 }
 
-// One warp: the units of the block's chunks, as room becomes free. Each lane looks up one box, a warp's worth of them ahead;
-// and a small chunk is asked for before the one ahead of it has begun.
+// One warp: the block's units, as room becomes free. Each lane looks up one box, a warp's worth of them ahead.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
                                         const DecodeParams& decode, const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                        const Chunks& chunks, int num_heads) {
+                                        const Shares& shares, int num_heads) {
   const int lane = threadIdx.x % WARP;
   const int box_keys = min(UNIT_KEYS, 1 << paged.page_shift), boxes = UNIT_KEYS / box_keys;
   const int units_ahead = WARP / boxes;
-  const auto look = [&](int unit, int end) {
+  const int begin = shares.begin(blockIdx.x), end = shares.begin(blockIdx.x + 1);
+  const auto look = [&](int unit) {
     return look_up(smem, params, paged, decode, num_heads, min(unit + lane / boxes, end - 1), lane % boxes * box_keys);
   };
-  const auto ask = [&] { return lane == 0 ? atomicAdd(decode.dealt_gmem, 1) : 0; };
 
   RingPosition at;
   int sequence = -1;  // of the last part
-  int chunk = blockIdx.x, unit = chunks.begin(chunk), end = chunks.begin(chunk + 1);
-  int dealt = ask();
-  Lookup box = {};
-  if (unit < end) box = look(unit, end);
-  while (true) {
+  Lookup next_box = {};
+  if (begin < end) next_box = look(begin);
+  for (int unit = begin; unit < end;) {
     // What comes after this batch is looked up now, and used when the batch has been copied.
+    const Lookup box = next_box;
     const int batch_end = min(end, unit + units_ahead);
-    int next_chunk = chunk, next_unit = batch_end, next_end = end;
-    if (batch_end >= end) {
-      next_chunk = gridDim.x + __shfl_sync(~0u, dealt, 0);
-      if (next_chunk < chunks.count) {
-        next_unit = chunks.begin(next_chunk);
-        next_end = chunks.begin(next_chunk + 1);
-        dealt = ask();
-      } else if (lane == 0 && dealt == chunks.count - 1) {
-        // Each block asks once in vain. The last one to do so leaves the counter as it was.
-        *decode.dealt_gmem = 0;
-      }
-    }
-    Lookup next_box = {};
-    if (next_chunk < chunks.count) next_box = look(next_unit, next_end);
+    if (batch_end < end) next_box = look(batch_end);
 
     // A box that is not there has page -1, which the tensor copies fill with zeros.
     const int own_position = (box.page << paged.page_shift) + (box.key & ((1 << paged.page_shift) - 1));
@@ -287,14 +248,14 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
       mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
       Unit& info = smem.unit[at.parity][at.slot];
       if (lane < boxes) info.position[lane] = position;
-      // Of the chunk's units of a head each consumer has a part, beginning with whose turn it is.
-      const int head_begin = max(chunks.begin(chunk), smem.first_unit[number]);
+      // Of the block's units of a head each consumer has a part, beginning with whose turn it is.
+      const int head_begin = max(begin, smem.first_unit[number]);
       const int since = unit - head_begin, left = min(end, smem.first_unit[number + 1]) - unit;
       if (since < NUM_CONSUMERS) ++sequence;
       if (lane == 0) {
         info.number = number;
         info.index = unit - smem.first_unit[number];
-        info.part = NUM_CONSUMERS * (number + chunk) + since % NUM_CONSUMERS;
+        info.part = NUM_CONSUMERS * (number + static_cast<int>(blockIdx.x)) + since % NUM_CONSUMERS;
         info.sequence = sequence - (since < NUM_CONSUMERS ? 0 : (NUM_CONSUMERS - 1 - since % NUM_CONSUMERS));
         info.taken = left <= NUM_CONSUMERS ? since / NUM_CONSUMERS + 1 : 0;
         info.begins = since < NUM_CONSUMERS;
@@ -320,11 +281,6 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
                       block * BLOCK_COLUMNS, row, head_kv, pool_page);
       }
     }
-    if (next_chunk >= chunks.count) break;
-    chunk = next_chunk;
-    unit = next_unit;
-    end = next_end;
-    box = next_box;
   }
   for (int consumer = 0; consumer < NUM_CONSUMERS; ++consumer, at.advance()) {
     mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
@@ -482,20 +438,20 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
 // out = sum of w * O over the parts of a head, by the sum of w * l; w = exp2(m - largest m)
 __device__ __forceinline__ void combine(const SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
-                                        const Chunks& chunks, int number, int thread) {
+                                        const Shares& shares, int number, int thread) {
   constexpr int PIECE = 8;  // columns of a thread: 16 bytes of output
   constexpr int PIECES = HEAD_DIM / PIECE;
   const Head head(params, decode, number);
   const int tile_rows = decode.heads_a_tile * params.seqlen_q;
-  // Chunks lie end to end as heads do, so that a head's parts do too.
+  // Shares lie end to end as heads do, so that a head's parts do too.
   const int first_unit = smem.first_unit[number], end_unit = smem.first_unit[number + 1];
-  const int first_chunk = chunks.chunk_of(first_unit), last_chunk = chunks.chunk_of(end_unit - 1);
-  const int first_part = NUM_CONSUMERS * (number + first_chunk), end_part = NUM_CONSUMERS * (number + last_chunk + 1);
-  // A chunk may have fewer units of the head than there are consumers.
+  const int first_block = shares.block_of(first_unit), last_block = shares.block_of(end_unit - 1);
+  const int first_part = NUM_CONSUMERS * (number + first_block), end_part = NUM_CONSUMERS * (number + last_block + 1);
+  // A block may have fewer units of the head than there are consumers.
   const auto exists = [&](int part) {
-    const int chunk = part / NUM_CONSUMERS - number;
+    const int block = part / NUM_CONSUMERS - number;
     return part < end_part &&
-           min(end_unit, chunks.begin(chunk + 1)) - max(first_unit, chunks.begin(chunk)) > part % NUM_CONSUMERS;
+           min(end_unit, shares.begin(block + 1)) - max(first_unit, shares.begin(block)) > part % NUM_CONSUMERS;
   };
   for (int i = thread; i < head.heads * params.seqlen_q * PIECES; i += COMBINER_THREADS) {
     const int row = i / PIECES, column = i % PIECES * PIECE;
@@ -542,9 +498,9 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
 
 // Three warps: each part that the consumers complete.
 __device__ __forceinline__ void combine_parts(SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
-                                              const Chunks& chunks) {
+                                              const Shares& shares) {
   const int thread = threadIdx.x - CONSUMER_THREADS - WARP;
-  int taken = 0;  // units that the parts of this chunk and head have
+  int taken = 0;  // units that the block's parts of this head have
   for (int sequence = 0;; ++sequence) {
     const int entry = sequence % PARTS_UNDER_WAY;
     mbarrier_wait(&smem.part_full[entry], sequence / PARTS_UNDER_WAY % 2);
@@ -564,7 +520,7 @@ __device__ __forceinline__ void combine_parts(SharedMemory& smem, const Attentio
     barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);  // the flag may be set anew
     if (!combines) continue;
     fence_acquire();
-    combine(smem, params, decode, chunks, part.number, thread);
+    combine(smem, params, decode, shares, part.number, thread);
   }
 }
 
@@ -592,15 +548,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   wait_for_kernel_ahead();
   const int num_heads = params.batch * params.num_heads_kv * decode.tiles_a_group;
-  const Chunks chunks(lay_out_units(smem, params, paged, decode, num_heads));
+  const Shares shares(lay_out_units(smem, params, paged, decode, num_heads));
   if (threadIdx.x < CONSUMER_THREADS) {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consume(smem, params, paged, decode TRACE(, trace));
   } else {
     setmaxnreg_dec<OTHER_REGISTERS>();
     if (threadIdx.x < CONSUMER_THREADS + WARP)
-      produce(smem, params, paged, decode, k_map, v_map, chunks, num_heads);
+      produce(smem, params, paged, decode, k_map, v_map, shares, num_heads);
     else
-      combine_parts(smem, params, decode, chunks);
+      combine_parts(smem, params, decode, shares);
   }
 }

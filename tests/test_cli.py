@@ -144,6 +144,34 @@ def test_a_render_that_fails_is_exit_code_1(monkeypatch, run):
     assert done.exit_code == 1 and "06_status_report" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sections", "speed,sped"], "no section 'sped'; choose one of: decision, since"),
+        (["--logo", "nowhere.png"], "cannot be read"),
+        (["--title", " "], "title is empty"),
+    ],
+)
+def test_a_page_that_cannot_be_made_as_asked_is_one_sentence(run, words, said):
+    for command in (["render", str(run.path)], ["report"]):
+        done = runner.invoke(app, [*command, *words])
+        assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output
+
+
+def test_render_says_where_page_and_pdf_are_or_why_there_is_none(monkeypatch, run):
+    asked = []
+    monkeypatch.setattr(pipeline, "render", lambda found, *, variant: asked.append(variant) or run.path / "report.html")
+    monkeypatch.setattr(pipeline, "print_page", lambda found: (run.path / "report.pdf", ""))
+    line = ["render", str(run.path), "--audience", "leadership", "--organisation", "Us", "--sections", "speed"]
+    done = runner.invoke(app, line)
+    assert done.exit_code == 0 and f"PDF: {run.path / 'report.pdf'}" in done.stdout
+    assert (asked[0].audience, asked[0].organisation, asked[0].sections) == ("leadership", "Us", ("speed",))
+    monkeypatch.setattr(pipeline, "print_page", lambda found: (None, "No PDF was made: no browser."))
+    done = runner.invoke(app, ["render", str(run.path)])
+    assert done.exit_code == 0 and "No PDF was made: no browser." in done.stdout
+    assert "PDF" not in runner.invoke(app, ["render", str(run.path), "--no-pdf"]).stdout
+
+
 def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypatch):
     checks = [
         device.Check("torch", True, "2.13", "pip install torch", True),

@@ -23,7 +23,7 @@ if not (ROOT / "pyproject.toml").is_file():
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RECORDED = sorted(path.parent for path in (ROOT / "reports" / "recorded").glob("*/records.jsonl"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
-MOST_CELLS = 16
+MOST_CELLS = 20  # two a section of the page
 RECORDED_BYTES = 1_000_000
 
 

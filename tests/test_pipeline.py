@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
-from flashcore import pipeline
+from flashcore import pipeline, rendering
 from flashcore.build import data_dir
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
 
@@ -89,6 +89,34 @@ def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
     assert [p.name for p in run.path.iterdir() if "partial" in p.name] == []
 
 
+def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, monkeypatch):
+    from flashcore import pdf
+
+    if pdf.browser() is not None:
+        result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+        assert result.pdf == result.run.path / "report.pdf" and result.no_pdf == ""
+        assert result.pdf.read_bytes().startswith(b"%PDF-")
+    monkeypatch.setenv("FLASHCORE_CHROMIUM", "")
+    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+    assert result.failed == {} and result.pdf is None and "No PDF was made" in result.no_pdf
+    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
+    assert result.pdf is None and result.no_pdf == ""
+
+
+def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_names_them(tmp_path, toys, monkeypatch):
+    run = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+    whole = rendering.render(run, notebooks_dir=toys).read_text()
+    for name, size in (("01_first", 400_000), ("02_second", 3_000)):
+        cell = nbformat.v4.new_code_cell("print()")
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="x" * size)]
+        heading = nbformat.v4.new_markdown_cell(f"# Notebook {name}")
+        nbformat.write(nbformat.v4.new_notebook(cells=[heading, cell]), run.path / "notebooks" / f"{name}.ipynb")
+    monkeypatch.setattr(rendering, "MOST_PAGE_BYTES", len(whole) + 20_000)
+    page = rendering.render(run, notebooks_dir=toys).read_text()
+    assert len(page) <= rendering.MOST_PAGE_BYTES and "x" * 3_000 in page and "x" * 400_000 not in page
+    assert "larger than 3 MB: Notebook 01_first." in page
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
@@ -116,7 +144,7 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RecordsError, match="No space left on device.*--out"):
-        pipeline._write_page(run, "text")
+        rendering._write_page(run, "text")
     assert not (run.path / "report.html").exists()
 
 
@@ -249,5 +277,5 @@ def test_evidence_shows_what_was_printed_and_no_warning_with_a_path_of_the_machi
     ]
     path = tmp_path / "05_noise.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-    text = pipeline._convert(path, "evidence.html.j2", {})
+    text = rendering._convert(path, "evidence.html.j2", {})
     assert "hello from the notebook" in text and "/somewhere/lib" not in text

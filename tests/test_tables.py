@@ -80,6 +80,10 @@ def test_the_fault_matrix_says_every_outcome_in_words():
         "1 missed; "
         "scalar: not run"
     )
+    selecting = fault("F13", "page_selection", "found", data={"found_by": "selection"})
+    table = tables.fault_matrix([*trials, selecting]).set_index("fault")
+    assert list(table.loc["F13", ["page_selection", "cpu", "scalar"]]) == ["found", "no bug of it", "no bug of it"]
+    assert table.loc["F1", "page_selection"] == "no bug of it" and table.loc["F1", "scalar"] == "not run"
     assert tables.fault_matrix([]).empty and tables.faults_sentence([]) == "no fault was planted"
 
 

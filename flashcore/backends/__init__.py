@@ -76,6 +76,10 @@ class Backend(ABC):
             return f"head_dim {problem.head_dim} is not among {', '.join(map(str, self.head_dims))}"
         return None
 
+    def suits(self, problem: Problem) -> Problem:
+        """The problem, or one much like it that the backend takes: for checks that ask the same of every backend."""
+        return problem
+
     @abstractmethod
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem

@@ -329,6 +329,7 @@ class CublasLtBatched(CublasLt):
     pages_of = LARGEST_PAGE
     lanes = 1
     heads_at_once = None
+    swept = False
 
 
 @register

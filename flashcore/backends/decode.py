@@ -13,25 +13,21 @@ from flashcore.launching import LoadedKernel, multiprocessors
 from flashcore.paging import PagedKV, PageSelection
 from flashcore.problem import Problem
 
-DECODE = struct.Struct("4Q 2i")
+DECODE = struct.Struct("3Q 2i")
 """`DecodeParams` of kernels/attention_decode.cu."""
 MOST_TOKENS = 8
 """Query tokens of a sequence; for more there is `hopper-paged`."""
 MOST_HEADS = 6144
 """K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
-MOST_CHUNKS = 9
-"""Chunks of units that there are at most for each block."""
-LARGE_CHUNK = 16
-"""A traced call has so few units a block that all its chunks are alike, and the same in every head."""
 
 
 class _Room:
-    """Room for parts, and counters: used again by every call on one stream; a captured graph has its own."""
+    """Room for parts, and a counter a head: used again by every call on one stream; a captured graph has its own."""
 
     def __init__(self, parts: int, rows: int, head_dim: int, heads: int, device: torch.device):
         self.accum = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=device)
         self.softmax = torch.empty(parts * rows * 2, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(heads + 1, dtype=torch.int32, device=device)
+        self.accounted = torch.zeros(heads, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -55,6 +51,9 @@ class Decode(PagedBackend):
         if reason is None and problem.seqlen_q > MOST_TOKENS:
             return f"it takes up to {MOST_TOKENS} query tokens (got {problem.seqlen_q})"
         return reason
+
+    def suits(self, problem: Problem) -> Problem:
+        return problem.with_(seqlen_q=min(problem.seqlen_q, MOST_TOKENS))
 
     def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
         at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
@@ -81,9 +80,7 @@ class Decode(PagedBackend):
     def traced_parts(self, problem: Problem, unit_keys: int) -> int:
         """Blocks that share a head in a traced call: at least two, and as many that its units come out even."""
         units = -(-problem.seqlen_k // unit_keys)
-        return next(
-            parts for parts in range(min(2, units), units + 1) if units % parts == 0 and units // parts < LARGE_CHUNK
-        )
+        return next(parts for parts in range(min(2, units), units + 1) if units % parts == 0)
 
     def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...]:
         units = -(-problem.seqlen_k // loaded.tile_n)
@@ -96,16 +93,13 @@ class Decode(PagedBackend):
         heads = problem.batch * problem.num_heads_kv * tiles
         # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
         blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else multiprocessors(q.device.index or 0)
-        rows, parts = heads_a_tile * problem.seqlen_q, loaded.num_splits * (heads + MOST_CHUNKS * blocks)
+        rows, parts = heads_a_tile * problem.seqlen_q, loaded.num_splits * (heads + blocks)
         room = _room(parts, rows, problem.head_dim, heads, q.device, stream, capture_id(stream), self.source)
-        counters = room.counters.data_ptr()
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=False),
             self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=False),
             self.paged_params(cache, selection),
-            DECODE.pack(
-                room.accum.data_ptr(), room.softmax.data_ptr(), counters, counters + 4 * heads, heads_a_tile, tiles
-            ),
+            DECODE.pack(room.accum.data_ptr(), room.softmax.data_ptr(), room.accounted.data_ptr(), heads_a_tile, tiles),
         ]
         return arguments, blocks, room

@@ -11,3 +11,4 @@ class Scalar(CudaBackend):
     id = "scalar"
     title = "Our readable kernel, no Tensor Cores"
     kernel = "attention_scalar"
+    swept = False  # seconds a call at long rows, and nobody would choose it for speed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashcore.planting import Edit, Override, Source
-from flashcore.plants.hopper import CLEARED, IN_HALF, LATER_PAGES, SHARED, WATCHDOG
+from flashcore.plants.hopper import CLEARED, LATER_PAGES, SHARED, WATCHDOG
 from flashcore.plants.host import BATCH_STRIDE_IN_BYTES, ONE_K_HEAD, SCALE_TWICE, Plants, source
 from flashcore.problem import Problem
 
@@ -87,7 +87,6 @@ NEW_SOFTMAX = "      softmax = Softmax(params.softmax_scale);\n"
 V_IS_THERE = "    mbarrier_wait(&smem.v_full[slot], at.parity);\n"
 V_IS_READ = "    if (lane == 0) mbarrier_arrive(&smem.v_empty[slot]);\n"
 P_V = "multiply_p_v(o, p, v_ring.at(slot * UNIT_BYTES), true);"
-ACCUM = "TRACE(if (has_rows) stages.accum(page, o);)"
 PART_IS_DONE = "    if (taken == 0) continue;\n\n"
 WEIGHT = "weight = ex2_approx(softmax[j].x - highest);"
 
@@ -121,7 +120,6 @@ DECODE: Plants = {
         "(head.first_head + row / params.seqlen_q) * params.q.head",
         "(head.head_kv + row / params.seqlen_q * params.num_heads_kv) * params.q.head",
     )),
-    "G9": source((ACCUM, IN_HALF + ACCUM)),
     "G14": source(("reference * LN_2 + logf(row_sum);", "reference * LN_2 + log2f(row_sum);")),
     "G15": source((
         "i < head.heads * params.seqlen_q * PIECES;", "i < (head.heads * params.seqlen_q - 1) * PIECES;",

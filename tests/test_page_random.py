@@ -1,0 +1,146 @@
+"""Any subset of records makes a page, and none says GO without complete, fresh evidence: random runs, seeded."""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+import synthetic_paging as paging
+import synthetic_records as synthetic
+
+from flashcore import rendering, verdict
+from flashcore.build import data_dir
+from flashcore.page import Variant
+from flashcore.records import RunFolder, Trial
+
+SEEDS = range(14)
+_ALL = [t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"]
+WHOLE = [*_ALL[:-3], *paging.everything(), *_ALL[-3:]]
+"""A whole run that says GO; the records that its notebooks finished come last."""
+ODD = ("nan", "inf", "-inf")
+
+
+def damaged(trial: Trial, rng: random.Random) -> Trial:
+    """The trial as a bad day leaves it."""
+    what = rng.choice(["failed", "error", "unavailable", "nan", "machine", "source", "empty", "huge"])
+    if what in ("failed", "error", "unavailable"):
+        return trial.model_copy(update={"status": what, "reason": rng.choice([None, "<b>it</b> broke & burnt\nhere"])})
+    if what in ("nan", "huge") and trial.timing is not None:
+        odd = float(rng.choice(ODD)) if what == "nan" else 10.0 ** rng.choice([-300, 300])
+        samples = [odd if rng.random() < 0.5 else s for s in trial.timing.samples_us]
+        changes = {"latency_us": odd, "samples_us": samples, "tflops": odd}
+        return trial.model_copy(update={"timing": trial.timing.model_copy(update=changes)})
+    if what == "nan" and trial.correctness is not None:
+        changes = {"max_abs_error": float("nan"), "num_nan": 3, "passed": False}
+        return trial.model_copy(update={"correctness": trial.correctness.model_copy(update=changes)})
+    if what == "machine":
+        return trial.model_copy(update={"environment": "env-of-another-machine"})
+    if what == "source":
+        return trial.model_copy(update={"source_hash": "0" * 16})
+    return trial.model_copy(update={"data": {}, "timing": None, "correctness": None}) if what == "empty" else trial
+
+
+def drawn(seed: int) -> tuple[list[Trial], dict]:
+    """Records and environment of a random run that lacks something a GO rests on."""
+    rng = random.Random(seed)
+    kinds = sorted({t.kind for t in WHOLE})
+    backends = sorted({t.backend for t in WHOLE if t.backend})
+    mode = seed % 7
+    if mode == 0:  # some records
+        trials = [t for t in WHOLE if rng.random() < rng.choice([0.02, 0.3, 0.9])]
+    elif mode == 1:  # one backend
+        only = rng.choice(backends)
+        trials = [t for t in WHOLE if t.backend in (None, only)]
+    elif mode == 2:  # some kinds
+        some = rng.sample(kinds, k=len(kinds) // 2)
+        trials = [t for t in WHOLE if t.kind in some]
+    elif mode == 3:  # many damaged
+        trials = [damaged(t, rng) if rng.random() < 0.3 else t for t in WHOLE]
+    elif mode == 4:  # two machines in one file
+        trials = [t.model_copy(update={"environment": "env-b"}) if rng.random() < 0.5 else t for t in WHOLE]
+    elif mode == 5:  # a run that died
+        trials = WHOLE[: rng.randrange(len(WHOLE) - 4)]
+    else:  # none
+        trials = []
+    environment = synthetic.environment(rng.choice(["SYNTHETIC H200", "SYNTHETIC H100", None]) if mode != 4 else "A")
+    for key in rng.sample(["before", "after", "git", "kernels", "date"], k=rng.randrange(3)):
+        environment[key] = None
+    return trials, environment
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """The status report's own cells, in one interpreter: a kernel for each random run would take minutes."""
+    notebook = nbformat.read(data_dir("notebooks") / "06_status_report.ipynb", as_version=4)
+    return notebook, [compile(c.source, c.id, "exec") if c.cell_type == "code" else None for c in notebook.cells]
+
+
+def page_of(run: RunFolder, cells, monkeypatch) -> str:
+    """The page, by the notebook's cells and the template, as `rendering.render` makes it."""
+    import IPython.display
+
+    notebook, programs = cells
+    notebook, shown = nbformat.from_dict(notebook), []
+    monkeypatch.setattr(IPython.display, "display", lambda html: shown.append(html.data))
+    space: dict = {}
+    for cell, program in zip(notebook.cells, programs, strict=True):
+        if program is None:
+            continue
+        shown.clear()
+        exec(program, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            space["run_dir"] = str(run.path)
+        cell.outputs = [nbformat.v4.new_output("display_data", data={"text/html": text}) for text in shown]
+    executed = run.path / "executed.ipynb"
+    nbformat.write(notebook, executed)
+    return rendering._to_html(executed, run, Variant())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_records_make_a_page_and_none_says_go(tmp_path, cells, monkeypatch, seed):
+    trials, environment = drawn(seed)
+    run = synthetic.write_run(tmp_path / "run", trials, environment)
+    decision = verdict.judge(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = page_of(run, cells, monkeypatch)
+    said = re.search(r'class="fc-verdict"><span class="fc-small">Verdict</span> ([A-Z-]+)<', text)[1]
+    assert said == decision.verdict != "GO"
+    assert text.count('class="fc-card-title"') == 4 and len(text) < 3_000_000
+    assert "Traceback" not in text and "<b>it</b>" not in text.split('id="fc-records"')[0]
+
+
+def test_the_whole_run_says_go_so_that_the_others_are_held_back_by_what_they_lack(tmp_path, cells, monkeypatch):
+    run = synthetic.write_run(tmp_path / "run", WHOLE, synthetic.environment())
+    text = page_of(run, cells, monkeypatch)
+    assert verdict.judge(run).verdict == "GO" and "Nothing blocks" in text
+
+
+REQUIRED = [t for t in WHOLE if t.kind in ("correctness", "attention_timing", "notebook")]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_verdict_survives_the_loss_of_what_it_rests_on(tmp_path: Path, seed):
+    """Of every kind, backend and problem that the gates ask for: left out, failed, stale, or of another machine."""
+    rng = random.Random(1000 + seed)
+    target = rng.choice(
+        [t for t in REQUIRED if t.kind == "notebook" or (t.backend in ("wmma", "cpu") and t.kind == "correctness")]
+    )
+    way = rng.choice(["gone", "error", "machine", "source"])
+    if target.kind == "notebook" and way in ("machine", "source"):
+        way = "gone"
+    if way == "gone" and target.kind == "correctness":
+        way = "error"  # fewer checks are fewer checks, and no doubt
+    if way == "source" and target.source_hash is None:
+        way = "machine"
+    changes = {
+        "error": {"status": "error", "reason": "it broke"}, "machine": {"environment": "env-b"},
+        "source": {"source_hash": "0" * 16},
+    }.get(way)  # fmt: skip
+    trials = [t if t is not target else t.model_copy(update=changes or {}) for t in WHOLE if t is not target or changes]
+    run = synthetic.write_run(tmp_path / "run", trials, synthetic.environment())
+    assert verdict.judge(run).verdict != "GO", f"{way}: {target.kind} {target.backend} {target.problem}"

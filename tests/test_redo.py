@@ -1,0 +1,167 @@
+"""One part of a run measured again: its records are replaced, none is lost, and the rest stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from notebook_tools import finishing_notebook, measure, write_notebook
+from typer.testing import CliRunner
+
+from flashcore import device, pipeline, superseding
+from flashcore.cli import app
+from flashcore.errors import RecordsError, UnknownName
+from flashcore.records import RunFolder, Trial
+from flashcore.redo import parts_named, redo
+
+PLANNED = ["01_a", "02_b", "03_c"]
+
+
+def line(kind: str, value=None, **data) -> str:
+    return json.dumps({"kind": kind, "data": {**({"value": value} if value is not None else {}), **data}})
+
+
+def ceiling(value) -> str:
+    return line("ceiling", value)
+
+
+def done(name: str) -> str:
+    return line("notebook", name=name)
+
+
+def values(lines) -> list:
+    return [json.loads(x)["data"]["value"] for x in lines if '"ceiling"' in x]
+
+
+# --- which records are a part's ------------------------------------------------------------------------------------
+
+
+def test_a_part_is_what_lies_before_its_own_final_record():
+    lines = [ceiling(1), done("01_a"), ceiling(2), ceiling(3), done("02_b"), ceiling(4), done("03_c"), line("verdict")]
+    kept, gone = superseding.split(lines, ["02_b"], planned=PLANNED)
+    assert values(gone) == [2, 3] and values(kept) == [1, 4] and done("02_b") in gone
+    assert sorted(kept + gone) == sorted(lines)
+
+
+def test_what_was_added_by_hand_after_the_verdict_stays():
+    lines = [ceiling(1), done("01_a"), line("verdict"), ceiling("by hand"), line("verdict", redo=["01_a"])]
+    kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
+    assert values(kept) == ["by hand"] and values(gone) == [1]
+
+
+def test_an_interrupted_stretch_is_of_the_part_that_was_to_come():
+    lines = [ceiling(1), done("01_a"), ceiling("half")]
+    assert values(superseding.split(lines, ["02_b"], planned=PLANNED)[1]) == ["half"]
+    assert values(superseding.split(lines, ["03_c"], planned=PLANNED)[1]) == []
+    lines += [line("verdict", redo=["03_c"]), ceiling("half again"), line("verdict", redo=["03_c"])]
+    assert values(superseding.split(lines, ["03_c"], planned=PLANNED)[1]) == ["half again"]
+    assert values(superseding.split(lines, ["02_b"], planned=PLANNED)[1]) == ["half"]
+
+
+def test_every_earlier_go_of_a_part_is_superseded_and_damaged_lines_stay_in_order():
+    lines = [ceiling(1), done("01_a"), '{"kind": "ceil', ceiling(2), done("02_b"), line("verdict"), ceiling(3),
+             done("01_a"), line("verdict")]  # fmt: skip
+    kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
+    assert values(gone) == [1, 3] and values(kept) == [2] and lines[2] in kept
+
+
+# --- the whole of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toys(tmp_path) -> Path:
+    folder = tmp_path / "toys"
+    finishing_notebook(folder, "01_first", measure(1))
+    finishing_notebook(folder, "04_tflops_sweep", measure(4))
+    write_notebook(folder, "06_status_report", "print(len(run.trials()))")
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path, toys) -> RunFolder:
+    return pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+
+
+def ceilings(run: RunFolder) -> list:
+    return [t.data["value"] for t in run.trials(kind="ceiling")]
+
+
+def test_a_part_is_measured_again_and_nothing_is_lost(made, toys):
+    before = made.records_path.read_text().splitlines()
+    date = made.environment()["date"]
+    finishing_notebook(toys, "04_tflops_sweep", measure(44))
+    result = redo(made, "sweep", notebooks_dir=toys, pdf=False)
+    assert result.run.path == made.path and result.failed == {}
+    assert ceilings(made) == [1, 44]
+    aside = superseding.superseded_path(made).read_text().splitlines()
+    assert values(aside) == [4]
+    after = made.records_path.read_text().splitlines()
+    assert set(before) <= set(after) | set(aside)
+    environment = made.environment()
+    assert environment["date"] == date and environment["redone"][0]["parts"] == ["04_tflops_sweep"]
+    assert {t.environment for t in made.trials()} == {environment["id"]}
+
+    finishing_notebook(toys, "04_tflops_sweep", measure(45))
+    redo(made, "04_tflops_sweep", notebooks_dir=toys, pdf=False)
+    assert ceilings(made) == [1, 45] and len(made.environment()["redone"]) == 2
+    assert values(superseding.superseded_path(made).read_text().splitlines()) == [4, 44]
+
+
+def test_a_part_that_fails_again_leaves_the_run_inconclusive(made, toys):
+    finishing_notebook(toys, "04_tflops_sweep", measure(44), "1 / 0")
+    result = redo(made, "sweep", notebooks_dir=toys, pdf=False)
+    assert list(result.failed) == ["04_tflops_sweep"] and result.decision.verdict == "INCONCLUSIVE"
+    assert ceilings(made) == [1, 44]
+    finishing_notebook(toys, "04_tflops_sweep", measure(46))
+    assert redo(made, "sweep", notebooks_dir=toys, pdf=False).failed == {}
+    assert ceilings(made) == [1, 46]
+    assert values(superseding.superseded_path(made).read_text().splitlines()) == [4, 44]
+
+
+def test_a_run_of_another_machine_is_refused_before_anything_is_touched(made, toys, monkeypatch):
+    records, environment = made.records_path.read_bytes(), made.environment_path.read_bytes()
+    snapshot = device.snapshot()
+    monkeypatch.setattr(device, "snapshot", lambda: {**snapshot, "torch": "9.9"})
+    with pytest.raises(RecordsError, match="torch .* then, 9.9 now.*flashcore report"):
+        redo(made, "sweep", notebooks_dir=toys)
+    assert (made.records_path.read_bytes(), made.environment_path.read_bytes()) == (records, environment)
+
+
+def test_a_run_that_does_not_say_how_it_was_made_is_refused(run, toys):
+    run.append(Trial(kind="ceiling"))
+    with pytest.raises(RecordsError, match="does not say how it was made"):
+        redo(run, "sweep", notebooks_dir=toys)
+
+
+def test_sources_count_as_current_only_where_no_older_record_stays(made, toys):
+    environment = made.environment()
+    old = {name: f"old-{name}" for name in environment["kernels"]}
+    made.environment_path.write_text(json.dumps({**environment, "kernels": old}))
+    names = sorted(old)
+    made.append(Trial(kind="build", source_hash=old[names[0]]))
+    redo(made, "sweep", notebooks_dir=toys, pdf=False)
+    now = made.environment()["kernels"]
+    assert now[names[0]] == old[names[0]] and all(now[n] == environment["kernels"][n] for n in names[1:])
+
+
+def test_parts_by_short_name_in_the_order_of_a_report(toys):
+    assert parts_named("sweep, 01_first", toys) == ["01_first", "04_tflops_sweep"]
+    for wrong in ("paging", "06_status_report", "swep", " "):
+        with pytest.raises(UnknownName, match="sweep, 01_first"):
+            parts_named(wrong, toys)
+
+
+def test_the_command_line_names_part_and_run(monkeypatch, made):
+    asked = []
+
+    def fake(run, only, **given):
+        asked.append((run.path, only, given["changes"], given["variant"].audience, given["pdf"]))
+        return pipeline.ReportResult(run, run.path / "report.html", pipeline.verdict.judge(run), {})
+
+    monkeypatch.setattr("flashcore.redo.redo", fake)
+    line = ["report", "--only", "sweep", "--run", str(made.path), "--seed", "3", "--audience", "leadership", "--no-pdf"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert asked == [(made.path, "sweep", {"seed": 3}, "leadership", False)]
+    assert CliRunner().invoke(app, ["report", "--run", str(made.path)]).exit_code == 2

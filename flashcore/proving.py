@@ -27,7 +27,7 @@ from flashcore.paging import PAGE_SIZES, PagedKV, TopK, paginate
 from flashcore.paging._stability import check_selection
 from flashcore.planting import Fault, Source
 from flashcore.problem import Problem, parse_problem
-from flashcore.records import RunFolder, Trial
+from flashcore.records import RunFolder, Trial, digits
 from flashcore.survey import wrong_labels
 
 Progress = Callable[[str], None]
@@ -135,7 +135,7 @@ def _seen(found: Bisection) -> dict[str, Any]:
     first = found.first_row[1].first_bad if found.first_row else found.production.first_bad
     output = found.output or {}
     return {
-        "producers": found.producers, "first_bad": first, "output_finite": output.get("finite"),
+        "producers": found.producers, "first_bad": _shortened(first), "output_finite": output.get("finite"),
         "check_passed": output.get("finite") and output.get("nonzero"), "complete": found.coverage["complete"],
     }  # fmt: skip
 
@@ -321,6 +321,11 @@ def _labels_trial(fault: Fault, planted: Backend, problem: Problem) -> Trial:
     return Trial(kind="bisection", backend=planted.id, problem=problem, status="failed" if wrong else "ok",
                  reason=finding if wrong else None, data={"finding": finding, "wrong_labels": len(wrong)},
                  source_hash=hash_of(planted))  # fmt: skip
+
+
+def _shortened(first: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The first bad element with as many digits as a reader wants."""
+    return first and {name: digits(x) if isinstance(x, float) else x for name, x in first.items()}
 
 
 def _isolated(fault: Fault, backend: Backend) -> bool:

@@ -102,7 +102,7 @@ class Judgement:
     def to_dict(self) -> dict[str, Any]:
         kept = {k: v for k, v in vars(self).items() if not k.startswith("_")} | {"passed": self.passed}
         if self.passed:  # where a right stage is least exact is no finding
-            del kept["worst"]
+            del kept["worst"], kept["first_bad"]
         return kept | {"worst_error": digits(self.worst_error), "bound": digits(self.bound)}
 
 

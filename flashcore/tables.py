@@ -60,7 +60,7 @@ def stage_table(trial: Trial) -> pandas.DataFrame:
             "from the start": _verdict(start),
             "worst error from the start": float(start["worst_error"]),
             "bound from the start": float(start["bound"]),
-            "first bad": _where(own["first_bad"] or start["first_bad"]),
+            "first bad": _where(own.get("first_bad") or start.get("first_bad")),
         })  # fmt: skip
     return pandas.DataFrame(rows)
 

@@ -374,6 +374,8 @@ def test_axe_finds_no_violation_on_the_page_of_the_recorded_run(opened, recorded
 
 def violations(tab) -> None:
     """Everything unfolded, no rule of axe-core is broken; its script comes with a wheel, so it needs no network."""
+    if os.environ.get("CI"):
+        import axe_playwright_python  # noqa: F401  # where it has to be there, its absence is a failure
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     tab.wait_for_timeout(200)  # toggle events

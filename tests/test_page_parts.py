@@ -190,7 +190,7 @@ def test_the_claims_that_do_not_stand_come_first_with_our_own_figure(gpu_run):
     words = re.findall(r'<strong class="\w+">([a-z ]+)</strong>', html)
     order = ["impossible", "contradicted", "undefined", "not checkable", "confirmed"]
     assert words == sorted(words, key=order.index) and {"impossible", "confirmed"} <= set(words)
-    assert "(wmma)" in html
+    assert "(wmma)" in html and "256 of every 4096 scores" in html and "nothing to measure" in html
     assert "Measured by FlashCore" in html and audit_html([]).startswith('<p class="fc-none">')
 
 

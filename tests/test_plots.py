@@ -256,7 +256,11 @@ def headline(trials) -> str:
 def test_the_headline_agrees_with_the_gates():
     html = headline(TRIALS)
     assert html.count("<li>") == 4 and "131 " in html and "0.281 " in html and "14.2 " in html
-    assert "the best peer, sdpa-cudnn" in html and "Target at least 320 TFLOPS" in html and "Aim at least 450 TFLOPS" in html
+    assert (
+        "the best peer, sdpa-cudnn" in html
+        and "Target at least 320 TFLOPS" in html
+        and "Aim at least 450 TFLOPS" in html
+    )
 
 
 def test_nothing_measured_is_said_in_words():

@@ -41,7 +41,7 @@ def audit_html(audits: Sequence[claims.Audit]) -> str:
             "Verdict": Markup('<strong class="{}">{}</strong>').format(
                 CSS.get(one.verdict, "inconclusive"), one.verdict
             ),
-            "Reason": one.reason,
+            "Reason": Markup("{}{}").format(one.reason, _note(one)),
             "Measured by FlashCore": own_figure(one),
         }
         for one in sorted(audits, key=lambda one: worst.index(one.verdict))
@@ -62,9 +62,16 @@ def audit_html(audits: Sequence[claims.Audit]) -> str:
 
 def own_figure(one: claims.Audit) -> str:
     """What was measured of the same thing here, with the backend that did it; or that nothing was."""
+    if not one.of("measurement"):
+        return "nothing to measure"  # it follows from the workload
     found = [f for f in one.of("measurement") if f.against is not None]
     if not found:
         return "not measured"
     first = next((f for f in found if f.outcome != "beside"), found[0])
     figure = time_words(first.against) if first.unit in ("µs", "us") else f"{number(first.against)} {first.unit}"
     return f"{figure.strip()}{f' ({first.backend})' if first.backend else ''}"
+
+
+def _note(one: claims.Audit) -> Markup:
+    """What is known of the figure besides: that a sum is right does not make the kernel right."""
+    return Markup(' <span class="fc-why">Note: {}</span>').format(one.claim.note) if one.claim.note else Markup("")

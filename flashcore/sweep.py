@@ -89,8 +89,8 @@ def sweep(
             if not backend.swept and problem not in REPORT_PROBLEMS:
                 continue
             reason = backend.why_not(problem)
-            if reason is None and not backend.capturable and device.has_gpu():
-                reason = "it reads from the GPU during a call, which no CUDA graph can hold"
+            if reason is None and not backend.dense:
+                reason = "it reads K and V in pages; 'flashcore paging' times it"
             if reason:
                 record(_timing_trial(backend, problem, status="unsupported", reason=reason))
                 continue

@@ -55,8 +55,8 @@ class Backend(ABC):
     """Name of the `.cu` file it launches, if one of ours; its hash goes into every record."""
     swept: bool = True
     """Whether a sweep measures it at every problem; otherwise only at the original report's workloads."""
-    capturable: bool = True
-    """Whether a call can be captured in a CUDA graph, as timing wants; not if it reads from the device."""
+    dense: bool = True
+    """Whether `run` is worth timing on dense K and V; otherwise it copies them into pages first, for the checks."""
     variant_of: str | None = None
     """The backend whose kernels and stages it runs in another order; a report then checks it on fewer problems."""
     rounds_scores: bool = False

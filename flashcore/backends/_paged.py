@@ -42,6 +42,7 @@ class PagedBackend(CudaBackend):
     """A backend whose work is one launch of a kernel that takes `AttentionParams` and `PagedParams`."""
 
     paged = True
+    dense = False
     swept = False
 
     def why_not(self, problem: Problem) -> str | None:

@@ -38,7 +38,7 @@ class CublasLtPaged(CublasLt):
     variant_of = "cublaslt"
     paged = True
     swept = False
-    capturable = False
+    dense = False
     lanes = 1
 
     def why_not(self, problem: Problem) -> str | None:

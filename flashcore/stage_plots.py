@@ -15,6 +15,8 @@ from flashcore.svg import COLOURS, FONT_SIZE, figure_html, style
 _CELL_WIDTH, _CELL_HEIGHT = 0.62, 0.34
 """Inches of one cell of the heat map; cells shrink when there are many."""
 _WIDEST = 6.6
+_LEFT, _BOTTOM, _EDGE = 0.92, 0.62, 0.08
+"""Inches for the names of stages, for the numbers of pages, and around. A layout engine would take half of the time."""
 _WHOLE = ("out", "lse")
 """Stages that have no pages: they stand in a column of their own, after the last page."""
 
@@ -53,10 +55,12 @@ def error_figure(trial: Trial, *, view: str = "local") -> Figure:
     pages = max(len(shares) for stage, shares in rows.items() if stage not in _WHOLE)
     together = grid["pages_a_cell"]
     labels = [str(p * together) if together == 1 else f"{p * together}-" for p in range(pages)]
-    width = min(_CELL_WIDTH, (_WIDEST - 1.0) / (pages + 1))
+    width = min(_CELL_WIDTH, (_WIDEST - _LEFT - _EDGE) / (pages + 1))
+    inner = (width * (pages + 1), _CELL_HEIGHT * len(rows))
+    outer = (_LEFT + inner[0] + _EDGE, _BOTTOM + inner[1] + _EDGE)
     with style():
-        figure = Figure(figsize=(1.0 + width * (pages + 1), 0.75 + _CELL_HEIGHT * len(rows)), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=outer)
+        axes = figure.add_axes((_LEFT / outer[0], _BOTTOM / outer[1], inner[0] / outer[0], inner[1] / outer[1]))
         size = min(FONT_SIZE - 3, 20 * width)
         for down, (stage, shares) in enumerate(rows.items()):
             for across, share in enumerate(shares):

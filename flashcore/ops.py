@@ -27,7 +27,8 @@ KEPT_CALLS = 4096
 _calls: dict[tuple, tuple[Problem, backends.Backend]] = {}
 """Calls that were checked, with what was found."""
 
-_DTYPES = {getattr(torch, name): name for name in DTYPE_BYTES}
+DTYPES = {getattr(torch, name): name for name in DTYPE_BYTES}
+"""Names of the dtypes that problems may have."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -42,8 +43,8 @@ def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softm
             raise InvalidProblem(f"{name} is empty, shape {tuple(shape)}; every size must be at least 1.")
     if not q_dtype == k_dtype == v_dtype:
         raise InvalidProblem(f"q, k and v have dtypes {q_dtype}, {k_dtype} and {v_dtype}; convert them to one.")
-    if q_dtype not in _DTYPES:
-        raise InvalidProblem(f"dtype {q_dtype} is not supported; use one of {', '.join(map(str, _DTYPES))}.")
+    if q_dtype not in DTYPES:
+        raise InvalidProblem(f"dtype {q_dtype} is not supported; use one of {', '.join(map(str, DTYPES))}.")
     if k_shape != v_shape:
         raise InvalidProblem(f"k {tuple(k_shape)} and v {tuple(v_shape)} differ in shape; they have to be the same.")
     if q_shape[0] != k_shape[0]:
@@ -54,12 +55,34 @@ def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softm
         raise InvalidProblem(f"num_heads_q ({q_shape[1]}) must be a multiple of num_heads_kv ({k_shape[1]}).")
     return Problem(
         batch=q_shape[0], num_heads_q=q_shape[1], num_heads_kv=k_shape[1], seqlen_q=q_shape[2], seqlen_k=k_shape[2],
-        head_dim=q_shape[3], dtype=_DTYPES[q_dtype], causal=causal, softmax_scale=softmax_scale,
+        head_dim=q_shape[3], dtype=DTYPES[q_dtype], causal=causal, softmax_scale=softmax_scale,
     )  # fmt: skip
 
 
 def _wants_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def checked_scale(softmax_scale) -> float | None:
+    """A softmax scale as a float, or None; `InvalidProblem` unless it is a finite number."""
+    if softmax_scale is None:
+        return None
+    try:
+        scale = float(softmax_scale)
+    except (TypeError, ValueError):
+        raise InvalidProblem(f"softmax_scale must be a number, or None; got {softmax_scale!r}.") from None
+    if not math.isfinite(scale):
+        raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {scale}.")
+    return scale
+
+
+def refuse_gradients(names: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise `InvalidProblem` where a result with gradients is asked for."""
+    if _wants_gradients(q, k, v):
+        raise InvalidProblem(
+            f"{names} requires gradients, and FlashCore computes the forward pass only; "
+            "call it under torch.no_grad(), or detach the tensors."
+        )
 
 
 def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None) -> Problem:
@@ -81,14 +104,8 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
         raise InvalidProblem(f"q, k and v have to be torch tensors, or CuPy arrays all three; got {kinds}.")
     if not (q.device == k.device == v.device):
         raise InvalidProblem(f"q, k and v lie on {q.device}, {k.device} and {v.device}; move them to one device.")
-    if softmax_scale is not None:
-        try:
-            softmax_scale = float(softmax_scale)
-        except (TypeError, ValueError):
-            raise InvalidProblem(f"softmax_scale must be a number, or None; got {softmax_scale!r}.") from None
-        if not math.isfinite(softmax_scale):
-            raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {softmax_scale}.")
-    problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, bool(causal), softmax_scale)
+    scale = checked_scale(softmax_scale)
+    problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, bool(causal), scale)
     if problem.head_dim > 1:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if tensor.stride(3) != 1:
@@ -96,11 +113,7 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
                     f"The last dimension of {name} is not contiguous (stride {tensor.stride(3)}); "
                     f"pass {name}.contiguous(), or a view whose head_dim lies together in memory."
                 )
-    if _wants_gradients(q, k, v):
-        raise InvalidProblem(
-            "q, k or v requires gradients, and FlashCore computes the forward pass only; "
-            "call it under torch.no_grad(), or detach the tensors."
-        )
+    refuse_gradients("q, k or v", q, k, v)
     return problem
 
 

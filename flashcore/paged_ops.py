@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, PageTableError, UnknownName, Unsupported
-from flashcore.ops import _DTYPES, _wants_gradients
+from flashcore.ops import DTYPES, checked_scale, refuse_gradients
 from flashcore.paging import PagedKV, PageSelection, Policy
 from flashcore.paging.checks import debugging
 from flashcore.problem import Problem
@@ -25,7 +24,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 def _problem(shape, dtype, num_heads_kv: int, room: int, page_size: int, causal: bool, softmax_scale) -> Problem:
     return Problem(
         batch=shape[0], num_heads_q=shape[1], num_heads_kv=num_heads_kv, seqlen_q=shape[2],
-        seqlen_k=room, head_dim=shape[3], dtype=_DTYPES[dtype], causal=causal,
+        seqlen_k=room, head_dim=shape[3], dtype=DTYPES[dtype], causal=causal,
         softmax_scale=softmax_scale, page_size=page_size,
     )  # fmt: skip
 
@@ -48,21 +47,11 @@ def paged_problem_of(
     cache.check_query(q)
     if q.stride(3) != 1 and q.shape[3] > 1:
         raise InvalidProblem(f"The last dimension of q is not contiguous (stride {q.stride(3)}); pass q.contiguous().")
-    if softmax_scale is not None:
-        try:
-            softmax_scale = float(softmax_scale)
-        except (TypeError, ValueError):
-            raise InvalidProblem(f"softmax_scale must be a number, or None; got {softmax_scale!r}.") from None
-        if not math.isfinite(softmax_scale):
-            raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {softmax_scale}.")
-    if _wants_gradients(q, cache.k_pool, cache.v_pool):
-        raise InvalidProblem(
-            "q or the cache requires gradients, and FlashCore computes the forward pass only; "
-            "call it under torch.no_grad(), or detach the tensors."
-        )
+    scale = checked_scale(softmax_scale)
+    refuse_gradients("q or the cache", q, cache.k_pool, cache.v_pool)
     # What the table can hold, not the longest length: that one grows with every token, and each would be a new problem.
     room = cache.max_pages * cache.page_size
-    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, bool(causal), softmax_scale)
+    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, bool(causal), scale)
 
 
 @functools.lru_cache(maxsize=4096)

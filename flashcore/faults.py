@@ -141,7 +141,6 @@ FAULTS: tuple[Fault, ...] = (
     _fault("G43", "the reference of one head kept for the next", "row_max", "zeros or NaN for large inputs",
            pattern="large"),
     _fault("G44", "units of a part miscounted: the parts of a head are never all there", "out", "stale memory"),
-    _fault("G45", "parts of a head combined as soon as the first is there", "out", "changes from run to run"),
     _fault("G46", "query heads of a group past the last whole tile left out", "scores", "stale memory in some heads"),
 )  # fmt: skip
 

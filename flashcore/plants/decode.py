@@ -27,14 +27,6 @@ def _two_heads_a_block(self, *arguments):
     return packed, blocks // 2 if traced else blocks, room
 
 
-def _nan_in_the_room(self, *arguments):
-    """What an earlier call left in the room for parts may well be right."""
-    packed, blocks, room = _base("paged_arguments")(self, *arguments)
-    room.accum.fill_(float("nan"))
-    room.softmax.fill_(float("nan"))
-    return packed, blocks, room
-
-
 def _base(name: str):
     from flashcore.backends.decode import Decode
 
@@ -87,7 +79,6 @@ NEW_SOFTMAX = "      softmax = Softmax(params.softmax_scale);\n"
 V_IS_THERE = "    mbarrier_wait(&smem.v_full[slot], at.parity);\n"
 V_IS_READ = "    if (lane == 0) mbarrier_arrive(&smem.v_empty[slot]);\n"
 P_V = "multiply_p_v(o, p, v_ring.at(slot * UNIT_BYTES), true);"
-PART_IS_DONE = "    if (taken == 0) continue;\n\n"
 WEIGHT = "weight = ex2_approx(softmax[j].x - highest);"
 
 # ------------------------------------------------------------------------------- the bugs
@@ -165,14 +156,6 @@ DECODE: Plants = {
     ),
     "G44": source(("    taken += part.taken;\n", "    taken += part.taken + 1;\n")),
     # Every other block is late, so that its parts are missing for sure; nobody counts anew, so that it happens once.
-    "G45": Source(
-        (
-            (PART_IS_DONE, f"{PART_IS_DONE}    if (blockIdx.x % 2) __nanosleep(100000);\n"),
-            (" + taken == all;", " == 0 && all > 0;"),
-            ("      if (smem.combines) decode.accounted_gmem[part.number] = 0;\n", ""),
-        ),
-        {"paged_arguments": _nan_in_the_room},
-    ),
     "G46": Override({"tiling": lambda self, problem: (_base("tiling")(self, problem)[0], _whole_tiles(problem))}),
 }  # fmt: skip
 

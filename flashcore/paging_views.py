@@ -295,7 +295,9 @@ def accuracy_html(trials: Sequence[Trial]) -> str:
             if trial.data["pattern"].startswith("needle"):
                 word, side = facts.verdict_on_needle(trial).replace(" queries", ""), 1 if mean < 75 else -1
                 at = mean if side > 0 else least
-                axes.annotate(word, xy=(at, place), xytext=(9 * side, 0), textcoords="offset points", va="center",
+                beside = side > 0 or least > 45  # else no room is left of the line, and the word stands on it
+                axes.annotate(word, xy=(at if beside else mean, place), xytext=(9 * side, 0) if beside else (0, 5),
+                              textcoords="offset points", va="center" if beside else "bottom",
                               ha="left" if side > 0 else "right", color=COLOURS["target" if "LOST" in word else "s3"],
                               fontsize=FONT_SIZE - 2, fontweight="bold")  # fmt: skip
         for policy, (colour, marker) in LOOKS.items():

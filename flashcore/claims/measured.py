@@ -194,7 +194,10 @@ def _machine(claim: Claim, run: Run) -> Finding:
         sentence = f"Measured: matrix products reach {number(found)} TFLOPS{run.where}, {side}."
         return Finding("measurement", outcome, sentence, claim.number, found, "TFLOPS")
     key, scale = {"clock_ghz": ("sm_clock_mhz", 1e-3), "sm_count": ("sm_count", 1.0)}[claim.quantity]
+    # Between notebooks a GPU idles at a fraction of its clock; timings note it under load.
+    timings = [t.timing for t in run.trials if t.timing is not None]
     states = [run.source.environment.get(name) for name in ("before", "after")]
+    states += [getattr(t, name, None) for t in timings for name in ("clocks_before", "clocks_after")]
     seen = [s[key] * scale for s in states if isinstance(s, Mapping) and _is_number(s.get(key))]
     if not seen:
         return _not_measured(claim, "", "flashcore report")

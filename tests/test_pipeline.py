@@ -175,7 +175,8 @@ def test_ctrl_c_ends_the_kernel_and_leaves_nothing_half_written(tmp_path, toys):
     wait = 'import time\nrun.append(Trial(kind="ceiling", data={"value": __import__("os").getpid()}))\ntime.sleep(300)'
     finishing_notebook(toys, "01_first", wait)
     program = (
-        "import sys, pathlib; from flashcore import cli, pipeline, device; "
+        "import signal, sys, pathlib; from flashcore import cli, pipeline, device; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored by what a shell starts in the background
         f"pipeline.data_dir = lambda name: pathlib.Path({str(toys)!r}); "
         f"sys.argv[1:] = ['report', '--out', {str(tmp_path / 'runs')!r}]; cli.main()"
     )

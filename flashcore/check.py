@@ -143,7 +143,7 @@ def check_attention(
             return Trial(status="failed", reason=wrong, data=data, **common)
         found = compare(out, case.out, atol=case.out_atol, rtol=case.out_rtol)
         found_lse = None if lse is None else compare(lse, case.lse, atol=case.lse_atol, rtol=case.lse_rtol)
-        correctness = _correctness(found, found_lse)
+        correctness = correctness_of(found, found_lse)
         reason = None
         if not correctness.passed:
             tensor, comparison = ("out", found) if not found.passed else ("lse", found_lse)
@@ -171,7 +171,8 @@ def _wrong_form(out, lse, case: Case) -> str | None:
     return None
 
 
-def _correctness(found: Comparison, found_lse: Comparison | None) -> Correctness:
+def correctness_of(found: Comparison, found_lse: Comparison | None) -> Correctness:
+    """What a record says of `out`, and of `lse` where it was returned."""
     parts = [found] if found_lse is None else [found, found_lse]
     first = None
     if found.first_bad:

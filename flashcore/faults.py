@@ -11,8 +11,9 @@ from typing import Any
 
 from flashcore import plants
 from flashcore.errors import UnknownName
-from flashcore.paging._stability import RACY_BASE
-from flashcore.planting import PLAIN, Fault, Source
+from flashcore.planting import PLAIN, Fault
+from flashcore.plants import page_selection
+from flashcore.plants.host import source
 from flashcore.problem import Problem, square
 
 CAUSAL = PLAIN.with_(causal=True)
@@ -63,7 +64,7 @@ FAULTS: tuple[Fault, ...] = (
     _fault("F12", "one K head broadcast to all heads", "scores", "finite, wrong from head 1 on"),
     _fault(
         "F13", "racy base offset in the page list", "page table", "overlap, changes from run to run",
-        plants={"page_selection": Source(RACY_BASE)}, problem=MANY_PAGES, found_by="selection",
+        plants={page_selection.KERNEL: source(*page_selection.RACY_BASE)}, problem=MANY_PAGES, found_by="selection",
     ),
     _fault(
         "F14", "the algorithm surveyed is not the one run", "survey", "label unlike the kernel",

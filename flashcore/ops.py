@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -117,23 +118,31 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
     return problem
 
 
+def first_of(
+    names: Iterable[str], device: torch.device, takes: Callable[[backends.Backend], bool]
+) -> backends.Backend | None:
+    """The first that works on this device and takes what is asked; ids that are not installed are passed over."""
+    for name in names:
+        try:
+            backend = backends.get(name)
+        except UnknownName:
+            continue
+        if backend.device in (device.type, "any") and backend.availability().ok and takes(backend):
+            return backend
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, device: torch.device, name: str, return_lse: bool) -> backends.Backend:
     """The backend that runs this problem on this device. Cached, so that a call costs no look-up of the registry."""
     if device.type not in AUTO_ORDER:
         raise InvalidProblem(f"The tensors lie on '{device}'; FlashCore takes CPU and CUDA tensors.")
     if name == "auto":
-        for candidate in AUTO_ORDER[device.type]:
-            try:
-                backend = backends.get(candidate)
-            except UnknownName:
-                continue
-            if return_lse and candidate in WITHOUT_LSE:
-                continue
-            takes = backend.device in (device.type, "any")
-            if takes and backend.availability().ok and backend.why_not(problem) is None:
-                return backend
-        raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()}")
+        able = [one for one in AUTO_ORDER[device.type] if not (return_lse and one in WITHOUT_LSE)]
+        first = first_of(able, device, lambda backend: backend.why_not(problem) is None)
+        if first is None:
+            raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()}")
+        return first
     backend = backends.get(name)
     if backend.device not in (device.type, "any"):
         raise InvalidProblem(

@@ -7,8 +7,8 @@ import functools
 import torch
 
 from flashcore import backends
-from flashcore.errors import InvalidProblem, PageTableError, UnknownName, Unsupported
-from flashcore.ops import DTYPES, checked_scale, refuse_gradients
+from flashcore.errors import InvalidProblem, PageTableError, Unsupported
+from flashcore.ops import DTYPES, checked_scale, first_of, refuse_gradients
 from flashcore.paging import PagedKV, PageSelection, Policy
 from flashcore.paging.checks import debugging
 from flashcore.problem import Problem
@@ -58,15 +58,11 @@ def paged_problem_of(
 def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -> backends.Backend:
     """The backend that runs this problem on this device."""
     if name == "auto":
-        for candidate in AUTO_ORDER.get(device.type, ()):
-            try:
-                backend = backends.get(candidate)
-            except UnknownName:
-                continue
-            takes = backend.device in (device.type, "any")
-            if takes and backend.availability().ok and backend.why_not_paged(problem, selected=selected) is None:
-                return backend
-        raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()} in pages")
+        order = AUTO_ORDER.get(device.type, ())
+        first = first_of(order, device, lambda backend: backend.why_not_paged(problem, selected=selected) is None)
+        if first is None:
+            raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()} in pages")
+        return first
     backend = backends.get(name)
     if backend.device not in (device.type, "any"):
         raise InvalidProblem(

@@ -23,8 +23,8 @@ from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.faults import FAULTS, get
 from flashcore.inputs import LAYOUTS, PATTERNS, make_inputs
 from flashcore.isolation import Worker, isolated_trial
-from flashcore.paging import PAGE_SIZES, PagedKV, TopK, paginate
-from flashcore.paging._stability import check_selection
+from flashcore.paging import PAGE_SIZES, TopK, paginate
+from flashcore.paging.stability import check_selection
 from flashcore.planting import Fault, Source
 from flashcore.problem import Problem, parse_problem
 from flashcore.records import RunFolder, Trial, digits
@@ -93,8 +93,8 @@ def _proved_by_selecting(fault: Fault, kernel: str, started: float) -> Trial:
         raise BackendUnavailable(kernel, state.reason, state.fix)
     problem = fault.problem_in(kernel)
     q, k, v = make_inputs(problem, device="cuda", pattern=fault.pattern)
-    pages = paginate(k, v, problem.page_size)
-    cache = PagedKV.from_tables(pages.k_pool, pages.v_pool, pages.page_table, pages.lengths, key_bounds=True)
+    cache = paginate(k, v, problem.page_size)
+    cache.refresh_bounds()
     planted = type("Planted", (TopK,), {"source": fault.plants[kernel].text(kernel)})
     found = check_selection(planted(share=SELECTED_SHARE), q, cache)
     stage = None if found.ok else "page table"

@@ -134,9 +134,9 @@ def decide(
     results = tuple(judge_gate(gate, live, other, has_gpu) for gate in gates)
     judged = {o.id: tuple(judge_gate(g, live, other, has_gpu) for g in o.asked(gates)) for o in gates.options}
 
-    incomplete = [*problems, *_unfinished(trials, environment, "The run")]
+    incomplete = [*problems, *unfinished(trials, environment, "The run")]
     if recorded is not None and any(r.evidence == "recorded" for r in chain(results, *judged.values())):
-        incomplete += [*recorded.problems, *_unfinished(recorded.trials, recorded.environment, "The recorded run")]
+        incomplete += [*recorded.problems, *unfinished(recorded.trials, recorded.environment, "The recorded run")]
     required = [r for r in results if r.required]
     options = weigh(gates, judged, required, complete=not incomplete)
     verdict, reason = _decide(incomplete, required, options)
@@ -184,7 +184,7 @@ def _decide(
     )
 
 
-def _unfinished(trials: Sequence[Trial], environment: Mapping[str, Any], whose: str) -> list[str]:
+def unfinished(trials: Sequence[Trial], environment: Mapping[str, Any], whose: str) -> list[str]:
     """Sentences on every planned notebook that is not known to have finished."""
     parameters = environment.get("parameters")
     planned = parameters.get("notebooks") if isinstance(parameters, Mapping) else None

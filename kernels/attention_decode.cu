@@ -7,8 +7,8 @@
 // Slow at: many query tokens, for which there is attention_hopper: all 64 rows of a tile are multiplied, used or not.
 //
 // Roles: the producer, one warp, looks pages up and copies them into two rings. NUM_CONSUMERS warpgroups take units in turn;
-// what one has of a head when the block's share ends is a part, which goes to global memory. The combiner, three warps, counts the units
-// that are accounted for, and combines a head's parts once all are.
+// what one has of a head, when the block's units of it are done, is a part, which goes to global memory. The combiner, three
+// warps, counts the units that are accounted for, and combines a head's parts once all are.
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"

@@ -13,8 +13,9 @@ from flashcore import build
 from flashcore.errors import InvalidProblem
 from flashcore.paging import PagedKV, PagedKVCache, PageSelection, SinkWindow, TopK, _selecting
 from flashcore.paging._selecting import KERNEL, MOST_PAGES, MOST_ROWS, PARAMS, packed, takes
-from flashcore.paging._stability import RACY_BASE, check_selection
+from flashcore.paging.stability import check_selection
 from flashcore.planting import Source
+from flashcore.plants.page_selection import RACY_BASE
 
 DEVICE = "cuda"
 VARIANTS = build.variants(KERNEL)

@@ -15,7 +15,7 @@ from flashcore.errors import CublasLtError
 from flashcore.faults import get
 from flashcore.inputs import make_inputs
 from flashcore.paging import PAGE_SIZES, TopK
-from flashcore.paging._stability import SelectionFinding
+from flashcore.paging.stability import SelectionFinding
 from flashcore.planting import Fault, Override, Source
 from flashcore.records import Trial
 

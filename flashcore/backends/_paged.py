@@ -6,6 +6,7 @@ import struct
 
 import torch
 
+from flashcore.backends import Backend
 from flashcore.backends._cuda import CudaBackend, is_good_again
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends._traces import TraceBuffers
@@ -38,18 +39,29 @@ def check_pools(cache: PagedKV) -> None:
             )
 
 
-class PagedBackend(CudaBackend):
-    """A backend whose work is one launch of a kernel that takes `AttentionParams` and `PagedParams`."""
+class OverPages(Backend):
+    """What every backend of ours over pages is: put before the backend that does its work."""
 
     paged = True
     dense = False
     swept = False
+    selects = False
+    """Whether it attends to a selection of pages."""
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
         if reason is None and problem.page_size not in PAGE_SIZES:
             return f"page_size {problem.page_size} is not among {', '.join(map(str, PAGE_SIZES))}"
         return reason
+
+    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
+        if selected and not self.selects:
+            return "it attends to all pages and takes no selection"
+        return super().why_not_paged(problem, selected=selected)
+
+
+class PagedBackend(OverPages, CudaBackend):
+    """A backend whose work is one launch of a kernel that takes `AttentionParams` and `PagedParams`."""
 
     def run(self, q, k, v, problem: Problem):
         return self.run_paged(q, paginate(k, v, problem.page_size), problem)
@@ -116,19 +128,14 @@ class PagedBackend(CudaBackend):
             pool.data_ptr(), pool.shape, strides, rows=rows, dtype=dtype, name=f"{name}_pool", promote=promote
         )
 
-    def page_table(self, cache: PagedKV) -> torch.Tensor:
-        """The page table to launch with."""
-        return cache.page_table
-
     def paged_params(self, cache: PagedKV, selection: PageSelection | None) -> bytes:
         """`PagedParams`, packed."""
         chosen = (0, 0, 0) if selection is None else (
             selection.pages.data_ptr(), selection.counts.data_ptr(), selection.pages.shape[-1]
         )  # fmt: skip
-        table = self.page_table(cache)
         return PAGED.pack(
-            table.data_ptr(), cache.lengths.data_ptr(), chosen[0], chosen[1], table.stride(0), chosen[2],
-            cache.page_size.bit_length() - 1,
+            cache.page_table.data_ptr(), cache.lengths.data_ptr(), chosen[0], chosen[1], cache.page_table.stride(0),
+            chosen[2], cache.page_size.bit_length() - 1,
         )  # fmt: skip
 
 

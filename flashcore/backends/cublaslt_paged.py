@@ -8,6 +8,7 @@ import torch
 
 from flashcore.backends import register
 from flashcore.backends._page_tables import Page
+from flashcore.backends._paged import OverPages
 from flashcore.backends.cublaslt import LARGEST_PAGE, CublasLt
 from flashcore.errors import PageTableError
 from flashcore.launching import outputs_for
@@ -30,25 +31,13 @@ def _as_one(pool: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 @register
-class CublasLtPaged(CublasLt):
+class CublasLtPaged(OverPages, CublasLt):
     """The same over K and V in pages. Reads table and lengths to the host: slow, and right."""
 
     id = "cublaslt-paged"
     title = "cuBLASLt over pages, one sequence after the other"
     variant_of = "cublaslt"
-    paged = True
-    swept = False
-    dense = False
     lanes = 1
-
-    def why_not(self, problem: Problem) -> str | None:
-        reason = super().why_not(problem)
-        if reason is None and problem.page_size not in PAGE_SIZES:
-            return f"page_size {problem.page_size} is not among {', '.join(map(str, PAGE_SIZES))}"
-        return reason
-
-    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
-        return "it attends to all pages and takes no selection" if selected else self.why_not(problem)
 
     def run(self, q, k, v, problem: Problem, page_table=None):
         if page_table is not None:

@@ -45,6 +45,7 @@ class Decode(PagedBackend):
     id = "decode"
     title = "Our decode kernel: paged, split keys"
     kernel = "attention_decode"
+    selects = True
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)

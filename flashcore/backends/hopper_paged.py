@@ -19,11 +19,6 @@ class HopperPaged(PagedBackend, HopperUnsplit):
     id = "hopper-paged"
     title = "Our Hopper kernel over pages"
     variant_of = "hopper"
-    paged = True
-    swept = False
-
-    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
-        return "it attends to all pages and takes no selection" if selected else self.why_not(problem)
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         return (("FLASHCORE_PAGED", 1), *super().defines(problem, device))

@@ -12,6 +12,7 @@ from typing import Any
 
 from flashcore.errors import RecordsError
 from flashcore.records import RunFolder, Trial, read_trials
+from flashcore.verdict import unfinished
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ class Snapshot:
     @property
     def finished(self) -> bool:
         """Whether every notebook that was planned has a record that it finished."""
-        parameters = self.environment.get("parameters")
-        planned = parameters.get("notebooks") if isinstance(parameters, Mapping) else None
-        last = {str(t.data.get("name")): t.status for t in self.trials if t.kind == "notebook"}
-        return isinstance(planned, list) and bool(planned) and all(last.get(str(name)) == "ok" for name in planned)
+        return not unfinished(self.trials, self.environment, self.name)
 
     @property
     def title(self) -> str:

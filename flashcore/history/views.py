@@ -47,10 +47,14 @@ def history_html(run: RunFolder) -> str:
 
 
 def since_html(found: Since) -> str:
+    """`since_body` as a section with its heading, to stand alone."""
+    return f'<section id="since"><h2>Since the last run</h2>{since_body(found)}</section>'
+
+
+def since_body(found: Since) -> str:
     """What changed, in words: figures, what became worse, what else changed, and every row folded away."""
     comparison, before = found.comparison, found.before
     parts = [
-        '<section id="since"><h2>Since the last run</h2>',
         f'<p class="fc-lead">Compared with <code>{escape(before.name)}</code> of {escape(before.day)} on '
         f"{escape(before.machine or 'a machine that is not known')}. {escape(comparison.summary)}</p>",
     ]
@@ -72,7 +76,7 @@ def since_html(found: Since) -> str:
     table = rows_table(comparison)
     if table:
         parts.append(f'<details class="fc-fold inline"><summary>Every timing of ours</summary>{table}</details>')
-    return "".join([*parts, "</section>"])
+    return "".join(parts)
 
 
 _TITLES = {

@@ -52,16 +52,21 @@ def widen_bounds(
     key_bounds[:, :, LARGEST].scatter_reduce_(0, target, keys.masked_fill(unreal, -math.inf), "amax")
 
 
-def bounds_of_pool(kv: PagedKV) -> torch.Tensor:
-    """Bounds of every page in use, from the keys themselves: of a page's users, the longest decides what it holds."""
-    bounds = empty_bounds(kv.num_pages, kv.num_heads_kv, kv.head_dim, kv.dtype, kv.device)
+def held_slots(kv: PagedKV) -> torch.Tensor:
+    """``[num_pages, page_size]`` bool: slots of the pool that hold a token of any sequence. No synchronisation."""
     columns = torch.arange(kv.max_pages, device=kv.device)
     held = (kv.lengths[:, None] - columns * kv.page_size).clamp(0, kv.page_size)
     known = (kv.page_table >= 0) & (kv.page_table < kv.num_pages)
     page = kv.page_table.clamp(0, kv.num_pages - 1).long()
     filled = torch.zeros(kv.num_pages, dtype=torch.int64, device=kv.device)
     filled.scatter_reduce_(0, page.flatten(), (held * known).long().flatten(), "amax")
-    empty = (torch.arange(kv.page_size, device=kv.device) >= filled[:, None])[:, None, :, None]
+    return torch.arange(kv.page_size, device=kv.device) < filled[:, None]
+
+
+def bounds_of_pool(kv: PagedKV) -> torch.Tensor:
+    """Bounds of every page in use, from the keys themselves: of a page's users, the longest decides what it holds."""
+    bounds = empty_bounds(kv.num_pages, kv.num_heads_kv, kv.head_dim, kv.dtype, kv.device)
+    empty = ~held_slots(kv)[:, None, :, None]
     bounds[:, :, LEAST] = kv.k_pool.masked_fill(empty, math.inf).amin(dim=2)
     bounds[:, :, LARGEST] = kv.k_pool.masked_fill(empty, -math.inf).amax(dim=2)
     return bounds

@@ -32,6 +32,23 @@ def gather(cache: PagedKV, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return dense(cache.k_pool), dense(cache.v_pool), present
 
 
+def seen_keys(
+    cache: PagedKV, present: torch.Tensor, chosen: torch.Tensor | None, tokens: int, *, causal: bool
+) -> torch.Tensor:
+    """Which of one sequence's keys each of its last `tokens` queries sees, bool ``[num_heads_kv, tokens, length]``.
+
+    `present` is that of `gather`; `chosen`, ``[num_heads_kv, max_pages]``, says which pages are selected, None for all.
+    """
+    length = present.shape[0]
+    seen = present.expand(cache.num_heads_kv, tokens, length)
+    if chosen is not None:
+        seen = seen & chosen.repeat_interleave(cache.page_size, dim=1)[:, None, :length]
+    if causal:
+        last_seen = torch.arange(length - tokens, length, device=present.device)
+        seen = seen & (torch.arange(length, device=present.device) <= last_seen[:, None])
+    return seen
+
+
 def paged_reference(
     q: torch.Tensor,
     cache: PagedKV,
@@ -76,15 +93,9 @@ def paged_reference(
     chosen = None if selection is None else selection.mask(cache.max_pages)
     for row in range(cache.batch):
         k, v, present = gather(cache, row)
-        length, tokens = k.shape[1], q.shape[2]
-        if length == 0:
+        if k.shape[1] == 0:
             continue
-        seen = present.expand(cache.num_heads_kv, tokens, length)
-        if chosen is not None:
-            seen = seen & chosen[row].repeat_interleave(cache.page_size, dim=1)[:, None, :length]
-        if causal:
-            last_seen = torch.arange(length - tokens, length, device=q.device)
-            seen = seen & (torch.arange(length, device=q.device) <= last_seen[:, None])
+        seen = seen_keys(cache, present, None if chosen is None else chosen[row], q.shape[2], causal=causal)
         for head in range(cache.num_heads_kv):
             group = slice(head * q.shape[1] // cache.num_heads_kv, (head + 1) * q.shape[1] // cache.num_heads_kv)
             scores = (q[row, group].double() @ k[head].double().T).mul_(scale).masked_fill_(~seen[head], -math.inf)

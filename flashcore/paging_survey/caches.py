@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashcore.paging import PagedKV, PageSelection
+from flashcore.paging.bounds import held_slots
 from flashcore.paging.ledger import DROPPED
 
 NOWHERE = 1 << 20
@@ -42,17 +43,6 @@ def dense_of(cache: PagedKV, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pool[table].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
 
     return dense(cache.k_pool), dense(cache.v_pool)
-
-
-def held_slots(cache: PagedKV) -> torch.Tensor:
-    """``[num_pages, page_size]`` bool: slots of the pool that hold a token of any sequence."""
-    columns = torch.arange(cache.max_pages, device=cache.device)
-    held = (cache.lengths[:, None] - columns * cache.page_size).clamp(0, cache.page_size)
-    there = cache.page_table >= 0
-    filled = torch.zeros(cache.num_pages, dtype=torch.int64, device=cache.device)
-    pages = cache.page_table.clamp(0, cache.num_pages - 1).flatten().long()
-    filled.scatter_reduce_(0, pages, (held * there).flatten().long(), "amax")
-    return torch.arange(cache.page_size, device=cache.device) < filled[:, None]
 
 
 def shuffled_and_poisoned(cache: PagedKV, *, seed: int = 0) -> PagedKV:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore.check import LSE_BOUND, _correctness
+from flashcore.check import LSE_BOUND, correctness_of
 from flashcore.paging import PagedKV, PageSelection, gather, paged_reference
+from flashcore.paging.reference import seen_keys
 from flashcore.records import Correctness
 from flashcore.reference import safe
 from flashcore.tolerance import UNIT_FLOAT32, compare
@@ -35,7 +36,7 @@ class Expected:
                 return Correctness(passed=False, checked=0, num_bad=0, max_abs_error=math.inf, bound=0.0), words
         found = compare(out, self.out, atol=self.out_atol, rtol=torch.finfo(self.dtype).eps)
         found_lse = None if lse is None else compare(lse, self.lse, atol=self.lse_atol, rtol=4 * UNIT_FLOAT32)
-        judged = _correctness(found, found_lse)
+        judged = correctness_of(found, found_lse)
         if judged.passed:
             return judged, None
         name, first = ("out", found) if not found.passed else ("lse", found_lse)
@@ -91,16 +92,10 @@ def same_precision(
     longest, largest = 0.0, 0.0
     for row in range(cache.batch):
         k, v, present = (t.float() if t.is_floating_point() else t for t in gather(cache, row))
-        length, tokens = k.shape[1], q.shape[2]
-        if length == 0:
+        if k.shape[1] == 0:
             continue
-        seen = present.expand(heads, tokens, length)
-        if chosen is not None:
-            seen = seen & chosen[row].repeat_interleave(cache.page_size, dim=1)[:, None, :length]
-        if causal:
-            last_seen = torch.arange(length - tokens, length, device=q.device)
-            seen = seen & (torch.arange(length, device=q.device) <= last_seen[:, None])
-        rows = q[row].float().reshape(heads, group, tokens, -1)
+        seen = seen_keys(cache, present, None if chosen is None else chosen[row], q.shape[2], causal=causal)
+        rows = q[row].float().reshape(heads, group, q.shape[2], -1)
         scores = (rows @ k[:, None].mT).mul_(1 / math.sqrt(cache.head_dim))
         scores = scores.to(q.dtype).float() if round_scores else scores
         scores = scores.masked_fill_(~seen[:, None], -math.inf)

@@ -143,6 +143,7 @@ FAULTS: tuple[Fault, ...] = (
            pattern="large"),
     _fault("G44", "units of a part miscounted: the parts of a head are never all there", "out", "stale memory"),
     _fault("G46", "query heads of a group past the last whole tile left out", "scores", "stale memory in some heads"),
+    _fault("G47", "half of a part added as it is, whatever maximum it was taken against", "out", "finite, wrong"),
 )  # fmt: skip
 
 

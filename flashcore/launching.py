@@ -164,6 +164,11 @@ class PreparedLaunch:
             raise LaunchError("cuLaunchKernelEx", driver.CUresult(status).name)
 
 
+def facts_of(tensor: torch.Tensor | None) -> tuple | None:
+    """All that a launch takes from a tensor: two with the same facts can be launched on alike."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
 KEPT_LAUNCHES = 1024
 """Prepared launches kept; an entry is half a kilobyte."""
 _kept: dict[tuple, Any] = {}
@@ -220,4 +225,4 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def outputs_for(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for `out` and `lse`; `out` in the memory order of `q`: a `[B,S,H,D]` view in gives one out."""
-    return poisoned(torch.empty_like(q)), poisoned(q.new_empty(q.shape[:3], dtype=torch.float32))
+    return poisoned(torch.empty_like(q)), poisoned(torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))

@@ -7,7 +7,7 @@
 // Slow at: many query tokens, for which there is attention_hopper: all 64 rows of a tile are multiplied, used or not.
 //
 // Roles: the producer, one warp, looks pages up and copies them into two rings. NUM_CONSUMERS warpgroups take units in turn;
-// what one has of a head, when the block's units of it are done, is a part, which goes to global memory. The combiner, three
+// what they have of a head, when the block's units of it are done, is a part, which goes to global memory. The combiner, three
 // warps, counts the units that are accounted for, and combines a head's parts once all are.
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
@@ -32,6 +32,7 @@ constexpr int UNIT_BYTES = UNIT_KEYS * HEAD_DIM * sizeof(Element);
 constexpr int NUM_SLOTS = 4;                           // units of K, and of V, under way: more only make the rest wait
 // A warpgroup that waits for a slot's next round must have seen the last one, or it would take an old one for it.
 static_assert(NUM_SLOTS % NUM_CONSUMERS == 0, "a slot is always taken by the same warpgroup");
+static_assert(NUM_CONSUMERS == 2, "one warpgroup lends what it has of a head to the other");
 constexpr int MAX_HEADS = 6144;                        // of K and V, of all sequences, each with its tiles of query rows
 constexpr int MOST_BOXES = UNIT_KEYS / SMALLEST_PAGE;  // pieces of a unit that may lie in different pages
 constexpr int PARTS_AT_ONCE = 8;                       // read before any is used, when parts are combined
@@ -51,20 +52,24 @@ struct DecodeParams {
 struct Unit {
   int number;        // of its head; NO_MORE after the last unit
   int index;         // in that head
-  int part;          // that it counts for, of the call
-  int sequence;      // of that part, in the block
-  int taken;         // units that this part has, when this is its last one, and otherwise 0
-  bool begins;       // the first one of its part
-  bool closes;       // that part is the last one that the block has of the head
+  int sequence;      // of that head, in the block
+  int taken;         // units that the block has of the head
+  bool begins, ends; // of those, the first or last one of the warpgroup that takes it
+  bool closes;       // the last one of them all
   bool whole;        // every query sees all its keys
   int position[MOST_BOXES];  // of the first key of each box
 };
 constexpr int NO_MORE = -1;
 
-// A part that is complete.
+// A part that is complete: a head, and how many units of it the block had.
 struct Part {
   int number, taken;
-  bool closes;  // the last one that the block has of the head
+};
+
+// What a warpgroup has of a head, by thread, for the other one to add.
+struct Loan {
+  float o[OUTPUTS][WARPGROUP];
+  float2 softmax[2][WARPGROUP];  // of a thread's two rows: reference and row sum
 };
 
 struct SharedMemory {
@@ -73,8 +78,10 @@ struct SharedMemory {
   Unit unit[2][NUM_SLOTS];        // by round: the last one's V is still wanted when K of this one comes
   int first_unit[MAX_HEADS + 1];  // of each head
   int sums[THREADS / WARP];
+  Loan loan;
   Part part[PARTS_UNDER_WAY];
   bool combines;
+  Mbarrier loan_full, loan_empty;
   Mbarrier k_full[NUM_SLOTS], k_empty[NUM_SLOTS];
   Mbarrier v_full[NUM_SLOTS], v_empty[NUM_SLOTS];
   Mbarrier part_full[PARTS_UNDER_WAY], part_empty[PARTS_UNDER_WAY];
@@ -124,40 +131,45 @@ struct Shares {
   }
 };
 
-// Where each head's units begin, by all threads; the number of all units. A head without keys has one unit without keys.
+// Units of a head; one without keys has one unit without keys.
+__device__ __forceinline__ int units_of(const AttentionParams& params, const PagedParams& paged, const DecodeParams& decode,
+                                        int number) {
+  const Head head(params, decode, number);
+  const int keys = listed_keys(paged, params.num_heads_kv, head.batch, head.head_kv);
+  return max(1, (keys + UNIT_KEYS - 1) / UNIT_KEYS);
+}
+
+// Where each head's units begin, by all threads; the number of all units.
 __device__ __forceinline__ int lay_out_units(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
                                              const DecodeParams& decode, int num_heads) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int before = 0;
-  for (int first = 0; first < num_heads; first += THREADS) {
-    const int number = first + threadIdx.x;
-    int units = 0;
-    if (number < num_heads) {
-      const Head head(params, decode, number);
-      const int keys = listed_keys(paged, params.num_heads_kv, head.batch, head.head_kv);
-      units = max(1, (keys + UNIT_KEYS - 1) / UNIT_KEYS);
-    }
-    int up_to = units;  // the sum over the warp's lanes up to this one
+  const int heads_a_thread = (num_heads + THREADS - 1) / THREADS;
+  const int first = threadIdx.x * heads_a_thread, end = min(num_heads, first + heads_a_thread);
+  int units = 0;  // of the thread's heads
+#pragma unroll 2
+  for (int number = first; number < end; ++number) units += smem.first_unit[number] = units_of(params, paged, decode, number);
+  int up_to = units;  // the sum over the warp's lanes up to this one
 #pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-      const int other = __shfl_up_sync(~0u, up_to, step);
-      if (lane >= step) up_to += other;
-    }
-    if (lane == WARP - 1) smem.sums[warp] = up_to;
-    __syncthreads();
-    int all = 0, earlier = 0;
-#pragma unroll
-    for (int w = 0; w < THREADS / WARP; ++w) {
-      if (w < warp) earlier += smem.sums[w];
-      all += smem.sums[w];
-    }
-    if (number < num_heads) smem.first_unit[number] = before + earlier + up_to - units;
-    before += all;
-    __syncthreads();
+  for (int step = 1; step < WARP; step *= 2) {
+    const int other = __shfl_up_sync(~0u, up_to, step);
+    if (lane >= step) up_to += other;
   }
-  if (threadIdx.x == 0) smem.first_unit[num_heads] = before;
+  if (lane == WARP - 1) smem.sums[warp] = up_to;
   __syncthreads();
-  return before;
+  int all = 0, before = up_to - units;
+#pragma unroll
+  for (int w = 0; w < THREADS / WARP; ++w) {
+    if (w < warp) before += smem.sums[w];
+    all += smem.sums[w];
+  }
+  for (int number = first; number < end; ++number) {
+    const int own = smem.first_unit[number];
+    smem.first_unit[number] = before;
+    before += own;
+  }
+  if (threadIdx.x == 0) smem.first_unit[num_heads] = all;
+  __syncthreads();
+  return all;
 }
 
 // The head that a unit belongs to.
@@ -205,7 +217,6 @@ __device__ __forceinline__ Lookup look_up(const SharedMemory& smem, const Attent
   box.page = listed_page(paged, params.num_heads_kv, head.batch, head.head_kv, box.key);
   box.pool_page = paged.page_table_gmem[Index(head.batch) * paged.table_stride + max(0, min(box.page, paged.table_stride - 1))];
   box.length = paged.lengths_gmem[head.batch];
-  if (keys == 0 && (box.key == 0 || threadIdx.x % WARP == 0)) prefetch_q(params, head);
   return box;
 }
 
@@ -222,14 +233,13 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
   };
 
   RingPosition at;
-  int sequence = -1;  // of the last part
+  int sequence = -1;  // of the last head
   Lookup next_box = {};
   if (begin < end) next_box = look(begin);
   for (int unit = begin; unit < end;) {
-    // What comes after this batch is looked up now, and used when the batch has been copied.
     const Lookup box = next_box;
     const int batch_end = min(end, unit + units_ahead);
-    if (batch_end < end) next_box = look(batch_end);
+    const bool begins = lane % boxes == 0 && (box.key == 0 || unit == begin && lane == 0);
 
     // A box that is not there has page -1, which the tensor copies fill with zeros.
     const int own_position = (box.page << paged.page_shift) + (box.key & ((1 << paged.page_shift) - 1));
@@ -248,18 +258,17 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
       mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
       Unit& info = smem.unit[at.parity][at.slot];
       if (lane < boxes) info.position[lane] = position;
-      // Of the block's units of a head each consumer has a part, beginning with whose turn it is.
       const int head_begin = max(begin, smem.first_unit[number]);
       const int since = unit - head_begin, left = min(end, smem.first_unit[number + 1]) - unit;
-      if (since < NUM_CONSUMERS) ++sequence;
+      if (since == 0) ++sequence;
       if (lane == 0) {
         info.number = number;
         info.index = unit - smem.first_unit[number];
-        info.part = NUM_CONSUMERS * (number + static_cast<int>(blockIdx.x)) + since % NUM_CONSUMERS;
-        info.sequence = sequence - (since < NUM_CONSUMERS ? 0 : (NUM_CONSUMERS - 1 - since % NUM_CONSUMERS));
-        info.taken = left <= NUM_CONSUMERS ? since / NUM_CONSUMERS + 1 : 0;
+        info.sequence = sequence;
+        info.taken = since + left;
         info.begins = since < NUM_CONSUMERS;
-        info.closes = since % NUM_CONSUMERS == min(NUM_CONSUMERS, since + left) - 1;
+        info.ends = left <= NUM_CONSUMERS;
+        info.closes = left == 1;
         info.whole = (whole & own) == own;
       }
       __syncwarp();
@@ -279,6 +288,11 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
         for (int block = 0; block < COLUMN_BLOCKS; ++block)
           tma_load_4d(smem.v[at.slot] + block * UNIT_KEYS * ROW_BYTES + into, v_map, &smem.v_full[at.slot],
                       block * BLOCK_COLUMNS, row, head_kv, pool_page);
+      }
+      if (i == 0) {
+        if (begins) prefetch_q(params, Head(params, decode, box.number));
+        // What comes after this batch is looked up now, and used when the batch has been copied.
+        if (batch_end < end) next_box = look(batch_end);
       }
     }
   }
@@ -348,7 +362,36 @@ __device__ __forceinline__ void pass_on(SharedMemory& smem, int sequence, const 
   if (threadIdx.x % WARP == 0) mbarrier_arrive(&smem.part_full[entry]);
 }
 
-// One warpgroup: every NUM_CONSUMERS-th unit of the ring.
+// Leave what this warpgroup has of a head.
+__device__ __forceinline__ void lend(Loan& loan, const float (&o)[OUTPUTS], const float (&reference)[2],
+                                     const float (&row_sum)[2]) {
+  const int thread = threadIdx.x % WARPGROUP;
+#pragma unroll
+  for (int i = 0; i < OUTPUTS; ++i) loan.o[i][thread] = o[i];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) loan.softmax[r][thread] = make_float2(reference[r], row_sum[r]);
+}
+
+// O, and its rows' softmax, with what the other warpgroup left: both brought to the higher reference.
+__device__ __forceinline__ void add_loan(const Loan& loan, float (&o)[OUTPUTS], float (&reference)[2], float (&row_sum)[2]) {
+  const int thread = threadIdx.x % WARPGROUP;
+  float own_weight[2], weight[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float2 other = loan.softmax[r][thread];
+    const bool own_keys = row_sum[r] != 0.f, other_keys = other.y != 0.f;  // none, and the reference means nothing
+    const float highest = own_keys && other_keys ? fmaxf(reference[r], other.x) : own_keys ? reference[r] : other.x;
+    own_weight[r] = own_keys ? ex2_approx(reference[r] - highest) : 0.f;
+    weight[r] = other_keys ? ex2_approx(other.x - highest) : 0.f;
+    reference[r] = highest;
+    row_sum[r] = row_sum[r] * own_weight[r] + other.y * weight[r];
+  }
+#pragma unroll
+  for (int i = 0; i < OUTPUTS; ++i) o[i] = o[i] * own_weight[row_of(i)] + loan.o[i][thread] * weight[row_of(i)];
+}
+
+// One warpgroup: every NUM_CONSUMERS-th unit of the ring. Of a head's units that the block has, the warpgroup with the last
+// one adds what the other has, so that they make one part.
 __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
                                         const DecodeParams& decode TRACE_PARAM) {
   const int consumer = uniform(threadIdx.x / WARPGROUP);
@@ -363,6 +406,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   unsigned q[Q_REGISTERS] = {}, p[UNIT_KEYS / 4] = {};  // P stays zero in a warp without rows
   Softmax softmax(params.softmax_scale);
   int length = 0, limit[2] = {};
+  unsigned loans = 0;
   RingPosition at;
   TRACE(int first_key = 0;)
 
@@ -370,11 +414,11 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const int slot = uniform(at.slot);
     mbarrier_wait(&smem.k_full[slot], at.parity);
     const Unit& unit = smem.unit[at.parity][slot];
-    const int number = unit.number, part = unit.part, taken = unit.taken, sequence = unit.sequence;
-    const bool whole = unit.whole, closes = unit.closes;
+    const int number = unit.number, taken = unit.taken, sequence = unit.sequence;
+    const bool whole = unit.whole, ends = unit.ends, closes = unit.closes;
     const UnitPositions positions = {unit.position, box_shift};
     if (number == NO_MORE) {
-      if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0, true});
+      if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0});
       return;
     }
     if (unit.begins) {
@@ -415,22 +459,31 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     wgmma_wait<0>();
     if (lane == 0) mbarrier_arrive(&smem.v_empty[slot]);
     TRACE(if (has_rows) stages.accum(page, o);)
-    if (taken == 0) continue;
+    if (!ends) continue;
 
+    float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
+    if (taken > 1) {
+      const unsigned parity = loans++ % 2;
+      mbarrier_wait(closes ? &smem.loan_full : &smem.loan_empty, closes ? parity : parity ^ 1);
+      if (has_rows && closes) add_loan(smem.loan, o, softmax.reference, row_sum);
+      if (has_rows && !closes) lend(smem.loan, o, softmax.reference, row_sum);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(closes ? &smem.loan_empty : &smem.loan_full);
+      if (!closes) continue;
+    }
     if (has_rows) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float row_sum = quad_sum(softmax.row_sum[r]);
         if (row + 8 * r >= tile_rows) continue;
-        const Index part_row = Index(part) * tile_rows + row + 8 * r;
-        if (lane % 4 == 0) __stcg(&decode.softmax_gmem[part_row], make_float2(softmax.reference[r], row_sum));
+        const Index part_row = Index(number + static_cast<int>(blockIdx.x)) * tile_rows + row + 8 * r;
+        if (lane % 4 == 0) __stcg(&decode.softmax_gmem[part_row], make_float2(softmax.reference[r], row_sum[r]));
 #pragma unroll
         for (int i = 2 * r; i < OUTPUTS; i += 4)
           __stcg(reinterpret_cast<float2*>(decode.accum_gmem + part_row * HEAD_DIM + column_of(i, lane)),
                  make_float2(o[i], o[i + 1]));
       }
     }
-    pass_on(smem, sequence, {number, taken, closes});
+    pass_on(smem, sequence, {number, taken});
   }
 }
 
@@ -444,15 +497,8 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
   const Head head(params, decode, number);
   const int tile_rows = decode.heads_a_tile * params.seqlen_q;
   // Shares lie end to end as heads do, so that a head's parts do too.
-  const int first_unit = smem.first_unit[number], end_unit = smem.first_unit[number + 1];
-  const int first_block = shares.block_of(first_unit), last_block = shares.block_of(end_unit - 1);
-  const int first_part = NUM_CONSUMERS * (number + first_block), end_part = NUM_CONSUMERS * (number + last_block + 1);
-  // A block may have fewer units of the head than there are consumers.
-  const auto exists = [&](int part) {
-    const int block = part / NUM_CONSUMERS - number;
-    return part < end_part &&
-           min(end_unit, shares.begin(block + 1)) - max(first_unit, shares.begin(block)) > part % NUM_CONSUMERS;
-  };
+  const int first_part = number + shares.block_of(smem.first_unit[number]);
+  const int end_part = number + shares.block_of(smem.first_unit[number + 1] - 1) + 1;
   for (int i = thread; i < head.heads * params.seqlen_q * PIECES; i += COMBINER_THREADS) {
     const int row = i / PIECES, column = i % PIECES * PIECE;
     float reference = -INFINITY, row_sum = 0.f, out[PIECE] = {};
@@ -461,7 +507,7 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
       float4 accum[PARTS_AT_ONCE][PIECE / 4];
 #pragma unroll
       for (int j = 0; j < PARTS_AT_ONCE; ++j) {
-        const bool is_there = exists(first + j);
+        const bool is_there = first + j < end_part;
         const Index part_row = Index(is_there ? first + j : first_part) * tile_rows + row;
         softmax[j] = __ldcg(&decode.softmax_gmem[part_row]);
         if (!is_there) softmax[j].y = 0.f;
@@ -496,26 +542,22 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
   }
 }
 
-// Three warps: each part that the consumers complete.
+// Three warps: each part that the warpgroups complete.
 __device__ __forceinline__ void combine_parts(SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
                                               const Shares& shares) {
   const int thread = threadIdx.x - CONSUMER_THREADS - WARP;
-  int taken = 0;  // units that the block's parts of this head have
   for (int sequence = 0;; ++sequence) {
     const int entry = sequence % PARTS_UNDER_WAY;
     mbarrier_wait(&smem.part_full[entry], sequence / PARTS_UNDER_WAY % 2);
     const Part part = smem.part[entry];
     if (part.number == NO_MORE) return;
-    taken += part.taken;
-    if (part.closes && thread == 0) {
+    if (thread == 0) {
       const int all = smem.first_unit[part.number + 1] - smem.first_unit[part.number];
-      smem.combines = atomic_add_release(&decode.accounted_gmem[part.number], taken) + taken == all;
+      smem.combines = atomic_add_release(&decode.accounted_gmem[part.number], part.taken) + part.taken == all;
       if (smem.combines) decode.accounted_gmem[part.number] = 0;
     }
     barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);
     if (thread == 0) mbarrier_arrive(&smem.part_empty[entry]);
-    if (!part.closes) continue;
-    taken = 0;
     const bool combines = smem.combines;
     barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);  // the flag may be set anew
     if (!combines) continue;
@@ -540,6 +582,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       mbarrier_init(&smem.k_empty[i], WARPGROUP / WARP);
       mbarrier_init(&smem.v_empty[i], WARPGROUP / WARP);
     }
+    mbarrier_init(&smem.loan_full, WARPGROUP / WARP);
+    mbarrier_init(&smem.loan_empty, WARPGROUP / WARP);
     for (int i = 0; i < PARTS_UNDER_WAY; ++i) {
       mbarrier_init(&smem.part_full[i], WARPGROUP / WARP);
       mbarrier_init(&smem.part_empty[i], 1);

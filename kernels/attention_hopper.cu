@@ -4,7 +4,7 @@
 // goes stale (online_softmax.cuh).
 // Slow at: problems with few tiles, which leave nothing to overlap with; for those there is hopper_split.cuh.
 //
-// Roles: one thread, the producer, deals out tiles, and copies Q, and pages of K and V into two rings. NUM_CONSUMERS
+// Roles: the producer, one thread, deals out tiles, and copies Q, and pages of K and V into two rings. NUM_CONSUMERS
 // warpgroups own 64 query rows of a tile each; a step is
 //   S = Q @ K^T of this page and O += P @ V of the last one, then P = softmax(S).
 // The warpgroups issue their products in turn (`Turn`), so that they stay out of phase: one on Tensor Cores, the others in
@@ -33,6 +33,10 @@ constexpr int LAUNCH_REGISTERS = 64 * 1024 / THREADS / 8 * 8;
 constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
+// How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
+constexpr int REST_REGISTERS = 28;
+constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
+constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
 constexpr int Q_BYTES = TILE_M * HEAD_DIM * sizeof(Element);
 constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - 2 * Q_BYTES - 1024) / (2 * PAGE_BYTES);
@@ -45,7 +49,9 @@ static_assert(TILE_N % DEPTH == 0 && TILE_N <= 256, "P @ V runs over whole steps
 #ifdef FLASHCORE_PAGED
 #define PAGED_PARAM , const PagedParams& paged
 #define PAGED(...) __VA_ARGS__
+constexpr int PRODUCER_THREADS = WARP;
 #else
+constexpr int PRODUCER_THREADS = 1;
 #define PAGED_PARAM
 #define PAGED(...)
 #endif
@@ -53,8 +59,8 @@ static_assert(TILE_N % DEPTH == 0 && TILE_N <= 256, "P @ V runs over whole steps
 // What the producer tells the consumers of a tile.
 struct Work {
   int batch_head;
-  int first_row;
-  int pages;  // that its rows see; NO_MORE after the last tile
+  int first_row, end_row;  // it may reach beyond either end of the queries
+  int pages;               // that its rows see; NO_MORE after the last tile
   PAGED(int seqlen_k;)
 };
 constexpr int NO_MORE = -1;
@@ -92,36 +98,6 @@ __device__ __forceinline__ int keys_of(const AttentionParams& params, int batch 
 }
 
 #ifdef FLASHCORE_PAGED
-// The keys of one tile, box by box: as many as lie in one page, and at most TILE_N.
-struct PagedTile {
-  const int* table_gmem;
-  int seqlen_k, page_shift, box_keys;
-
-  __device__ PagedTile(const PagedParams& paged, int batch, int seqlen_k)
-      : table_gmem(paged.page_table_gmem + Index(batch) * paged.table_stride), seqlen_k(seqlen_k),
-        page_shift(paged.page_shift), box_keys(min(TILE_N, 1 << paged.page_shift)) {}
-
-  // The pool page that holds a key; -1, which the tensor copies fill with zeros, where there is none.
-  __device__ int pool_page(int key) const { return key < seqlen_k ? max(-1, table_gmem[key >> page_shift]) : -1; }
-  // Which of the boxes from a key on are there, a bit each. The pool page of the first one is known.
-  __device__ unsigned present(int first_key, int first_page) const {
-    unsigned boxes = first_page >= 0;
-    for (int box = 1; box * box_keys < TILE_N; ++box) boxes |= (pool_page(first_key + box * box_keys) >= 0) << box;
-    return boxes;
-  }
-  __device__ void load(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_key, int first_page,
-                       int head) const {
-    mbarrier_arrive_expect_tx(full, PAGE_BYTES);
-    for (int row = 0; row < TILE_N; row += box_keys) {
-      const int key = first_key + row, page = row == 0 ? first_page : pool_page(key);
-#pragma unroll
-      for (int block = 0; block < COLUMN_BLOCKS; ++block)
-        tma_load_4d(dst_smem + (block * TILE_N + row) * ROW_BYTES, map, full, block * BLOCK_COLUMNS,
-                    key & ((1 << page_shift) - 1), head, page);
-    }
-  }
-};
-
 constexpr int CLEARING_BARRIER = 1 + NUM_CONSUMERS;  // named barriers, after those of `Turn`
 
 // No row sees the keys of boxes that are not there.
@@ -132,66 +108,122 @@ __device__ __forceinline__ void mask_absent(float (&s)[TILE_N / 2], unsigned pre
 }
 #endif
 
-// The block's tile `step`: its head and first row; false when the block has no more. Tiles of a few heads at a time, whose
-// K and V stay in L2, are dealt out from heavy to light, forth and back, so that every block gets much the same work.
-__device__ __forceinline__ bool deal(const AttentionParams& params, int heads_per_section, int step, int& batch_head,
-                                     int& first_row) {
+// The block's tile `step`: its head and rows; false when the block has no more. Tiles of a few heads at a time are dealt out
+// from heavy to light, forth and back, so that every block gets much the same work. Those of the last round, when there are
+// too few for all blocks, are cut into narrower ones.
+__device__ __forceinline__ bool deal(const AttentionParams& params, int heads_per_section, int step, Work& work) {
+  const int blocks = gridDim.x;
   const int tiles = (params.seqlen_q + TILE_M - 1) / TILE_M;  // a head
   const int heads = params.num_heads_q * params.batch;
-  const int dealt = step * gridDim.x + (step % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-  if (dealt >= tiles * heads) return false;
+  const int last_round = tiles * heads / blocks, left = tiles * heads - last_round * blocks;
+  int place = step % 2 == 0 ? blockIdx.x : blocks - 1 - blockIdx.x;
+  int piece = 0, piece_rows = TILE_M;
+  if (step >= last_round) {
+    if (step > last_round || left == 0) return false;
+    const int at_most = min(NUM_CONSUMERS, blocks / left);
+    const int warpgroups = (NUM_CONSUMERS + at_most - 1) / at_most;
+    const int pieces = (NUM_CONSUMERS + warpgroups - 1) / warpgroups;
+    piece = place % pieces;
+    piece_rows = warpgroups * WARPGROUP_ROWS;
+    place /= pieces;
+    if (place >= left) return false;
+  }
+  const int dealt = step * blocks + place;
   const int first_head = dealt / (heads_per_section * tiles) * heads_per_section;
   const int within = dealt - first_head * tiles;
   const int heads_here = min(heads_per_section, heads - first_head);
   const int before = within / heads_here;
-  batch_head = first_head + within - before * heads_here;
-  first_row = (params.causal ? tiles - 1 - before : before) * TILE_M;
+  work.batch_head = first_head + within - before * heads_here;
+  // Under a causal mask the last rows see most keys: whole tiles for them, and what is left over for the first rows.
+  const int first_row = params.causal ? params.seqlen_q - (before + 1) * TILE_M : before * TILE_M;
+  work.first_row = first_row + piece * piece_rows;
+  work.end_row = min(first_row + TILE_M, work.first_row + piece_rows);
   return true;
 }
 
 // ---------------------------------------------------------------------------------------------------- the producer
 
-// One thread: each tile's Q, and every page of K and V that it sees, as room becomes free.
+#ifdef FLASHCORE_PAGED
+constexpr int TILE_SHIFT = TILE_N == 64 ? 6 : 7;
+static_assert(TILE_N == 1 << TILE_SHIFT, "a page of the kernel's is a page of the pool, or part of one, or several");
+
+// The pages of K and V that a tile sees, box by box: as many keys as lie in one page of the pool. Each lane looks up one box
+// of those to come, and copies one of those at hand. Where there is none its page is -1, and it is filled with zeros.
+__device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map, const Tile& tile, int pages, int seqlen_k,
+                                           const PagedParams& paged) {
+  const int lane = threadIdx.x % WARP;
+  const int keys_shift = min(TILE_SHIFT, paged.page_shift), boxes_shift = TILE_SHIFT - keys_shift;  // logarithms
+  const int boxes_a_page = 1 << boxes_shift, pages_a_look = WARP >> boxes_shift;
+  const int own_block = lane >> boxes_shift, own_box = lane & (boxes_a_page - 1), own_key = own_box << keys_shift;
+  const int* table_gmem = paged.page_table_gmem + Index(tile.batch) * paged.table_stride;
+  const auto look = [&](int page) {
+    const int key = page * TILE_N + (lane << keys_shift);
+    return key < seqlen_k ? max(-1, table_gmem[key >> paged.page_shift]) : -1;
+  };
+  const auto load = [&](unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int row, int pool_page) {
+    if (lane == 0) mbarrier_arrive_expect_tx(full, PAGE_BYTES);
+    __syncwarp();
+    if (own_block < COLUMN_BLOCKS)
+      tma_load_4d(dst_smem + (own_block * TILE_N + own_key) * ROW_BYTES, map, full, own_block * BLOCK_COLUMNS, row,
+                  tile.head_kv, pool_page);
+  };
+  int looked;
+#pragma unroll 1
+  for (int page = 0; page < pages; ++page, at = at.next()) {
+    const int first_box = (page & (pages_a_look - 1)) << boxes_shift;  // of the look
+    if (first_box == 0) looked = look(page);
+    const int pool_page = __shfl_sync(~0u, looked, first_box + own_box);
+    const unsigned present = __ballot_sync(~0u, pool_page >= 0) & ((1u << boxes_a_page) - 1);
+    const int row = (page * TILE_N + own_key) & ~(-1 << paged.page_shift);
+    mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
+    if (lane == 0) smem.present[at.slot] = present;
+    load(smem.k[at.slot], k_map, &smem.k_full[at.slot], row, pool_page);
+    mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
+    load(smem.v[at.slot], v_map, &smem.v_full[at.slot], row, pool_page);
+  }
+}
+#else
+// The pages of K and V that a tile sees.
+__device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map, const Tile& tile, int pages) {
+#pragma unroll 1
+  for (int page = 0; page < pages; ++page, at = at.next()) {
+    mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
+    load_rows<TILE_N>(smem.k[at.slot], k_map, &smem.k_full[at.slot], page * TILE_N, tile.head_kv, tile.batch);
+    mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
+    load_rows<TILE_N>(smem.v[at.slot], v_map, &smem.v_full[at.slot], page * TILE_N, tile.head_kv, tile.batch);
+  }
+}
+#endif
+
+// One thread, or one warp where there are pages to look up: each tile's Q, and every page of K and V that it sees, as room
+// becomes free.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const CUtensorMap& q_map,
                                         const CUtensorMap& k_map, const CUtensorMap& v_map,
                                         int heads_per_section PAGED_PARAM) {
   RingPosition at;
-  int batch_head, first_row;
   for (int step = 0;; ++step) {
-    const bool more = deal(params, heads_per_section, step, batch_head, first_row);
+    Work work;
+    const bool more = deal(params, heads_per_section, step, work);
     const int half = step % 2;
     mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
     if (!more) {
-      smem.work[half].pages = NO_MORE;
-      mbarrier_arrive(&smem.q_full[half]);
+      if (threadIdx.x == CONSUMER_THREADS) {
+        smem.work[half].pages = NO_MORE;
+        mbarrier_arrive(&smem.q_full[half]);
+      }
       return;
     }
-    const Tile tile(params, batch_head, first_row);
+    const Tile tile(params, work.batch_head, work.first_row);
     const int seqlen_k = keys_of(params, tile.batch PAGED(, paged));
-    const int pages = pages_of(params, first_row, TILE_M, TILE_N, seqlen_k);
-    smem.work[half] = {batch_head, first_row, pages PAGED(, seqlen_k)};
-    PAGED(const PagedTile keys(paged, tile.batch, seqlen_k);)
-    PAGED(int next_pool_page = keys.pool_page(0);)  // looked up before there is room for it
-    load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], first_row, tile.head, tile.batch);
-#pragma unroll 1
-    for (int page = 0; page < pages; ++page, at = at.next()) {
-      const int first_key = page * TILE_N;
-#ifdef FLASHCORE_PAGED
-      const int pool_page = next_pool_page;
-      next_pool_page = keys.pool_page(first_key + TILE_N);
-      const unsigned present = keys.present(first_key, pool_page);
-      mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
-      smem.present[at.slot] = present;
-      keys.load(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, pool_page, tile.head_kv);
-      mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
-      keys.load(smem.v[at.slot], v_map, &smem.v_full[at.slot], first_key, pool_page, tile.head_kv);
-#else
-      mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
-      load_rows<TILE_N>(smem.k[at.slot], k_map, &smem.k_full[at.slot], first_key, tile.head_kv, tile.batch);
-      mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
-      load_rows<TILE_N>(smem.v[at.slot], v_map, &smem.v_full[at.slot], first_key, tile.head_kv, tile.batch);
-#endif
+    work.pages = pages_of(params, work.first_row, work.end_row - work.first_row, TILE_N, seqlen_k);
+    PAGED(work.seqlen_k = seqlen_k;)
+    if (threadIdx.x == CONSUMER_THREADS) {
+      smem.work[half] = work;
+      load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], work.first_row, tile.head, tile.batch);
     }
+    load_pages(smem, at, k_map, v_map, tile, work.pages PAGED(, seqlen_k, paged));
   }
 }
 
@@ -227,7 +259,8 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   const auto pages_in = [&](int half) {
     const Work& work = smem.work[half];
     const int own_row = work.first_row + consumer * WARPGROUP_ROWS;
-    return uniform(work.pages <= 0 ? 0 : pages_of(params, own_row, WARPGROUP_ROWS, TILE_N, seqlen_k_in(half)));
+    const bool none = work.pages <= 0 || own_row >= work.end_row;
+    return uniform(none ? 0 : pages_of(params, own_row, WARPGROUP_ROWS, TILE_N, seqlen_k_in(half)));
   };
 
   PAGED(const unsigned all_present = (1u << max(1, TILE_N >> paged.page_shift)) - 1;)
@@ -235,15 +268,18 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   RingPosition at;  // of the page whose V comes next
   float s[TILE_N / 2], o[OUTPUTS];
   unsigned p[TILE_N / 4];
+  HeldQ<HELD_STEPS> held_q;
+  const int warp_row = consumer * WARPGROUP_ROWS + warp * 16;
 
   // S = Q @ K^T of the first page of the first tile. Where there is none, S is not used.
   mbarrier_wait(&smem.q_full[0], 0);
+  held_q.template load<TILE_M>(smem.q[0], warp_row, lane);
   const bool any = pages_in(0) > 0;
   if (any) mbarrier_wait(&smem.k_full[0], 0);
   PAGED(unsigned present = smem.present[0];)
   turn.wait();
   wgmma_fence();
-  multiply_q_k<TILE_M, TILE_N>(s, q_halves, k_ring);
+  multiply_q_k<TILE_M, TILE_N>(s, q_halves, k_ring, held_q);
   wgmma_commit();
   turn.pass();
   wgmma_wait<0>();
@@ -255,6 +291,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const int pages = pages_in(half);
     const int tile_pages = uniform(smem.work[half].pages);
     const int first_row = uniform(smem.work[half].first_row) + consumer * WARPGROUP_ROWS;
+    const int end_row = uniform(smem.work[half].end_row);
     const int seqlen_k = seqlen_k_in(half);
     const int whole_pages = uniform(pages_as_they_are(params, first_row, TILE_N, seqlen_k));
     const int row = first_row + warp * 16 + lane / 4;  // a thread's other row is row + 8
@@ -277,7 +314,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       PAGED(present = smem.present[k_at.slot];)
       turn.wait();
       wgmma_fence();
-      multiply_q_k<TILE_M, TILE_N>(s, q, k_ring.at(k_at.slot * PAGE_BYTES));
+      multiply_q_k<TILE_M, TILE_N>(s, q, k_ring.at(k_at.slot * PAGE_BYTES), held_q);
       multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);
       wgmma_commit();
       turn.pass();
@@ -308,6 +345,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     // O += P @ V of the last page, S = Q @ K^T of the next tile's first.
     mbarrier_wait(&smem.q_full[other_half], (step + 1) / 2 % 2);
     const int next_pages = pages_in(other_half);
+    held_q.template load<TILE_M>(smem.q[other_half], warp_row, lane);
     if (next_pages > 0) mbarrier_wait(&smem.k_full[after.slot], after.parity);
     if (pages > 0) mbarrier_wait(&smem.v_full[at.slot], at.parity);
     PAGED(present = smem.present[after.slot];)
@@ -316,7 +354,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
             clear_rows<TILE_N>(smem.v[at.slot], CLEARING_BARRIER + consumer, [&](int i) { return i >= left; });)
     turn.wait();
     wgmma_fence();
-    multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(other_half * Q_BYTES), k_ring.at(after.slot * PAGE_BYTES));
+    multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(other_half * Q_BYTES), k_ring.at(after.slot * PAGE_BYTES), held_q);
     multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), pages > 1);
     wgmma_commit();
     turn.pass();
@@ -334,7 +372,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 #pragma unroll
       for (int i = 0; i < OUTPUTS; ++i) o[i] = 0.f;
     }
-    store_rows(params, tile, row, lane, o, softmax.reference, softmax.row_sum);
+    if (first_row < end_row) store_rows(params, tile, row, lane, o, softmax.reference, softmax.row_sum);
   }
 }
 
@@ -365,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x >= CONSUMER_THREADS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMER_THREADS) produce(smem, params, q_map, k_map, v_map, heads_per_section PAGED(, paged));
+    if (threadIdx.x < CONSUMER_THREADS + PRODUCER_THREADS) produce(smem, params, q_map, k_map, v_map, heads_per_section PAGED(, paged));
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consume(smem, params PAGED(, paged) TRACE(, trace));

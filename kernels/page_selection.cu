@@ -1,8 +1,12 @@
-// Chooses the pages that each sequence and KV head attends to: those whose key bounds promise the highest scores.
+// Chooses the pages that each sequence and KV head attends to: those that promise the highest scores, or the first ones
+// and the last.
 //
-// The device's side of `TopK`, in one launch: one block a sequence and KV head scores its pages, finds the score that
-// as many pages reach as are asked for, and writes those pages in order.
+// `page_selection` is the device's side of `TopK`, in one launch: one block a sequence and KV head scores its pages by
+// their key bounds, finds the score that as many pages reach as are asked for, and writes those pages in order.
 // Slow at: one long sequence by itself, whose few heads leave most of the chip idle.
+// `page_window` is that of `SinkWindow`: one warp a sequence and KV head writes the first pages and the last ones. It
+// looks at no key, so that it is the same in every variant.
+// Slow at: windows of thousands of pages, which a warp goes over by itself.
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "attention.cuh"
@@ -17,6 +21,18 @@ constexpr int STEPS = 4;                      // times a warp loads before it co
 constexpr int PAGES_A_STEP = WARP / LANES;
 constexpr int PAGES_A_WARP = STEPS * PAGES_A_STEP;
 static_assert(LANES <= WARP, "a page's bounds lie within one warp, so that scores are summed by shuffles");
+
+// Logical pages that a sequence's tokens lie in, dropped ones included.
+__device__ __forceinline__ int columns_of(int length, int page_size, int max_pages) {
+  return min(max(length + page_size - 1, 0) / page_size, max_pages);
+}
+
+// The page that the first query's position lies in: this one and those after it are chosen whatever lies in them.
+__device__ __forceinline__ int first_query_page(int length, int q_tokens, int page_size) {
+  return max(length - q_tokens, 0) / page_size;
+}
+
+// ---------------------------------------------------------------------------------------------------- the highest scores
 
 // The order and types of these fields are the launch contract; the host packs a struct of the same layout.
 struct SelectionParams {
@@ -78,11 +94,11 @@ __device__ __forceinline__ void load_rows(const SelectionParams& params, int row
 // Where each page lies, or how it ranks without a score.
 __device__ __forceinline__ void look_up_pages(const SelectionParams& params, int length, int columns,
                                               unsigned* words_smem) {
-  const int first_query_page = max(length - params.q_tokens, 0) / params.page_size;
+  const int always_from = first_query_page(length, params.q_tokens, params.page_size);
   const int* table = params.page_table_gmem + blockIdx.y * params.table_row;
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     const int page = min(table[column], params.num_pages - 1);
-    const bool always = column < params.sink_pages || column >= first_query_page;
+    const bool always = column < params.sink_pages || column >= always_from;
     words_smem[column] = page < 0 ? NO_PAGE : always ? ALWAYS : page;
   }
 }
@@ -209,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS) page_selection(const 
   uint4* q_smem = shared_smem;                                                     // [rows][LANES]
   unsigned* words_smem = reinterpret_cast<unsigned*>(shared_smem + rows * LANES);  // [max_pages]
   const int length = params.lengths_gmem[blockIdx.y];
-  const int columns = min(max(length + params.page_size - 1, 0) / params.page_size, params.max_pages);
+  const int columns = columns_of(length, params.page_size, params.max_pages);
 
   load_rows(params, rows, q_smem);
   look_up_pages(params, length, columns, words_smem);
@@ -225,4 +241,62 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS) page_selection(const 
   if (wanted > 0) write_pages(rank_that_reach(wanted, columns, words_smem), wanted, columns, words_smem, pages);
   for (int place = wanted + threadIdx.x; place < params.width; place += blockDim.x) pages[place] = -1;
   if (threadIdx.x == 0) params.counts_gmem[out_row] = wanted;
+}
+
+// ---------------------------------------------------------------------------------------------------- first and last pages
+
+constexpr int WINDOW_ROWS = 4;  // rows of the selection that a block writes, one a warp
+constexpr int WINDOW_THREADS = WINDOW_ROWS * WARP;
+
+// The order and types of these fields are the launch contract; the host packs a struct of the same layout.
+struct WindowParams {
+  const int* page_table_gmem;  // [batch, max_pages]
+  const int* lengths_gmem;     // [batch]
+  int* pages_gmem;             // [batch, num_heads_kv, width]: the pages chosen, ascending, then -1
+  int* counts_gmem;            // [batch, num_heads_kv]
+  Index table_row;             // entries from one row of the page table to the next
+  int sink_pages;              // first pages that are chosen
+  int window_pages;            // pages that are chosen up to that of the first query; those after it are as well
+  int rows;                    // of the selection: batch times num_heads_kv
+  int num_heads_kv, q_tokens, page_size, max_pages, width;
+};
+
+extern "C" __device__ const LaunchShape page_window_shape = {WINDOW_ROWS, STEPS * WARP, WINDOW_THREADS, 0};
+
+// grid: (rows / WINDOW_ROWS, rounded up)
+extern "C" __global__ void __launch_bounds__(WINDOW_THREADS) page_window(const WindowParams params) {
+  const Index row = Index(blockIdx.x) * WINDOW_ROWS + threadIdx.x / WARP;
+  if (row >= params.rows) return;
+  const int lane = threadIdx.x % WARP;
+  const int sequence = int(row) / params.num_heads_kv;
+  const int length = params.lengths_gmem[sequence];
+  const int* table = params.page_table_gmem + sequence * params.table_row;
+  int* pages = params.pages_gmem + row * params.width;
+
+  // Columns [0, sink_end), then [window_begin, columns): where the two meet or overlap, none comes twice.
+  const int columns = columns_of(length, params.page_size, params.max_pages);
+  const int sink_end = min(params.sink_pages, columns);
+  const int query_page = first_query_page(length, params.q_tokens, params.page_size);
+  const int window_begin = max(query_page - (params.window_pages - 1), sink_end);
+  const int candidates = sink_end + max(columns - window_begin, 0);
+
+  int count = 0;
+  for (int first = 0; first < candidates; first += STEPS * WARP) {
+    int column[STEPS];
+    bool present[STEPS];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const int nth = first + step * WARP + lane;
+      column[step] = nth < sink_end ? nth : nth - sink_end + window_begin;
+      present[step] = nth < candidates && table[column[step]] >= 0;
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const Votes votes(present[step]);
+      if (present[step]) pages[count + votes.before] = column[step];
+      count += votes.all;
+    }
+  }
+  for (int place = count + lane; place < params.width; place += WARP) pages[place] = -1;
+  if (lane == 0) params.counts_gmem[row] = count;
 }

@@ -174,3 +174,49 @@ def test_more_heads_than_one_launch_lays_out():
     q = queries(cache, 8, 1)
     out = flashcore.paged_attention(q, cache, backend="decode")
     assert float((out.double() - paged_reference(q, cache)[0]).abs().max()) < 4e-3
+
+
+def two_selections(device) -> list[PageSelection]:
+    """Two of the same pages at the same addresses, with room for 4 pages a row and for 2."""
+    room, counts = torch.full((1, 2, 4), -1, dtype=torch.int32, device=device), torch.full((1, 2), 2, device=device)
+    counts, flat = counts.int(), room.view(-1)
+    return [PageSelection(room, counts), PageSelection(flat[:4].view(1, 2, 2), counts)]
+
+
+def test_launches_are_kept_apart_by_all_that_they_take_from_a_selection(monkeypatch):
+    """The caching allocator hands out the same addresses again: an address alone says nothing of the shape."""
+    from flashcore.backends import _paged
+
+    keys = []
+    monkeypatch.setattr(_paged, "current_stream", lambda device: 0)
+    monkeypatch.setattr(_paged, "capture_id", lambda stream: 0)
+    monkeypatch.setattr(_paged, "kept", lambda key, make, good: keys.append(key) or Nothing())
+    cache = cache_of((500,), 2, 64, 64, torch.float16, "cpu")
+    q = queries(cache, 4, 1)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    wide, narrow = two_selections("cpu")
+    assert wide.pages.data_ptr() == narrow.pages.data_ptr()
+    for selection in (None, wide, narrow, wide):
+        backends.get("decode").attend(q, cache, paged_problem_of(q, cache), selection, out, lse)
+    assert len(set(keys)) == 3 and keys[1] == keys[3]
+
+
+class Nothing:
+    def launch(self):
+        pass
+
+
+@pytest.mark.gpu
+def test_a_selection_of_another_width_at_the_same_address_is_read_anew():
+    cache = cache_of((500,), 2, 64, 64, torch.float16, "cuda")
+    q = queries(cache, 4, 1)
+    wide, narrow = two_selections("cuda")
+    for selection in (wide, narrow):
+        selection.pages.fill_(-1)
+        selection.pages[0, 0, :2] = torch.tensor([0, 7])
+        selection.pages[0, 1, :2] = torch.tensor([3, 7])
+        out = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
+        for _ in range(2):
+            backends.get("decode").attend(q, cache, paged_problem_of(q, cache), selection, *out)
+        expected, _ = paged_reference(q, cache, selection)
+        assert (out[0].double() - expected).abs().max() < 2e-3

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flashcore import backends, build
-from flashcore.problem import square
+from flashcore import build
 
 pytestmark = pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed")
 
@@ -17,14 +16,11 @@ TRACED = [k for k in build.kernel_names() if re.search(r"\bTRACE\(", build.kerne
 VARIANTS = [(k, head_dim, dtype) for k in TRACED for head_dim, dtype in build.variants(k)]
 
 HOPPER = "attention_hopper"
-LONG_ROWS = backends.get("hopper").defines_of_many(square(1, 1, 8192, 64))
 FEW_TILES = {head_dim: (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", head_dim)) for head_dim in (64, 128)}
 """The other tiles that the backend asks for."""
 HOPPER_TILES = [(head_dim, dtype, ()) for head_dim, dtype in build.variants(HOPPER)]
-HOPPER_TILES += [(64, dtype, LONG_ROWS) for dtype in build.DTYPES]
 HOPPER_TILES += [(head_dim, dtype, FEW_TILES[head_dim]) for head_dim, dtype in build.variants(HOPPER)]
 PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype in build.variants(HOPPER)]
-PAGED_TILES += [(64, dtype, (("FLASHCORE_PAGED", 1), *LONG_ROWS)) for dtype in build.DTYPES]
 """Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
 WARPGROUP = 128
 REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
@@ -74,7 +70,7 @@ def test_the_stripper_takes_hooks_away_and_nothing_else():
 
 def test_there_are_kernels_to_look_at():
     assert {"attention_scalar", "attention_wmma", HOPPER} <= set(TRACED) and len(VARIANTS) >= 12
-    assert LONG_ROWS and len(HOPPER_TILES) == 10
+    assert len(HOPPER_TILES) == 8
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from flashcore.launching import (
     aligned,
     current_stream,
     entry_point,
+    facts_of,
     is_aligned,
     kept,
     outputs_for,
@@ -99,12 +100,10 @@ class PagedBackend(OverPages, CudaBackend):
         """Launch once, on torch's current stream."""
         device = q.device.index or 0
         stream = current_stream(device)
-        chosen = (0, 0) if selection is None else (selection.pages.data_ptr(), selection.counts.data_ptr())
+        chosen = () if selection is None else (selection.pages, selection.counts)
+        tensors = (q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, out, lse, *chosen)
         key = None if buffers is not None else (
-            type(self), self.source, problem, device, stream, capture_id(stream), q.data_ptr(), q.stride(),
-            cache.k_pool.data_ptr(), cache.v_pool.data_ptr(), cache.k_pool.stride(), cache.v_pool.stride(),
-            cache.page_table.data_ptr(), cache.page_table.stride(), cache.lengths.data_ptr(), *chosen,
-            out.data_ptr(), lse.data_ptr(),
+            type(self), self.source, problem, device, stream, capture_id(stream), *map(facts_of, tensors),
         )  # fmt: skip
 
         def prepare() -> PreparedLaunch:

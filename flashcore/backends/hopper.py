@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import struct
 
 import torch
 
 from flashcore.backends import register
 from flashcore.backends._cuda import CudaBackend
+from flashcore.backends._dealing import heads_per_section
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.launching import LoadedKernel, multiprocessors
 from flashcore.problem import Problem
@@ -30,24 +30,14 @@ class Hopper(CudaBackend):
     kernel = "attention_hopper"
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
-        """The tile: the kernel's own (head_dim 64: 4 warpgroups, pages of 64 keys; 128: 3, 64), or another.
+        """The tile: the kernel's own (head_dim 64: 4 warpgroups, pages of 64 keys; 128: 3, 64), or a smaller one.
 
         While tiles of 128 rows all fit on the GPU at once, larger ones would leave part of it idle: 14.8 µs against
         19.3 at B=1, H=16, S=1024, D=64.
         """
         if -(-problem.seqlen_q // SMALL_ROWS) * problem.num_heads_q * problem.batch <= multiprocessors(device):
             return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim))
-        return self.defines_of_many(problem)
-
-    def defines_of_many(self, problem: Problem) -> tuple[tuple[str, int], ...]:
-        """The tile where there are more tiles than multiprocessors: the kernel's own, or for long rows longer pages.
-
-        Measured on an H200 at head_dim 64, not causal, as ratios to cuDNN, own tile against 3 warpgroups and 128 keys:
-        1.25 and 1.22 at 2048 keys, 1.29 and 1.27 at 4096, 1.30 and 1.34 at 8192, 1.30 and 1.36 at 16384. Under a causal
-        mask 1.28 and 1.16 at 2048, and no difference at 16384.
-        """
-        long = problem.head_dim == 64 and not problem.causal and min(problem.seqlen_q, problem.seqlen_k) > 4096
-        return (("FLASHCORE_NUM_CONSUMERS", 3), ("FLASHCORE_TILE_N", 128)) if long else ()
+        return ()
 
     def entry(self, problem: Problem, device: int) -> str:
         """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then."""
@@ -77,10 +67,8 @@ class Hopper(CudaBackend):
         return min(tiles * problem.num_heads_q * problem.batch, multiprocessors(device)), 1, 1
 
     def heads_per_section(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
-        """Heads whose tiles are dealt out together: few, for L2, and so many that the deal comes out even."""
-        heads, tiles = problem.batch * problem.num_heads_q, -(-problem.seqlen_q // loaded.tile_m)
-        two_rounds = 2 * self.blocks(problem, loaded, device)[0]
-        return min(heads, two_rounds // math.gcd(two_rounds, tiles))
+        """Heads whose tiles are dealt out together."""
+        return heads_per_section(problem, loaded.tile_m, loaded.tile_n, self.blocks(problem, loaded, device)[0])
 
 
 @register
@@ -92,7 +80,7 @@ class HopperUnsplit(Hopper):
     swept = False
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
-        return self.defines_of_many(problem)
+        return ()
 
     def entry(self, problem: Problem, device: int) -> str:
         return self.kernel

@@ -13,7 +13,8 @@ from flashcore.paging.memory import KVShape, MemoryCase, memory_cases
 from flashcore.paging.paginate import paginate
 from flashcore.paging.patterns import ATTENTION_PATTERNS, make_attention
 from flashcore.paging.reference import gather, paged_reference
-from flashcore.paging.selection import AllPages, PageSelection, Policy, SinkWindow
+from flashcore.paging.selection import AllPages, PageSelection, Policy
+from flashcore.paging.sink_window import SinkWindow
 from flashcore.paging.stats import CacheStats
 from flashcore.paging.tables import PagedKV
 from flashcore.paging.top_k import TopK, page_scores

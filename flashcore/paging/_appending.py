@@ -7,11 +7,10 @@ import struct
 import torch
 
 from flashcore.build import HEAD_DIMS
-from flashcore.launching import PreparedLaunch, current_stream, entry_point, kept
+from flashcore.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept
 from flashcore.paging._launching import (
     MOST_BLOCKS_ACROSS,
     copies_whole,
-    facts_of,
     loaded,
     runs_ours,
     table_fits,

@@ -35,18 +35,18 @@ def runs_ours(device: torch.device) -> bool:
     return _runs_ours(device.index)
 
 
-def loaded(kernel: str, head_dim: int, dtype: torch.dtype, device: int, source: str | None) -> LoadedKernel | None:
-    """The kernel in the GPU's memory; None when it would have to be brought there while a CUDA graph is captured."""
-    key = (kernel, head_dim, str(dtype).removeprefix("torch."), False, source, device)
+def loaded(
+    kernel: str, head_dim: int, dtype: torch.dtype, device: int, source: str | None, entry: str | None = None
+) -> LoadedKernel | None:
+    """The kernel in the GPU's memory, with the launch shape of `entry` (None for the function of the kernel's name).
+
+    None when it would have to be brought there while a CUDA graph is captured.
+    """
+    key = (kernel, head_dim, str(dtype).removeprefix("torch."), False, source, device, (), entry)
     found = _loaded.get(key)
     if found is None and not torch.cuda.is_current_stream_capturing():
         found = _loaded[key] = load_kernel(*key)
     return found
-
-
-def facts_of(tensor: torch.Tensor | None) -> tuple | None:
-    """All that a launch takes from a tensor: two with the same facts can be launched on alike."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def copies_whole(tensor: torch.Tensor) -> bool:

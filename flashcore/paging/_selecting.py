@@ -8,12 +8,10 @@ import struct
 import torch
 
 from flashcore.build import HEAD_DIMS
-from flashcore.launching import PreparedLaunch, current_stream, entry_point, kept, multiprocessors
-from flashcore.outputs import new_output
+from flashcore.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept, multiprocessors
 from flashcore.paging._launching import (
     MOST_BLOCKS_ACROSS,
     copies_whole,
-    facts_of,
     loaded,
     runs_ours,
     table_fits,
@@ -81,9 +79,8 @@ def selected(
         return None
     device = q.device.index
     stream = current_stream(device)
-    # As floats, so that what is never written is a NaN while outputs are poisoned: no sequence has that page.
-    shapes = ((cache.batch, cache.num_heads_kv, width), (cache.batch, cache.num_heads_kv))
-    pages, counts = (new_output(shape, torch.float32, q.device).view(torch.int32) for shape in shapes)
+    selection = PageSelection.unwritten(cache, width)
+    pages, counts = selection.pages, selection.counts
     asked = {"most": most, "share": share, "sink_pages": sink_pages}
 
     def make() -> PreparedLaunch | None:
@@ -105,7 +102,7 @@ def selected(
     if launch is None:
         return None
     launch.launch()
-    return PageSelection(pages, counts)
+    return selection
 
 
 def _rows(q: torch.Tensor, cache: PagedKV) -> int:

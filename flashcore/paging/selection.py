@@ -1,4 +1,4 @@
-"""Which pages a query attends to: what a policy is, what it returns, and the two policies that look at no key."""
+"""Which pages a query attends to: what a policy is, what it returns, and the policy that takes them all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.errors import PageTableError
+from flashcore.outputs import new_output
 from flashcore.paging.checks import can_read_back
 from flashcore.paging.tables import PagedKV
 
@@ -24,6 +25,13 @@ class PageSelection:
     """``[batch, num_heads_kv, max_selected]`` int32."""
     counts: torch.Tensor
     """``[batch, num_heads_kv]`` int32."""
+
+    @staticmethod
+    def unwritten(cache: PagedKV, width: int) -> PageSelection:
+        """Room for a kernel to write: `width` pages for each sequence and KV head, and their counts."""
+        # As floats, so that what is never written is a NaN while outputs are poisoned: no sequence has that page.
+        shapes = ((cache.batch, cache.num_heads_kv, width), (cache.batch, cache.num_heads_kv))
+        return PageSelection(*(new_output(s, torch.float32, cache.device).view(torch.int32) for s in shapes))
 
     @staticmethod
     def of_mask(mask: torch.Tensor, max_selected: int | None = None) -> PageSelection:
@@ -118,29 +126,3 @@ class AllPages:
         cache.check_query(q)
         resident = cache.resident_pages()[:, None].expand(-1, cache.num_heads_kv, -1)
         return PageSelection.of_mask(resident)
-
-
-@dataclass(frozen=True)
-class SinkWindow:
-    """The first pages and the last ones, whatever lies in them (StreamingLLM, Xiao et al. 2023).
-
-    The window counts back from the page of the first query, so that each query sees at least that many pages.
-    """
-
-    sink_pages: int = 1
-    window_pages: int = 8
-
-    def __post_init__(self):
-        if self.sink_pages < 0 or self.window_pages < 1:
-            raise InvalidProblem(
-                f"SinkWindow has {self.sink_pages} sink and {self.window_pages} window pages; it takes at least 0 and "
-                "1, the last page being the one that the newest token is in."
-            )
-
-    def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
-        cache.check_query(q)
-        columns = torch.arange(cache.max_pages, device=cache.device)
-        window = first_query_page(cache, q.shape[2]) - (self.window_pages - 1)
-        mask = cache.resident_pages() & ((columns < self.sink_pages) | (columns >= window[:, None]))
-        most = self.sink_pages + self.window_pages - 1 + query_pages(q.shape[2], cache.page_size)
-        return PageSelection.of_mask(mask[:, None].expand(-1, cache.num_heads_kv, -1), most)

@@ -47,7 +47,7 @@ class SelectionFinding:
 def check_selection(policy: Policy, q: torch.Tensor, cache: PagedKV, *, runs: int = 20) -> SelectionFinding:
     """Run a policy `runs` times over the same inputs; compare bit by bit, check each selection. Waits for the device.
 
-    Our own kernel writes into poisoned memory meanwhile, so that a page which nobody wrote is seen.
+    Our own kernels write into poisoned memory meanwhile, so that a page which nobody wrote is seen.
     """
     if runs < 2:
         raise InvalidProblem(f"runs: {runs} run cannot differ from itself; give at least 2.")

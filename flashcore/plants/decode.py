@@ -115,7 +115,7 @@ DECODE: Plants = {
     "G15": source((
         "i < head.heads * params.seqlen_q * PIECES;", "i < (head.heads * params.seqlen_q - 1) * PIECES;",
     )),
-    "G16": source(("units = max(1, (keys + UNIT_KEYS - 1) / UNIT_KEYS);", "units = max(1, keys / UNIT_KEYS);")),
+    "G16": source(("return max(1, (keys + UNIT_KEYS - 1) / UNIT_KEYS);", "return max(1, keys / UNIT_KEYS);")),
     # The first reference of a part is set by the guard as well: without that nothing is finite.
     "G20": source((
         "if (!__all_sync(~0u, fits)) {",
@@ -139,7 +139,7 @@ DECODE: Plants = {
         "num_heads = params.batch * params.num_heads_kv * decode.tiles_a_group;",
         "num_heads = params.batch * params.num_heads_kv * decode.tiles_a_group - 1;",
     )),
-    "G34": Source(((LOAD_Q, f"if (sequence < NUM_CONSUMERS) {LOAD_Q}"),), TWO_HEADS_A_BLOCK),
+    "G34": Source(((LOAD_Q, f"if (sequence == 0) {LOAD_Q}"),), TWO_HEADS_A_BLOCK),
     "G35": source(("    if (!whole)\n      clear_rows<", "    if (!whole && false)\n      clear_rows<")),
     "G36": source((TABLE, TABLE.replace("head.batch", "0"))),
     "G37": source(("row = position & ((1 << paged.page_shift) - 1), into", "row = 0, into")),
@@ -154,9 +154,9 @@ DECODE: Plants = {
     "G43": Source(
         ((NEW_SOFTMAX, "      softmax.row_sum[0] = softmax.row_sum[1] = 0.f;\n"),), TWO_HEADS_A_BLOCK,
     ),
-    "G44": source(("    taken += part.taken;\n", "    taken += part.taken + 1;\n")),
-    # Every other block is late, so that its parts are missing for sure; nobody counts anew, so that it happens once.
+    "G44": source(("part.taken) + part.taken == all;", "part.taken + 1) + part.taken + 1 == all;")),
     "G46": Override({"tiling": lambda self, problem: (_base("tiling")(self, problem)[0], _whole_tiles(problem))}),
+    "G47": source(("weight[r] = other_keys ? ex2_approx(other.x - highest) : 0.f;", "weight[r] = 1.f;")),
 }  # fmt: skip
 
 
@@ -188,6 +188,8 @@ PROBLEMS: Mapping[str, Problem] = {fault: PLAIN for fault in DECODE} | {
     "G42": TWO_HEADS,
     "G43": TWO_HEADS,
     "G46": PLAIN.with_(num_heads_q=18, seqlen_q=8),
+    "G47": PLAIN.with_(seqlen_k=1000),
 }
 """Where each bug shows: a chain longer than the ring has slots for G25, a last unit without a tail for G27, pages
-larger than a unit for G37 and smaller for G38 and G39, and more heads a group than a tile holds for G46."""
+larger than a unit for G37 and smaller for G38 and G39, more heads a group than a tile holds for G46, and several units
+a block for G47."""

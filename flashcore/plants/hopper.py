@@ -23,7 +23,7 @@ CLEARED = """for (int i = threadIdx.x; i < sizeof({what}) / 4; i += {threads})
     reinterpret_cast<unsigned*>(&{what})[i] = 0;
   asm volatile("fence.proxy.async;" ::: "memory");
   """
-LOAD_Q = "load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], first_row, tile.head, tile.batch);"
+LOAD_Q = "load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], work.first_row, tile.head, tile.batch);"
 LOAD_FIRST_PAGES = "    for (int i = 0; i < min(pages, SLOTS); ++i) load_page(i);\n"
 Q_IS_THERE = "  mbarrier_wait(&smem.q_full, 0);\n"
 
@@ -141,7 +141,7 @@ UNSPLIT_P_V = "multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);"
 UNSPLIT_ACCUM = ("TRACE(stages.accum(page - 1, o);)", "TRACE(if (pages > 0) stages.accum(pages - 1, o);)")
 V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGED("
 V_IS_READ = "      release(&smem.v_empty[at.slot]);\n      at = k_at;"
-NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n"
+NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n    mbarrier_wait"
 
 UNSPLIT: Plants = {
     **SHARED,
@@ -157,7 +157,10 @@ UNSPLIT: Plants = {
     "G8": source((" head / (params.num_heads_q / params.num_heads_kv)", " head % params.num_heads_kv")),
     "G9": source(*((accum, IN_HALF + accum) for accum in UNSPLIT_ACCUM)),
     "G14": source(("+ logf(sum);", "+ log2f(sum);")),
-    "G15": source(("exists = out_row < params.seqlen_q;", "exists = out_row < params.seqlen_q - 1;")),
+    "G15": source((
+        "exists = row_exists(params, out_row);",
+        "exists = row_exists(params, out_row) && out_row != params.seqlen_q - 1;",
+    )),
     "G25": source(
         (V_IS_THERE, V_IS_THERE.replace(
             "      PAGED", "      release(&smem.v_empty[at.slot]);\n      __nanosleep(100000);\n      PAGED",
@@ -167,9 +170,17 @@ UNSPLIT: Plants = {
     # The producer is late, so that the consumers have emptied the slot for sure when it comes round to it.
     "G32": source(
         *WATCHDOG,
-        (NEXT_PAGE, NEXT_PAGE.replace("at = at.next()", "at = {at.next().slot, 0}") + "      __nanosleep(100000);\n"),
+        (
+            NEXT_PAGE,
+            NEXT_PAGE.replace("at = at.next()", "at = {at.next().slot, 0}").replace(
+                "    mbarrier", "    __nanosleep(100000);\n    mbarrier"
+            ),
+        ),
     ),
-    "G33": source(("if (dealt >= tiles * heads) return false;", "if (dealt >= tiles * heads - 1) return false;")),
+    "G33": source((
+        "last_round = tiles * heads / blocks, left = tiles * heads - last_round * blocks;",
+        "last_round = (tiles * heads - 1) / blocks, left = tiles * heads - 1 - last_round * blocks;",
+    )),
     "G34": source(("q = q_halves.at(half * Q_BYTES);", "q = q_halves;")),
 }  # fmt: skip
 
@@ -219,11 +230,11 @@ SPLIT: Plants = {
 CLEARS_V = "if (pages > 0 && left < TILE_N)"
 
 PAGED: Plants = {
-    "F10": source(("max(-1, table_gmem[key >> page_shift])", "key >> page_shift")),
+    "F10": source(("max(-1, table_gmem[key >> paged.page_shift])", "(key >> paged.page_shift) + 0 * table_gmem[0]")),
     "G35": source((CLEARS_V, CLEARS_V.replace("left < TILE_N", "false"))),
-    "G36": source(("paged.page_table_gmem + Index(batch) *", "paged.page_table_gmem + Index(0) *")),
-    "G37": source(("key & ((1 << page_shift) - 1), head, page);", "0, head, page);")),
-    "G38": source(("page = row == 0 ? first_page : pool_page(key);", "page = first_page;")),
+    "G36": source(("paged.page_table_gmem + Index(tile.batch) *", "paged.page_table_gmem + Index(0) *")),
+    "G37": source(("row = (page * TILE_N + own_key) & ~(-1 << paged.page_shift);", "row = own_key;")),
+    "G38": source(("__shfl_sync(~0u, looked, first_box + own_box)", "__shfl_sync(~0u, looked, first_box)")),
 }  # fmt: skip
 PAGED_PROBLEMS: Mapping[str, Problem] = {"G37": PLAIN.with_(page_size=128), "G38": PLAIN.with_(page_size=16)}
 """Pages larger and smaller than a tile of keys."""

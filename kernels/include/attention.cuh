@@ -80,6 +80,11 @@ __device__ __forceinline__ Tile tile_by_number(const AttentionParams& params, in
   return Tile(params, number / tiles, (params.causal ? tiles - 1 - tile : tile) * tile_m);
 }
 
+// Whether a row is there: tiles may reach beyond either end.
+__device__ __forceinline__ bool row_exists(const AttentionParams& params, int row) {
+  return static_cast<unsigned>(row) < static_cast<unsigned>(params.seqlen_q);
+}
+
 // A query row sees key columns [0, visible_keys(row)), of the seqlen_k that there are. Causal masks are aligned bottom right.
 __device__ __forceinline__ int visible_keys(const AttentionParams& params, int row, int seqlen_k) {
   if (!params.causal) return seqlen_k;
@@ -91,7 +96,7 @@ __device__ __forceinline__ int visible_keys(const AttentionParams& params, int r
 
 // How many pages of `tile_n` keys rows [first_row, first_row + rows) see.
 __device__ __forceinline__ int pages_of(const AttentionParams& params, int first_row, int rows, int tile_n, int seqlen_k) {
-  if (first_row >= params.seqlen_q) return 0;
+  if (first_row >= params.seqlen_q || first_row + rows <= 0) return 0;
   return (visible_keys(params, min(first_row + rows, params.seqlen_q) - 1, seqlen_k) + tile_n - 1) / tile_n;
 }
 

@@ -114,7 +114,7 @@ struct AccumulatorTrace {
   __device__ AccumulatorTrace(const TraceBuffers& trace, const AttentionParams& params, const Tile& tile, int row, int lane,
                               int first_key = 0)
       : AccumulatorTrace(TraceRow(trace, params, tile, row), TraceRow(trace, params, tile, row + 8),
-                         {row < params.seqlen_q, row + 8 < params.seqlen_q},
+                         {row_exists(params, row), row_exists(params, row + 8)},
                          {visible_keys(params, row), visible_keys(params, row + 8)}, lane, first_key) {}
 
   template <int SCORES>

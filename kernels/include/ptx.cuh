@@ -30,6 +30,15 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return y;
 }
 
+// ldmatrix.x4 (PTX ISA, Warp Level Matrix Instructions: ldmatrix): four 8 x 8 matrices of 16-bit elements, of which lane i
+// gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(unsigned* x, const void* row_smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(smem_address(row_smem))
+               : "memory");
+}
+
 // prefetch.global.L2 (PTX ISA, Data Movement: prefetch): bring the line that holds an address into L2.
 __device__ __forceinline__ void prefetch_l2(const void* src_gmem) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(src_gmem) : "memory");

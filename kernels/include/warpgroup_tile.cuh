@@ -36,14 +36,35 @@ __device__ __forceinline__ void load_rows(unsigned char* dst_smem, const CUtenso
     tma_load_4d(dst_smem + block * ROWS * ROW_BYTES, map, full, block * BLOCK_COLUMNS, first_row, head, batch);
 }
 
-// S = Q @ K^T, of tiles with TILE_M and TILE_N rows
-template <int TILE_M, int TILE_N>
-__device__ __forceinline__ void multiply_q_k(float (&s)[TILE_N / 2], const MatrixDescriptor& q, const MatrixDescriptor& k) {
+// The first steps' columns of a warpgroup's rows of Q, as wgmma takes its left operand from registers.
+template <int STEPS>
+struct HeldQ {
+  unsigned pairs[STEPS > 0 ? STEPS * 4 : 1];
+
+  // From a tile with TILE_M rows, of which the warp's begin at `first_row`.
+  template <int TILE_M>
+  __device__ __forceinline__ void load(const unsigned char* q_smem, int first_row, int lane) {
+    const int row = first_row + lane % 16;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const int block = step / (BLOCK_COLUMNS / DEPTH), piece = step % (BLOCK_COLUMNS / DEPTH) * 2 + lane / 16;
+      load_matrices(&pairs[step * 4], q_smem + (block * TILE_M + row) * ROW_BYTES + (piece ^ row % 8) * 16);
+    }
+  }
+};
+
+// S = Q @ K^T, of tiles with TILE_M and TILE_N rows. What is held of Q need not be read from shared memory once a page.
+template <int TILE_M, int TILE_N, int HELD_STEPS = 0>
+__device__ __forceinline__ void multiply_q_k(float (&s)[TILE_N / 2], const MatrixDescriptor& q, const MatrixDescriptor& k,
+                                             const HeldQ<HELD_STEPS>& held = {}) {
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / DEPTH; ++step) {
     const int block = step / (BLOCK_COLUMNS / DEPTH), bytes = step % (BLOCK_COLUMNS / DEPTH) * DEPTH * 2;
-    Wgmma<TILE_N>::shared(s, q.at(block * TILE_M * ROW_BYTES + bytes), k.at(block * TILE_N * ROW_BYTES + bytes),
-                          step > 0);
+    const MatrixDescriptor k_step = k.at(block * TILE_N * ROW_BYTES + bytes);
+    if (step < HELD_STEPS)
+      Wgmma<TILE_N>::template registers<true>(s, &held.pairs[step * 4], k_step, step > 0);
+    else
+      Wgmma<TILE_N>::shared(s, q.at(block * TILE_M * ROW_BYTES + bytes), k_step, step > 0);
   }
 }
 
@@ -99,7 +120,7 @@ __device__ __forceinline__ void store_rows(const AttentionParams& params, const 
     const float sum = quad_sum(row_sum[r]);
     inverse[r] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
     const int out_row = row + 8 * r;
-    const bool exists = out_row < params.seqlen_q;
+    const bool exists = row_exists(params, out_row);
     row_gmem[r] = exists ? params.out_gmem + tile.batch * params.out.batch + tile.head * params.out.head +
                                out_row * params.out.row
                          : nullptr;

@@ -179,7 +179,7 @@ def _line(trial: Trial) -> str:
     """A trial as one line; what is not there at all is left out, which keeps a run of a thousand trials small."""
     absent: dict[str, Any] = {
         name: True
-        for name in ("reason", "problem", "correctness", "timing", "data", "source_hash")
+        for name in ("backend", "variant", "reason", "problem", "correctness", "timing", "data", "source_hash")
         if not getattr(trial, name)
     }
     if trial.problem:

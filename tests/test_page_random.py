@@ -109,7 +109,9 @@ def test_any_records_make_a_page_and_none_says_go(tmp_path, cells, monkeypatch, 
         warnings.simplefilter("ignore")
         text = page_of(run, cells, monkeypatch)
     said = re.search(r'class="fc-verdict"><span class="fc-small">Verdict</span> ([A-Z-]+)<', text)[1]
-    assert said == decision.verdict != "GO"
+    assert said == decision.verdict
+    # Without a GPU the figures are those of the committed recorded run, which may well say GO, and the page says whose.
+    assert said != "GO" or (environment["gpu"] is None and "Recorded on" in text)
     assert text.count('class="fc-card-title"') == 4 and len(text) < 3_000_000
     assert "Traceback" not in text and "<b>it</b>" not in text.split('id="fc-records"')[0]
 

@@ -115,7 +115,8 @@ def decide(
     current_hashes
         Kernel name to hash of its source now; a trial with another hash is stale.
     recorded
-        A run from a machine with a GPU, used for a gate on which this run has nothing and only if it had no GPU itself.
+        A run from a machine with a GPU, used only if this run had none: for a gate on which it has nothing, and for one
+        on a group of backends, of which it could check the CPU's alone.
     problems
         What is already known to be wrong with the records.
 

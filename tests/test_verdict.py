@@ -230,6 +230,34 @@ def test_without_a_gpu_the_recorded_run_fills_the_gaps_and_is_labelled():
     assert decision.evidence == "Recorded on SYNTHETIC H200, 2001-02-03; kernel sources match the current ones."
 
 
+def test_checks_of_the_cpu_alone_do_not_stand_for_all_backends():
+    """A kernel that is wrong in the recorded run is wrong on the page of a machine that cannot run it, too."""
+    wrong = [
+        t.model_copy(update={"status": "failed", "correctness": t.correctness.model_copy(update=WRONG)})
+        if t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT else t
+        for t in GOOD
+    ]  # fmt: skip
+    no_gpu = synthetic.environment(None)
+    decision = decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded(wrong))
+    found = gate(decision, "ours-correct")
+    assert decision.verdict == "NO-GO" and found.state == "FAIL" and found.evidence == "recorded"
+    good = gate(decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded()), "ours-correct")
+    checks = [t for t in GOOD if t.kind == "correctness" and t.backend in ("wmma", "scalar", "cpu", "hopper")]
+    assert good.state == "PASS" and good.evidence == "recorded" and good.n >= len(checks) > 0
+    here = [
+        t.model_copy(update={"status": "failed", "correctness": t.correctness.model_copy(update=WRONG)})
+        if t.kind == "correctness" and t.backend == "cpu" else t
+        for t in synthetic.cpu_trials()
+    ]  # fmt: skip
+    live = gate(decide(here, environment=no_gpu, recorded=recorded()), "ours-correct")
+    assert live.state == "FAIL" and live.evidence == "live", "what fails here is not made good by another machine"
+    nowhere = gate(decide(synthetic.cpu_trials(), environment=no_gpu), "ours-correct")
+    assert nowhere.evidence == "live"
+
+
+WRONG = {"passed": False, "num_bad": 256}
+
+
 def test_a_recorded_run_of_older_source_is_stale_and_says_so():
     edited = {**synthetic.HASHES, "attention_wmma": "f" * 16}
     environment = synthetic.environment(None)

@@ -112,20 +112,18 @@ class Source:
 
 
 def judge_gate(gate: Gate, live: Source, recorded: Source | None, has_gpu: bool) -> GateResult:
-    first = None
-    if not (METRIC_KIND.get(gate.metric) == "attention_timing" and not has_gpu):
-        first = _judge_on(gate, live)
-        of_the_cpu_alone = first.state == "PASS" and gate.backend in GROUPS and not has_gpu
-        if recorded is None or not (of_the_cpu_alone or first.evidence == "none"):
-            return first
-    if recorded is not None:
-        borrowed = _judge_on(gate, recorded)
-        # What the CPU's backends show here holds for a group of backends if the recorded run says nothing against it.
-        return first if first is not None and borrowed.evidence == "none" else borrowed
-    reason = (
-        first.reason if first else "This run had no GPU to measure it on, and there is no recorded run to use instead."
-    )
-    return _open(gate, None, reason)
+    timed_here = has_gpu or METRIC_KIND.get(gate.metric) != "attention_timing"
+    first = _judge_on(gate, live) if timed_here else None
+    if recorded is None:
+        reason = "This run had no GPU to measure it on, and there is no recorded run to use instead."
+        return first or _open(gate, None, reason)
+    if first is None or first.evidence == "none":
+        return _judge_on(gate, recorded)
+    if first.state != "PASS" or gate.backend not in GROUPS:
+        return first
+    # Of a group of backends only the CPU's are checked here; the recorded run has those that need a GPU.
+    borrowed = _judge_on(gate, recorded)
+    return first if borrowed.evidence == "none" else borrowed
 
 
 def _judge_on(gate: Gate, source: Source) -> GateResult:

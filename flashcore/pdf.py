@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from flashcore.errors import PrintError, ToolMissing
+from flashcore.records import write_whole
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 """Names under which a Chromium may lie on the path."""
@@ -64,15 +65,12 @@ def print_pdf(page: Path, pdf: Path) -> Path:
             raise PrintError(f"{program} took longer than {TIMEOUT_S:.0f} s to print {page} and was ended.") from None
         except OSError as error:
             raise PrintError(f"{program} could not be started to print {page} ({error.strerror}).") from error
-        if not made.is_file() or not made.read_bytes().startswith(b"%PDF-"):
+        content = made.read_bytes() if made.is_file() else b""
+        if not content.startswith(b"%PDF-"):
             said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:200]
             raise PrintError(f"{program} made no PDF of {page} (exit code {done.returncode}: {said}).")
-        partial = pdf.with_name(f".{pdf.name}.partial")
-        try:
-            shutil.copyfile(made, partial)
-            os.replace(partial, pdf)
-        except OSError as error:
-            raise PrintError(f"The PDF {pdf} cannot be written ({error.strerror}).") from error
-        finally:
-            partial.unlink(missing_ok=True)
+    try:
+        write_whole(pdf, content)
+    except OSError as error:
+        raise PrintError(f"The PDF {pdf} cannot be written ({error.strerror}).") from error
     return pdf

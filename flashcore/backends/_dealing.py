@@ -21,10 +21,10 @@ def heads_per_section(problem: Problem, tile_m: int, tile_n: int, blocks: int) -
 
     Without a causal mask all tiles are alike, and any number is as even as another.
     """
-    heads = problem.batch * problem.num_heads_q
-    pages = tile_pages(problem, tile_m, tile_n)
     if not problem.causal:
         return 1
+    heads = problem.batch * problem.num_heads_q
+    pages = tile_pages(problem, tile_m, tile_n)
     # So many that forth and back come out even: what a block gets of the heavy tiles it lacks of the light ones.
     whole_rounds = 2 * blocks // math.gcd(2 * blocks, len(pages))
     sections = sorted({section for section in (*SECTIONS, whole_rounds) if section <= min(heads, SECTIONS[-1])})

@@ -94,7 +94,8 @@ class Decode(PagedBackend):
         heads = problem.batch * problem.num_heads_kv * tiles
         # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
         blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else multiprocessors(q.device.index or 0)
-        rows, parts = heads_a_tile * problem.seqlen_q, 2 * (heads + blocks)
+        # A part is numbered by its head and its block, one added to the other.
+        rows, parts = heads_a_tile * problem.seqlen_q, heads + blocks
         room = _room(parts, rows, problem.head_dim, heads, q.device, stream, capture_id(stream), self.source)
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),

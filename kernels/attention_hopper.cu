@@ -8,7 +8,7 @@
 // warpgroups own 64 query rows of a tile each; a step is
 //   S = Q @ K^T of this page and O += P @ V of the last one, then P = softmax(S).
 // The warpgroups issue their products in turn (`Turn`), so that they stay out of phase: one on Tensor Cores, the others in
-// their exponentials.
+// their exponentials. O leaves by tensor copy, from the half of Q that its tile no longer needs.
 //
 // With FLASHCORE_PAGED the keys lie in pages, and each sequence has its own length (paged.cuh).
 //
@@ -56,11 +56,20 @@ constexpr int PRODUCER_THREADS = 1;
 #define PAGED(...)
 #endif
 
+// Rows [first_row, end_row) of a flat head: a tile, or a narrower piece of one. They may reach beyond both ends of the queries.
+struct Rows {
+  int batch_head, first_row, end_row;
+};
+
 // What the producer tells the consumers of a tile.
 struct Work {
-  int batch_head;
-  int first_row, end_row;  // it may reach beyond either end of the queries
-  int pages;               // that its rows see; NO_MORE after the last tile
+  struct alignas(16) {
+    int first_row;    // beyond the last row for a warpgroup that has none
+    int pages;        // that its rows see
+    int whole_pages;  // and how many of those need no mask
+  } of[NUM_CONSUMERS];
+  Tile tile;
+  int pages;  // that any of its rows sees; NO_MORE after the last tile
   PAGED(int seqlen_k;)
 };
 constexpr int NO_MORE = -1;
@@ -108,10 +117,33 @@ __device__ __forceinline__ void mask_absent(float (&s)[TILE_N / 2], unsigned pre
 }
 #endif
 
-// The block's tile `step`: its head and rows; false when the block has no more. Tiles of a few heads at a time are dealt out
-// from heavy to light, forth and back, so that every block gets much the same work. Those of the last round, when there are
-// too few for all blocks, are cut into narrower ones.
-__device__ __forceinline__ bool deal(const AttentionParams& params, int heads_per_section, int step, Work& work) {
+// Of tiles [first, end), numbered head by head, the one at `position` from heavy to light: the first tile of every head, then
+// the second of every head. The first head may lack tiles at its beginning, the last one at its end.
+__device__ __forceinline__ int heavy_to_light(int position, int first, int end, int tiles_a_head) {
+  const int first_head = first / tiles_a_head, last_head = (end - 1) / tiles_a_head, others = last_head - first_head;
+  const int from = first - first_head * tiles_a_head, to = end - last_head * tiles_a_head;
+  // Between the two ends both heads have their tile, or neither has.
+  const int low = min(from, to), high = max(from, to), between = from < to ? others + 1 : others - 1;
+  const int at_low = low * others, at_high = at_low + (high - low) * between;
+  int nth = 0, heads = others;
+  if (position >= at_high) {
+    nth = high;
+    position -= at_high;
+  } else if (position >= at_low) {
+    nth = low;
+    heads = between;
+    position -= at_low;
+  }
+  nth += position / heads;
+  const int head = first_head + position % heads + (nth < from);
+  return head * tiles_a_head + nth;
+}
+
+// The block's tile `step`: its head and rows; false when the block has no more. Tiles are dealt out head by head, forth and
+// back. With sections, two rounds of all blocks make one, and the last one is all that is left over; the tiles of a section go
+// from heavy to light, so that each block gets a heavy one and the light one that makes up for it. Few heads' K and V are in
+// use at a time either way. Tiles of the last round, when there are too few for all blocks, are cut into narrower ones.
+__device__ __forceinline__ bool deal(const AttentionParams& params, int sections, int step, Rows& rows) {
   const int blocks = gridDim.x;
   const int tiles = (params.seqlen_q + TILE_M - 1) / TILE_M;  // a head
   const int heads = params.num_heads_q * params.batch;
@@ -128,16 +160,20 @@ __device__ __forceinline__ bool deal(const AttentionParams& params, int heads_pe
     place /= pieces;
     if (place >= left) return false;
   }
-  const int dealt = step * blocks + place;
-  const int first_head = dealt / (heads_per_section * tiles) * heads_per_section;
-  const int within = dealt - first_head * tiles;
-  const int heads_here = min(heads_per_section, heads - first_head);
-  const int before = within / heads_here;
-  work.batch_head = first_head + within - before * heads_here;
+  int number = step * blocks + place;
+  if (sections > 0) {
+    const int section = min(step / 2, sections - 1), first = section * 2 * blocks;
+    const int end = section == sections - 1 ? tiles * heads : first + 2 * blocks;
+    number = heavy_to_light(number - first, first, end, tiles);
+  }
+  rows.batch_head = number / tiles;
+  const int nth = number - rows.batch_head * tiles;
   // Under a causal mask the last rows see most keys: whole tiles for them, and what is left over for the first rows.
-  const int first_row = params.causal ? params.seqlen_q - (before + 1) * TILE_M : before * TILE_M;
-  work.first_row = first_row + piece * piece_rows;
-  work.end_row = min(first_row + TILE_M, work.first_row + piece_rows);
+  // They end with a whole warp, so that no warp begins before row 0 and ends after it: a tensor copy could not store that.
+  const int whole_warps = (params.seqlen_q + WARP_ROWS - 1) / WARP_ROWS;
+  const int first_row = params.causal ? whole_warps * WARP_ROWS - (nth + 1) * TILE_M : nth * TILE_M;
+  rows.first_row = first_row + piece * piece_rows;
+  rows.end_row = min(first_row + TILE_M, rows.first_row + piece_rows);
   return true;
 }
 
@@ -201,29 +237,41 @@ __device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at,
 // becomes free.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const CUtensorMap& q_map,
                                         const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                        int heads_per_section PAGED_PARAM) {
+                                        int sections PAGED_PARAM) {
   RingPosition at;
   for (int step = 0;; ++step) {
-    Work work;
-    const bool more = deal(params, heads_per_section, step, work);
     const int half = step % 2;
-    mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
-    if (!more) {
+    Rows rows;
+    if (!deal(params, sections, step, rows)) {
+      mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
       if (threadIdx.x == CONSUMER_THREADS) {
         smem.work[half].pages = NO_MORE;
+        for (auto& of : smem.work[half].of) of.pages = 0;
         mbarrier_arrive(&smem.q_full[half]);
       }
       return;
     }
-    const Tile tile(params, work.batch_head, work.first_row);
+    const Tile tile(params, rows.batch_head, rows.first_row);
     const int seqlen_k = keys_of(params, tile.batch PAGED(, paged));
-    work.pages = pages_of(params, work.first_row, work.end_row - work.first_row, TILE_N, seqlen_k);
-    PAGED(work.seqlen_k = seqlen_k;)
+    const int pages = pages_of(params, rows.first_row, rows.end_row - rows.first_row, TILE_N, seqlen_k);
+    mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
     if (threadIdx.x == CONSUMER_THREADS) {
-      smem.work[half] = work;
-      load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], work.first_row, tile.head, tile.batch);
+      copy_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], rows.first_row, tile.head, tile.batch);
+      Work& work = smem.work[half];
+      work.tile = tile;
+      work.pages = pages;
+      PAGED(work.seqlen_k = seqlen_k;)
+#pragma unroll
+      for (int consumer = 0; consumer < NUM_CONSUMERS; ++consumer) {
+        const int first_row = rows.first_row + consumer * WARPGROUP_ROWS;
+        const bool any = first_row < rows.end_row;
+        work.of[consumer].first_row = any ? first_row : params.seqlen_q;
+        work.of[consumer].pages = any ? pages_of(params, first_row, WARPGROUP_ROWS, TILE_N, seqlen_k) : 0;
+        work.of[consumer].whole_pages = pages_as_they_are(params, first_row, TILE_N, seqlen_k);
+      }
+      mbarrier_arrive_expect_tx(&smem.q_full[half], Q_BYTES);
     }
-    load_pages(smem, at, k_map, v_map, tile, work.pages PAGED(, seqlen_k, paged));
+    load_pages(smem, at, k_map, v_map, tile, pages PAGED(, seqlen_k, paged));
   }
 }
 
@@ -243,38 +291,38 @@ struct Turn {
 };
 
 // One warpgroup: 64 rows of each of the block's tiles. The last product of a tile is issued with the first of the next.
-__device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params PAGED_PARAM TRACE_PARAM) {
+// Lanes take no branch apart here: after one, slots and descriptors would no longer be kept in uniform registers.
+__device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params,
+                                        const CUtensorMap& out_map PAGED_PARAM TRACE_PARAM) {
   const int consumer = uniform(threadIdx.x / WARPGROUP);
-  const int warp = threadIdx.x / WARP % 4;
+  const int warp = uniform(threadIdx.x / WARP % 4);
   const int lane = threadIdx.x % WARP;
   const MatrixDescriptor q_halves(smem.q[0] + consumer * WARPGROUP_ROWS * ROW_BYTES, 0);
   const MatrixDescriptor k_ring(smem.k[0], 0), v_ring(smem.v[0], TILE_N * ROW_BYTES);
   const Turn turn(consumer);
   const auto release = [&](Mbarrier* empty) { if (lane == 0) mbarrier_arrive(empty); };
-  const auto seqlen_k_in = [&](int half) { 
-    PAGED(return uniform(smem.work[half].seqlen_k);)
+  // What was written of the last tile has been read from its half of Q by now: the copies had a page's softmax of time.
+  const auto release_q = [&](int half) {
+    tma_store_wait_read();
+    __syncwarp();
+    release(&smem.q_empty[half]);
+  };
+  const auto keys_in = [&](const Work& work) {
+    PAGED(return uniform(work.seqlen_k);)
     return params.seqlen_k;
   };
-  // How many pages the warpgroup's rows of the tile in a half of Q see.
-  const auto pages_in = [&](int half) {
-    const Work& work = smem.work[half];
-    const int own_row = work.first_row + consumer * WARPGROUP_ROWS;
-    const bool none = work.pages <= 0 || own_row >= work.end_row;
-    return uniform(none ? 0 : pages_of(params, own_row, WARPGROUP_ROWS, TILE_N, seqlen_k_in(half)));
-  };
-
   PAGED(const unsigned all_present = (1u << max(1, TILE_N >> paged.page_shift)) - 1;)
 
   RingPosition at;  // of the page whose V comes next
   float s[TILE_N / 2], o[OUTPUTS];
   unsigned p[TILE_N / 4];
   HeldQ<HELD_STEPS> held_q;
-  const int warp_row = consumer * WARPGROUP_ROWS + warp * 16;
+  const int warp_row = consumer * WARPGROUP_ROWS + warp * WARP_ROWS;
 
   // S = Q @ K^T of the first page of the first tile. Where there is none, S is not used.
   mbarrier_wait(&smem.q_full[0], 0);
   held_q.template load<TILE_M>(smem.q[0], warp_row, lane);
-  const bool any = pages_in(0) > 0;
+  const bool any = uniform(smem.work[0].of[consumer].pages) > 0;
   if (any) mbarrier_wait(&smem.k_full[0], 0);
   PAGED(unsigned present = smem.present[0];)
   turn.wait();
@@ -285,19 +333,19 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   wgmma_wait<0>();
   if (any) release(&smem.k_empty[0]);
 
-  for (int step = 0; uniform(smem.work[step % 2].pages) != NO_MORE; ++step) {
+  for (int step = 0;; ++step) {
     const int half = step % 2, other_half = half ^ 1;
+    const Work& work = smem.work[half];
+    const int tile_pages = uniform(work.pages);
+    if (tile_pages == NO_MORE) break;
+    const int first_row = uniform(work.of[consumer].first_row), pages = uniform(work.of[consumer].pages);
+    const int whole_pages = uniform(work.of[consumer].whole_pages);
+    const int seqlen_k = keys_in(work);
     const MatrixDescriptor q = q_halves.at(half * Q_BYTES);
-    const int pages = pages_in(half);
-    const int tile_pages = uniform(smem.work[half].pages);
-    const int first_row = uniform(smem.work[half].first_row) + consumer * WARPGROUP_ROWS;
-    const int end_row = uniform(smem.work[half].end_row);
-    const int seqlen_k = seqlen_k_in(half);
-    const int whole_pages = uniform(pages_as_they_are(params, first_row, TILE_N, seqlen_k));
-    const int row = first_row + warp * 16 + lane / 4;  // a thread's other row is row + 8
+    const int row = first_row + warp * WARP_ROWS + lane / 4;  // a thread's other row is row + 8
     at = {uniform(at.slot), static_cast<unsigned>(uniform(at.parity))};
     Softmax softmax(params.softmax_scale);
-    TRACE(const AccumulatorTrace stages(trace, params, Tile(params, smem.work[half].batch_head, first_row), row, lane);)
+    TRACE(const AccumulatorTrace stages(trace, params, work.tile, row, lane);)
 
     if (pages > 0) {
       if (whole_pages == 0) sign_and_mask(s, params, row, 0, seqlen_k, lane);
@@ -305,6 +353,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       softmax.first(s, p);
       TRACE(stages.page(0, TILE_N, s, p, softmax);)
     }
+    if (step > 0) release_q(other_half);
 #pragma unroll 1
     for (int page = 1; page < pages; ++page) {
       // S = Q @ K^T of this page, O += P @ V of the last one
@@ -331,6 +380,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
     // Pages that only later rows of the tile see: this warpgroup lets them pass, and takes its turns.
     RingPosition after = pages > 0 ? at.next() : at;
+#pragma unroll 1
     for (int page = pages; page < tile_pages; ++page, after = after.next()) {
       if (page > 0) {
         turn.wait();
@@ -344,7 +394,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
     // O += P @ V of the last page, S = Q @ K^T of the next tile's first.
     mbarrier_wait(&smem.q_full[other_half], (step + 1) / 2 % 2);
-    const int next_pages = pages_in(other_half);
+    const int next_pages = uniform(smem.work[other_half].of[consumer].pages);
     held_q.template load<TILE_M>(smem.q[other_half], warp_row, lane);
     if (next_pages > 0) mbarrier_wait(&smem.k_full[after.slot], after.parity);
     if (pages > 0) mbarrier_wait(&smem.v_full[at.slot], at.parity);
@@ -365,21 +415,30 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     at = after;
 
     // O / l; a row that saw no key gives 0, and lse -inf
-    const Tile tile(params, smem.work[half].batch_head, first_row);
-    __syncwarp();
-    release(&smem.q_empty[half]);
     if (pages == 0) {
 #pragma unroll
       for (int i = 0; i < OUTPUTS; ++i) o[i] = 0.f;
+      asm volatile("");  // a branch, not a choice for each
     }
-    if (first_row < end_row) store_rows(params, tile, row, lane, o, softmax.reference, softmax.row_sum);
+    const float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
+    const float lse[2] = {log_sum_exp(softmax.reference[0], row_sum[0]), log_sum_exp(softmax.reference[1], row_sum[1])};
+    stage_out<TILE_M>(smem.q[half], warp_row, lane, o, row_sum);
+    __syncwarp();
+#pragma unroll
+    for (int block = 0; block < COLUMN_BLOCKS; ++block)
+      tma_store_4d(lane == 0 && first_row + warp * WARP_ROWS >= 0, out_map,
+                   smem.q[half] + (block * TILE_M + warp_row) * ROW_BYTES, block * BLOCK_COLUMNS,
+                   first_row + warp * WARP_ROWS, work.tile.head, work.tile.batch);
+    tma_store_commit();
+    store_lse(params, work.tile, row, lane, lse);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_hopper(const __grid_constant__ AttentionParams params, const __grid_constant__ CUtensorMap q_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                     const int heads_per_section PAGED(, const __grid_constant__ PagedParams paged) TRACE_PARAM) {
+                     const __grid_constant__ CUtensorMap out_map,
+                     const int sections PAGED(, const __grid_constant__ PagedParams paged) TRACE_PARAM) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared_bytes);
 
@@ -387,6 +446,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefetch_tensormap(q_map);
     prefetch_tensormap(k_map);
     prefetch_tensormap(v_map);
+    prefetch_tensormap(out_map);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&smem.q_full[i], 1);
       mbarrier_init(&smem.q_empty[i], CONSUMER_WARPS);  // each warp says that it is done
@@ -403,10 +463,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x >= CONSUMER_THREADS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < CONSUMER_THREADS + PRODUCER_THREADS) produce(smem, params, q_map, k_map, v_map, heads_per_section PAGED(, paged));
+    if (threadIdx.x < CONSUMER_THREADS + PRODUCER_THREADS)
+      produce(smem, params, q_map, k_map, v_map, sections PAGED(, paged));
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume(smem, params PAGED(, paged) TRACE(, trace));
+    consume(smem, params, out_map PAGED(, paged) TRACE(, trace));
+    tma_store_wait_read();  // the copies still read the block's shared memory
   }
 }
 

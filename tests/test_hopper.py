@@ -87,7 +87,13 @@ def test_tiles_of_two_warpgroups_while_all_of_them_fit_at_once(on_an_h200):
 # ------------------------------------------------------------------------------------------------ who gets which tile
 
 
-def deal(problem: Problem, tile_m: int, blocks: int, heads_per_section: int, block: int, step: int):
+@functools.lru_cache(maxsize=64)
+def heavy_to_light(first: int, end: int, tiles: int) -> list[int]:
+    """The tiles that `heavy_to_light` of attention_hopper.cu finds at positions 0, 1, ...; here by sorting."""
+    return sorted(range(first, end), key=lambda number: (number % tiles, number // tiles))
+
+
+def deal(problem: Problem, tile_m: int, blocks: int, sections: int, block: int, step: int):
     """What `deal` of attention_hopper.cu gives a block at a step: flat head, first row and end; None for no more."""
     warpgroups_a_tile = tile_m // 64
     tiles, heads = -(-problem.seqlen_q // tile_m), problem.num_heads_q * problem.batch
@@ -101,23 +107,26 @@ def deal(problem: Problem, tile_m: int, blocks: int, heads_per_section: int, blo
         piece_rows = warpgroups * 64
         if place >= left:
             return None
-    dealt = step * blocks + place
-    first_head = dealt // (heads_per_section * tiles) * heads_per_section
-    within = dealt - first_head * tiles
-    before, head = divmod(within, min(heads_per_section, heads - first_head))
-    first_row = problem.seqlen_q - (before + 1) * tile_m if problem.causal else before * tile_m
+    number = step * blocks + place
+    if sections > 0:
+        section = min(step // 2, sections - 1)
+        first = section * 2 * blocks
+        end = tiles * heads if section == sections - 1 else first + 2 * blocks
+        number = heavy_to_light(first, end, tiles)[number - first]
+    head, nth = divmod(number, tiles)
+    first_row = -(-problem.seqlen_q // 16) * 16 - (nth + 1) * tile_m if problem.causal else nth * tile_m
     own_row = first_row + piece * piece_rows
-    return first_head + head, own_row, min(first_row + tile_m, own_row + piece_rows)
+    return head, own_row, min(first_row + tile_m, own_row + piece_rows)
 
 
 @functools.cache
 def hands(problem: Problem) -> list[list[tuple[int, int, int]]]:
     """The tiles of each block, in the order in which it works on them."""
     chosen, loaded = backends.get("hopper"), loaded_for(problem)
-    blocks, section = chosen.blocks(problem, loaded, 0)[0], chosen.heads_per_section(problem, loaded, 0)
+    blocks, sections = chosen.blocks(problem, loaded, 0)[0], chosen.sections(problem, loaded, 0)
 
     def hand(block: int) -> list[tuple[int, int, int]]:
-        tiles = (deal(problem, loaded.tile_m, blocks, section, block, step) for step in itertools.count())
+        tiles = (deal(problem, loaded.tile_m, blocks, sections, block, step) for step in itertools.count())
         return list(itertools.takewhile(lambda tile: tile is not None, tiles))
 
     return [hand(block) for block in range(blocks)]
@@ -175,9 +184,9 @@ def test_a_block_that_has_no_more_tiles_never_gets_another(on_an_h200):
     """It ends at the first `false`; the turns forth and back must not leave one for later."""
     for problem in many_shapes()[::10]:
         chosen, loaded = backends.get("hopper"), loaded_for(problem)
-        blocks, section = chosen.blocks(problem, loaded, 0)[0], chosen.heads_per_section(problem, loaded, 0)
+        blocks, sections = chosen.blocks(problem, loaded, 0)[0], chosen.sections(problem, loaded, 0)
         for block in range(blocks):
-            given = [deal(problem, loaded.tile_m, blocks, section, block, step) is not None for step in range(200)]
+            given = [deal(problem, loaded.tile_m, blocks, sections, block, step) is not None for step in range(200)]
             assert given == sorted(given, reverse=True)
 
 
@@ -200,19 +209,27 @@ def test_the_deal_of_the_usual_workloads_is_within_a_twentieth_of_even(on_an_h20
         assert max(loads) <= 1.05 * sum(loads) / len(loads), problem.label()
 
 
-def test_a_section_is_the_smallest_that_is_about_as_even_as_any(on_an_h200):
-    from flashcore.backends._dealing import AS_EVEN, SECTIONS, largest_load, tile_pages
+def test_there_are_no_sections_or_as_many_as_are_about_as_even_as_any(on_an_h200):
+    from flashcore.backends._dealing import AS_EVEN, LAST_SECTION, largest_load, tile_pages
 
     chosen = backends.get("hopper")
     for problem in many_shapes():
         loaded = loaded_for(problem)
-        section, blocks = chosen.heads_per_section(problem, loaded, 0), chosen.blocks(problem, loaded, 0)[0]
+        sections, blocks = chosen.sections(problem, loaded, 0), chosen.blocks(problem, loaded, 0)[0]
         heads, pages = problem.batch * problem.num_heads_q, tile_pages(problem, loaded.tile_m, loaded.tile_n)
-        whole_rounds = 2 * blocks // math.gcd(2 * blocks, len(pages))
-        tried = sorted({n for n in (*SECTIONS, whole_rounds) if n <= min(heads, 128)})
-        loads = {n: largest_load(pages, heads, blocks, n) for n in tried}
+        rounds = -(-heads * len(pages) // blocks)
+        tried = [n for n in range(1, rounds + 1) if 0 < rounds - 2 * (n - 1) <= LAST_SECTION]
+        loads = {n: largest_load(pages, heads, blocks, n) for n in (0, *tried)}
         even = [n for n, load in loads.items() if load <= (1 + AS_EVEN) * min(loads.values())]
-        assert section == even[0] if problem.causal else section == 1
+        assert sections == (0 if 0 in even or not problem.causal else even[-1])
+
+
+def test_few_heads_are_under_way_at_a_time(on_an_h200):
+    """What two rounds read of K and V fits in L2; the last section may have up to ten rounds."""
+    problem = square(2, 16, 16384, 128, causal=True)
+    rounds = list(zip(*(hand[:8] for hand in hands(problem)), strict=True))
+    for pair in zip(rounds[::2], rounds[1::2], strict=True):
+        assert len({head for head, _, _ in itertools.chain(*pair)}) <= 5
 
 
 def test_the_model_of_a_load_is_what_the_blocks_get(on_an_h200):
@@ -223,7 +240,7 @@ def test_the_model_of_a_load_is_what_the_blocks_get(on_an_h200):
         chosen = backends.get("hopper")
         pages = tile_pages(problem, loaded.tile_m, loaded.tile_n)
         modelled = largest_load(
-            pages, problem.batch * problem.num_heads_q, len(dealt), chosen.heads_per_section(problem, loaded, 0)
+            pages, problem.batch * problem.num_heads_q, len(dealt), chosen.sections(problem, loaded, 0)
         )
         loads = [sum(pages_of(problem, end_row) + 1 for _, _, end_row in hand) for hand in dealt]
         cut = any(end - first < loaded.tile_m for _, first, end in itertools.chain(*dealt))
@@ -268,11 +285,14 @@ def test_an_entry_function_is_told_params_three_maps_and_unsplit_the_section(tol
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
     loaded = loaded_for(problem, split=split)
     arguments = backends.get("hopper").arguments(q, k, v, out, lse, problem, loaded)
-    assert [len(a) for a in arguments] == [PARAMS.size, MAP_BYTES, MAP_BYTES, MAP_BYTES] + ([] if split else [4])
-    assert [a[:1] for a in arguments[1:4]] == [b"q", b"k", b"v"]
+    maps = [MAP_BYTES] * (3 if split else 4)
+    assert [len(a) for a in arguments] == [PARAMS.size, *maps] + ([] if split else [4])
+    assert [a[:1] for a in arguments[1 : 1 + len(maps)]] == [b"q", b"k", b"v", b"o"][: len(maps)]
     if not split:
-        assert struct.unpack("i", arguments[4]) == (1,)  # head at a time, where all tiles are alike
-    assert {name: one["rows"] for name, one in told.items()} == {"q": loaded.tile_m, "k": 64, "v": 64}
+        assert struct.unpack("i", arguments[5]) == (0,)  # head by head, where all tiles are alike
+    assert {name: one["rows"] for name, one in told.items()} == {
+        "q": loaded.tile_m, "k": 64, "v": 64, **({} if split else {"out": 16})
+    }  # fmt: skip
     assert told["k"]["strides"] == (200 * 2 * 64, 64, 2 * 64) and told["v"]["strides"] == (2 * 200 * 64, 200 * 64, 64)
     assert all(one["dtype"] == "bfloat16" for one in told.values())
 

@@ -170,6 +170,34 @@ def test_the_registers_that_the_producer_gives_are_those_that_the_consumers_take
     assert after <= entry["registers"] * entry["threads"] <= REGISTERS_OF_A_MULTIPROCESSOR
 
 
+def shortest_loop_with_products(sass: str) -> list[str]:
+    """The instructions of the tightest loop with warpgroup products: in the Hopper kernel, that over pages."""
+    lines = re.findall(r"^(?:\s*(\.L_\w+):|\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ?;)", sass, flags=re.MULTILINE)
+    places, instructions, loops = {}, [], []
+    for label, instruction in lines:
+        if label:
+            places[label] = len(instructions)
+            continue
+        instructions.append(instruction)
+        back = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
+        if back and back[1] in places:
+            loops.append(instructions[places[back[1]] :])
+    return min((loop for loop in loops if any("HGMMA" in one for one in loop)), key=len)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), HOPPER_TILES + PAGED_TILES)
+def test_slots_and_descriptors_stay_in_uniform_registers(head_dim, dtype, defines):
+    """Else each product waits until its descriptor has been moved there: 10 % of the kernel's time.
+
+    A branch that lanes take apart, anywhere between two pages, is enough for the compiler to move them out.
+    """
+    cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
+    page = shortest_loop_with_products(entry_functions(build.disassemble(cubin.path))[HOPPER]["sass"])
+    products = sum("HGMMA" in one for one in page)
+    assert 8 <= products <= 16 and sum("MUFU.EX2" in one for one in page) >= 64, "this is not the loop over pages"
+    assert sum("R2UR" in one for one in page) <= 1
+
+
 def test_the_audit_sees_a_wait_that_is_missing():
     """The compiler puts a wait back where one is missing, so that no result is wrong: only its remark tells."""
     source = build.kernel_source(HOPPER)

@@ -8,7 +8,7 @@ import torch
 
 from flashcore.backends import register
 from flashcore.backends._cuda import CudaBackend
-from flashcore.backends._dealing import heads_per_section
+from flashcore.backends._dealing import WARP_ROWS, sections
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.launching import LoadedKernel, multiprocessors
 from flashcore.problem import Problem
@@ -56,7 +56,8 @@ class Hopper(CudaBackend):
             described("v", v, loaded.tile_n),
         ]
         if loaded.num_splits == 1:
-            arguments.append(struct.pack("i", self.heads_per_section(problem, loaded, q.device.index or 0)))
+            arguments.append(described("out", out, WARP_ROWS))
+            arguments.append(struct.pack("i", self.sections(problem, loaded, q.device.index or 0)))
         return arguments
 
     def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
@@ -66,9 +67,9 @@ class Hopper(CudaBackend):
             return tiles, problem.num_heads_q, problem.batch
         return min(tiles * problem.num_heads_q * problem.batch, multiprocessors(device)), 1, 1
 
-    def heads_per_section(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
-        """Heads whose tiles are dealt out together."""
-        return heads_per_section(problem, loaded.tile_m, loaded.tile_n, self.blocks(problem, loaded, device)[0])
+    def sections(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
+        """Parts of the deal, each of which runs from heavy tiles to light ones."""
+        return sections(problem, loaded.tile_m, loaded.tile_n, self.blocks(problem, loaded, device)[0])
 
 
 @register

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from flashcore.backends import register
+from flashcore.backends._dealing import WARP_ROWS
 from flashcore.backends._paged import PagedBackend
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends.hopper import HopperUnsplit
@@ -24,15 +25,19 @@ class HopperPaged(PagedBackend, HopperUnsplit):
         return (("FLASHCORE_PAGED", 1), *super().defines(problem, device))
 
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
-        q_map = tensor_map(
-            q.data_ptr(), q.shape, self.strides("q", q), rows=loaded.tile_m, dtype=problem.dtype, name="q"
+        q_map, out_map = (
+            tensor_map(
+                tensor.data_ptr(), tensor.shape, self.strides(name, tensor), rows=rows, dtype=problem.dtype, name=name
+            )
+            for name, tensor, rows in (("q", q, loaded.tile_m), ("out", out, WARP_ROWS))
         )
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
             q_map,
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=True),
             self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=True),
-            struct.pack("i", self.heads_per_section(problem, loaded, q.device.index or 0)),
+            out_map,
+            struct.pack("i", self.sections(problem, loaded, q.device.index or 0)),
             self.paged_params(cache, selection),
         ]
         return arguments, self.blocks(problem, loaded, q.device.index or 0)[0], None

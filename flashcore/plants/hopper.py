@@ -23,7 +23,7 @@ CLEARED = """for (int i = threadIdx.x; i < sizeof({what}) / 4; i += {threads})
     reinterpret_cast<unsigned*>(&{what})[i] = 0;
   asm volatile("fence.proxy.async;" ::: "memory");
   """
-LOAD_Q = "load_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], work.first_row, tile.head, tile.batch);"
+Q_IS_ASKED_FOR = "      mbarrier_arrive_expect_tx(&smem.q_full[half], Q_BYTES);\n    }\n"
 LOAD_FIRST_PAGES = "    for (int i = 0; i < min(pages, SLOTS); ++i) load_page(i);\n"
 Q_IS_THERE = "  mbarrier_wait(&smem.q_full, 0);\n"
 
@@ -33,7 +33,7 @@ UNSPLIT_LATE: tuple[Edit, ...] = (
         CLEARED.format(what="smem.k", threads="THREADS")
         + "__syncthreads();\n\n  if (threadIdx.x >= CONSUMER_THREADS) {",
     ),
-    (LOAD_Q, f"{LOAD_Q}\n    __nanosleep(50000);"),
+    (Q_IS_ASKED_FOR, f"{Q_IS_ASKED_FOR}    __nanosleep(50000);\n"),
 )
 """The producer sleeps between Q and the first page."""
 # Whoever loads here also multiplies, and the others of its warpgroup wait for it: no sleep lets them run ahead. So the
@@ -143,6 +143,14 @@ V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGE
 V_IS_READ = "      release(&smem.v_empty[at.slot]);\n      at = k_at;"
 NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n    mbarrier_wait"
 
+SPLIT_STATE = "float s[TILE_N / 2], o[OUTPUTS];"
+UNSPLIT_MASK = "if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);"
+UNSPLIT_P_V = "multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);"
+UNSPLIT_ACCUM = ("TRACE(stages.accum(page - 1, o);)", "TRACE(if (pages > 0) stages.accum(pages - 1, o);)")
+V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGED("
+V_IS_READ = "      release(&smem.v_empty[at.slot]);\n      at = k_at;"
+NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n    mbarrier_wait"
+
 UNSPLIT: Plants = {
     **SHARED,
     **LATER_PAGES,
@@ -150,16 +158,18 @@ UNSPLIT: Plants = {
     "F15": source((
         UNSPLIT_MASK,
         UNSPLIT_MASK
-        + _late_error("smem.work[half].batch_head == params.batch * params.num_heads_q - 1", "page * TILE_N"),
+        + _late_error(
+            "work.tile.batch == params.batch - 1 && work.tile.head == params.num_heads_q - 1", "page * TILE_N"
+        ),
     )),
     "G1": source(*UNSPLIT_LATE, ("  if (any) mbarrier_wait(&smem.k_full[0], 0);\n", "")),
     "G5": source((UNSPLIT_P_V, UNSPLIT_P_V.replace("at.slot * PAGE_BYTES", "0"))),
     "G8": source((" head / (params.num_heads_q / params.num_heads_kv)", " head % params.num_heads_kv")),
     "G9": source(*((accum, IN_HALF + accum) for accum in UNSPLIT_ACCUM)),
-    "G14": source(("+ logf(sum);", "+ log2f(sum);")),
+    "G14": source(("(reference + lg2_approx(row_sum)) * LN_2", "reference * LN_2 + lg2_approx(row_sum)")),
     "G15": source((
-        "exists = row_exists(params, out_row);",
-        "exists = row_exists(params, out_row) && out_row != params.seqlen_q - 1;",
+        "tma_store_4d(lane == 0 && ",
+        "tma_store_4d(first_row + (warp + 1) * WARP_ROWS < params.seqlen_q && lane == 0 && ",
     )),
     "G25": source(
         (V_IS_THERE, V_IS_THERE.replace(

@@ -30,12 +30,31 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return y;
 }
 
+// lg2.approx.ftz.f32, rcp.approx.ftz.f32 (PTX ISA, Floating Point: lg2, rcp): log2(x), with minus infinity for 0; 1 / x.
+__device__ __forceinline__ float lg2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ldmatrix.x4 (PTX ISA, Warp Level Matrix Instructions: ldmatrix): four 8 x 8 matrices of 16-bit elements, of which lane i
 // gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(unsigned* x, const void* row_smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(smem_address(row_smem))
+               : "memory");
+}
+
+// stmatrix.x4 (PTX ISA, Warp Level Matrix Instructions: stmatrix): the way back.
+__device__ __forceinline__ void store_matrices(void* row_smem, const unsigned (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(row_smem)), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
 

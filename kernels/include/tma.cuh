@@ -23,5 +23,25 @@ __device__ __forceinline__ void tma_load_4d(void* dst_smem, const CUtensorMap& m
       : "memory");
 }
 
+// cp.async.bulk.tensor.4d, the other way: one box from shared memory, by the threads that `ask` for it. Rows beyond the
+// tensor's last are not written; a box must not begin before its first. Predicated, since a branch would take what is uniform
+// out of the uniform registers.
+__device__ __forceinline__ void tma_store_4d(bool ask, const CUtensorMap& map, const void* src_smem, int column, int row,
+                                             int head, int batch) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ask;\n"
+      "setp.ne.s32 ask, %6, 0;\n"
+      "@ask cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
+      "}\n" ::"l"(&map),
+      "r"(smem_address(src_smem)), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(int(ask))
+      : "memory");
+}
+
+// cp.async.bulk.commit_group, wait_group.read (PTX ISA, Data Movement: cp.async.bulk.commit_group): close the group of copies
+// from shared memory that the thread has asked for; wait until what they read may be overwritten.
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 // fence.proxy.async (PTX ISA, membar/fence): what this thread wrote to shared memory is seen by tensor copies and wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

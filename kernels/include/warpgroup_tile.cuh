@@ -8,6 +8,7 @@
 constexpr int WARP = 32;
 constexpr int WARPGROUP = 4 * WARP;
 constexpr int WARPGROUP_ROWS = 64;  // the M of wgmma
+constexpr int WARP_ROWS = WARPGROUP_ROWS / 4;
 constexpr int DEPTH = 16;           // the K of wgmma
 constexpr int BLOCK_COLUMNS = 64;   // elements in 128 bytes, the widest swizzle
 constexpr int ROW_BYTES = 128;
@@ -28,12 +29,19 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // `ROWS` rows of one head, from `first_row` on, to shared memory; by one thread.
 template <int ROWS>
-__device__ __forceinline__ void load_rows(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_row,
+__device__ __forceinline__ void copy_rows(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_row,
                                           int head, int batch) {
-  mbarrier_arrive_expect_tx(full, ROWS * HEAD_DIM * sizeof(Element));
 #pragma unroll
   for (int block = 0; block < COLUMN_BLOCKS; ++block)
     tma_load_4d(dst_smem + block * ROWS * ROW_BYTES, map, full, block * BLOCK_COLUMNS, first_row, head, batch);
+}
+
+// The same, with its arrival at the barrier.
+template <int ROWS>
+__device__ __forceinline__ void load_rows(unsigned char* dst_smem, const CUtensorMap& map, Mbarrier* full, int first_row,
+                                          int head, int batch) {
+  mbarrier_arrive_expect_tx(full, ROWS * HEAD_DIM * sizeof(Element));
+  copy_rows<ROWS>(dst_smem, map, full, first_row, head, batch);
 }
 
 // The first steps' columns of a warpgroup's rows of Q, as wgmma takes its left operand from registers.
@@ -77,57 +85,38 @@ __device__ __forceinline__ void multiply_p_v(float (&o)[OUTPUTS], const unsigned
     Wgmma<HEAD_DIM>::registers(o, &p[4 * step], v.at(step * DEPTH * ROW_BYTES), add || step > 0);
 }
 
-// O / l to global memory. The four lanes of a row transpose four groups of eight columns among themselves, so that each
-// stores 16 bytes.
-__device__ __forceinline__ void store_out(const float (&o)[OUTPUTS], const float (&inverse)[2], Element* const (&row_gmem)[2],
-                                          int lane) {
-  const bool odd = lane & 1, high = lane & 2;
+// O / l of a warp's rows to shared memory, where the same rows of Q stood in a tile of TILE_M, for a tensor copy to take from
+// there. A row that saw no key gives 0.
+template <int TILE_M>
+__device__ __forceinline__ void stage_out(unsigned char* out_smem, int warp_row, int lane, const float (&o)[OUTPUTS],
+                                          const float (&row_sum)[2]) {
+  float inverse[2];
 #pragma unroll
-  for (int first = 0; first < HEAD_DIM / 8; first += 4) {
+  for (int r = 0; r < 2; ++r) inverse[r] = row_sum[r] == 0.f ? 0.f : rcp_approx(row_sum[r]);
+  int own_row = warp_row + lane % 16;
+  asm volatile("" : "+r"(own_row));  // addresses are worked out here, and kept in no register before
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      unsigned piece[4];  // of group `first + g`: columns 2 * (lane % 4) and the next
+  for (int step = 0; step < HEAD_DIM / DEPTH; ++step) {
+    unsigned pairs[4];
 #pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        const int i = (first + g) * 4 + row * 2;
-        piece[g] = pack_pair(o[i] * inverse[row], o[i + 1] * inverse[row]);
-      }
-#pragma unroll
-      for (int g = 0; g < 4; g += 2) {
-        const unsigned other = __shfl_xor_sync(~0u, odd ? piece[g] : piece[g + 1], 1);
-        (odd ? piece[g] : piece[g + 1]) = other;
-      }
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        const unsigned other = __shfl_xor_sync(~0u, high ? piece[g] : piece[g + 2], 2);
-        (high ? piece[g] : piece[g + 2]) = other;
-      }
-      if (row_gmem[row] != nullptr)
-        *reinterpret_cast<uint4*>(row_gmem[row] + (first + lane % 4) * 8) = make_uint4(piece[0], piece[1], piece[2], piece[3]);
-    }
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = pack_pair(o[step * 8 + 2 * i] * inverse[i % 2], o[step * 8 + 2 * i + 1] * inverse[i % 2]);
+    const int block = step / (BLOCK_COLUMNS / DEPTH), piece = step % (BLOCK_COLUMNS / DEPTH) * 2 + lane / 16;
+    store_matrices(out_smem + (block * TILE_M + own_row) * ROW_BYTES + (piece ^ own_row % 8) * 16, pairs);
   }
+  fence_proxy_async();  // waits for all that the thread has written anywhere: so nothing goes to global memory before
 }
 
-// The outcome of a thread's two rows: O / l to `out`, m + ln(l) to `lse`. A row that saw no key gives 0, and -inf.
-// reference: what was subtracted, of the base-2 logarithm; row_sum: over this thread's columns.
-__device__ __forceinline__ void store_rows(const AttentionParams& params, const Tile& tile, int row, int lane,
-                                           const float (&o)[OUTPUTS], const float (&reference)[2],
-                                           const float (&row_sum)[2]) {
-  float inverse[2];
-  Element* row_gmem[2];
+// m + ln(l) of a row; minus infinity where it saw no key. reference: what was subtracted, of the base-2 logarithm.
+__device__ __forceinline__ float log_sum_exp(float reference, float row_sum) {
+  return (reference + lg2_approx(row_sum)) * LN_2;
+}
+
+// The lse of a thread's two rows to global memory.
+__device__ __forceinline__ void store_lse(const AttentionParams& params, const Tile& tile, int row, int lane,
+                                          const float (&lse)[2]) {
+  float* head_gmem = params.lse_gmem + (Index(tile.batch) * params.num_heads_q + tile.head) * params.seqlen_q;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(row_sum[r]);
-    inverse[r] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
-    const int out_row = row + 8 * r;
-    const bool exists = row_exists(params, out_row);
-    row_gmem[r] = exists ? params.out_gmem + tile.batch * params.out.batch + tile.head * params.out.head +
-                               out_row * params.out.row
-                         : nullptr;
-    if (exists && lane % 4 == 0) {
-      const Index lse_row = (Index(tile.batch) * params.num_heads_q + tile.head) * params.seqlen_q + out_row;
-      params.lse_gmem[lse_row] = sum == 0.f ? -INFINITY : reference[r] * LN_2 + logf(sum);
-    }
-  }
-  store_out(o, inverse, row_gmem, lane);
+  for (int r = 0; r < 2; ++r)
+    if (row_exists(params, row + 8 * r) && lane % 4 == 0) head_gmem[row + 8 * r] = lse[r];
 }

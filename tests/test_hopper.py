@@ -7,7 +7,9 @@ import functools
 import itertools
 import math
 import random
+import shutil
 import struct
+import subprocess
 
 import pytest
 import torch
@@ -222,6 +224,26 @@ def test_there_are_no_sections_or_as_many_as_are_about_as_even_as_any(on_an_h200
         loads = {n: largest_load(pages, heads, blocks, n) for n in (0, *tried)}
         even = [n for n, load in loads.items() if load <= (1 + AS_EVEN) * min(loads.values())]
         assert sections == (0 if 0 in even or not problem.causal else even[-1])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the host")
+def test_the_kernel_finds_the_tile_at_each_position(tmp_path):
+    """`heavy_to_light` is plain C++: compiled for the host, beside sorting."""
+    text = build.kernel_source("attention_hopper")
+    start = text.index("__device__ __forceinline__ int heavy_to_light")
+    body = text[start : text.index("\n}\n", start) + 3].replace("__device__ __forceinline__ ", "")
+    cases = [(first, end, tiles) for tiles in (1, 2, 3, 8, 11) for first in range(25) for end in range(first + 1, 60)]
+    calls = "".join(f"show({first}, {end}, {tiles});\n" for first, end, tiles in cases)
+    (tmp_path / "found.cpp").write_text(
+        f"#include <algorithm>\n#include <cstdio>\nusing std::min, std::max;\n{body}"
+        "void show(int first, int end, int tiles) {\n"
+        '  for (int i = 0; i < end - first; ++i) std::printf("%d ", heavy_to_light(i, first, end, tiles));\n'
+        '  std::printf("\\n");\n}\n'
+        f"int main() {{\n{calls}}}\n"
+    )
+    subprocess.run(["c++", "-std=c++17", "-o", tmp_path / "found", tmp_path / "found.cpp"], check=True)
+    found = subprocess.run([tmp_path / "found"], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [[int(n) for n in line.split()] for line in found] == [heavy_to_light(*case) for case in cases]
 
 
 def test_few_heads_are_under_way_at_a_time(on_an_h200):

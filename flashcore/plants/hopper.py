@@ -143,14 +143,6 @@ V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGE
 V_IS_READ = "      release(&smem.v_empty[at.slot]);\n      at = k_at;"
 NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n    mbarrier_wait"
 
-SPLIT_STATE = "float s[TILE_N / 2], o[OUTPUTS];"
-UNSPLIT_MASK = "if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);"
-UNSPLIT_P_V = "multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);"
-UNSPLIT_ACCUM = ("TRACE(stages.accum(page - 1, o);)", "TRACE(if (pages > 0) stages.accum(pages - 1, o);)")
-V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGED("
-V_IS_READ = "      release(&smem.v_empty[at.slot]);\n      at = k_at;"
-NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n    mbarrier_wait"
-
 UNSPLIT: Plants = {
     **SHARED,
     **LATER_PAGES,

@@ -300,7 +300,7 @@ def told(monkeypatch, on_an_h200):
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_an_entry_function_is_told_params_three_maps_and_unsplit_the_section(told, split):
+def test_an_entry_function_is_told_params_maps_and_unsplit_the_sections(told, split):
     problem = PLAIN.with_(dtype="bfloat16")
     q, k, v = tensors(problem)
     k = k.transpose(1, 2).contiguous().transpose(1, 2)  # a view of [B,S,H,D]

@@ -45,20 +45,21 @@ class Hopper(CudaBackend):
         return SPLIT if tiles <= multiprocessors(device) else self.kernel
 
     def arguments(self, q, k, v, out, lse, problem: Problem, loaded: LoadedKernel) -> list[bytes]:
-        def described(name: str, tensor: torch.Tensor, rows: int) -> bytes:
-            strides = self.strides(name, tensor)
-            return tensor_map(tensor.data_ptr(), tensor.shape, strides, rows=rows, dtype=problem.dtype, name=name)
-
         arguments = [
             self.params(q, k, v, out, lse, problem),
-            described("q", q, loaded.tile_m),
-            described("k", k, loaded.tile_n),
-            described("v", v, loaded.tile_n),
+            self.row_map("q", q, loaded.tile_m, problem.dtype),
+            self.row_map("k", k, loaded.tile_n, problem.dtype),
+            self.row_map("v", v, loaded.tile_n, problem.dtype),
         ]
         if loaded.num_splits == 1:
-            arguments.append(described("out", out, WARP_ROWS))
+            arguments.append(self.row_map("out", out, WARP_ROWS, problem.dtype))
             arguments.append(struct.pack("i", self.sections(problem, loaded, q.device.index or 0)))
         return arguments
+
+    def row_map(self, name: str, tensor: torch.Tensor, rows: int, dtype: str) -> bytes:
+        """A tensor map over tensor `name` (q, k, v or out), for boxes of so many rows of one head."""
+        strides = self.strides(name, tensor)
+        return tensor_map(tensor.data_ptr(), tensor.shape, strides, rows=rows, dtype=dtype, name=name)
 
     def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
         """One block a multiprocessor, which takes one tile after the other; with split keys one block a tile."""

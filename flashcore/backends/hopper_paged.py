@@ -7,7 +7,6 @@ import struct
 from flashcore.backends import register
 from flashcore.backends._dealing import WARP_ROWS
 from flashcore.backends._paged import PagedBackend
-from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends.hopper import HopperUnsplit
 from flashcore.paging import PagedKV
 from flashcore.problem import Problem
@@ -25,18 +24,12 @@ class HopperPaged(PagedBackend, HopperUnsplit):
         return (("FLASHCORE_PAGED", 1), *super().defines(problem, device))
 
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
-        q_map, out_map = (
-            tensor_map(
-                tensor.data_ptr(), tensor.shape, self.strides(name, tensor), rows=rows, dtype=problem.dtype, name=name
-            )
-            for name, tensor, rows in (("q", q, loaded.tile_m), ("out", out, WARP_ROWS))
-        )
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
-            q_map,
+            self.row_map("q", q, loaded.tile_m, problem.dtype),
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=True),
             self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=True),
-            out_map,
+            self.row_map("out", out, WARP_ROWS, problem.dtype),
             struct.pack("i", self.sections(problem, loaded, q.device.index or 0)),
             self.paged_params(cache, selection),
         ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-import statistics
 
 import pytest
 import torch
+from gpu_tools import nothing_synchronises
 
 from flashcore import build
 from flashcore.errors import InvalidProblem
@@ -16,6 +16,7 @@ from flashcore.paging._selecting import KERNEL, MOST_PAGES, MOST_ROWS, PARAMS, p
 from flashcore.paging.stability import check_selection
 from flashcore.planting import Source
 from flashcore.plants.page_selection import RACY_BASE
+from flashcore.profiling import graph_us
 
 DEVICE = "cuda"
 VARIANTS = build.variants(KERNEL)
@@ -350,11 +351,8 @@ def test_the_policy_uses_it_and_nothing_synchronises(monkeypatch):
     q, cache, policy = case(6, DEVICE, whole=True)
     policy.select(q, cache)
     monkeypatch.setattr(TopK, "_select_in_torch", never)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_synchronises():
         found = policy.select(q, cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     found.check(cache)
 
 
@@ -366,17 +364,5 @@ def test_how_long_it_takes(batch, pages):
                        batch=batch, max_pages=pages, page_size=128, holes=False, odd_keys=False)  # fmt: skip
     cache.lengths.fill_(pages * 128)
     policy = TopK(share=0.25)
-    by_kernel(policy, q, cache)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(20):
-            by_kernel(policy, q, cache)
-    times = []
-    for _ in range(21):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / 20)
-    print(f"\npage_selection, {batch} sequences of {pages} pages: {statistics.median(times):.2f} us")
+    taken = graph_us(lambda _: by_kernel(policy, q, cache), rounds=21)
+    print(f"\npage_selection, {batch} sequences of {pages} pages: {taken:.2f} us")

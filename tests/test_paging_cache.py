@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_tools import nothing_synchronises
 
 from flashcore.errors import (
     FlashCoreError,
@@ -466,8 +467,7 @@ def test_a_captured_write_replays():
 def test_nothing_synchronises_on_the_gpu():
     cache = make(num_pages=32, batch=2, device="cuda")
     k, v = (t.cuda() for t in tokens(40, sequences=2))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_synchronises():
         first = cache.add()
         cache.append(k[:1], v[:1])
         child = cache.fork(first)
@@ -476,6 +476,4 @@ def test_nothing_synchronises_on_the_gpu():
         cache.drop(child, [0])
         cache.truncate(child, 60)
         cache.free(child)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     cache.check()

@@ -15,9 +15,9 @@ _HOMES = {
     "RunFolder": "flashcore.records",
     "Trial": "flashcore.records",
     "FlashCoreError": "flashcore.errors",
-    "check_attention": "flashcore.check",
+    "check_attention": "flashcore.measure.check",
     "bisect": "flashcore.bisection",
-    "report": "flashcore.pipeline",
+    "report": "flashcore.pipeline.reporting",
 }
 
 __all__ = ["__version__", *_HOMES]

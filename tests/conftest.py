@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from flashcore import device
+from flashcore.gpu import device
 from flashcore.records import RunFolder
 
 os.environ.setdefault("MPLBACKEND", "Agg")

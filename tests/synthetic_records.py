@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from flashcore.build import source_hashes
+from flashcore.gpu.build import source_hashes
 from flashcore.problem import PRESETS, Problem, square
 from flashcore.records import Correctness, RunFolder, Timing, Trial
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flashcore.cublaslt import Algorithm, Product
 from flashcore.errors import CublasLtError
-from flashcore.matmul_heuristics import Prediction
+from flashcore.gpu.cublaslt import Algorithm, Product
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Correctness, Timing, Trial
-from flashcore.survey import Measured, Roofs, trials_of
-from flashcore.survey_grid import SurveyCase, survey_grid
+from flashcore.survey.grid import SurveyCase, survey_grid
+from flashcore.survey.matmul_heuristics import Prediction
+from flashcore.survey.measuring import Measured, Roofs, trials_of
 
 ROOFS = Roofs({"float16": 700.0, "bfloat16": 720.0}, 4.0)
 ENVIRONMENT = {"id": "env-synthetic001", "gpu": "SYNTHETIC H200", "date": "2001-02-03T04:05:06+00:00",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import synthetic_survey as synthetic
 
-from flashcore.answers import answers, answers_html
+from flashcore.drawing.answers import answers, answers_html
 from flashcore.records import Trial
 
 

@@ -6,12 +6,14 @@ import types
 import pytest
 import torch
 
-from flashcore import backends, reference
+from flashcore import backends
+from flashcore.backends import _registry
 from flashcore.errors import BackendUnavailable, FlashCoreError, UnknownName, Unsupported
-from flashcore.inputs import make_inputs
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.reference import STAGES
 from flashcore.ops import problem_of
 from flashcore.problem import Problem, square
-from flashcore.reference import STAGES
 
 OURS = {"reference", "cpu", "sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3"}
 UNEQUAL = Problem(batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=50, head_dim=24, causal=True)
@@ -59,7 +61,7 @@ def test_a_plugin_folder_adds_a_backend(tmp_path, monkeypatch):
     try:
         assert backends.get("toy-mean").title == "the mean of V"
     finally:
-        backends._REGISTRY.pop("toy-mean", None)
+        _registry._REGISTRY.pop("toy-mean", None)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -10,16 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashcore import backends, reference
+from flashcore import backends
 from flashcore.backends import Availability
 from flashcore.backends.cpu import CpuBackend
-from flashcore.bisection import bisect, bisect_trial, judge
-from flashcore.check import check_attention
+from flashcore.bisection.bisecting import bisect, bisect_trial, judge
 from flashcore.errors import FlashCoreError, Unsupported
-from flashcore.inputs import PATTERNS, make_inputs
+from flashcore.measure.check import check_attention
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import PATTERNS, make_inputs
+from flashcore.numerics.reference import STAGES, Trace
 from flashcore.problem import Problem, square
 from flashcore.records import Trial
-from flashcore.reference import STAGES, Trace
 
 FOUR_PAGES = square(2, 2, 128, 32, page_size=32)
 GROUPED = FOUR_PAGES.with_(num_heads_q=4)
@@ -128,7 +129,7 @@ def test_coverage_is_complete_whatever_the_chunk(monkeypatch):
     whole = bisect("cpu", GROUPED)
     assert whole.coverage == {"batches": 2, "heads": 4, "pages": 4, "page_size": 32, "complete": True,
                               "elements": 8 * 128 * (2 * 128 + 4 * (3 + 32) + 32 + 1)}  # fmt: skip
-    monkeypatch.setattr("flashcore.bisection.CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr("flashcore.bisection.bisecting.CHUNK_ELEMENTS", {"cpu": 1})
     pieces = bisect("cpu", GROUPED)
     assert pieces.coverage == whole.coverage and pieces.passed
 
@@ -350,7 +351,7 @@ BUGS = [
 @pytest.mark.parametrize("chunk", [1 << 20, 1])
 def test_a_planted_bug_is_found_where_it_was_made(case, chunk, monkeypatch):
     bug, problem, pattern, producers, propagators, place = case
-    monkeypatch.setattr("flashcore.bisection.CHUNK_ELEMENTS", {"cpu": chunk})
+    monkeypatch.setattr("flashcore.bisection.bisecting.CHUNK_ELEMENTS", {"cpu": chunk})
     assert bisect("cpu", problem, pattern=pattern).passed, "the clean run has to be silent"
     backend = bug()
     backend.id = "planted"

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from flashcore import build
 from flashcore.errors import CompileError, UnknownName
+from flashcore.gpu import build
 
 TINY = """// A kernel of the tests.
 // Variants: head_dim 64, dtype float16

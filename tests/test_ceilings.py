@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from flashcore import ceilings
+from flashcore.measure import ceilings
 
 
 def test_a_cpus_ceilings_are_recorded_with_unit_and_method(run, monkeypatch):

@@ -6,13 +6,14 @@ import re
 import pytest
 import torch
 
-from flashcore import backends, check
+from flashcore import backends
 from flashcore.backends import Availability
 from flashcore.backends.cpu import CpuBackend
-from flashcore.check import check_attention, compare
 from flashcore.errors import UnknownName
-from flashcore.inputs import PATTERNS
-from flashcore.outputs import new_output
+from flashcore.measure import check
+from flashcore.measure.check import check_attention, compare
+from flashcore.numerics.inputs import PATTERNS
+from flashcore.numerics.outputs import new_output
 from flashcore.problem import Problem, square
 from flashcore.records import Trial
 
@@ -147,7 +148,7 @@ def test_nan_in_the_inputs_is_not_laid_at_the_backend(monkeypatch):
 
 
 def test_compare_counts_first_and_worst(monkeypatch):
-    monkeypatch.setattr("flashcore.tolerance.ELEMENTS_AT_ONCE", 5)
+    monkeypatch.setattr("flashcore.numerics.tolerance.ELEMENTS_AT_ONCE", 5)
     expected = torch.zeros(3, 4, dtype=torch.float64)
     expected[0, 0] = -math.inf
     got = expected.clone()

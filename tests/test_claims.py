@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from flashcore import claims as library
-from flashcore import cli, pipeline
-from flashcore.build import data_dir
-from flashcore.claims.file import UNITS, shipped_path
-from flashcore.claims.findings import apart, divided
+from flashcore.cli import program
+from flashcore.decision import claims as library
+from flashcore.decision.claims.file import UNITS, shipped_path
+from flashcore.decision.claims.findings import apart, divided
 from flashcore.errors import ClaimsError
+from flashcore.paths import data_dir
+from flashcore.pipeline import reporting
 from flashcore.problem import PRESETS, square
 from flashcore.records import RunFolder, Trial, read_trials
 
@@ -631,13 +632,13 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def _printed_where_the_runner_looks(monkeypatch):
-    monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(program, "err", Console(stderr=True, highlight=False, soft_wrap=True))
     monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
     monkeypatch.delenv("FLASHCORE_DEBUG")
 
 
 def test_the_command_prints_the_audit_and_ends_with_0_whatever_it_found(run):
-    done = runner.invoke(cli.app, ["claims", "--run", str(run.path)])
+    done = runner.invoke(program.app, ["claims", "--run", str(run.path)])
     assert done.exit_code == 0, done.output
     for words in ("Claims, audited", "impossible", "contradicted", "call-270us: 270 µs, impossible", "21 claims:"):
         assert words in done.stdout
@@ -648,7 +649,7 @@ def test_the_command_takes_a_run_of_its_own_and_a_file(tmp_path):
     run = synthetic.write_run(tmp_path / "run", TRIALS, ENVIRONMENT)
     file = tmp_path / "mine.toml"
     file.write_text(claim_text("mine", "latency_us", 0.9, "s", workload="report", backend="wmma"), encoding="utf-8")
-    done = runner.invoke(cli.app, ["claims", str(file), "--run", str(run.path), "--json"])
+    done = runner.invoke(program.app, ["claims", str(file), "--run", str(run.path), "--json"])
     assert done.exit_code == 0
     (trial,) = [Trial.model_validate_json(line) for line in done.stdout.splitlines()]
     assert (trial.kind, trial.data["verdict"]) == ("claim", "contradicted")
@@ -657,19 +658,19 @@ def test_the_command_takes_a_run_of_its_own_and_a_file(tmp_path):
 
 def test_without_any_run_the_recorded_one_stands_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "runs_dir", lambda out=None: tmp_path / "runs")
-    done = runner.invoke(cli.app, ["claims"])
+    monkeypatch.setattr(reporting, "runs_dir", lambda out=None: tmp_path / "runs")
+    done = runner.invoke(program.app, ["claims"])
     assert done.exit_code == 0 and "Recorded on NVIDIA H200" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["none.toml"], ["--run", "no-such-run"], ["--nonsense"]], ids=" ".join)
 def test_usage_errors_are_exit_code_2_and_one_sentence(arguments):
-    done = runner.invoke(cli.app, ["claims", *arguments])
+    done = runner.invoke(program.app, ["claims", *arguments])
     assert done.exit_code == 2 and "Traceback" not in done.output
 
 
 def test_help_says_what_the_exit_code_means():
-    done = runner.invoke(cli.app, ["claims", "--help"], terminal_width=200)
+    done = runner.invoke(program.app, ["claims", "--help"], terminal_width=200)
     assert "whatever it found" in " ".join(done.stdout.split())
 
 

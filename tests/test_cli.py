@@ -10,9 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 import flashcore
-from flashcore import cli, device, pipeline, verdict
-from flashcore.cli import app
+from flashcore.cli import program
+from flashcore.cli.program import app
+from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError
+from flashcore.gpu import device
+from flashcore.pipeline import reporting
 from flashcore.records import Trial
 
 runner = CliRunner()
@@ -22,8 +25,8 @@ runner = CliRunner()
 def _printed_where_the_runner_looks(monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr(cli, "out", Console(highlight=False, width=cli.WIDTH_OF_A_FILE))
-    monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(program, "out", Console(highlight=False, width=program.WIDTH_OF_A_FILE))
+    monkeypatch.setattr(program, "err", Console(stderr=True, highlight=False, soft_wrap=True))
     monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
     monkeypatch.delenv("FLASHCORE_DEBUG")
 
@@ -32,8 +35,8 @@ def decision(word: str) -> verdict.Decision:
     return verdict.Decision(verdict=word, reason="Because.", gates=())
 
 
-def result(run, word: str = "GO", failed: dict | None = None) -> pipeline.ReportResult:
-    return pipeline.ReportResult(run, run.path / "report.html", decision(word), failed or {})
+def result(run, word: str = "GO", failed: dict | None = None) -> reporting.ReportResult:
+    return reporting.ReportResult(run, run.path / "report.html", decision(word), failed or {})
 
 
 def test_the_version():
@@ -43,7 +46,7 @@ def test_the_version():
 
 def test_help_needs_neither_torch_nor_cuda():
     program = (
-        "import sys; from flashcore.cli import app; "
+        "import sys; from flashcore.cli.program import app; "
         "app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -73,7 +76,7 @@ def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
     def fail(*args, **kwargs):
         raise FlashCoreError("It broke [here]. Mend it so.")
 
-    monkeypatch.setattr(pipeline, "report", fail)
+    monkeypatch.setattr(reporting, "report", fail)
     done = runner.invoke(app, ["report"])
     assert (done.exit_code, done.stdout, done.stderr) == (2, "", "It broke [here]. Mend it so.\n")
     done = runner.invoke(app, ["--debug", "report"])
@@ -82,7 +85,7 @@ def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
 
 def test_the_profile_follows_the_machine_unless_it_is_named(monkeypatch, run):
     asked = []
-    monkeypatch.setattr(pipeline, "report", lambda **given: asked.append(given) or result(run))
+    monkeypatch.setattr(reporting, "report", lambda **given: asked.append(given) or result(run))
     for gpu in (False, True):
         monkeypatch.setattr(device, "has_gpu", lambda gpu=gpu: gpu)
         assert runner.invoke(app, ["report"]).exit_code == 0
@@ -94,11 +97,11 @@ def test_the_profile_follows_the_machine_unless_it_is_named(monkeypatch, run):
 
 @pytest.mark.parametrize("word", verdict.EXIT_CODES)
 def test_report_is_exit_code_0_whatever_the_verdict_and_1_when_a_notebook_failed(monkeypatch, run, word):
-    monkeypatch.setattr(pipeline, "report", lambda **given: result(run, word))
+    monkeypatch.setattr(reporting, "report", lambda **given: result(run, word))
     done = runner.invoke(app, ["report"])
     assert done.exit_code == 0 and f"Verdict: {word}. Because." in done.stdout
     assert done.stdout.rstrip().splitlines()[-1] == f"Report: {run.path / 'report.html'}"
-    monkeypatch.setattr(pipeline, "report", lambda **given: result(run, word, {"04_tflops_sweep": "its kernel died"}))
+    monkeypatch.setattr(reporting, "report", lambda **given: result(run, word, {"04_tflops_sweep": "its kernel died"}))
     done = runner.invoke(app, ["report"])
     assert done.exit_code == 1 and "Notebook 04_tflops_sweep did not finish: its kernel died" in done.stdout
 
@@ -139,7 +142,7 @@ def test_a_render_that_fails_is_exit_code_1(monkeypatch, run):
     def fail(found, *, variant):
         raise NotebookFailed("06_status_report", "its kernel died")
 
-    monkeypatch.setattr(pipeline, "render", fail)
+    monkeypatch.setattr(reporting, "render", fail)
     done = runner.invoke(app, ["render", str(run.path)])
     assert done.exit_code == 1 and "06_status_report" in done.stderr
 
@@ -160,13 +163,15 @@ def test_a_page_that_cannot_be_made_as_asked_is_one_sentence(run, words, said):
 
 def test_render_says_where_page_and_pdf_are_or_why_there_is_none(monkeypatch, run):
     asked = []
-    monkeypatch.setattr(pipeline, "render", lambda found, *, variant: asked.append(variant) or run.path / "report.html")
-    monkeypatch.setattr(pipeline, "print_page", lambda found: (run.path / "report.pdf", ""))
+    monkeypatch.setattr(
+        reporting, "render", lambda found, *, variant: asked.append(variant) or run.path / "report.html"
+    )
+    monkeypatch.setattr(reporting, "print_page", lambda found: (run.path / "report.pdf", ""))
     line = ["render", str(run.path), "--audience", "leadership", "--organisation", "Us", "--sections", "speed"]
     done = runner.invoke(app, line)
     assert done.exit_code == 0 and f"PDF: {run.path / 'report.pdf'}" in done.stdout
     assert (asked[0].audience, asked[0].organisation, asked[0].sections) == ("leadership", "Us", ("speed",))
-    monkeypatch.setattr(pipeline, "print_page", lambda found: (None, "No PDF was made: no browser."))
+    monkeypatch.setattr(reporting, "print_page", lambda found: (None, "No PDF was made: no browser."))
     done = runner.invoke(app, ["render", str(run.path)])
     assert done.exit_code == 0 and "No PDF was made: no browser." in done.stdout
     assert "PDF" not in runner.invoke(app, ["render", str(run.path), "--no-pdf"]).stdout

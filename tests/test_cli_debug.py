@@ -8,8 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flashcore import cli, cli_debug, planting, proving, sanitizer
-from flashcore.faults import get
+from flashcore.cli import debug, program
+from flashcore.faults import planting, proving
+from flashcore.faults.catalogue import get
+from flashcore.faults.sanitizer import sanitizing
 from flashcore.records import RunFolder, Trial
 
 runner = CliRunner()
@@ -20,12 +22,12 @@ SMALL = ["--problem", "B=1,H=2,S=64,D=32,page=32"]
 def app(monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr(cli, "err", Console(stderr=True, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(program, "err", Console(stderr=True, highlight=False, soft_wrap=True))
     monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
     monkeypatch.delenv("FLASHCORE_DEBUG")
-    program = typer.Typer(cls=cli._Group, pretty_exceptions_enable=False)
-    cli_debug.add_to(program)
-    return program
+    small = typer.Typer(cls=program._Group, pretty_exceptions_enable=False)
+    debug.add_to(small)
+    return small
 
 
 def test_a_clean_backend_is_silent_and_exits_0(app):
@@ -117,7 +119,7 @@ def test_a_missed_fault_is_said_and_exits_3(app, monkeypatch):
 )
 def test_exit_codes_of_sanitize(app, monkeypatch, statuses, code):
     trials = [Trial(kind="sanitizer", backend="wmma", variant="memcheck", status=s, reason="because") for s in statuses]
-    monkeypatch.setattr(sanitizer, "sanitize", lambda *_, **__: trials)
+    monkeypatch.setattr(sanitizing, "sanitize", lambda *_, **__: trials)
     done = runner.invoke(app, ["sanitize", "--backend", "wmma"])
     assert done.exit_code == code, done.output
     assert ("not available" in done.stdout) == ("unavailable" in statuses)
@@ -127,5 +129,5 @@ def test_the_modules_load_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, flashcore.cli_debug, flashcore.stage_plots; sys.exit('torch' in sys.modules)"
+    code = "import sys, flashcore.cli.debug, flashcore.drawing.stage_plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from flashcore import cublaslt
-from flashcore.cublaslt import Algorithm, Product
 from flashcore.errors import CublasLtError, InvalidProblem, ToolMissing, UnknownName
+from flashcore.gpu import cublaslt
+from flashcore.gpu.cublaslt import Algorithm, Product
 
 QK = Product(m=2048, n=128, k=64, transpose_b=True)
 

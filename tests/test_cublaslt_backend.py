@@ -8,17 +8,19 @@ import dataclasses
 import pytest
 import torch
 
-from flashcore import backends, cublaslt, faults
-from flashcore import outputs as _outputs
+from flashcore import backends
 from flashcore.backends import cublaslt_graph
 from flashcore.backends._cublaslt_cut import Workspace
 from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
 from flashcore.backends.cublaslt_graph import CublasLtGraph
-from flashcore.cublaslt import Algorithm, Product
-from flashcore.inputs import make_inputs
-from flashcore.planting import PLAIN
+from flashcore.faults import catalogue
+from flashcore.faults.planting import PLAIN
+from flashcore.gpu import cublaslt
+from flashcore.gpu.cublaslt import Algorithm, Product
+from flashcore.numerics import outputs as _outputs
+from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.reference import attention
 from flashcore.problem import PRESETS, Problem, square
-from flashcore.reference import attention
 
 GROUPED = Problem(batch=3, num_heads_q=8, num_heads_kv=4, seqlen_q=32, seqlen_k=48, head_dim=64)
 
@@ -124,7 +126,7 @@ def test_f4_turns_the_layout_of_k_in_the_tail_alone(monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr("flashcore.backends.cublaslt.choose", stop)
-    planted = faults.get("F4").plant("cublaslt")
+    planted = catalogue.get("F4").plant("cublaslt")
     for keys, transposed, told in ((60, True, (60, 64)), (20, True, (64, 20)), (20, False, (64, 20))):
         with pytest.raises(StopIteration):
             planted.plan(Product(100, keys, 64, transpose_b=transposed), 1.0, 0.0, 0, 0)
@@ -133,7 +135,7 @@ def test_f4_turns_the_layout_of_k_in_the_tail_alone(monkeypatch):
 
 def test_f5_gives_four_bytes_for_the_stride_between_heads():
     q, k, v = make_inputs(PLAIN)
-    planted = faults.get("F5").plant("cublaslt")
+    planted = catalogue.get("F5").plant("cublaslt")
     assert [getattr(s, "nbytes", None) for s in planted.strides("k", k)] == [None, 4, None]
     assert planted.strides("k", k) == list(k.stride()[:3]) and planted.strides("v", v) == list(v.stride()[:3])
 
@@ -142,7 +144,7 @@ def test_f14_runs_another_tile_than_it_names_within_the_room_of_the_one_named(mo
     offered = [algorithm(0, "64x48"), algorithm(1, "64x48"), algorithm(2, "128x64", 4096), algorithm(3, "128x96")]
     monkeypatch.setattr(cublaslt, "candidates", lambda product, **_: offered)
     monkeypatch.setattr(cublaslt, "Plan", lambda product, chosen, **more: (chosen, more))
-    planted = faults.get("F14").plant("cublaslt-batched")
+    planted = catalogue.get("F14").plant("cublaslt-batched")
     chosen, more = planted.plan(Product(8, 8, 8), 0.5, 1.0, 0, 1 << 20)
     assert chosen.raw == offered[3].raw and dataclasses.replace(chosen, raw=offered[0].raw) == offered[0]
     assert more == {"alpha": 0.5, "beta": 1.0, "device": 0}
@@ -289,7 +291,7 @@ def test_a_page_table_selects_keys_on_a_gpu(backend, tables):
 
 @pytest.mark.gpu
 def test_a_sparse_trace_is_that_of_the_keys_side_by_side_on_a_gpu():
-    from flashcore.bisection import judge
+    from flashcore.bisection.bisecting import judge
 
     problem = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=100, seqlen_k=300, head_dim=64, page_size=64)
     tables = torch.tensor([[3, 0, 4], [2, 1, 4]], dtype=torch.int32, device="cuda")

@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from flashcore import backends, faults, reference
+from flashcore import backends
 from flashcore.backends import AVAILABLE
 from flashcore.backends import cublaslt as module
 from flashcore.backends._cuda import PARAMS
 from flashcore.backends._page_tables import END
 from flashcore.backends._traces import TRACE
 from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
-from flashcore.bisection import bisect, judge
-from flashcore.check import check_attention
+from flashcore.bisection.bisecting import bisect, judge
 from flashcore.errors import CublasLtError, PageTableError, Unsupported
-from flashcore.inputs import make_inputs
-from flashcore.outputs import poisoned_outputs
-from flashcore.planting import PLAIN
+from flashcore.faults import catalogue
+from flashcore.faults.planting import PLAIN
+from flashcore.measure.check import check_attention
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.problem import Problem
 
 NUMPY = {"float16": np.float16, "float32": np.float32}
@@ -186,7 +188,7 @@ HOST_SIDE = ["F3", "F11", "F12", "G5", "G6", "G8", "G16"]
 @pytest.mark.parametrize("name", HOST_SIDE)
 def test_a_wrong_host_side_argument_is_found_at_its_stage(name):
     """F11 reads past the end of K here as it does there, so K lies inside a larger piece of memory."""
-    fault = faults.get(name)
+    fault = catalogue.get(name)
     for backend in ("cublaslt", "cublaslt-batched"):
         methods = dict(fault.plants[backend].methods)
         clean = type("Clean", (Emulated, type(backends.get(backend))), {"pages_of": methods["pages_of"]})()

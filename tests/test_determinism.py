@@ -9,9 +9,9 @@ import pytest
 
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
-from flashcore.determinism import check_determinism
 from flashcore.errors import InvalidProblem
-from flashcore.faults import get
+from flashcore.faults.catalogue import get
+from flashcore.measure.determinism import check_determinism
 from flashcore.problem import square
 from flashcore.records import Trial
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from flashcore import __version__, build, device
+from flashcore import __version__
 from flashcore.errors import RecordsError
+from flashcore.gpu import build, device
 
 
 def test_a_snapshot_names_every_fact_even_those_it_does_not_know():
@@ -30,7 +31,7 @@ def test_the_environment_of_a_run_is_written_before_and_after(run):
 
 
 def test_the_git_commit_comes_from_the_environment_where_there_is_no_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "__file__", str(tmp_path / "flashcore" / "device.py"))
+    monkeypatch.setattr(device, "HOME", tmp_path)
     monkeypatch.setenv("FLASHCORE_GIT_COMMIT", "abc123")
     monkeypatch.setenv("FLASHCORE_GIT_DIRTY", "1")
     assert device._git() == {"commit": "abc123", "dirty": True}

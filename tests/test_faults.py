@@ -10,13 +10,17 @@ import pytest
 import synthetic_records as synthetic
 
 import flashcore
-from flashcore import backends, build, compare, faults, planting, plants, stagewise, tables, verdict
-from flashcore.bisection import bisect
-from flashcore.check import check_attention
+from flashcore import backends, tables
+from flashcore.bisection import stagewise
+from flashcore.bisection.bisecting import bisect
+from flashcore.decision import compare, verdict
 from flashcore.errors import FaultError, UnknownName
-from flashcore.faults import FAULTS
-from flashcore.planting import Override, Source
-from flashcore.plants import cublaslt, decode, hopper
+from flashcore.faults import catalogue, planting, plants
+from flashcore.faults.catalogue import FAULTS
+from flashcore.faults.planting import Override, Source
+from flashcore.faults.plants import cublaslt, decode, hopper
+from flashcore.gpu import build
+from flashcore.measure.check import check_attention
 from flashcore.problem import square
 
 CPU = [f.id for f in FAULTS if "cpu" in f.plants]
@@ -39,8 +43,8 @@ def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence(
     assert len([i for i in ids if i.startswith("G")]) >= 8
     for fault in FAULTS:
         assert bool(fault.plants) != bool(fault.held_by), f"{fault.id} is neither planted nor explained"
-        stages = {"labels": (*flashcore.reference.STAGES, "survey"), "selection": ("page table",)}
-        assert fault.plants == {} or fault.stage in stages.get(fault.found_by, flashcore.reference.STAGES)
+        stages = {"labels": (*flashcore.numerics.reference.STAGES, "survey"), "selection": ("page table",)}
+        assert fault.plants == {} or fault.stage in stages.get(fault.found_by, flashcore.numerics.reference.STAGES)
     for backend, planted in plants.PLANTS.items():
         assert sum(fault.why_not(backend) is None for fault in FAULTS) == len(planted)
         assert len(planted) >= 20 or backends.get(backend).paged, f"{backend} runs no other backend's code"
@@ -53,7 +57,7 @@ def test_the_catalogue_has_every_bug_of_the_list_and_leaves_none_out_in_silence(
     ("name", "backend"), [(f.id, b) for f in FAULTS for b in f.plants if f.found_by != "selection"]
 )
 def test_a_bug_is_planted_where_the_backend_takes_its_problem(name, backend):
-    assert backends.get(backend).why_not(faults.get(name).problem_in(backend)) is None
+    assert backends.get(backend).why_not(catalogue.get(name).problem_in(backend)) is None
 
 
 # ------------------------------------------------------------------------------------------------ on the cpu backend
@@ -61,7 +65,7 @@ def test_a_bug_is_planted_where_the_backend_takes_its_problem(name, backend):
 
 @pytest.mark.parametrize("name", CPU)
 def test_a_bug_of_the_cpu_backend_is_found_at_its_stage(name):
-    fault = faults.get(name)
+    fault = catalogue.get(name)
     assert bisect("cpu", fault.problem, pattern=fault.pattern).passed, "the clean run has to be silent"
     found = bisect(fault.plant("cpu"), fault.problem, pattern=fault.pattern)
     assert found.producers[:1] == [fault.stage], found.finding()
@@ -85,7 +89,7 @@ def test_planting_leaves_the_backend_itself_alone():
 @pytest.mark.parametrize(("name", "backend"), PATCHES)
 def test_a_patch_fits_exactly_once_and_changes_the_code(name, backend):
     kernel = kernel_of(backend)
-    text = faults.get(name).plants[backend].text(kernel)
+    text = catalogue.get(name).plants[backend].text(kernel)
     assert build._bare(text) != build._bare(build.kernel_source(kernel))
 
 
@@ -103,7 +107,7 @@ def test_every_patched_kernel_compiles(monkeypatch):
 
     variants: dict[tuple, list] = {}  # backends of one kernel share what is compiled
     for name, host in PATCHES:
-        fault, kernel = faults.get(name), kernel_of(host)
+        fault, kernel = catalogue.get(name), kernel_of(host)
         defines = () if host == kernel else backends.get(host).defines(fault.problem_in(host), 0)
         variants.setdefault((kernel, defines, fault.plants[host].text(kernel)), []).append((name, host))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -126,30 +130,35 @@ def test_a_patch_that_no_longer_fits_is_an_error():
 
 def test_names_that_do_not_exist():
     with pytest.raises(UnknownName, match="There is no fault 'F99'"):
-        faults.get("F99")
+        catalogue.get("F99")
     with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, deco"):
-        faults.get("G7").plant("cpu")
+        catalogue.get("G7").plant("cpu")
 
 
 def test_why_a_bug_is_not_planted_is_said():
-    assert faults.get("F3").why_not("cublaslt") is None
-    assert faults.get("F4").why_not("cpu") == "makes no sense in cpu"
-    assert faults.get("F3").why_not("cublaslt-loop") == "planted in cublaslt, whose code this one runs"
-    assert faults.get("G4").why_not("cublaslt-loop") == "makes no sense in cublaslt-loop"
-    assert faults.get("F10").why_not("cpu") == "makes no sense in cpu" and faults.get("F10").why_not("decode") is None
-    assert faults.get("F3").why_not("hopper-paged") == "planted in hopper, whose code this one runs"
-    assert faults.get("F13").why_not("cpu") == "no bug of a backend: planted in page_selection"
-    assert faults.get("F16").why_not("cpu").startswith("no bug of a backend: tests/")
+    assert catalogue.get("F3").why_not("cublaslt") is None
+    assert catalogue.get("F4").why_not("cpu") == "makes no sense in cpu"
+    assert catalogue.get("F3").why_not("cublaslt-loop") == "planted in cublaslt, whose code this one runs"
+    assert catalogue.get("G4").why_not("cublaslt-loop") == "makes no sense in cublaslt-loop"
+    assert (
+        catalogue.get("F10").why_not("cpu") == "makes no sense in cpu"
+        and catalogue.get("F10").why_not("decode") is None
+    )
+    assert catalogue.get("F3").why_not("hopper-paged") == "planted in hopper, whose code this one runs"
+    assert catalogue.get("F13").why_not("cpu") == "no bug of a backend: planted in page_selection"
+    assert catalogue.get("F16").why_not("cpu").startswith("no bug of a backend: tests/")
 
 
 def test_the_problem_that_shows_a_bug_may_be_another_in_a_backend():
-    assert faults.get("F3").problem_in("cpu") == faults.get("F3").problem_in("hopper-paged") == planting.PLAIN
-    assert faults.get("F3").problem_in("decode") == decode.PLAIN
-    assert faults.get("G38").problem_in("decode").page_size == faults.get("G38").problem_in("hopper-paged").page_size
+    assert catalogue.get("F3").problem_in("cpu") == catalogue.get("F3").problem_in("hopper-paged") == planting.PLAIN
+    assert catalogue.get("F3").problem_in("decode") == decode.PLAIN
+    assert (
+        catalogue.get("G38").problem_in("decode").page_size == catalogue.get("G38").problem_in("hopper-paged").page_size
+    )
 
 
 def test_a_patch_and_a_wrong_method_are_planted_together():
-    planted = faults.get("F6").plant("cublaslt")
+    planted = catalogue.get("F6").plant("cublaslt")
     assert planted.alpha(planting.PLAIN) == 1.0 != backends.get("cublaslt").alpha(planting.PLAIN)
     assert "* params.softmax_scale" in planted.source and backends.get("cublaslt").source is None
     assert planted.page_size(planting.PLAIN) == 60, "small pages, so that a small problem has several and a tail"
@@ -179,13 +188,13 @@ def test_f16_a_verdict_the_wrong_way_round_is_seen(monkeypatch):
         return None if right(trial) is None else not right(trial)
 
     monkeypatch.setattr(compare, "passed", inverted)
-    monkeypatch.setattr("flashcore.judging.compare.passed", inverted)
+    monkeypatch.setattr("flashcore.decision.judging.compare.passed", inverted)
     assert not reads_right(), "the planted polarity changes nothing, so no test would see it"
 
 
 def tables_right() -> bool:
     """Whether a stage table says FAIL of the planted stage and nowhere else, and of a clean run nowhere."""
-    fault = faults.get("G14")
+    fault = catalogue.get("G14")
     planted = tables.stage_table(bisect(fault.plant("cpu"), fault.problem).to_trial()).set_index("stage")
     clean = tables.stage_table(bisect("cpu", fault.problem).to_trial())
     said = [stage for stage in planted.index if planted.loc[stage, "from own inputs"].startswith("FAIL")]
@@ -234,7 +243,7 @@ def no_go_of(trial) -> verdict.Decision:
 
 
 def assert_finite_and_no_go(backend: str):
-    fault = faults.get("F8")
+    fault = catalogue.get("F8")
     planted = fault.plant(backend)
     found = bisect(planted, fault.problem)
     assert found.output == {"finite": True, "nonzero": True}, "the naive check has to be fooled"
@@ -280,7 +289,7 @@ def test_every_bug_of_cublaslt_is_found_at_its_stage():
 
 def run_and_find_all(names, plants):
     """Every bug of these backends, each found at its stage; the trials."""
-    from flashcore.proving import run_faults
+    from flashcore.faults.proving import run_faults
 
     trials = run_faults(None, backends.select(names))
     planted = [t for t in trials if t.data["outcome"] != "not applicable"]
@@ -323,7 +332,7 @@ def test_cublaslt_is_clean_where_its_bugs_are_planted(backend):
 
 def assert_clean_where_bugs_are_planted(backend):
     """Every problem and pattern of the bugs that are planted there."""
-    planted = [fault for fault in faults.planted_in(backend.id) if fault.stage != "survey"]
+    planted = [fault for fault in catalogue.planted_in(backend.id) if fault.stage != "survey"]
     for problem, pattern in {(f.problem_in(backend.id), f.pattern) for f in planted}:
         found = bisect(backend, problem, pattern=pattern)
         assert found.passed, f"{problem.label()}, {pattern}: {found.finding()}"
@@ -332,9 +341,9 @@ def assert_clean_where_bugs_are_planted(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cublaslt", "cublaslt-batched", "cublaslt-loop"])
 def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
-    from flashcore.survey import wrong_labels
+    from flashcore.survey.labels import wrong_labels
 
-    assert wrong_labels(backends.get(backend), faults.get("F14").problem) == []
+    assert wrong_labels(backends.get(backend), catalogue.get("F14").problem) == []
 
 
 @pytest.mark.gpu
@@ -342,7 +351,7 @@ def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
 def test_a_late_copy_alone_does_no_harm(backend):
     """What makes the missing barrier show is no bug by itself."""
     late = Source(plants.LATE[backend]).apply(backends.get(backend))
-    assert bisect(late, faults.get("G1").problem_in(backend)).passed
+    assert bisect(late, catalogue.get("G1").problem_in(backend)).passed
 
 
 @pytest.mark.gpu

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from flashcore import history
-from flashcore.cli import app
+from flashcore.cli.program import app
+from flashcore.decision.gates import load_gates
 from flashcore.errors import RecordsError, RecordsTooNew
-from flashcore.gates import load_gates
 from flashcore.history import changes, interval, timings, views
 from flashcore.history.runs import Snapshot
 from flashcore.history.since import since

@@ -14,15 +14,19 @@ import subprocess
 import pytest
 import torch
 
-from flashcore import backends, build, check, faults, reference
+from flashcore import backends
 from flashcore.backends import _tensor_maps, hopper
 from flashcore.backends._cuda import PARAMS
 from flashcore.backends._tensor_maps import MAP_BYTES, tensor_map
-from flashcore.check import check_attention
 from flashcore.errors import LaunchError
-from flashcore.launching import LoadedKernel
+from flashcore.faults import catalogue
+from flashcore.faults.planting import PLAIN
+from flashcore.gpu import build
+from flashcore.gpu.launching import LoadedKernel
+from flashcore.measure import check
+from flashcore.measure.check import check_attention
+from flashcore.numerics import reference
 from flashcore.ops import problem_of
-from flashcore.planting import PLAIN
 from flashcore.problem import PRESETS, Problem, square
 
 MULTIPROCESSORS = 132
@@ -324,7 +328,7 @@ def test_wrong_strides_reach_the_map_of_k_and_no_other(told, name):
     problem, (q, k, v) = PLAIN, tensors(PLAIN)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
     for fault, wrong in (("F11", (2 * 25600, 12800, 64)), ("F12", (25600, 0, 64))):
-        faults.get(fault).plant(name).arguments(q, k, v, out, lse, problem, loaded_for(problem))
+        catalogue.get(fault).plant(name).arguments(q, k, v, out, lse, problem, loaded_for(problem))
         assert told["k"]["strides"] == wrong and told["v"]["strides"] == (25600, 12800, 64)
 
 

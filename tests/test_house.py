@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 import flashcore
-from flashcore.build import source_hashes
+from flashcore.gpu.build import source_hashes
 from flashcore.records import RunFolder, read_trials
 
 ROOT = Path(flashcore.__file__).parent.parent
@@ -84,7 +84,7 @@ def test_every_make_command_a_document_names_exists(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_flashcore_command_a_document_names_exists(name):
-    from flashcore.cli import app
+    from flashcore.cli.program import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
     named = set(re.findall(r"(?:`|^ {4})flashcore ([a-z]+)", (ROOT / name).read_text(), flags=re.MULTILINE))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashcore.errors import UnknownName
-from flashcore.inputs import PATTERNS, make_inputs
+from flashcore.numerics.inputs import PATTERNS, make_inputs
 from flashcore.problem import Problem, square
 
 GROUPED = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=5, seqlen_k=300, head_dim=64)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from flashcore.isolation import Worker, isolated_trial, run
+from flashcore.gpu.isolation import Worker, isolated_trial, run
 from flashcore.problem import square
 from flashcore.records import Trial
 
@@ -146,7 +146,7 @@ def test_a_trial_comes_back_or_is_made_of_the_death():
 
 def test_a_worker_does_not_outlive_its_owner():
     code = (
-        "import os, signal; from flashcore.isolation import Worker; from flashcore.problem import square\n"
+        "import os, signal; from flashcore.gpu.isolation import Worker; from flashcore.problem import square\n"
         "w = Worker(); w.call(square, 1, 1, 8, 64); print(w.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

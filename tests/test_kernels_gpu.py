@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from flashcore import backends
-from flashcore.bisection import bisect
-from flashcore.check import check_attention
-from flashcore.inputs import PATTERNS, make_inputs
+from flashcore.bisection.bisecting import bisect
+from flashcore.measure.check import check_attention
+from flashcore.numerics.inputs import PATTERNS, make_inputs
 from flashcore.paging import PAGE_SIZES
 from flashcore.problem import PRESETS, Problem, square
 

@@ -1,8 +1,13 @@
-"""The layers of the house: a module imports only from lower ones, and what must stay light never imports torch."""
+"""The folders are the layers: no circle between them, none between modules, and nothing private used from outside."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,130 +15,155 @@ import pytest
 import flashcore
 
 PACKAGE = Path(flashcore.__file__).parent
-
-LAYERS = [
-    {"errors"},
-    {"problem"},
-    {"records"},
-    {
-        "build",
-        "outputs",
-        "inputs",
-        "reference",
-        "compare",
-        "tables",
-        "kernel_names",
-        "profiling",
-        "unfused_model",
-        "toml_tables",
-    },
-    {"device", "launching", "tolerance", "isolation", "sanitizer_log", "cublaslt"},
-    {"paging"},
-    {"backends", "survey_grid", "matmul_heuristics", "cublas"},
-    {"ops", "check", "timing", "stagewise", "zoom", "ceilings", "planting"},
-    {"plants", "paged_ops"},
-    {"bisection", "faults", "sweep", "determinism", "survey", "survey_facts", "paging_survey", "paging_facts"},
-    {"proving", "sanitizer", "sanitizer_target"},
-    {"gates", "evidence", "notebooks"},
-    {"judging"},
-    {"flips"},
-    {"options"},
-    {"option_words"},
-    {"verdict", "claims"},
-    {"svg", "html_tables", "pdf"},
-    {"plots", "stage_plots", "survey_views", "paging_views"},
-    {"history"},
-    {"page"},
-    {"answers"},
-    {"rendering", "superseding"},
-    {"pipeline", "cli_print", "cli_debug", "cli_survey", "cli_paging"},
-    {"redo"},
-    {"cli_claims", "cli_compare", "cli_report"},
-    {"cli"},
-]
-FOLDERS = {"backends", "claims", "history", "page", "paging", "paging_survey", "plants"}  # files may import each other
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-MAY_IMPORT_TORCH = {
-    "outputs", "launching",
-    "inputs", "reference", "tolerance", "backends", "ops", "check", "timing", "stagewise", "zoom", "ceilings",
-    "bisection", "faults", "sweep", "determinism", "profiling", "paging", "paged_ops",
-    "paging_survey",
-}  # fmt: skip
-"""Modules that compute. Everything else must load, and `flashcore --help` answer, without torch's seconds of import."""
-
 FILES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file())
+ROOT_MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
+MOST_ROOT_MODULES = 8
+DECIDES_AND_DRAWS = ("decision", "drawing", "history", "page", "errors", "problem", "records", "tables", "paths")
+"""Records in, words and pictures out: torch has no business there, not even inside a function."""
+LOADS_TORCH = ("backends", "bisection", "measure", "numerics", "paging", "paging_survey", "ops", "paged_ops", "gpu",
+               "faults")  # fmt: skip
+"""What computes. Everything else loads, and `flashcore --help` answers, without the seconds that torch takes."""
 
 
-def module_of(path: Path) -> str:
-    """The layer's name of a file: its stem, or the folder's name for everything in `backends` or `paging`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    """The dotted name of a file's module."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(tree: ast.AST, *, at_module_level: bool = False) -> set[str]:
-    """Dotted names a file imports; optionally only those that importing the file itself would run."""
+MODULES = {name_of(path): path for path in FILES}
+
+
+def place(module: str) -> str:
+    """The folder under the root that a module lies in; a module of the root stands for itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(text: str, *, typing_too: bool = False) -> list[tuple[str, str]]:
+    """(module, name) of each import of ours in a source; the name is empty where a whole module is meant.
+
+    What is imported inside a function counts. What only a type checker imports counts with `typing_too`.
+    """
+    tree = ast.parse(text)
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
-        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if typing_only or (at_module_level and function):
-            skipped.update(inner for inner in ast.walk(node) if inner is not node)
-    found = set()
+        if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(ast.walk(node))
+    found = []
     for node in ast.walk(tree):
         if node in skipped:
             continue
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "flashcore"]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the layer; write the full name"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-            found.add(node.module)
+            assert node.level == 0, "relative imports hide the folder; write the full name"
+            if node.module.split(".")[0] == "flashcore":
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found.append((whole, "") if whole in MODULES else (node.module, alias.name))
     return found
 
 
-def own(names: set[str]) -> set[str]:
-    """The modules of ours among dotted names."""
-    return {n.split(".")[1] for n in names if n.startswith("flashcore.") and n.split(".")[1] in RANK}
+def used(module: str, *, typing_too: bool = False) -> set[str]:
+    """The modules of ours that a module imports."""
+    return {to for to, _ in imports(MODULES[module].read_text(), typing_too=typing_too)} - {module, "flashcore"}
 
 
-def breaches(module: str, names: set[str]) -> list[str]:
-    """Modules that `module` may not import, of those it does."""
-    return sorted(n for n in own(names) if RANK[n] >= RANK[module] and not (n == module and n in FOLDERS))
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, as the nodes on it; empty when there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_lower_layers(path):
-    module = module_of(path)
-    if module in ("__init__", "__main__"):
-        return
-    assert module in RANK, f"{path.name} belongs to no layer: give it one in this test and in docs/architecture.md"
-    assert breaches(module, imports(ast.parse(path.read_text()))) == []
+def between_places(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Which folder uses which, from pairs of modules."""
+    graph: dict[str, set[str]] = {}
+    for module, other in pairs:
+        if place(module) and place(other) and place(module) != place(other):
+            graph.setdefault(place(module), set()).add(place(other))
+    return graph
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_light_modules_never_import_torch_when_loaded(path):
-    heavy = {n.split(".")[0] for n in imports(ast.parse(path.read_text()), at_module_level=True)} & {
-        "torch",
-        "cupy",
-        "cuda",
-    }
-    assert heavy <= ({"torch"} if module_of(path) in MAY_IMPORT_TORCH else set())
+def breaches(module: str, text: str) -> list[str]:
+    """What a module takes from another folder that this folder does not offer in its `__all__`."""
+    found = []
+    for target, name in imports(text):
+        parts = target.split(".")
+        if len(parts) < 2 or parts[1] not in FOLDERS or parts[1] == place(module):
+            continue
+        # Each step down from the folder has to be offered by the one above it.
+        for depth in range(2, len(parts)):
+            offered = importlib.import_module(".".join(parts[:depth])).__all__
+            if parts[depth] not in offered:
+                found.append(target)
+        package = (MODULES[target].name == "__init__.py") if target in MODULES else False
+        if name and (name.startswith("_") or (package and name not in importlib.import_module(target).__all__)):
+            found.append(f"{target}.{name}")
+    return found
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["errors", "problem", "records", "gates", "judging", "options", "verdict", "evidence", "plots", "page", "tables"],
-)
-def test_what_decides_and_draws_never_imports_torch_at_all(module):
-    path = PACKAGE / f"{module}.py"
-    for file in [path] if path.is_file() else sorted((PACKAGE / module).glob("*.py")):
-        assert "torch" not in {n.split(".")[0] for n in imports(ast.parse(file.read_text()))}
+def test_the_root_holds_the_words_and_what_a_model_calls():
+    assert len(ROOT_MODULES) <= MOST_ROOT_MODULES, ROOT_MODULES
+    assert [p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in (*FOLDERS, "__pycache__", "_data")] == []
 
 
-def test_this_test_sees_a_breach():
-    text = "def f():\n    from flashcore import pipeline\n    import flashcore.cli\n"
-    text += "if TYPE_CHECKING:\n    import flashcore.sweep\n"
-    assert breaches("records", imports(ast.parse(text))) == ["cli", "pipeline"]
-    assert imports(ast.parse(text), at_module_level=True) == set()
-    assert imports(ast.parse("try:\n    import torch\nexcept ImportError:\n    pass"), at_module_level=True) == {
-        "torch"
-    }
+def test_no_prefix_stands_for_a_folder():
+    """Two modules `x_a` and `x_b` beside each other want a folder `x`."""
+    for folder in {path.parent for path in FILES}:
+        stems = [p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")]
+        first = [stem.split("_")[0] for stem in stems if "_" in stem]
+        families = {f for f in first if first.count(f) > 1 and folder.name not in ("backends", "plants")}
+        assert families == set(), f"{folder.name} has families {families}"
+
+
+def test_there_is_no_circle_between_folders():
+    assert circle(between_places((m, to) for m in MODULES for to in used(m))) == []
+
+
+def test_there_is_no_circle_between_modules_not_even_for_types():
+    assert circle({module: used(module, typing_too=True) for module in MODULES}) == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_takes_from_other_folders_only_what_they_offer(module):
+    assert breaches(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in FILES if p.name == "__init__.py"} - {PACKAGE}), ids=str)
+def test_a_folder_says_what_lives_there_and_what_others_may_use(folder):
+    module = importlib.import_module(name_of(folder / "__init__.py"))
+    assert len(module.__doc__.strip().splitlines()) >= 3, "three sentences: what lives here, and what each part is for"
+    for name in module.__all__:
+        assert hasattr(module, name) or f"{module.__name__}.{name}" in MODULES, f"{name} is offered and not there"
+
+
+@pytest.mark.parametrize("where", [p for p in FOLDERS + ROOT_MODULES if p not in LOADS_TORCH])
+def test_what_does_not_compute_loads_without_torch(where):
+    names = [m for m in MODULES if place(m) == where]
+    code = f"import sys, importlib; [importlib.import_module(n) for n in {names!r}]; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or f"importing {where} loads torch"
+
+
+@pytest.mark.parametrize("where", DECIDES_AND_DRAWS)
+def test_what_decides_and_draws_never_imports_torch_at_all(where):
+    for module in (m for m in MODULES if place(m) == where):
+        tree = ast.parse(MODULES[module].read_text())
+        heads = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        heads |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert not heads & {"torch", "cupy", "cuda"}, module
+
+
+def test_these_tests_see_a_breach():
+    text = "def f():\n    from flashcore.paging import arguments\n    from flashcore.gpu.build import _bare\n"
+    assert breaches("flashcore.records", text) == ["flashcore.paging.arguments", "flashcore.gpu.build._bare"]
+    assert breaches("flashcore.paging.cache", "from flashcore.paging import arguments") == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) and circle({"a": {"b"}, "b": set()}) == []
+    typing = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flashcore.paging import PagedKV\n"
+    assert imports(typing) == [] and imports(typing, typing_too=True) == [("flashcore.paging", "PagedKV")]
+    pairs = [("flashcore.gpu.build", "flashcore.page.pdf"), ("flashcore.page.pdf", "flashcore.gpu.device")]
+    assert circle(between_places(pairs))

@@ -50,7 +50,7 @@ MODULE = '''
 """Backend `toy`."""
 
 from flashcore.backends import register
-from flashcore.backends._cuda import CudaBackend
+from flashcore.backends import CudaBackend
 
 
 @register
@@ -84,7 +84,8 @@ def python(plugins: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_it_is_registered_hashed_and_in_the_sweeps_list(plugins):
     program = """
-from flashcore import backends, build
+from flashcore import backends
+from flashcore.gpu import build
 from flashcore.problem import PRESETS, square
 toy = backends.get("toy")
 assert toy in backends.select("all") and toy in backends.select("all", device="cuda")
@@ -114,14 +115,14 @@ import sys
 from flashcore import backends
 from flashcore.problem import parse_problem
 from flashcore.records import RunFolder
-from flashcore.sweep import sweep
+from flashcore.measure.sweep import sweep
 run = RunFolder({str(run.path)!r})
 sweep(run, [parse_problem("B=1,H=1,S=32,D=64")], backends.select("toy"))
 print({{t.backend: t.status for t in run.trials(kind="attention_timing")}})
 """
     done = python(plugins, "-c", program)
     assert done.returncode == 0, done.stderr
-    from flashcore import device
+    from flashcore.gpu import device
 
     expected = "ok" if device.has_gpu() else "unavailable"
     assert done.stdout.strip() == repr({"toy": expected})
@@ -130,7 +131,7 @@ print({{t.backend: t.status for t in run.trials(kind="attention_timing")}})
 @pytest.mark.gpu
 def test_it_is_right_on_a_gpu(plugins):
     program = """
-from flashcore.check import check_attention
+from flashcore.measure.check import check_attention
 from flashcore.problem import parse_problem
 for label in ("B=2,H=4,Hkv=2,Sq=33,Sk=70,D=64", "B=1,H=2,S=65,D=64,causal"):
     trial = check_attention("toy", parse_problem(label))

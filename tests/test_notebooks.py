@@ -9,7 +9,7 @@ import pytest
 from notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
 from flashcore.errors import NotebookFailed, NotebookParameterError, UnknownName
-from flashcore.notebooks import check_parameters, declared_parameters, execute_notebook
+from flashcore.pipeline.notebooks import check_parameters, declared_parameters, execute_notebook
 
 
 def values(run) -> list[int]:

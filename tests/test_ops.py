@@ -10,7 +10,7 @@ import torch
 
 from flashcore import backends, ops
 from flashcore.errors import BackendUnavailable, FlashCoreError, InvalidProblem, UnknownName, Unsupported
-from flashcore.inputs import make_inputs
+from flashcore.numerics.inputs import make_inputs
 from flashcore.ops import attention, problem_of
 from flashcore.problem import Problem, square
 

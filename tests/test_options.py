@@ -11,11 +11,12 @@ import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashcore import flips, option_words, page, verdict
+from flashcore import page
+from flashcore.decision import advice, flips, verdict
+from flashcore.decision.gates import Gate
+from flashcore.decision.judging import GateResult
+from flashcore.decision.options import all_of
 from flashcore.errors import GatesError
-from flashcore.gates import Gate
-from flashcore.judging import GateResult
-from flashcore.options import all_of
 from flashcore.problem import PRESETS
 from flashcore.records import RunFolder, Trial
 
@@ -64,7 +65,7 @@ def test_the_option_further_ahead_is_recommended_and_the_other_says_from_where_o
     decision = decide([*GOOD, *hopper(600)])
     assert [o.id for o in decision.options if o.result == "SHIP"] == ["C", "B"] and decision.recommended.id == "C"
     ahead = option(decision, "C").rank.measured
-    said = option_words.flip(option(decision, "B"), decision.options)
+    said = advice.flip(option(decision, "B"), decision.options)
     assert f"above option C's {ahead:.2f} ×" in said
     assert "option B would take its place" in decision.flip
 
@@ -79,8 +80,8 @@ def test_an_unmeasured_condition_is_inconclusive_and_names_its_command():
     b = option(decision, "B")
     missing = next(c for c in b.conditions if c.id == "memory-saved")
     assert b.result == missing.state == "INCONCLUSIVE" and missing.fix == "flashcore paging"
-    assert option_words.flip(b, decision.options) == "'flashcore paging' would settle it."
-    row = next(r for r in option_words.condition_rows(decision.options) if "Paging" in r["Condition"])
+    assert advice.flip(b, decision.options) == "'flashcore paging' would settle it."
+    row = next(r for r in advice.condition_rows(decision.options) if "Paging" in r["Condition"])
     assert row["Result"] == "INCONCLUSIVE" and "'flashcore paging' measures it" in row["Confidence"]
     assert decision.verdict == "INCONCLUSIVE" and "no option is known to hold" in decision.reason
 
@@ -141,7 +142,7 @@ def test_a_file_without_options_is_judged_by_its_gates_alone():
 
 
 def test_the_recorded_run_recommends_the_hopper_kernel():
-    from flashcore.build import data_dir
+    from flashcore.paths import data_dir
 
     run = RunFolder(data_dir("reports") / "recorded" / "h200")
     environment = run.environment()
@@ -222,9 +223,9 @@ def test_confidence_says_whether_the_margin_exceeds_the_spread():
 
 def test_rows_frame_json_and_page_hold_the_same():
     decision = decide([*without_paging(GOOD), *hopper(600)])
-    frame = option_words.frame(decision.options)
+    frame = advice.frame(decision.options)
     assert list(frame["Option"]) == [f"{o.id}: {o.title}" for o in decision.options]
-    conditions = option_words.frame(decision.options, conditions=True)
+    conditions = advice.frame(decision.options, conditions=True)
     assert len(conditions) == sum(len(o.conditions) for o in decision.options)
     assert set(conditions["Result"]) <= {"HOLDS", "FAILS", "INCONCLUSIVE"}
     data = json.loads(json.dumps(decision.as_dict()))
@@ -251,8 +252,8 @@ def test_nothing_ships_without_complete_fresh_evidence(dropped, spoiled):
     ]  # fmt: skip
     decision = decide(trials)
     for found in decision.options:
-        flip = option_words.flip(found, decision.options)
-        assert found.reason.endswith(".") and flip.endswith(".") and option_words.nearest(found)
+        flip = advice.flip(found, decision.options)
+        assert found.reason.endswith(".") and flip.endswith(".") and advice.nearest(found)
     shipping = [o for o in decision.options if o.result == "SHIP"]
     assert (decision.verdict == "GO") == bool(shipping) == bool(decision.recommended)
     for found in shipping:

@@ -13,9 +13,9 @@ import pytest
 import synthetic_paging as paging
 import synthetic_records as synthetic
 
-from flashcore import pipeline
-from flashcore.build import data_dir
 from flashcore.page import SECTIONS, variant
+from flashcore.paths import data_dir
+from flashcore.pipeline import reporting
 from flashcore.records import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -68,7 +68,7 @@ def pages(tmp_path_factory) -> dict[str, RunFolder]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for run in runs.values():
-            pipeline.render(run)
+            reporting.render(run)
     return runs
 
 
@@ -93,7 +93,7 @@ def recorded(pages, tmp_path_factory) -> str:
     for name in ("records.jsonl", "environment.json"):
         shutil.copy(source / name, folder)
     pages["recorded"] = RunFolder(folder)
-    pipeline.render(pages["recorded"])
+    reporting.render(pages["recorded"])
     assert (folder / "report.html").stat().st_size < 3_000_000
     return "recorded"
 
@@ -187,7 +187,7 @@ def test_the_first_tab_stop_skips_to_the_verdict(opened):
 
 def test_the_verdict_is_the_one_of_the_records(opened, pages):
     tab, _ = opened("no-go")
-    decision = pipeline.verdict.judge(pages["no-go"])
+    decision = reporting.verdict.judge(pages["no-go"])
     assert decision.verdict == "NO-GO" and "NO-GO" in tab.locator(".fc-verdict").inner_text()
     assert tab.locator(".fc-reason").inner_text() == decision.reason
     assert tab.title().startswith("NO-GO: FlashCore status report")
@@ -201,7 +201,7 @@ def test_the_verdict_is_the_one_of_the_records(opened, pages):
 def test_the_options_stand_before_the_gates_and_their_conditions_are_folded(opened, pages):
     tab, _ = opened("no-go")
     shown = tab.locator(".fc-options tbody tr")
-    options = pipeline.verdict.judge(pages["no-go"]).options
+    options = reporting.verdict.judge(pages["no-go"]).options
     assert [o.result in row for o, row in zip(options, shown.all_inner_texts(), strict=True)] == [True] * 3
     fold = tab.locator(".fc-options + details")
     assert not fold.evaluate("e => e.open")
@@ -462,7 +462,7 @@ def varied(pages, tmp_path_factory):
             (folder / "notebooks").mkdir(exist_ok=True)
             nbformat.write(other_notebook(), folder / "notebooks" / "02_correctness_bisection.ipynb")
             made[name] = RunFolder(folder)
-            pipeline.render(made[name], variant=variant(**words))
+            reporting.render(made[name], variant=variant(**words))
             pages[name] = made[name]
         return name
 

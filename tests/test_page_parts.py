@@ -9,7 +9,8 @@ import pytest
 import synthetic_paging as paging
 import synthetic_records as synthetic
 
-from flashcore import claims, page, verdict
+from flashcore import page
+from flashcore.decision import claims, verdict
 from flashcore.errors import PageError, UnknownName
 from flashcore.page.claims import audit_html
 from flashcore.page.parts import frame_html
@@ -115,7 +116,7 @@ def test_links_to_sections_that_are_there_stay():
 
 
 def test_the_notebook_has_every_section_in_the_pages_order():
-    from flashcore.build import data_dir
+    from flashcore.paths import data_dir
 
     notebook = nbformat.read(data_dir("notebooks") / "06_status_report.ipynb", as_version=4)
     assert names(notebook) == [s for s in page.SECTIONS if s not in ("evidence", "provenance")]

@@ -12,9 +12,10 @@ import pytest
 import synthetic_paging as paging
 import synthetic_records as synthetic
 
-from flashcore import rendering, verdict
-from flashcore.build import data_dir
+from flashcore.decision import verdict
 from flashcore.page import Variant
+from flashcore.paths import data_dir
+from flashcore.pipeline import rendering
 from flashcore.records import RunFolder, Trial
 
 SEEDS = range(14)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from gpu_tools import nothing_synchronises
 
-from flashcore import build
 from flashcore.errors import InvalidProblem
+from flashcore.faults.planting import Source
+from flashcore.faults.plants.page_selection import RACY_BASE
+from flashcore.gpu import build
+from flashcore.gpu.profiling import graph_us
 from flashcore.paging import PagedKV, PagedKVCache, PageSelection, SinkWindow, TopK, _selecting
 from flashcore.paging._selecting import KERNEL, MOST_PAGES, MOST_ROWS, PARAMS, packed, takes
 from flashcore.paging.stability import check_selection
-from flashcore.planting import Source
-from flashcore.plants.page_selection import RACY_BASE
-from flashcore.profiling import graph_us
 
 DEVICE = "cuda"
 VARIANTS = build.variants(KERNEL)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from gpu_tools import nothing_synchronises
 
-from flashcore import build
-from flashcore.outputs import poisoned_outputs
+from flashcore.gpu import build
+from flashcore.gpu.profiling import graph_us
+from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, SinkWindow, _window
 from flashcore.paging._window import ENTRY, KERNEL, MOST_ROWS, PARAMS, packed, takes
 from flashcore.paging.selection import query_pages
 from flashcore.paging.stability import check_selection
-from flashcore.profiling import graph_us
 
 DEVICE = "cuda"
 HUGE = 10**12

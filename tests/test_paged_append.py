@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu_tools import nothing_synchronises
 
-from flashcore import build
+from flashcore.gpu import build
 from flashcore.paging import PagedKVCache, _appending, append_tokens, bounds_of_pool, gather, writing
 from flashcore.paging._appending import KERNEL, PARAMS, packed, takes
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashcore import backends, paging_facts
+from flashcore import backends
 from flashcore.backends import Availability, Backend
 from flashcore.errors import UnknownName
 from flashcore.paging import AllPages, PagedKV, TopK, paged_reference
-from flashcore.paging_survey import ON_CPU, WHATS, measure, measuring, plan_for
 from flashcore.paging_survey import append as appending
 from flashcore.paging_survey import correctness as checking
 from flashcore.paging_survey import decode as decoding
+from flashcore.paging_survey import facts, measuring
 from flashcore.paging_survey.caches import dense_of, held_slots, random_cache, rows_of
 from flashcore.paging_survey.expected import by_positions, expect
 from flashcore.paging_survey.matrix import GROUPS, POLICIES, PagedCase, make, paged_cases
+from flashcore.paging_survey.measuring import ON_CPU, WHATS, measure
+from flashcore.paging_survey.plan import ModelShape, decode_problem, plan_for
 from flashcore.paging_survey.read_speed import NAME, read_speed
 from flashcore.paging_survey.trials import compact, over
 from flashcore.records import Timing
@@ -24,7 +26,7 @@ PLAN = plan_for("quick", False)
 
 
 def records(run, what):
-    return paging_facts.paging_trials(run.trials(), what)
+    return facts.paging_trials(run.trials(), what)
 
 
 # --- the plan and the matrix -----------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def surveyed(run):
 
 
 def test_a_whole_survey_on_the_cpu(surveyed):
-    trials = paging_facts.paging_trials(surveyed.trials())
+    trials = facts.paging_trials(surveyed.trials())
     assert {t.status for t in trials} == {"ok"} and {t.data["what"] for t in trials} == set(WHATS)
     memory = {t.data["case"]: t.data["saved_percent"] for t in records(surveyed, "memory")}
     assert memory == {"shared_prefix": pytest.approx(70.3, abs=0.05), "mixed_lengths": pytest.approx(47.1, abs=0.05),
@@ -237,8 +239,8 @@ def test_the_records_are_compact(surveyed):
 
 def test_a_lost_needle_shows_and_a_found_one_too(surveyed):
     at = {(t.data["pattern"], t.data["policy"]): t for t in records(surveyed, "accuracy") if t.data["share"] == 0.3}
-    assert paging_facts.verdict_on_needle(at["needle", "sink_window"]) == "LOST"
-    assert paging_facts.verdict_on_needle(at["needle", "top_k"]) == "FOUND"
+    assert facts.verdict_on_needle(at["needle", "sink_window"]) == "LOST"
+    assert facts.verdict_on_needle(at["needle", "top_k"]) == "FOUND"
     assert at["needle", "sink_window"].data["mass_mean"] < 0.1 < 0.8 < at["needle", "top_k"].data["mass_least"]
     assert at["drifting", "sink_window"].data["mass_mean"] > 0.9
     assert len(at) == 10
@@ -327,7 +329,6 @@ def test_ratios_are_of_samples_of_one_round():
 def test_every_measurement_on_a_gpu_at_small_sizes(run):
     from dataclasses import replace
 
-    from flashcore.paging_survey.plan import ModelShape, decode_problem
     from flashcore.problem import square
 
     plan = replace(

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from flashcore import reference
 from flashcore.errors import InvalidProblem, PageTableError, UnknownName
+from flashcore.numerics import reference
 from flashcore.paging import (
     ATTENTION_PATTERNS,
     AllPages,

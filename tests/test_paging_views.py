@@ -10,10 +10,12 @@ import synthetic_paging as synthetic
 import synthetic_records
 from typer.testing import CliRunner
 
-from flashcore import device, paging_facts, paging_views
-from flashcore import evidence as evidences
-from flashcore.cli import app
-from flashcore.evidence import Evidence, Recorded
+from flashcore.cli.program import app
+from flashcore.decision import evidence as evidences
+from flashcore.decision.evidence import Evidence, Recorded
+from flashcore.drawing import paging_views
+from flashcore.gpu import device
+from flashcore.paging_survey import facts
 from flashcore.records import read_trials
 
 VIEWS = [paging_views.memory_html, paging_views.decode_html, paging_views.tokens_html, paging_views.accuracy_html,
@@ -60,7 +62,7 @@ def test_times_of_the_cpu_are_never_drawn():
         t.model_copy(update={"timing": synthetic.timing(9.0, method="host")}) if t.timing else t for t in EVERYTHING
     ]
     assert "not measured yet" in paging_views.decode_html(slow) and "not measured yet" in paging_views.tokens_html(slow)
-    assert paging_facts.decodes(slow) == []
+    assert facts.decodes(slow) == []
 
 
 def test_wrong_results_have_no_speed_and_are_said():
@@ -75,7 +77,7 @@ def test_wrong_results_have_no_speed_and_are_said():
 def test_a_wrong_kernel_shows_in_the_matrix():
     one = synthetic.correctness()[0]
     bad = one.model_copy(update={"status": "failed", "data": {**one.data, "right": 9, "wrong": 3}})
-    found = paging_facts.checks_by_backend([*synthetic.correctness(), bad])
+    found = facts.checks_by_backend([*synthetic.correctness(), bad])
     assert found["decode"]["wrong"] == 3 and found["decode"]["right"] == 33, "the last record of a group counts"
     assert "WRONG in 3" in paging_views.correctness_html([*synthetic.correctness(), bad])
 
@@ -93,7 +95,7 @@ def test_a_real_recorded_run_is_shown_or_said_to_lack_paging(run):
     found = evidences.gather(run)
     assert found.recorded is not None
     html = paging_views.paging_html(found)
-    if not paging_facts.paging_trials(found.recorded.trials):
+    if not facts.paging_trials(found.recorded.trials):
         assert "<svg" not in html and html.count("not measured yet") >= 5
 
 
@@ -133,12 +135,12 @@ def test_something_wrong_is_exit_code_3(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_notebook_measures_what_any_machine_can_tell_and_finishes(run):
-    from flashcore import pipeline
+    from flashcore.pipeline import reporting
 
     device.record_environment(run, "before", {"notebooks": ["05_sparse_paging"]})
-    executed = pipeline.execute_notebook("05_sparse_paging", run, {"profile": "quick", "seed": 1})
+    executed = reporting.execute_notebook("05_sparse_paging", run, {"profile": "quick", "seed": 1})
     assert [t.status for t in run.trials(kind="notebook")] == ["ok"]
-    trials = paging_facts.paging_trials(run.trials())
+    trials = facts.paging_trials(run.trials())
     assert {"correctness", "memory", "accuracy"} <= {t.data["what"] for t in trials}
     assert {t.status for t in trials} <= {"ok", "unsupported", "unavailable"}
     text = executed.read_text(encoding="utf-8")

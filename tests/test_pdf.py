@@ -6,8 +6,9 @@ import stat
 
 import pytest
 
-from flashcore import pdf, rendering
 from flashcore.errors import PrintError, ToolMissing
+from flashcore.page import pdf
+from flashcore.pipeline import rendering
 from flashcore.records import RunFolder
 
 PAGE = "<!doctype html><html lang='en'><title>A page</title><body><h1>Printed</h1></body></html>"

@@ -16,9 +16,9 @@ import nbformat
 import pytest
 from notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
-from flashcore import pipeline, rendering
-from flashcore.build import data_dir
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
+from flashcore.paths import data_dir
+from flashcore.pipeline import rendering, reporting
 
 SMALL = "B=1,H=1,S=32,D=64"
 
@@ -35,7 +35,7 @@ def toys(tmp_path) -> Path:
 
 def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_path, toys):
     lines = []
-    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", problems=SMALL, seed=3, progress=lines.append)
+    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", problems=SMALL, seed=3, progress=lines.append)
     run = result.run
     assert result.failed == {}
     assert [t.data["value"] for t in run.trials(kind="ceiling")] == [1, 2]
@@ -60,7 +60,7 @@ def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_pat
 
 def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys):
     finishing_notebook(toys, "01_first", measure(1), "raise RuntimeError('<no> & luck')")
-    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
     assert list(result.failed) == ["01_first"] and "<no> & luck" in result.failed["01_first"]
     assert [t.data["value"] for t in result.run.trials(kind="ceiling")] == [1, 2]
     assert result.decision.verdict == "INCONCLUSIVE"
@@ -72,7 +72,7 @@ def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys)
 @pytest.mark.parametrize("cell", ["1 / 0", KILL])
 def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_path, toys, cell):
     write_notebook(toys, "06_status_report", cell)
-    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
     assert list(result.failed) == ["06_status_report"]
     page = result.html.read_text()
     assert f"Verdict: {result.decision.verdict}" in page and "could not be drawn" in page
@@ -80,31 +80,31 @@ def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_pat
 
 
 def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
-    run = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs").run
+    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs").run
     records, page = run.records_path.read_bytes(), (run.path / "report.html")
     page.write_text("old")
-    assert pipeline.render(run, notebooks_dir=toys) == page
+    assert reporting.render(run, notebooks_dir=toys) == page
     assert run.records_path.read_bytes() == records
     assert "old" != page.read_text() and "FlashCore" in page.read_text()
     assert [p.name for p in run.path.iterdir() if "partial" in p.name] == []
 
 
 def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, monkeypatch):
-    from flashcore import pdf
+    from flashcore.page import pdf
 
     if pdf.browser() is not None:
-        result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+        result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
         assert result.pdf == result.run.path / "report.pdf" and result.no_pdf == ""
         assert result.pdf.read_bytes().startswith(b"%PDF-")
     monkeypatch.setenv("FLASHCORE_CHROMIUM", "")
-    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs")
+    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
     assert result.failed == {} and result.pdf is None and "No PDF was made" in result.no_pdf
-    result = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
+    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
     assert result.pdf is None and result.no_pdf == ""
 
 
 def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_names_them(tmp_path, toys, monkeypatch):
-    run = pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
     whole = rendering.render(run, notebooks_dir=toys).read_text()
     for name, size in (("01_first", 400_000), ("02_second", 3_000)):
         cell = nbformat.v4.new_code_cell("print()")
@@ -128,14 +128,14 @@ def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_nam
 )
 def test_a_bad_request_is_refused_before_anything_is_made(tmp_path, toys, wrong, error):
     with pytest.raises(error):
-        pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", **wrong)
+        reporting.report(notebooks_dir=toys, out=tmp_path / "runs", **wrong)
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, toys):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RecordsError, match="--out"):
-        pipeline.report(notebooks_dir=toys, out=tmp_path / "file")
+        reporting.report(notebooks_dir=toys, out=tmp_path / "file")
 
 
 def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
@@ -150,34 +150,34 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
 
 def test_a_folder_without_notebooks_is_an_error(tmp_path):
     with pytest.raises(FlashCoreError, match="no notebooks"):
-        pipeline.report(notebooks_dir=tmp_path, out=tmp_path / "runs")
+        reporting.report(notebooks_dir=tmp_path, out=tmp_path / "runs")
 
 
 def test_latest_is_replaced_and_can_be_a_file_where_links_are_impossible(tmp_path, monkeypatch):
-    first, second = (pipeline.new_run(tmp_path) for _ in range(2))
+    first, second = (reporting.new_run(tmp_path) for _ in range(2))
     assert first.path != second.path
-    pipeline.point_latest_at(first)
-    assert pipeline.find_run("latest", tmp_path).path == first.path
+    reporting.point_latest_at(first)
+    assert reporting.find_run("latest", tmp_path).path == first.path
 
     def impossible(*args, **kwargs):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "symlink_to", impossible)
-    pipeline.point_latest_at(second)
+    reporting.point_latest_at(second)
     assert not (tmp_path / "latest").is_symlink()
     for name in ("latest", tmp_path / "latest", second.name, second.path):
-        assert pipeline.find_run(name, tmp_path).path == second.path
+        assert reporting.find_run(name, tmp_path).path == second.path
     with pytest.raises(RecordsError, match="no run folder"):
-        pipeline.find_run("never", tmp_path)
+        reporting.find_run("never", tmp_path)
 
 
 def test_ctrl_c_ends_the_kernel_and_leaves_nothing_half_written(tmp_path, toys):
     wait = 'import time\nrun.append(Trial(kind="ceiling", data={"value": __import__("os").getpid()}))\ntime.sleep(300)'
     finishing_notebook(toys, "01_first", wait)
     program = (
-        "import signal, sys, pathlib; from flashcore import cli, pipeline, device; "
+        "import signal, sys, pathlib; from flashcore import cli; from flashcore.pipeline import reporting; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored by what a shell starts in the background
-        f"pipeline.data_dir = lambda name: pathlib.Path({str(toys)!r}); "
+        f"reporting.data_dir = lambda name: pathlib.Path({str(toys)!r}); "
         f"sys.argv[1:] = ['report', '--out', {str(tmp_path / 'runs')!r}]; cli.main()"
     )
     process = subprocess.Popen(
@@ -221,10 +221,10 @@ def _wait_for(question, seconds: float = 60):
 
 
 def test_every_notebook_takes_what_the_pipeline_gives():
-    from flashcore.notebooks import declared_parameters
+    from flashcore.pipeline.notebooks import declared_parameters
 
     folder = data_dir("notebooks")
-    for name in [*pipeline.planned_notebooks(folder), pipeline.STATUS_NOTEBOOK]:
+    for name in [*reporting.planned_notebooks(folder), reporting.STATUS_NOTEBOOK]:
         declared = declared_parameters(folder / f"{name}.ipynb")
         assert declared["run_dir"].type is str, name
         for shared, kind in (("profile", str), ("backends", str), ("problems", str), ("seed", int)):
@@ -244,8 +244,9 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
     nbformat.write(notebook, path)
 
     program = (
-        "import sys, pathlib; from flashcore import cli, pipeline; own = pipeline.data_dir; "
-        f"pipeline.data_dir = lambda name: pathlib.Path({str(folder)!r}) if name == 'notebooks' else own(name); "
+        "import sys, pathlib; from flashcore import cli; from flashcore.pipeline import reporting; "
+        "own = reporting.data_dir; "
+        f"reporting.data_dir = lambda name: pathlib.Path({str(folder)!r}) if name == 'notebooks' else own(name); "
         f"sys.argv[1:] = ['report', '--profile', 'quick', '--backend', 'reference,cpu', '--problem', {SMALL!r}, "
         f"'--out', {str(tmp_path / 'runs')!r}]; cli.main()"
     )
@@ -254,7 +255,7 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
     assert "Verdict: INCONCLUSIVE" in done.stdout
     assert "Notebook 04_tflops_sweep did not finish: its Jupyter kernel died" in done.stdout
 
-    run = pipeline.find_run("latest", tmp_path / "runs")
+    run = reporting.find_run("latest", tmp_path / "runs")
     kept = run.trials(kind="attention_timing") + run.trials(kind="correctness")
     assert [t for t in kept if t.backend == "cpu" and t.status == "ok"], "what the sweep had measured is gone"
     statuses = {t.data["name"]: t.status for t in run.trials(kind="notebook")}

@@ -12,7 +12,9 @@ import synthetic_records as synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashcore import compare, html_tables, page, plots, svg, verdict
+from flashcore import page
+from flashcore.decision import compare, verdict
+from flashcore.drawing import html_tables, plots, svg
 from flashcore.problem import PRESETS
 from flashcore.records import Trial
 

@@ -8,15 +8,16 @@ import signal
 
 import pytest
 
-from flashcore import backends, proving, tables
+from flashcore import backends, tables
 from flashcore.backends import AVAILABLE, Availability
 from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import CublasLtError
-from flashcore.faults import get
-from flashcore.inputs import make_inputs
+from flashcore.faults import proving
+from flashcore.faults.catalogue import get
+from flashcore.faults.planting import Fault, Override, Source
+from flashcore.numerics.inputs import make_inputs
 from flashcore.paging import PAGE_SIZES, TopK
 from flashcore.paging.stability import SelectionFinding
-from flashcore.planting import Fault, Override, Source
 from flashcore.records import Trial
 
 CPU = backends.get("cpu")
@@ -223,7 +224,7 @@ def test_an_alarm_is_counted_and_can_be_run_again():
     assert trial.status == "failed" and 0 < trial.data["alarms"] < 20
     first = trial.data["first_alarm"]
     assert "scores goes wrong first" in first["finding"] and first["problem"] in trial.reason
-    from flashcore.bisection import bisect
+    from flashcore.bisection.bisecting import bisect
     from flashcore.problem import parse_problem
 
     again = bisect(Alarming(), parse_problem(first["problem"]), seed=first["seed"], pattern=first["pattern"],

@@ -9,11 +9,12 @@ import pytest
 from notebook_tools import finishing_notebook, measure, write_notebook
 from typer.testing import CliRunner
 
-from flashcore import device, pipeline, superseding
-from flashcore.cli import app
+from flashcore.cli.program import app
 from flashcore.errors import RecordsError, UnknownName
+from flashcore.gpu import device
+from flashcore.pipeline import reporting, superseding
+from flashcore.pipeline.redo import parts_named, redo
 from flashcore.records import RunFolder, Trial
-from flashcore.redo import parts_named, redo
 
 PLANNED = ["01_a", "02_b", "03_c"]
 
@@ -80,7 +81,7 @@ def toys(tmp_path) -> Path:
 
 @pytest.fixture
 def made(tmp_path, toys) -> RunFolder:
-    return pipeline.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+    return reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
 
 
 def ceilings(run: RunFolder) -> list:
@@ -157,9 +158,9 @@ def test_the_command_line_names_part_and_run(monkeypatch, made):
 
     def fake(run, only, **given):
         asked.append((run.path, only, given["changes"], given["variant"].audience, given["pdf"]))
-        return pipeline.ReportResult(run, run.path / "report.html", pipeline.verdict.judge(run), {})
+        return reporting.ReportResult(run, run.path / "report.html", reporting.verdict.judge(run), {})
 
-    monkeypatch.setattr("flashcore.redo.redo", fake)
+    monkeypatch.setattr("flashcore.pipeline.redo.redo", fake)
     line = ["report", "--only", "sweep", "--run", str(made.path), "--seed", "3", "--audience", "leadership", "--no-pdf"]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output

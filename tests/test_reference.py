@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from flashcore import reference
 from flashcore.errors import FlashCoreError
-from flashcore.inputs import make_inputs
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.reference import STAGES
 from flashcore.problem import Problem, square
-from flashcore.reference import STAGES
 
 SHAPES = [
     square(2, 2, 64, 32),

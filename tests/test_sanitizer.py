@@ -7,11 +7,12 @@ import os
 
 import pytest
 
-from flashcore import backends, sanitizer
+from flashcore import backends
 from flashcore.backends import AVAILABLE
 from flashcore.errors import UnknownName
+from flashcore.faults.sanitizer import sanitizing
+from flashcore.faults.sanitizer.log import Finding, ours, parse
 from flashcore.records import Trial
-from flashcore.sanitizer_log import Finding, ours, parse
 
 # The samples below are in the form that the tool prints; places and numbers are invented.
 
@@ -189,7 +190,7 @@ def fake_tool(folder, monkeypatch, text: str, code: int = 0, before: str = ""):
 )
 def test_what_the_tool_printed_becomes_a_trial(tmp_path, monkeypatch, run, tool, text, code, status, words):
     backend = fake_tool(tmp_path, monkeypatch, text, code)
-    [trial] = sanitizer.sanitize(run, [backend], tools=tool)
+    [trial] = sanitizing.sanitize(run, [backend], tools=tool)
     assert (trial.kind, trial.backend, trial.variant, trial.status) == ("sanitizer", "scalar", tool, status), trial
     assert run.trials(kind="sanitizer") == [trial] and Trial.model_validate_json(trial.model_dump_json()) == trial
     assert trial.source_hash == backend.source_hash() and trial.data["tool"] == tool
@@ -204,21 +205,21 @@ def test_what_the_tool_printed_becomes_a_trial(tmp_path, monkeypatch, run, tool,
 
 def test_a_tool_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     backend = fake_tool(tmp_path, monkeypatch, CLEAN, before="sleep 60")
-    [trial] = sanitizer.sanitize(None, [backend], tools="memcheck", time_limit_s=0.5)
+    [trial] = sanitizing.sanitize(None, [backend], tools="memcheck", time_limit_s=0.5)
     assert trial.status == "error" and "exceeded 0.5 s" in trial.reason
 
 
 def test_not_being_there_is_a_state_with_what_mends_it(tmp_path, monkeypatch):
     backend = fake_tool(tmp_path, monkeypatch, CLEAN)
-    monkeypatch.setattr(sanitizer, "executable", lambda: None)
-    trials = sanitizer.sanitize(None, [backend])
-    assert [t.variant for t in trials] == list(sanitizer.TOOLS)
+    monkeypatch.setattr(sanitizing, "executable", lambda: None)
+    trials = sanitizing.sanitize(None, [backend])
+    assert [t.variant for t in trials] == list(sanitizing.TOOLS)
     assert {t.status for t in trials} == {"unavailable"}
     assert all("not installed; to mend it: pip install" in t.reason for t in trials)
 
 
 def test_a_backend_without_a_kernel_has_nothing_to_watch():
-    assert sanitizer.sanitize(None, [backends.get("cpu")]) == []
+    assert sanitizing.sanitize(None, [backends.get("cpu")]) == []
 
 
 def test_the_tool_is_found_in_a_toolkit(tmp_path, monkeypatch):
@@ -228,29 +229,29 @@ def test_the_tool_is_found_in_a_toolkit(tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_text("#!/bin/sh\n")
     path.chmod(0o755)
-    assert sanitizer.executable() == str(path)
+    assert sanitizing.executable() == str(path)
 
 
 def test_tools_by_name():
-    assert sanitizer.tools_of("all") == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert sanitizer.tools_of("memcheck, synccheck") == ["memcheck", "synccheck"]
+    assert sanitizing.tools_of("all") == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert sanitizing.tools_of("memcheck, synccheck") == ["memcheck", "synccheck"]
     with pytest.raises(UnknownName, match="'leakcheck'; choose one of: memcheck"):
-        sanitizer.tools_of("leakcheck")
+        sanitizing.tools_of("leakcheck")
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(sanitizer.executable() is None, reason="compute-sanitizer is not installed")
+@pytest.mark.skipif(sanitizing.executable() is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize(
     ("tool", "fault", "ids"),
     [
-        *((tool, None, ("scalar", "wmma")) for tool in sanitizer.TOOLS),
+        *((tool, None, ("scalar", "wmma")) for tool in sanitizing.TOOLS),
         ("memcheck", "F11", ("scalar", "wmma")),
         # Without its barrier wmma races too, but its pages arrive by cp.async, whose writes racecheck does not follow.
         ("racecheck", "G1", ("scalar",)),
     ],
 )
 def test_our_kernels_are_clean_and_planted_bugs_are_found(tool, fault, ids):
-    for trial in sanitizer.sanitize(None, [backends.get(one) for one in ids], tools=tool, fault=fault):
+    for trial in sanitizing.sanitize(None, [backends.get(one) for one in ids], tools=tool, fault=fault):
         assert trial.status == ("failed" if fault else "ok"), (trial.backend, trial.reason)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flashcore import build
+from flashcore.gpu import build
 
 pytestmark = pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed")
 

@@ -13,15 +13,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashcore import reference
 from flashcore.backends._traces import TraceBuffers
 from flashcore.backends.cpu import CpuBackend
-from flashcore.bisection import bisect, judge
+from flashcore.bisection.bisecting import bisect, judge
+from flashcore.bisection.zoom import zoom
 from flashcore.errors import FlashCoreError
-from flashcore.inputs import PATTERNS, make_inputs
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import PATTERNS, make_inputs
+from flashcore.numerics.reference import STAGES, contiguous, interleaved
 from flashcore.problem import Problem, square
-from flashcore.reference import STAGES, contiguous, interleaved
-from flashcore.zoom import zoom
 
 SIX_PAGES = square(2, 2, 96, 32, page_size=16)
 CAUSAL = SIX_PAGES.with_(causal=True)
@@ -199,7 +199,7 @@ def test_other_references_and_other_ways_to_combine_are_legal(legal, make_chains
 
 def test_coverage_is_complete_whatever_the_chunk(monkeypatch):
     whole = bisect(SplitCpu(), CAUSAL)
-    monkeypatch.setattr("flashcore.bisection.CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr("flashcore.bisection.bisecting.CHUNK_ELEMENTS", {"cpu": 1})
     pieces = bisect(SplitCpu(), CAUSAL)
     assert pieces.coverage == whole.coverage and whole.coverage["complete"] and pieces.passed
     assert whole.coverage["elements"] == 4 * 96 * (2 * 96 + 6 * (3 + 32) + 32 + 1)

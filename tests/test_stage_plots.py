@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from flashcore import stage_plots
-from flashcore.bisection import GRID_CELLS, bisect
-from flashcore.faults import get
+from flashcore.bisection.bisecting import GRID_CELLS, bisect
+from flashcore.drawing import stage_plots
+from flashcore.faults.catalogue import get
 from flashcore.problem import square
 from flashcore.records import Trial
 

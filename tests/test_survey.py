@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import synthetic_survey as synthetic
 
-from flashcore import cublaslt, device, kernel_names, matmul_heuristics, survey, survey_facts
-from flashcore.cublaslt import Product
 from flashcore.errors import CublasLtError, FlashCoreError, InvalidProblem, ToolMissing, UnknownName
+from flashcore.gpu import cublaslt, device
+from flashcore.gpu.cublaslt import Product
+from flashcore.gpu.profiling import split_by_marker
 from flashcore.problem import square
-from flashcore.profiling import split_by_marker
 from flashcore.records import Trial
-from flashcore.survey_grid import (
+from flashcore.survey import facts, kernel_names, labels, matmul_heuristics, measuring
+from flashcore.survey.grid import (
     GROUPS,
     USUAL,
     candidates_of,
@@ -48,9 +49,9 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(cublaslt, "library", lambda: None)
     monkeypatch.setattr(cublaslt, "candidates", candidates)
     monkeypatch.setattr(cublaslt, "measure", lambda product, offered, **_: synthetic.times_of(product, offered))
-    monkeypatch.setattr(survey, "measure_peer", lambda product: 3.25)
-    monkeypatch.setattr(survey, "name_kernels", name_kernels)
-    monkeypatch.setattr(survey, "measure_roofs", lambda run: synthetic.ROOFS)
+    monkeypatch.setattr(measuring, "measure_peer", lambda product: 3.25)
+    monkeypatch.setattr(measuring, "name_kernels", name_kernels)
+    monkeypatch.setattr(measuring, "measure_roofs", lambda run: synthetic.ROOFS)
     monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA H200")
     return log
 
@@ -92,7 +93,7 @@ def test_a_product_is_read_back_from_its_text():
 
 
 def test_every_candidate_of_the_reports_cases_is_a_record_with_every_attribute(run, stand_in):
-    trials = survey.survey(run, survey_grid("quick")[:2])
+    trials = measuring.survey(run, survey_grid("quick")[:2])
     qk = [t for t in trials if t.variant == "report-qk" and t.backend == "cublaslt"]
     assert [t.data["rank"] for t in qk] == [0, 1, 2, 3] and run.trials() == trials
     wanted = {
@@ -114,20 +115,20 @@ def test_every_candidate_of_the_reports_cases_is_a_record_with_every_attribute(r
 
 def test_an_interrupted_survey_goes_on_where_it_was(run, stand_in, monkeypatch):
     cases = survey_grid("quick")[:6]
-    monkeypatch.setattr(survey, "CASES_A_PASS", 2)
-    survey.survey(run, cases[:4])
+    monkeypatch.setattr(measuring, "CASES_A_PASS", 2)
+    measuring.survey(run, cases[:4])
     complete = run.records_path.read_text().splitlines(keepends=True)
     run.records_path.write_text("".join(complete[:-1]))  # the last case lost a record, as when the process is killed
     stand_in.clear()
     said = []
-    survey.survey(run, cases, progress=said.append)
+    measuring.survey(run, cases, progress=said.append)
     assert stand_in == [c.product for c in cases[3:]]
     assert said[0] == "3 of 6 cases are in the records already" and said[1].startswith("1 of 3: row-pv")
     found = candidates_of(run.trials())
     assert len(found) == len({(t.variant, t.data["rank"]) for t in found}), "a case measured twice counts once"
     stand_in.clear()
-    assert survey.survey(run, cases) == [] and stand_in == []
-    survey.survey(run, cases[:1], resume=False)
+    assert measuring.survey(run, cases) == [] and stand_in == []
+    measuring.survey(run, cases[:1], resume=False)
     assert stand_in == [cases[0].product]
 
 
@@ -138,8 +139,10 @@ def test_what_fails_is_a_record_and_the_survey_goes_on(run, stand_in, monkeypatc
         return [None if a.rank == 1 else 2.0 + a.rank for a in offered]
 
     monkeypatch.setattr(cublaslt, "measure", measure)
-    monkeypatch.setattr(survey, "measure_peer", lambda p: (_ for _ in ()).throw(ToolMissing("cuBLAS", "pip install")))
-    trials = survey.survey(run, cases)
+    monkeypatch.setattr(
+        measuring, "measure_peer", lambda p: (_ for _ in ()).throw(ToolMissing("cuBLAS", "pip install"))
+    )
+    trials = measuring.survey(run, cases)
     refused = next(t for t in trials if t.variant == "smallest-1x1x16")
     assert refused.status == "error" and "CUBLAS_STATUS_NOT_SUPPORTED" in refused.reason
     assert product_of(refused) == Product(1, 1, 16)
@@ -148,14 +151,14 @@ def test_what_fails_is_a_record_and_the_survey_goes_on(run, stand_in, monkeypatc
     peer = next(t for t in trials if t.backend == "cublas")
     assert peer.status == "error" and "cuBLAS" in peer.reason
     assert {t.variant for t in candidates_of(trials)} == {"report-qk", "smallest-8x8x16"}
-    assert survey.finished_cases(trials) == {c.id for c in cases}, "a failure is not measured again"
+    assert measuring.finished_cases(trials) == {c.id for c in cases}, "a failure is not measured again"
 
 
 def test_an_exploratory_case_keeps_the_first_the_fastest_and_the_largest_workspace():
     case = next(c for c in survey_grid("full") if c.id == "batch-qk-4")
     one = synthetic.measured(case)
     one.offered[3] = replace(one.offered[3], workspace_bytes=4096)
-    assert [t.data["rank"] for t in survey.trials_of(one, None)] == [0, 1, 3]
+    assert [t.data["rank"] for t in measuring.trials_of(one, None)] == [0, 1, 3]
 
 
 def test_the_records_stay_small():
@@ -173,8 +176,8 @@ def test_what_most_candidates_have_is_left_out_of_a_record_and_put_back_by_reade
     old = [whole(t) for t in trials]  # as records were before: every attribute in each line
     assert all(set(USUAL) <= set(t.data) for t in old if t in candidates_of(old))
     assert candidates_of(trials) == candidates_of(old)
-    assert survey_facts.small_grid(trials) == survey_facts.small_grid(old)
-    assert survey_facts.regrets(trials) == survey_facts.regrets(old)
+    assert facts.small_grid(trials) == facts.small_grid(old)
+    assert facts.regrets(trials) == facts.regrets(old)
     assert lean({"split_k": 1, "workspace_bytes": 64, "tensor_core": None, "cta_swizzling": False}) == {
         "workspace_bytes": 64, "tensor_core": None, "cta_swizzling": False,
     }  # fmt: skip
@@ -188,7 +191,7 @@ def test_without_cublaslt_a_survey_says_what_to_install(run, monkeypatch):
 
     monkeypatch.setattr(cublaslt, "library", missing)
     with pytest.raises(ToolMissing, match="cuBLASLt"):
-        survey.survey(run, survey_grid("quick"))
+        measuring.survey(run, survey_grid("quick"))
     assert run.trials() == []
 
 
@@ -232,15 +235,15 @@ def test_the_profilers_kernels_are_split_call_by_call():
 def prove(run, stand_in, monkeypatch, runs):
     """Labels of the report's Q·Kᵀ after a survey, where launching an algorithm runs the kernel that `runs` gives."""
     case = survey_grid("quick")[:1]
-    survey.survey(run, case)
-    import flashcore.profiling as profiling
+    measuring.survey(run, case)
+    import flashcore.gpu.profiling as profiling
 
-    monkeypatch.setattr(survey, "_launcher", lambda product, algorithm: algorithm)
+    monkeypatch.setattr(labels, "launcher", lambda product, algorithm: algorithm)
     monkeypatch.setattr(profiling, "kernels_of", lambda calls: [[runs(a)] for a in calls])
     monkeypatch.setattr(
         cublaslt, "choose", lambda product, *, policy, workspace_bytes: (synthetic.offered(product)[1], "stand-in")
     )
-    return survey.prove_labels(run, case)
+    return labels.prove_labels(run, case)
 
 
 def test_an_algorithm_that_runs_as_labelled_is_proven(run, stand_in, monkeypatch):
@@ -275,35 +278,35 @@ class FakePlan:
         self.product, self.algorithm = product, algorithm
 
 
-def labels(monkeypatch, stand_in, *, label, ran):
+def labels_wrong(monkeypatch, stand_in, *, label, ran):
     """What `wrong_labels` says when the backend's label is candidate `label` and its bytes are candidate `ran`."""
-    import flashcore.profiling as profiling
+    import flashcore.gpu.profiling as profiling
 
     offered = synthetic.offered(QK)
     backend = Planner()
     backend.chosen = replace(offered[label], raw=offered[ran].raw)
     by_bytes = {a.raw: synthetic.kernel_of(a) for a in offered}
-    monkeypatch.setattr("flashcore.inputs.make_inputs", lambda problem, device: (None, None, None))
-    monkeypatch.setattr(survey, "_launcher", lambda product, algorithm, plan=None: algorithm.raw)
+    monkeypatch.setattr("flashcore.numerics.inputs.make_inputs", lambda problem, device: (None, None, None))
+    monkeypatch.setattr(labels, "launcher", lambda product, algorithm, plan=None: algorithm.raw)
     monkeypatch.setattr(profiling, "kernels_of", lambda calls: [[by_bytes[raw]] for raw in calls])
-    return survey.wrong_labels(backend, square(1, 2, 2048, 64))
+    return labels.wrong_labels(backend, square(1, 2, 2048, 64))
 
 
 def test_f14_a_backend_that_runs_other_bytes_than_it_names_is_found(stand_in, monkeypatch):
-    assert labels(monkeypatch, stand_in, label=0, ran=0) == [], "the clean backend has to be silent"
-    [wrong] = labels(monkeypatch, stand_in, label=1, ran=2)
+    assert labels_wrong(monkeypatch, stand_in, label=0, ran=0) == [], "the clean backend has to be silent"
+    [wrong] = labels_wrong(monkeypatch, stand_in, label=1, ran=2)
     assert wrong.startswith("m=2048,n=128,k=64,Bᵀ") and "nvjet_sm90_hsh_128x64" in wrong and "64x96" in wrong
 
 
 def test_a_profiler_that_saw_nothing_proves_nothing(stand_in, monkeypatch):
-    import flashcore.profiling as profiling
+    import flashcore.gpu.profiling as profiling
 
-    monkeypatch.setattr("flashcore.inputs.make_inputs", lambda problem, device: (None, None, None))
+    monkeypatch.setattr("flashcore.numerics.inputs.make_inputs", lambda problem, device: (None, None, None))
     monkeypatch.setattr(profiling, "kernels_of", lambda calls: [[] for _ in calls])
     backend = Planner()
     backend.chosen = synthetic.offered(QK)[0]
     with pytest.raises(FlashCoreError, match="saw no kernel for the product m=2048"):
-        survey.wrong_labels(backend, square(1, 2, 2048, 64))
+        labels.wrong_labels(backend, square(1, 2, 2048, 64))
 
 
 def test_f14_is_found_by_the_tile_alone():
@@ -332,7 +335,7 @@ def test_matmul_heuristics_predicts_on_the_cpu_for_a_known_gpu():
 
 
 def test_cublas_is_called_with_the_transposed_product(monkeypatch):
-    from flashcore import cublas
+    from flashcore.survey import cublas
 
     class Library:
         cuBLASError = RuntimeError
@@ -373,10 +376,10 @@ def test_cublas_is_called_with_the_transposed_product(monkeypatch):
 def program():
     import typer
 
-    from flashcore import cli_survey
+    from flashcore.cli import survey
 
     app = typer.Typer()
-    cli_survey.add_to(app)
+    survey.add_to(app)
     app.callback()(lambda: None)
     return app
 
@@ -386,12 +389,12 @@ def test_the_command_surveys_and_answers(program, run, stand_in, monkeypatch):
 
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(device, "record_environment", lambda *a, **k: "env")
-    monkeypatch.setattr(survey, "prove_labels", lambda run, cases: [])
+    monkeypatch.setattr(labels, "prove_labels", lambda run, cases: [])
     done = CliRunner().invoke(program, ["survey", "--profile", "quick", "--run", str(run.path)])
     assert done.exit_code == 0, done.output
     assert "1. Why does Q·Kᵀ get only algorithms without workspace" in done.output and "7. What can" in done.output
-    wrong = Trial(kind="gemm_candidate", status="failed", reason="other kernel", data={"group": survey.PROOF})
-    monkeypatch.setattr(survey, "prove_labels", lambda run, cases: [wrong])
+    wrong = Trial(kind="gemm_candidate", status="failed", reason="other kernel", data={"group": labels.PROOF})
+    monkeypatch.setattr(labels, "prove_labels", lambda run, cases: [wrong])
     done = CliRunner().invoke(program, ["survey", "--profile", "quick", "--run", str(run.path), "--json"])
     assert done.exit_code == 3
     assert [Trial.model_validate_json(line) for line in done.stdout.splitlines()] == [wrong]

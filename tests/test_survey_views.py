@@ -8,8 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import synthetic_survey as synthetic
 
-from flashcore import survey_facts, survey_views
+from flashcore.drawing import survey_views
 from flashcore.records import Timing, Trial
+from flashcore.survey import facts
 
 L2 = 60 << 20
 VIEWS = [
@@ -28,14 +29,14 @@ def candidate(case: str, rank: int, latency_us: float, workspace_bytes: int = 0,
 
 def test_regret_is_the_choices_time_over_the_best():
     trials = [candidate("a", 0, 3.0), candidate("a", 1, 2.0), candidate("a", 2, 5.0, workspace_bytes=1 << 20)]
-    found = {r.policy: r.ratio for r in survey_facts.regrets(trials)}
+    found = {r.policy: r.ratio for r in facts.regrets(trials)}
     assert found == {"first": 1.5, "largest-workspace": 2.5}
     again = [t.model_copy(update={"variant": "b"}) for t in trials]
-    assert len(survey_facts.regrets(trials + again)) == 2, "one product counts once"
-    assert survey_facts.regrets([candidate("a", 0, 3.0, offered=1)]) == [], "one candidate leaves no choice"
-    assert [r.ratio for r in survey_facts.regrets([candidate("a", 0, 3.0, offered=2)])] == [1, 1]
+    assert len(facts.regrets(trials + again)) == 2, "one product counts once"
+    assert facts.regrets([candidate("a", 0, 3.0, offered=1)]) == [], "one candidate leaves no choice"
+    assert [r.ratio for r in facts.regrets([candidate("a", 0, 3.0, offered=2)])] == [1, 1]
     failed = candidate("a", 0, 3.0).model_copy(update={"status": "error"})
-    assert survey_facts.regrets([failed, *trials[1:]]) == [], "without the first there is nothing to compare"
+    assert facts.regrets([failed, *trials[1:]]) == [], "without the first there is nothing to compare"
 
 
 @pytest.mark.parametrize(
@@ -48,26 +49,26 @@ def test_regret_is_the_choices_time_over_the_best():
 )
 def test_the_rank_correlation_of_workspace_and_time(times, value, words):
     trials = [candidate("a", rank, us, workspace_bytes=rank * 1024) for rank, us in enumerate(times)]
-    found = survey_facts.workspace_correlation(trials)
+    found = facts.workspace_correlation(trials)
     assert found == (pytest.approx(value), 3, 1)
-    assert "too few to tell" in survey_facts.correlation_words(found), "one product proves nothing"
-    assert words in survey_facts.correlation_words((found[0], 9, 3))
+    assert "too few to tell" in facts.correlation_words(found), "one product proves nothing"
+    assert words in facts.correlation_words((found[0], 9, 3))
 
 
 def test_no_correlation_is_made_of_equal_workspaces_or_of_a_part_of_the_candidates():
     equal = [candidate("a", rank, 1.0 + rank) for rank in range(3)]
-    assert survey_facts.workspace_correlation(equal) is None
-    assert "differ in workspace" in survey_facts.correlation_words(None)
+    assert facts.workspace_correlation(equal) is None
+    assert "differ in workspace" in facts.correlation_words(None)
     part = [candidate("a", rank, 1.0 + rank, workspace_bytes=rank, offered=9) for rank in range(3)]
-    assert survey_facts.workspace_correlation(part) is None, "the few that were kept are no sample"
+    assert facts.workspace_correlation(part) is None, "the few that were kept are no sample"
 
 
 def test_the_smallest_shape_is_the_one_of_least_work():
     trials = synthetic.survey_trials("full")
-    assert survey_facts.smallest_shape(trials) == (16, 16, 16)
-    grid = survey_facts.small_grid(trials)
+    assert facts.smallest_shape(trials) == (16, 16, 16)
+    grid = facts.small_grid(trials)
     assert grid[1, 1, 16] == "refused" and grid[8, 128, 16] == "none" and grid[16, 16, 64] == "first"
-    assert survey_facts.smallest_shape([]) is None
+    assert facts.smallest_shape([]) is None
 
 
 def test_the_views_draw_what_there_is():
@@ -112,6 +113,6 @@ def test_the_limit_needs_the_machines_ceilings():
     trials = synthetic.everything()
     assert "not in these records" in survey_views.limit_html(synthetic.survey_trials("quick"), l2_bytes=L2)
     assert "not in these records" in survey_views.limit_html(trials, l2_bytes=None)
-    found = {one.backend: one for one in survey_facts.limits(trials, l2_bytes=L2)}
+    found = {one.backend: one for one in facts.limits(trials, l2_bytes=L2)}
     assert found["cublaslt"].measured_tflops == pytest.approx(105.7, abs=0.1)
     assert all(one.measured_tflops < one.prediction.tflops for one in found.values())

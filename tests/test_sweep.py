@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from flashcore import backends, sweep
+from flashcore import backends
 from flashcore.backends import Availability, Backend
 from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.measure import sweep
 from flashcore.problem import PRESETS, square
 
 PROBLEM = square(1, 1, 32, 16, dtype="float32")

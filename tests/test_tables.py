@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 from flashcore import tables
-from flashcore.bisection import bisect
-from flashcore.check import check_attention, named_problems
+from flashcore.bisection.bisecting import bisect
+from flashcore.measure.check import check_attention, named_problems
 from flashcore.problem import PRESETS, square
 from flashcore.records import RunFolder, Trial
 

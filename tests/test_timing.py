@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
+from flashcore.measure.timing import Candidate, input_sets, summarise, time_on_cpu, time_on_gpu
 from flashcore.problem import PRESETS, square
-from flashcore.timing import Candidate, input_sets, summarise, time_on_cpu, time_on_gpu
 
 SMALL = square(1, 1, 16, 8, dtype="float32")
 

@@ -7,9 +7,18 @@ from dataclasses import replace
 import pytest
 import synthetic_survey as synthetic
 
-from flashcore import unfused_model
 from flashcore.problem import PRESETS, square
-from flashcore.unfused_model import VARIANTS, Ceilings, Variant, best, ceilings_of, in_words, predict, through_memory
+from flashcore.survey import unfused_model
+from flashcore.survey.unfused_model import (
+    VARIANTS,
+    Ceilings,
+    Variant,
+    best,
+    ceilings_of,
+    in_words,
+    predict,
+    through_memory,
+)
 
 REPORT = PRESETS["report"]
 L2 = 60 << 20

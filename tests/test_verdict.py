@@ -9,7 +9,7 @@ import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashcore import verdict
+from flashcore.decision import verdict
 from flashcore.errors import GatesError
 from flashcore.problem import PRESETS, parse_problem
 from flashcore.records import RunFolder, Timing, Trial

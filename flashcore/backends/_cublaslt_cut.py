@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flashcore.backends._cuda import CudaBackend
-from flashcore.outputs import new_output
+from flashcore.numerics.outputs import new_output
 from flashcore.problem import Problem
 
 LARGEST_PAGE = 2048

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from flashcore.backends import AVAILABLE, Availability, Backend
+from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._traces import TraceBuffers
-from flashcore.launching import (
+from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
@@ -22,8 +22,8 @@ from flashcore.launching import (
     load_kernel,
     outputs_for,
 )
+from flashcore.numerics.reference import Trace, interleaved
 from flashcore.problem import Problem
-from flashcore.reference import Trace, interleaved
 
 PARAMS = struct.Struct("5Q 12q 6i f 4x")
 """`AttentionParams` of kernels/include/attention.cuh: five pointers, four strides of three, six ints, the scale."""

@@ -6,12 +6,12 @@ import struct
 
 import torch
 
-from flashcore.backends import Backend
+from flashcore.backends._contract import Backend
 from flashcore.backends._cuda import CudaBackend, is_good_again
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends._traces import TraceBuffers
 from flashcore.errors import PageTableError
-from flashcore.launching import (
+from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
@@ -22,9 +22,9 @@ from flashcore.launching import (
     kept,
     outputs_for,
 )
+from flashcore.numerics.reference import Trace
 from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, paginate
 from flashcore.problem import Problem
-from flashcore.reference import Trace
 
 PAGED = struct.Struct("4Q 3i 4x")
 """`PagedParams` of kernels/include/paged.cuh."""

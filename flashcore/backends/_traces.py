@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.numerics.reference import Trace, links
 from flashcore.problem import Problem
-from flashcore.reference import Trace, links
 
 TRACE = struct.Struct("6Q 2i")
 """`TraceBuffers` of kernels/include/trace.cuh."""

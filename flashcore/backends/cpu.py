@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from flashcore import reference
-from flashcore.backends import Backend, register
+from flashcore.backends._contract import Backend
+from flashcore.backends._registry import register
+from flashcore.numerics import reference
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:

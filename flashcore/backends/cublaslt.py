@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 
-from flashcore import cublaslt
-from flashcore.backends import Availability, register
+from flashcore.backends._contract import Availability
 from flashcore.backends._cublaslt_cut import LARGEST_PAGE, Cut, Span, Workspace
 from flashcore.backends._cublaslt_cut import RESIDENT_SHARE as RESIDENT_SHARE
 from flashcore.backends._page_tables import Page, PageTable, page_at, parts
+from flashcore.backends._registry import register
 from flashcore.backends._traces import TraceBuffers
-from flashcore.cublaslt import Plan, Policy, Product, choose
 from flashcore.errors import FlashCoreError, ToolMissing, Unsupported
-from flashcore.launching import LoadedKernel, aligned, as_argument, entry_point, launch, outputs_for
+from flashcore.gpu import cublaslt
+from flashcore.gpu.cublaslt import Plan, Policy, Product, choose
+from flashcore.gpu.launching import LoadedKernel, aligned, as_argument, entry_point, launch, outputs_for
+from flashcore.numerics.reference import STAGES, Trace
 from flashcore.problem import Problem
-from flashcore.reference import STAGES, Trace
 
 _PAGE = struct.Struct("5Q q 6i")
 """`PageParams` of kernels/page_softmax.cu."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore import cublaslt
-from flashcore import outputs as _outputs
-from flashcore.backends import register
 from flashcore.backends._page_tables import PageTable
+from flashcore.backends._registry import register
 from flashcore.backends.cublaslt import CublasLt
-from flashcore.launching import outputs_for
+from flashcore.gpu import cublaslt
+from flashcore.gpu.launching import outputs_for
+from flashcore.numerics import outputs as _outputs
 from flashcore.problem import Problem
 
 KEPT = 8

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from flashcore.backends import register
 from flashcore.backends._page_tables import Page
 from flashcore.backends._paged import OverPages
+from flashcore.backends._registry import register
 from flashcore.backends.cublaslt import LARGEST_PAGE, CublasLt
 from flashcore.errors import PageTableError
-from flashcore.launching import outputs_for
+from flashcore.gpu.launching import outputs_for
+from flashcore.numerics.reference import STAGES, Trace
 from flashcore.paging import PAGE_SIZES, PagedKV, paginate
 from flashcore.problem import Problem
-from flashcore.reference import STAGES, Trace
 
 
 def _as_one(pool: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -7,9 +7,9 @@ import struct
 
 import torch
 
-from flashcore.backends import register
 from flashcore.backends._paged import PagedBackend, capture_id
-from flashcore.launching import LoadedKernel, multiprocessors
+from flashcore.backends._registry import register
+from flashcore.gpu.launching import LoadedKernel, multiprocessors
 from flashcore.paging import PagedKV, PageSelection
 from flashcore.problem import Problem
 

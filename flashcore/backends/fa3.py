@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-from flashcore.backends import AVAILABLE, Availability, Backend, register
+from flashcore.backends._contract import AVAILABLE, Availability, Backend
+from flashcore.backends._registry import register
 from flashcore.problem import Problem
 
 

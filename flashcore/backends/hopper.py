@@ -6,11 +6,11 @@ import struct
 
 import torch
 
-from flashcore.backends import register
 from flashcore.backends._cuda import CudaBackend
 from flashcore.backends._dealing import WARP_ROWS, sections
+from flashcore.backends._registry import register
 from flashcore.backends._tensor_maps import tensor_map
-from flashcore.launching import LoadedKernel, multiprocessors
+from flashcore.gpu.launching import LoadedKernel, multiprocessors
 from flashcore.problem import Problem
 
 SPLIT = "attention_hopper_split"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 
-from flashcore.backends import register
 from flashcore.backends._dealing import WARP_ROWS
 from flashcore.backends._paged import PagedBackend
+from flashcore.backends._registry import register
 from flashcore.backends.hopper import HopperUnsplit
 from flashcore.paging import PagedKV
 from flashcore.problem import Problem

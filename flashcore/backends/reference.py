@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from flashcore import reference
-from flashcore.backends import Backend, register
+from flashcore.backends._contract import Backend
+from flashcore.backends._registry import register
+from flashcore.numerics import reference
 from flashcore.paging import paged_reference
 
 

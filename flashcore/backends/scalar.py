@@ -1,7 +1,7 @@
 """Backend `scalar`: the readable truth on the GPU."""
 
-from flashcore.backends import register
 from flashcore.backends._cuda import CudaBackend
+from flashcore.backends._registry import register
 
 
 @register

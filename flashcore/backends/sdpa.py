@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from flashcore import reference
-from flashcore.backends import AVAILABLE, Availability, Backend, register
+from flashcore.backends._contract import AVAILABLE, Availability, Backend
+from flashcore.backends._registry import register
 from flashcore.errors import Unsupported
+from flashcore.numerics import reference
 from flashcore.problem import Problem
 
 

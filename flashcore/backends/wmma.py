@@ -1,7 +1,7 @@
 """Backend `wmma`: Tensor Cores through nvcuda::wmma."""
 
-from flashcore.backends import register
 from flashcore.backends._cuda import CudaBackend
+from flashcore.backends._registry import register
 
 
 @register

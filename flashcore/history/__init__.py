@@ -1,8 +1,25 @@
-"""Runs over time: two runs compared by a test on their samples, the run before this one, and the trend of many."""
+"""Runs over time: two runs compared by a test on their samples, the run before this one, and the trend of many.
+
+`comparing` sets two runs side by side and `interval` says what counts as a difference; `views` draws it for the page.
+It reads the records of runs that are over, and needs neither torch nor a GPU.
+"""
 
 from __future__ import annotations
 
 from flashcore.history.comparing import Comparison, compare_runs
 from flashcore.history.runs import Snapshot, previous, read, runs_in
 
-__all__ = ["Comparison", "Snapshot", "compare_runs", "previous", "read", "runs_in"]
+__all__ = [
+    "Comparison",
+    "Snapshot",
+    "compare_runs",
+    "comparing",
+    "interval",
+    "previous",
+    "read",
+    "runs_in",
+    "since",
+    "timings",
+    "trend",
+    "views",
+]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashcore import compare
+from flashcore.decision import compare
 from flashcore.history.runs import Snapshot
 from flashcore.history.timings import Pair
 from flashcore.records import Trial

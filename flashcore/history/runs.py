@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flashcore.decision.verdict import unfinished
 from flashcore.errors import RecordsError
 from flashcore.records import RunFolder, Trial, read_trials
-from flashcore.verdict import unfinished
 
 
 @dataclass(frozen=True)

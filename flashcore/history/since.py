@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashcore import compare
-from flashcore.gates import Gate
+from flashcore.decision import compare
+from flashcore.decision.gates import Gate
 from flashcore.history import timings
 from flashcore.history.comparing import Comparison, compare_runs, signed
 from flashcore.history.runs import Snapshot

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from flashcore import compare
+from flashcore.decision import compare
 from flashcore.history import interval
 from flashcore.history.interval import Change, Figure, Word
 from flashcore.history.runs import Snapshot

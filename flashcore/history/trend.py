@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashcore import compare
+from flashcore.decision import compare
 from flashcore.history import timings
 from flashcore.history.interval import Word
 from flashcore.history.runs import Snapshot

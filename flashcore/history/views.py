@@ -9,17 +9,18 @@ from markupsafe import escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from flashcore import compare, html_tables, plots
-from flashcore.compare import number
+from flashcore.decision import compare
+from flashcore.decision.compare import number
+from flashcore.decision.gates import load_gates
+from flashcore.drawing import html_tables, plots
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
 from flashcore.errors import FlashCoreError
-from flashcore.gates import load_gates
 from flashcore.history.comparing import Comparison, signed
 from flashcore.history.runs import previous, read
 from flashcore.history.since import Since, since
 from flashcore.history.timings import Row
 from flashcore.history.trend import Point
 from flashcore.records import RunFolder
-from flashcore.svg import COLOURS, FONT_SIZE, figure_html, style
 
 MOST_ROWS = 12
 """Lines of a list on the page; the rest are counted."""

@@ -1,4 +1,8 @@
-"""The page's own parts: records and decisions in, the HTML of the status report out; never torch, never a GPU."""
+"""The status page's own parts: records and a decision in, HTML out, and the PDF that a browser prints of it.
+
+Each module makes one part of the page, from the headline down to the provenance; `variants` says which parts a reader
+gets, and `resources` what the template needs. Nothing here measures or imports torch; figures come from `drawing`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,6 @@ from flashcore.page.variants import AUDIENCES, SECTIONS, Variant, variant
 
 __all__ = [
     "AUDIENCES", "SECTIONS", "Variant", "banner_html", "blockers_html", "chosen", "claims_html", "correctness_html",
-    "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "proof_html", "resources",
+    "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf", "proof_html", "resources",
     "since_html", "variant",
 ]  # fmt: skip

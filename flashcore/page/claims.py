@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from flashcore import claims, html_tables
-from flashcore.claims.findings import time_words
-from flashcore.compare import number
+from flashcore.decision import claims
+from flashcore.decision.claims.findings import time_words
+from flashcore.decision.compare import number
+from flashcore.decision.verdict import Evidence
+from flashcore.drawing import html_tables
 from flashcore.errors import FlashCoreError
 from flashcore.page.parts import fold
-from flashcore.verdict import Evidence
 
 CSS = {"confirmed": "pass", "contradicted": "fail", "impossible": "fail"}
 

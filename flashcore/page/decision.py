@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from markupsafe import Markup, escape
 
-from flashcore import html_tables, option_words
-from flashcore.compare import number
+from flashcore.decision import advice
+from flashcore.decision.compare import number
+from flashcore.decision.verdict import Decision, GateResult
+from flashcore.drawing import html_tables
 from flashcore.page.parts import fold, short, signed
 from flashcore.problem import parse_problem
-from flashcore.verdict import Decision, GateResult
 
 EVIDENCE_AT = {
     "correct_percent": ("correctness", "Correctness"), "tflops": ("speed", "Speed"), "latency_us": ("speed", "Speed"),
@@ -21,7 +22,7 @@ def options_html(decision: Decision) -> str:
     """The options: which may ship and what decides; meaning and conditions are folded. Empty for none."""
     if not decision.options:
         return ""
-    rows, told = [], option_words.matrix_rows(decision.options)
+    rows, told = [], advice.matrix_rows(decision.options)
     for option, row in zip(decision.options, told, strict=True):
         name = Markup('<span class="fc-gate">{}</span><span class="fc-why">Effort: {}. Risk: {}.</span>')
         result = Markup('<strong class="{}">{}</strong><br><span class="fc-why">{}</span>')
@@ -30,14 +31,14 @@ def options_html(decision: Decision) -> str:
             {
                 "Option": name.format(row["Option"], option.effort, option.risk),
                 "Result": result.format(css, row["Result"], row["Conditions"]),
-                "What decides": option_words.nearest(option),
+                "What decides": advice.nearest(option),
             }
         )
     table = html_tables.table_html(rows, "Options: what could be shipped", stack=True, css="fc-options")
     kept = ("Option", "What shipping it means", "What would change it")
     meanings = [{name: row[name] for name in kept} for row in told]
     numeric = ["Measured", "Threshold", "Margin"]
-    conditions = option_words.condition_rows(decision.options)
+    conditions = advice.condition_rows(decision.options)
     details = html_tables.table_html(meanings, "What each option means, and what would change the decision", stack=True)
     details += html_tables.table_html(conditions, "Every condition of every option", numeric=numeric, stack=True)
     return table + fold("What each option means, what would change the decision, and every condition", details)

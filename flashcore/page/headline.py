@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from markupsafe import escape
 
-from flashcore import paging_facts, paging_views
-from flashcore.compare import number
+from flashcore.decision.compare import number
+from flashcore.decision.verdict import Decision, Evidence, GateResult
+from flashcore.drawing import paging_views
 from flashcore.history.since import Since
 from flashcore.page.parts import is_figure
+from flashcore.paging_survey import facts
 from flashcore.problem import parse_problem
 from flashcore.records import Trial
-from flashcore.verdict import Decision, Evidence, GateResult
 
 CARD_WORD = {"PASS": "met", "FAIL": "missed", "INCONCLUSIVE": "inconclusive"}
 SAVED = "data.saved_percent"
@@ -96,7 +97,7 @@ def _memory_card(decision: Decision, evidence: Evidence, since: Since | None) ->
     if trial is None:
         return _card(title, "not measured", "", "run 'flashcore paging' to measure it", lines)
     percent = trial.data["saved_percent"]
-    where = f"paged K/V cache, {paging_facts.MEMORY_WORDS[CASE]}, against a dense one"
+    where = f"paged K/V cache, {facts.MEMORY_WORDS[CASE]}, against a dense one"
     before = _memory(since.before.trials, {since.before.environment.get("id")}) if since else None
     if before is not None:
         moved = percent - before.data["saved_percent"]
@@ -107,7 +108,7 @@ def _memory_card(decision: Decision, evidence: Evidence, since: Since | None) ->
 
 def _memory(trials: Sequence[Trial], machines: set) -> Trial | None:
     """The record of memory saved with a shared prefix that counts: the last one, if it holds a figure."""
-    found = [t for t in paging_facts.measured(trials, "memory", "case") if t.data.get("case") == CASE]
+    found = [t for t in facts.measured(trials, "memory", "case") if t.data.get("case") == CASE]
     usable = [t for t in found if is_figure(t.data.get("saved_percent")) and t.environment in machines]
     return usable[-1] if usable else None
 

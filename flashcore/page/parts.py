@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
 
-from flashcore import html_tables
-from flashcore.compare import number
+from flashcore.decision.compare import number
+from flashcore.drawing import html_tables
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from flashcore import html_tables, tables
+from flashcore import tables
+from flashcore.decision.verdict import Evidence
+from flashcore.drawing import html_tables
 from flashcore.page.parts import fold, frame_html
 from flashcore.records import Trial
-from flashcore.verdict import Evidence
 
 
 def correctness_html(evidence: Evidence) -> str:

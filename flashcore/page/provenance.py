@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from flashcore import html_tables
+from flashcore.decision.verdict import Decision, Evidence
+from flashcore.drawing import html_tables
 from flashcore.page.parts import fold
 from flashcore.page.proof import machine_html
-from flashcore.verdict import Decision, Evidence
 
 VARIABLES = (("PROFILE", "profile"), ("BACKEND", "backends"), ("PROBLEM", "problems"))
 """Variables of `make report`, and the parameter of the run that each one sets."""

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore import verdict
-from flashcore.build import data_dir
+from flashcore.decision import verdict
+from flashcore.decision.verdict import Decision, Evidence
 from flashcore.page.headline import banner_html
 from flashcore.page.provenance import provenance_html
 from flashcore.page.variants import Variant
+from flashcore.paths import data_dir
 from flashcore.records import RunFolder
-from flashcore.verdict import Decision, Evidence
 
 MOST_RECORD_BYTES = 1_600_000
 """Of all records in a page, which stays under 3 MB; those of the recorded run give way."""

@@ -25,4 +25,5 @@ __all__ = [
     "PagedKV", "PagedKVCache", "Policy", "SelectionAccuracy", "SequenceHandle", "SinkWindow", "TopK", "append_tokens",
     "bounds_of_pool", "copy_pages", "gather", "make_attention", "memory_cases", "page_scores", "paged_reference",
     "paginate", "recalled", "selection_accuracy",
+    "bounds", "checks", "ledger", "memory", "reference", "stability",
 ]  # fmt: skip

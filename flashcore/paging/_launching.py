@@ -7,9 +7,9 @@ import importlib.util
 
 import torch
 
-from flashcore.build import header_dirs, nvrtc_version
 from flashcore.errors import ToolMissing
-from flashcore.launching import LoadedKernel, is_aligned, load_kernel
+from flashcore.gpu.build import header_dirs, nvrtc_version
+from flashcore.gpu.launching import LoadedKernel, is_aligned, load_kernel
 
 MOST_BLOCKS_ACROSS = 65535
 """What a grid has in its second and third dimension."""

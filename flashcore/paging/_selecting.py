@@ -7,8 +7,8 @@ import struct
 
 import torch
 
-from flashcore.build import HEAD_DIMS
-from flashcore.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept, multiprocessors
+from flashcore.gpu.build import HEAD_DIMS
+from flashcore.gpu.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept, multiprocessors
 from flashcore.paging._launching import (
     MOST_BLOCKS_ACROSS,
     copies_whole,

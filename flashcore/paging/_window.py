@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from flashcore.build import HEAD_DIMS
-from flashcore.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept
+from flashcore.gpu.build import HEAD_DIMS
+from flashcore.gpu.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept
 from flashcore.paging._launching import loaded, runs_ours, table_fits
 from flashcore.paging._selecting import KERNEL
 from flashcore.paging.arguments import DTYPES

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
-
-if TYPE_CHECKING:
-    from flashcore.paging.tables import PagedKV
+from flashcore.paging._pages import Pages
 
 DTYPES = (torch.float16, torch.bfloat16)
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -51,7 +48,7 @@ def check_sizes(sizes: dict[str, int], page_size: int, dtype: torch.dtype) -> No
         raise InvalidProblem(f"dtype is {dtype}; a cache holds {' or '.join(map(str, DTYPES))}.")
 
 
-def check_new(k, v, kv: PagedKV, num_sequences: int) -> None:
+def check_new(k, v, kv: Pages, num_sequences: int) -> None:
     """Raise `InvalidProblem` unless k and v are ``[num_sequences, num_heads_kv, tokens, head_dim]`` for these pools."""
     for name, new in (("k", k), ("v", v)):
         if not isinstance(new, torch.Tensor) or new.dtype != kv.dtype or new.device != kv.device:
@@ -65,7 +62,7 @@ def check_new(k, v, kv: PagedKV, num_sequences: int) -> None:
             )
 
 
-def check_query(q, kv: PagedKV) -> None:
+def check_query(q, kv: Pages) -> None:
     """Raise `InvalidProblem` unless `q` is ``[batch, num_heads_q, q_tokens, head_dim]`` for these tables."""
     if not isinstance(q, torch.Tensor) or q.dim() != 4 or 0 in q.shape:
         shape = list(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__

@@ -8,12 +8,10 @@ beginning of a page, or was truncated inside it, has bounds that are loose and n
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from flashcore.paging.tables import PagedKV
+from flashcore.paging._pages import Pages
 
 LEAST, LARGEST = 0, 1
 
@@ -52,7 +50,7 @@ def widen_bounds(
     key_bounds[:, :, LARGEST].scatter_reduce_(0, target, keys.masked_fill(unreal, -math.inf), "amax")
 
 
-def held_slots(kv: PagedKV) -> torch.Tensor:
+def held_slots(kv: Pages) -> torch.Tensor:
     """``[num_pages, page_size]`` bool: slots of the pool that hold a token of any sequence. No synchronisation."""
     columns = torch.arange(kv.max_pages, device=kv.device)
     held = (kv.lengths[:, None] - columns * kv.page_size).clamp(0, kv.page_size)
@@ -63,7 +61,7 @@ def held_slots(kv: PagedKV) -> torch.Tensor:
     return torch.arange(kv.page_size, device=kv.device) < filled[:, None]
 
 
-def bounds_of_pool(kv: PagedKV) -> torch.Tensor:
+def bounds_of_pool(kv: Pages) -> torch.Tensor:
     """Bounds of every page in use, from the keys themselves: of a page's users, the longest decides what it holds."""
     bounds = empty_bounds(kv.num_pages, kv.num_heads_kv, kv.head_dim, kv.dtype, kv.device)
     empty = ~held_slots(kv)[:, None, :, None]

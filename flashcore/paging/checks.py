@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from flashcore.errors import PagesOverlap, PageTableError, SequenceTooLong
+from flashcore.paging._pages import Pages
 from flashcore.paging.ledger import DROPPED
-
-if TYPE_CHECKING:
-    from flashcore.paging.tables import PagedKV
 
 
 def debugging() -> bool:
@@ -24,7 +21,7 @@ def can_read_back(device: torch.device) -> bool:
     return device.type != "meta" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def check_tables(kv: PagedKV, tokens: int | torch.Tensor = 0) -> None:
+def check_tables(kv: Pages, tokens: int | torch.Tensor = 0) -> None:
     """See `PagedKV.check`; `tokens` may also be ``[batch]``. One wait for the device when all is well."""
     if not can_read_back(kv.device):
         return

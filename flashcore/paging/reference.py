@@ -6,10 +6,10 @@ import math
 
 import torch
 
+from flashcore.numerics.reference import safe
 from flashcore.paging.checks import debugging
 from flashcore.paging.selection import PageSelection
 from flashcore.paging.tables import PagedKV
-from flashcore.reference import safe
 
 
 def gather(cache: PagedKV, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

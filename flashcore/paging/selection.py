@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from flashcore.errors import PageTableError
-from flashcore.outputs import new_output
+from flashcore.numerics.outputs import new_output
 from flashcore.paging.checks import can_read_back
 from flashcore.paging.tables import PagedKV
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
-from flashcore.outputs import poisoned_outputs
+from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.paging.selection import PageSelection, Policy
 from flashcore.paging.tables import PagedKV
 

@@ -1,9 +1,7 @@
-"""Measure paging: memory, decode, prefill, append, accuracy, tokens a second and correctness, a record each.
+"""Measure the paged cache: memory, decode, prefill, append, accuracy, tokens a second and correctness, a record each.
 
-Records are of kind `paging`, and ``data["what"]`` says of what. `flashcore.paging_facts` reads them.
+`measuring` runs what is asked for on the shapes that `plan` holds; each other module measures one thing. `facts` reads
+the records again: they are of kind `paging`, and ``data["what"]`` says what was measured.
 """
 
-from flashcore.paging_survey.measuring import ON_CPU, WHATS, measure
-from flashcore.paging_survey.plan import Plan, plan_for
-
-__all__ = ["ON_CPU", "WHATS", "Plan", "measure", "plan_for"]
+__all__ = ["facts", "measuring", "plan"]

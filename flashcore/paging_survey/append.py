@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from flashcore.measure.timing import Candidate
 from flashcore.paging import PagedKVCache
 from flashcore.paging_survey.plan import Plan
 from flashcore.paging_survey.trials import Book, compact, time_calls, worth
 from flashcore.records import Timing
-from flashcore.timing import Candidate
 
 WHAT = "append"
 TOKENS = 64

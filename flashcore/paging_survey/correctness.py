@@ -11,7 +11,7 @@ import torch
 from flashcore import backends
 from flashcore.backends import Backend
 from flashcore.errors import BackendUnavailable, Unsupported
-from flashcore.outputs import poisoned_outputs
+from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.paged_ops import paged_problem_of
 from flashcore.paging_survey.expected import Expected, by_positions, expect
 from flashcore.paging_survey.matrix import GROUPS, POLICIES, PagedCase, make, paged_cases

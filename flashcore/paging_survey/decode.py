@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from flashcore import backends, device
+from flashcore import backends
 from flashcore.backends import Backend
+from flashcore.gpu import device
+from flashcore.measure.timing import Candidate
 from flashcore.paged_ops import paged_attention
 from flashcore.paging import PageSelection, Policy, SinkWindow, TopK
 from flashcore.paging_survey.caches import dense_of, pages_share, random_cache, rows_of
@@ -19,7 +21,6 @@ from flashcore.paging_survey.read_speed import read_speed
 from flashcore.paging_survey.trials import Book, compact, over, ready, time_calls, worth
 from flashcore.problem import Problem
 from flashcore.records import Timing
-from flashcore.timing import Candidate
 
 WHAT = "decode"
 MAX_SETS = 16

@@ -1,4 +1,4 @@
-"""What attention over pages has to give, and how far off a backend may be: the bounds of `flashcore.check`."""
+"""What attention over pages has to give, and how far off a backend may be: the bounds of `flashcore.measure.check`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore.check import LSE_BOUND, correctness_of
+from flashcore.measure.check import LSE_BOUND, correctness_of
+from flashcore.numerics.reference import safe
+from flashcore.numerics.tolerance import UNIT_FLOAT32, compare
 from flashcore.paging import PagedKV, PageSelection, gather, paged_reference
 from flashcore.paging.reference import seen_keys
 from flashcore.records import Correctness
-from flashcore.reference import safe
-from flashcore.tolerance import UNIT_FLOAT32, compare
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def expect(
 ) -> Expected:
     """Exact results in float64, and bounds from the same maths at the precision of `q`.
 
-    As in `flashcore.check.make_case`: twice the largest error that this maths makes, and what a rounding of the scores
-    to float32 does to an exponent.
+    As in `flashcore.measure.check.make_case`: twice the largest error that this maths makes, and what a rounding of
+    the scores to float32 does to an exponent.
 
     Parameters
     ----------

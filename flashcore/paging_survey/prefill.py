@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from flashcore import backends, device
+from flashcore import backends
+from flashcore.gpu import device
+from flashcore.measure.timing import Candidate, input_sets
 from flashcore.paging_survey.decode import Inputs, Step, checked
 from flashcore.paging_survey.plan import Plan
 from flashcore.paging_survey.trials import Book, compact, over, ready, time_calls, worth
 from flashcore.problem import Problem
 from flashcore.records import Timing
-from flashcore.timing import Candidate, input_sets
 
 WHAT = "prefill"
 

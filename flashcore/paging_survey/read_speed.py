@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from flashcore import build, device
 from flashcore.errors import FlashCoreError
+from flashcore.gpu import build, device
 from flashcore.records import RunFolder, Trial, digits, write_whole
 
 NAME = "read_bandwidth"
@@ -87,7 +87,7 @@ def _kernel() -> Any:
 def _kernel_tbs(data: torch.Tensor, blocks_per_sm: int) -> float:
     import numpy as np
 
-    from flashcore.launching import current_stream, launch
+    from flashcore.gpu.launching import current_stream, launch
 
     never = torch.zeros(1, dtype=torch.int32, device="cuda")
     blocks = blocks_per_sm * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from flashcore import device
+from flashcore.gpu import device
+from flashcore.measure.timing import Candidate
 from flashcore.paging import TopK
 from flashcore.paging_survey.decode import Inputs, Step, checked, kv_bytes, num_sets
 from flashcore.paging_survey.plan import ModelShape, Plan
 from flashcore.paging_survey.trials import Book, compact, time_calls, worth
 from flashcore.problem import Problem
 from flashcore.records import Timing
-from flashcore.timing import Candidate
 
 WHAT = "tokens"
 HEADROOM = 2.5

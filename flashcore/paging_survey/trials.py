@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore import backends
-from flashcore.check import hash_of
 from flashcore.errors import BackendUnavailable, FlashCoreError, UnknownName, Unsupported
+from flashcore.measure.check import hash_of
+from flashcore.measure.timing import Candidate, time_on_cpu, time_on_gpu
 from flashcore.problem import Problem
 from flashcore.records import RunFolder, Timing, Trial, digits
-from flashcore.timing import Candidate, time_on_cpu, time_on_gpu
 
 SAMPLES_KEPT = 3
 """Of a timing; its median and quartiles are over all of them."""

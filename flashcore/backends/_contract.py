@@ -1,0 +1,154 @@
+"""What a backend is: the attributes and methods that notebooks, checks and the sweep ask of each one."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from flashcore.errors import BackendUnavailable, FaultError, Unsupported
+from flashcore.problem import Problem
+
+if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
+    import torch
+
+    from flashcore.numerics.reference import Trace
+    from flashcore.paging import PagedKV, PageSelection
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run on this machine; if not, why, and the command that mends it."""
+
+    ok: bool
+    reason: str = ""
+    fix: str = ""
+
+
+AVAILABLE = Availability(ok=True)
+
+
+class Backend(ABC):
+    """One implementation of attention under a stable id."""
+
+    id: str
+    """The name in records, on the command line and in plots."""
+    title: str
+    """One line for a reader who never saw the code."""
+    role: Literal["reference", "ours", "peer"]
+    device: Literal["cpu", "cuda", "any"]
+    """Where its tensors have to be."""
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")
+    head_dims: tuple[int, ...] | None = None
+    """The head_dims it takes; None for any."""
+    kernel: str | None = None
+    """Name of the `.cu` file it launches, if one of ours; its hash goes into every record."""
+    swept: bool = True
+    """Whether a sweep measures it at every problem; otherwise only at the original report's workloads."""
+    dense: bool = True
+    """Whether `run` is worth timing on dense K and V; otherwise it copies them into pages first, for the checks."""
+    variant_of: str | None = None
+    """The backend whose kernels and stages it runs in another order; a report then checks it on fewer problems."""
+    rounds_scores: bool = False
+    """Whether scores are rounded to the problem's dtype before the softmax, by design: its bound then allows for it."""
+    traceable: bool = False
+    """Whether `trace` returns its stages, so that it can be bisected."""
+    paged: bool = False
+    """Whether `run_paged` reads K and V through a page table."""
+
+    def availability(self) -> Availability:
+        """Whether this machine has what the backend needs. Cheap, and never raises."""
+        return AVAILABLE
+
+    def why_not(self, problem: Problem) -> str | None:
+        """None when the problem can be run; otherwise the reason, as a clause."""
+        if problem.dtype not in self.dtypes:
+            return f"dtype {problem.dtype} is not among {', '.join(self.dtypes)}"
+        if self.head_dims is not None and problem.head_dim not in self.head_dims:
+            return f"head_dim {problem.head_dim} is not among {', '.join(map(str, self.head_dims))}"
+        return None
+
+    def suits(self, problem: Problem) -> Problem:
+        """The problem, or one much like it that the backend takes: for checks that ask the same of every backend."""
+        return problem
+
+    @abstractmethod
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute attention on the tensors' device and torch's current stream, without synchronising.
+
+        Parameters
+        ----------
+        q, k, v
+            ``[batch, num_heads_q, seqlen_q, head_dim]`` and ``[batch, num_heads_kv, seqlen_k, head_dim]``, any strides
+            with the last dimension contiguous; already checked against `problem`.
+
+        Returns
+        -------
+        out, lse
+            ``[batch, num_heads_q, seqlen_q, head_dim]`` in the dtype of `q`, and the natural log of the softmax
+            denominator, float32 ``[batch, num_heads_q, seqlen_q]``, -inf for a row that sees no key
+            (None from a peer that does not return it).
+        """
+
+    def trace(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Trace:
+        """What the backend really computed at each stage (see `flashcore.numerics.reference.Trace`)."""
+        raise Unsupported(self.id, "it does not expose its stages, so it cannot be bisected")
+
+    def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
+        """As `why_not`, for K and V in pages; with `selected`, of which each KV head attends to some."""
+        return self.why_not(problem) if self.paged else "it reads no page table"
+
+    def run_paged(
+        self, q: torch.Tensor, cache: PagedKV, problem: Problem, selection: PageSelection | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute attention over K and V in pages, under the terms of `run`.
+
+        Parameters
+        ----------
+        q
+            ``[batch, num_heads_q, q_tokens, head_dim]``: row i is the query at position ``length - q_tokens + i`` of
+            its sequence.
+        cache
+            The pages, their table, and each sequence's length; what lies past a length may be anything.
+        problem
+            Of the call: ``seqlen_q`` is q_tokens, ``seqlen_k`` the bound on all lengths that the host knows.
+        selection
+            Pages that each KV head attends to; None for all that are resident.
+
+        Returns
+        -------
+        out, lse
+            As `run`; 0 and -inf for a query that sees no key.
+        """
+        raise Unsupported(self.id, "it reads no page table")
+
+    def require(self, problem: Problem | None = None) -> None:
+        """Raise `BackendUnavailable` or `Unsupported` unless the backend can run (this problem) here."""
+        state = self.availability()
+        if not state.ok:
+            raise BackendUnavailable(self.id, state.reason, state.fix)
+        reason = self.why_not(problem) if problem else None
+        if reason:
+            raise Unsupported(self.id, reason)
+
+    def source_hash(self) -> str | None:
+        """Hash of the kernel's source without comments and white space; None for a backend without a kernel of ours."""
+        if self.kernel is None:
+            return None
+        from flashcore.gpu.build import source_hash
+
+        return source_hash(self.kernel)
+
+
+def with_methods(backend: Backend, methods: Mapping[str, Any]) -> Backend:
+    """A copy of the backend with these methods and attributes in place of its own; `FaultError` where it has none."""
+    missing = [name for name in methods if not hasattr(backend, name)]
+    if missing:
+        raise FaultError(f"A planted fault overrides '{missing[0]}', which backend '{backend.id}' no longer has.")
+    changed = copy.copy(backend)
+    changed.__class__ = type("Planted", (type(backend),), dict(methods))
+    return changed

@@ -1,0 +1,72 @@
+"""The registry: which backends there are, by id. A module of this folder that registers one is in, and so is a plug-in.
+
+A module registers by decorating a `Backend` subclass with `register`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+from flashcore.backends._contract import Backend
+from flashcore.errors import FlashCoreError, UnknownName
+
+_REGISTRY: dict[str, Backend] = {}
+_discovered: set[str] = set()
+
+
+def register(cls: type[Backend]) -> type[Backend]:
+    """Class decorator: put one instance of the backend into the registry under its id."""
+    known = _REGISTRY.get(cls.id)
+    if known is not None and type(known).__qualname__ != cls.__qualname__:
+        raise FlashCoreError(f"Two backends are called '{cls.id}'; give the newer one another id.")
+    _REGISTRY[cls.id] = cls()
+    return cls
+
+
+def _discover() -> None:
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if not info.name.startswith("_"):
+            importlib.import_module(f"{__package__}.{info.name}")
+    for folder in filter(None, os.environ.get("FLASHCORE_PLUGINS", "").split(os.pathsep)):
+        for path in sorted(Path(folder).glob("*.py")):
+            if str(path) not in _discovered:
+                _discovered.add(str(path))
+                spec = importlib.util.spec_from_file_location(f"flashcore_plugin_{path.stem}", path)
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[spec.name] = module
+                spec.loader.exec_module(module)
+
+
+def all_backends() -> list[Backend]:
+    """Every backend known here, whether or not it can run: ours from slow to fast, then peers."""
+    _discover()
+    order = {"reference": 0, "ours": 1, "peer": 2}
+    return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
+
+
+def get(backend_id: str) -> Backend:
+    """The backend with this id.
+
+    Raises
+    ------
+    UnknownName
+        No backend has it; the message lists those that exist.
+    """
+    known = {b.id: b for b in all_backends()}
+    if backend_id not in known:
+        raise UnknownName("backend", backend_id, sorted(known))
+    return known[backend_id]
+
+
+def select(names: str = "all", *, device: str | None = None) -> list[Backend]:
+    """Backends by a comma-separated list of ids, or `all`; with `device`, those that take tensors there.
+
+    An id that does not exist is an error; one that is merely not available here is returned, for the caller to record.
+    """
+    wanted = all_backends() if names.strip() == "all" else [get(n.strip()) for n in names.split(",") if n.strip()]
+    return [b for b in wanted if device is None or b.device in (device, "any")]

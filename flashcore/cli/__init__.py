@@ -1,0 +1,9 @@
+"""The command line: one module a group of commands, put together in `program`.
+
+A command reads its arguments, calls what does the work, prints, and ends with an exit code. `printing` holds what
+several commands print alike.
+"""
+
+from flashcore.cli.program import app, main
+
+__all__ = ["app", "main"]

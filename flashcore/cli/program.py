@@ -1,0 +1,174 @@
+"""The command line: puts the commands together, `flashcore verdict`, `build`, `doctor`. It prints; others do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from flashcore import __version__
+from flashcore.cli import claims, compare, debug, paging, printing, report, survey
+from flashcore.errors import FlashCoreError
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+WIDTH_OF_A_FILE = 120
+"""Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    """One line of output, however long: a wrapped path could not be copied."""
+    out.print(line, soft_wrap=True)
+
+
+class _Group(TyperGroup):
+    """Turns an error made on purpose into one sentence on stderr, without a traceback, and an exit code."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except FlashCoreError as error:
+            if os.environ.get("FLASHCORE_DEBUG"):
+                raise
+            err.print(escape(str(error)))
+            raise typer.Exit(USAGE_ERROR) from None
+        except KeyboardInterrupt:
+            err.print("Interrupted; records written so far are kept in the run's folder.")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="flashcore",
+    cls=_Group,
+    help="Check, time and judge attention kernels for Hopper GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, its id, or the word 'latest'.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder that holds the run folders.  [default: reports/runs]")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"flashcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="FLASHCORE_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["FLASHCORE_DEBUG"] = "1"
+
+
+@app.command()
+def verdict(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
+    """Print a run's verdict. Exit code 0: GO; 3: NO-GO; 4: INCONCLUSIVE."""
+    from flashcore.decision import verdict as verdicts
+    from flashcore.pipeline import reporting
+
+    decision = verdicts.judge(reporting.find_run(run, out_dir))
+    printing.print_decision(decision)
+    raise typer.Exit(verdicts.EXIT_CODES[decision.verdict])
+
+
+@app.command()
+def build() -> None:
+    """Compile every kernel and show what the compiler made of it; needs no GPU. Exit code 1: one did not compile."""
+    from flashcore.gpu.build import build_all
+
+    with err.status("Compiling ...") as status:
+        if err.is_terminal:
+            trials = build_all(lambda what: status.update(f"Compiling {escape(what)} ..."))
+        else:
+            trials = build_all(lambda what: err.print(f"Compiling {escape(what)} ..."))
+    table = Table(title="Kernels, compiled for sm_90a")
+    table.add_column("Kernel", no_wrap=True)
+    table.add_column("Variant", no_wrap=True)
+    for column in ("Registers", "Spilled bytes", "Shared bytes"):
+        table.add_column(column, justify="right")
+    table.add_column("Tensor Core SASS", no_wrap=True)
+    table.add_column("Compile time", justify="right", no_wrap=True)
+    broken = [trial for trial in trials if trial.status != "ok"]
+    for trial in trials:
+        d = trial.data
+        names = [escape(str(d["kernel"])), f"D={d['head_dim']} {d['dtype']}{' traced' if d['trace'] else ''}"]
+        if trial.status == "ok":
+            took = f"{d['compile_seconds']:.2f} s{', cached' if d['cached'] else ''}"
+            figures = [str(d["registers"]), str(d["spill_bytes"]), str(d["shared_bytes"]), _instructions(d), took]
+        else:
+            figures = ["", "", "", "did not compile", ""]
+        table.add_row(*names, *figures)
+    out.print(table)
+    for reason in dict.fromkeys(trial.reason for trial in broken):
+        err.print(escape(reason or "A kernel did not compile."))
+    for warning in dict.fromkeys(f"{t.data['kernel']}: {w}" for t in trials for w in t.data.get("warnings") or []):
+        err.print(f"The compiler warns of {escape(warning)}")
+    raise typer.Exit(1 if broken else 0)
+
+
+def _instructions(data: dict) -> str:
+    counts = data["tensor_instructions"]
+    if counts is None:
+        return "no nvdisasm to read it"
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+
+
+@app.command()
+def doctor() -> None:
+    """Say what works on this machine, what is missing, and what mends it. Exit code 1: not even the CPU can report."""
+    from flashcore.gpu.device import checks
+
+    found = checks()
+    table = Table(title="What FlashCore found on this machine")
+    for column in ("Part", "State", "Detail", "To mend it"):
+        table.add_column(column, overflow="fold")
+    for check in found:
+        state = "works" if check.ok else ("MISSING" if check.needed else "not here")
+        table.add_row(escape(check.name), state, escape(check.detail), "" if check.ok else escape(check.fix))
+    out.print(table)
+    missing = [check.name for check in found if check.needed and not check.ok]
+    if missing:
+        _say(f"Reports cannot be made here until this is mended: {escape(', '.join(missing))}.")
+        raise typer.Exit(1)
+    if any(check.name == "GPU" and check.ok for check in found):
+        _say("Reports can be made here, with live GPU figures.")
+    else:
+        _say("Reports can be made here on the CPU; GPU evidence comes from recorded runs, labelled so.")
+
+
+report.add_to(app)
+debug.add_to(app)
+survey.add_to(app)
+paging.add_to(app)
+claims.add_to(app)
+compare.add_to(app)
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    app(prog_name="flashcore")
+
+
+if __name__ == "__main__":
+    main()

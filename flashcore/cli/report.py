@@ -1,0 +1,150 @@
+"""The commands that make pages: `flashcore report` and `flashcore render`. `add_to` puts them into the program."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flashcore.cli.printing import errors, print_decision, say, shown
+
+
+class Profile(StrEnum):
+    """How much a report measures."""
+
+    quick = "quick"
+    full = "full"
+
+
+class Audience(StrEnum):
+    """For whom the page is."""
+
+    leadership = "leadership"
+    engineering = "engineering"
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, its id, or the word 'latest'.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder that holds the run folders.  [default: reports/runs]")
+]
+AudienceOption = Annotated[
+    Audience | None,
+    typer.Option(help="leadership: details folded, notebooks left out; engineering: everything open.  "
+                      "[default: everything, folded]"),
+]  # fmt: skip
+TitleOption = Annotated[str | None, typer.Option(help="Title of the page.  [default: FlashCore status report]")]
+OrganisationOption = Annotated[str | None, typer.Option(help="Organisation, shown before the title.")]
+LogoOption = Annotated[Path | None, typer.Option(help="A PNG, JPEG, WebP or SVG file of at most 200 KB to show.")]
+SectionsOption = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,...", help="Sections to show, out of decision, since, speed, correctness, questions, "
+                                         "survey, paging, claims, evidence, provenance.  [default: all]"),
+]  # fmt: skip
+PdfOption = Annotated[bool, typer.Option("--pdf/--no-pdf", help="Print the page to report.pdf by Chromium.")]
+
+
+def report(
+    profile: Annotated[
+        Profile | None, typer.Option(help="How much to measure.  [default: full with a GPU, quick without]")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Backends to measure: 'all', or ids separated by commas, such as wmma,sdpa-cudnn."),
+    ] = None,
+    problem: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset or a label such as B=1,H=8,S=512,D=64; may be repeated.  [default: the profile's]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random input.  [default: 0]")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="PART,...", help="Measure these parts of a run again and keep its rest: environment, "
+                                              "bisection, survey, sweep, paging, or names of notebooks."),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="The run that --only is about.  [default: latest]")
+    ] = None,
+    audience: AudienceOption = None,
+    title: TitleOption = None,
+    organisation: OrganisationOption = None,
+    logo: LogoOption = None,
+    sections: SectionsOption = None,
+    pdf: PdfOption = True,
+    out_dir: OutOption = None,
+) -> None:  # fmt: skip
+    """Measure, judge and render a report. Exit code 0: made; 1: made, but a notebook failed; 2: could not be made."""
+    from flashcore.errors import FlashCoreError
+    from flashcore.gpu import device
+    from flashcore.pipeline import redo, reporting
+
+    variant = _variant(audience, title, organisation, logo, sections)
+    given: dict[str, Any] = {"profile": profile and profile.value, "backends": backend, "seed": seed,
+                             "problems": ";".join(problem) if problem else None}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if run is not None and only is None:
+        raise FlashCoreError(
+            "--run names the run that --only PART does again; 'flashcore report' alone makes a new run."
+        )
+    common = {"variant": variant, "pdf": pdf, "progress": lambda line: errors().print(escape(line))}
+    if only is not None:
+        result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
+    else:
+        defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
+                    "seed": 0}  # fmt: skip
+        result = reporting.report(**{**defaults, **given}, out=out_dir, **common)
+    print_decision(result.decision)
+    for name, reason in result.failed.items():
+        say(f"Notebook {name} did not finish: {escape(reason)}")
+    _say_pdf(result.pdf, result.no_pdf)
+    say(f"Report: {escape(shown(result.html))}")
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def render(
+    run: RunArgument = "latest",
+    audience: AudienceOption = None,
+    title: TitleOption = None,
+    organisation: OrganisationOption = None,
+    logo: LogoOption = None,
+    sections: SectionsOption = None,
+    pdf: PdfOption = True,
+    out_dir: OutOption = None,
+) -> None:
+    """Make a run's page and PDF again from its records; needs no GPU and measures nothing."""
+    from flashcore.errors import NotebookFailed
+    from flashcore.pipeline import reporting
+
+    variant = _variant(audience, title, organisation, logo, sections)
+    found = reporting.find_run(run, out_dir)
+    try:
+        page = reporting.render(found, variant=variant)
+    except NotebookFailed as error:
+        errors().print(escape(str(error)))
+        raise typer.Exit(1) from None
+    if pdf:
+        _say_pdf(*reporting.print_page(found))
+    say(f"Report: {escape(shown(page))}")
+
+
+def _variant(audience, title, organisation, logo, sections):
+    from flashcore import page
+
+    return page.variant(
+        audience=audience and audience.value, title=title, organisation=organisation, logo=logo, sections=sections
+    )
+
+
+def _say_pdf(printed: Path | None, why_not: str) -> None:
+    if printed is not None:
+        say(f"PDF: {escape(shown(printed))}")
+    elif why_not:
+        say(escape(why_not))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the program."""
+    app.command()(report)
+    app.command()(render)

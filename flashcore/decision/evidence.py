@@ -1,0 +1,116 @@
+"""Collect what a verdict and a page may use for a run: its own records, and a recorded run where it had no GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashcore.errors import FlashCoreError
+from flashcore.records import RunFolder, Trial
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run kept from another machine: the evidence of a report made without a GPU."""
+
+    trials: tuple[Trial, ...]
+    environment: Mapping[str, Any]
+    folder: str = ""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def gpu(self) -> str:
+        return str(self.environment.get("gpu") or "an unknown GPU")
+
+    @property
+    def date(self) -> str:
+        return str(self.environment.get("date") or "an unknown date")[:10]
+
+    def differing(self, current_hashes: Mapping[str, str]) -> list[str]:
+        """Names of kernels whose source now differs from what was recorded, or was never recorded."""
+        then = self.environment.get("kernels")
+        then = then if isinstance(then, Mapping) else {}
+        return sorted(name for name, digest in current_hashes.items() if then.get(name) != digest)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a verdict and a page may use for one run."""
+
+    trials: tuple[Trial, ...]
+    environment: Mapping[str, Any]
+    current_hashes: Mapping[str, str]
+    recorded: Recorded | None = None
+    problems: tuple[str, ...] = ()
+    """What is wrong with the run's own records, as sentences; any of them rules out a decision."""
+
+    @property
+    def gpu_trials(self) -> tuple[Trial, ...]:
+        """The trials to show where a GPU matters: the recorded run's when this run had no GPU."""
+        return self.recorded.trials if self.recorded is not None else self.trials
+
+    @property
+    def gpu_environment(self) -> Mapping[str, Any]:
+        return self.recorded.environment if self.recorded is not None else self.environment
+
+    @property
+    def label(self) -> str:
+        """Where the GPU figures come from, in words."""
+        return label(self.recorded, self.environment, self.current_hashes)
+
+
+def label(recorded: Recorded | None, environment: Mapping[str, Any], current_hashes: Mapping[str, str]) -> str:
+    """Where GPU figures come from, as one sentence for a reader."""
+    if recorded is None:
+        if environment.get("gpu"):
+            return f"Measured live on {environment['gpu']}, {str(environment.get('date') or 'date not known')[:10]}."
+        return "No GPU evidence: this machine has no GPU, and there is no recorded run."
+    differing = recorded.differing(current_hashes)
+    match = (
+        "kernel sources match the current ones" if not differing else "kernel sources differ: " + ", ".join(differing)
+    )
+    return f"Recorded on {recorded.gpu}, {recorded.date}; {match}."
+
+
+def gather(run: RunFolder, *, recorded_dir: str | Path | None = None) -> Evidence:
+    """Collect what the gates may use for a run.
+
+    A run made with a GPU stands on its own records. A run made without one borrows the newest run that lies, with its
+    environment, in a folder under `recorded_dir` (default: ``reports/recorded``).
+
+    Raises
+    ------
+    RecordsError
+        The run's own records or environment cannot be read. A recorded run that cannot be read is only left out.
+    """
+    from flashcore.gpu.build import source_hashes
+    from flashcore.paths import data_dir
+
+    trials, problems = _read(run)
+    environment = run.environment()
+    recorded = None
+    if not environment.get("gpu"):
+        root = Path(recorded_dir) if recorded_dir is not None else data_dir("reports") / "recorded"
+        found = []
+        for folder in sorted(root.glob("*/")) if root.is_dir() else []:
+            try:
+                other = RunFolder(folder)
+                other_trials, damage = _read(other)
+                candidate = Recorded(other_trials, other.environment(), folder.name, damage)
+            except FlashCoreError as error:
+                problems += (f"The recorded run in {folder.name} was left out: {error}",)
+                continue
+            if candidate.trials and candidate.environment.get("gpu"):
+                found.append(candidate)
+        recorded = max(found, key=lambda r: r.date, default=None)
+    return Evidence(trials, environment, source_hashes(), recorded, problems)
+
+
+def _read(run: RunFolder) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trials = run.trials()
+    return tuple(trials), tuple(str(w.message) for w in caught if issubclass(w.category, RuntimeWarning))

@@ -1,0 +1,370 @@
+"""Judge one gate on the records of one machine: PASS, FAIL, or INCONCLUSIVE with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from flashcore.decision import compare
+from flashcore.decision.compare import number
+from flashcore.decision.gates import GROUPS, METRIC_KIND, Gate
+from flashcore.problem import parse_problem
+from flashcore.records import Trial
+
+State = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What one gate found."""
+
+    id: str
+    title: str
+    state: State
+    threshold: float
+    measured: float | None
+    """The figure found, also when it settles nothing; None when there is none."""
+    margin: float | None
+    """`measured` against `threshold` in `unit`, positive on the passing side."""
+    unit: str
+    n: int
+    """Samples behind a timing, checks behind a correctness figure."""
+    spread: tuple[float, float] | None
+    """5th and 95th percentile of the samples."""
+    evidence: Literal["live", "recorded", "none"]
+    reason: str
+    """One sentence a reader can act on."""
+    fix: str | None
+    """The command that would settle it; None when it passed."""
+    required: bool
+    comparison: Literal["at least", "at most"]
+    why: str = ""
+    metric: str = ""
+    problem: str = ""
+    backend: str | None = None
+    """The backend whose figure decided."""
+    versus: str | None = None
+    """The peer it was compared with, for a ratio."""
+    source: str | None = None
+    """GPU and date of recorded evidence."""
+
+    @property
+    def margin_percent(self) -> float | None:
+        """The margin relative to the threshold, in %."""
+        return None if self.margin is None or self.threshold == 0 else 100 * self.margin / abs(self.threshold)
+
+    @property
+    def margin_over_spread(self) -> float | None:
+        """How many times its own spread the figure lies from the threshold; None where no spread is known."""
+        width = self.spread[1] - self.spread[0] if self.spread else 0
+        return None if self.margin is None or width <= 0 else abs(self.margin) / width
+
+    @property
+    def confidence(self) -> str:
+        """What stands behind the figure, in words."""
+        if self.measured is None:
+            return "nothing measured"
+        if self.spread is None:
+            counted = {"correct_percent": "check"}.get(self.metric, "record" if "data." in self.metric else "sample")
+            return f"{self.n:,} {counted}{'s' if self.n != 1 else ''}"
+        times = self.margin_over_spread
+        behind = f"{self.n} samples, {number(self.spread[0])} to {number(self.spread[1])}"
+        if times is None:
+            return f"{behind}; no spread"
+        return f"{behind}; margin {'exceeds' if times > 1 else 'is within'} the spread ({number(times, 2)} times it)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records of one machine."""
+
+    evidence: Literal["live", "recorded"]
+    trials: tuple[Trial, ...]
+    environment: Mapping[str, Any]
+    current_hashes: Mapping[str, str]
+
+    def doubt(self, trial: Trial) -> str | None:
+        """Why a trial that was measured may not be used, as a clause; None when it may."""
+        if not trial.environment or trial.environment != self.environment.get("id"):
+            return f"{trial.backend or trial.kind} was measured on another machine than the run's environment names"
+        if trial.source_hash is None:
+            if compare.role(trial) == "ours" and trial.backend not in compare.WITHOUT_KERNEL and trial.backend:
+                return f"the record of {trial.backend} does not say which kernel source was measured"
+            return None
+        kernel = trial.data.get("kernel")
+        if isinstance(kernel, str) and kernel in self.current_hashes:
+            fresh = self.current_hashes[kernel] == trial.source_hash
+        else:
+            fresh = trial.source_hash in self.current_hashes.values()
+        return (
+            None
+            if fresh
+            else f"{trial.backend or kernel or trial.kind} was measured on other kernel source than the current one"
+        )
+
+    @property
+    def origin(self) -> str | None:
+        if self.evidence == "live":
+            return None
+        return f"{self.environment.get('gpu')}, {str(self.environment.get('date') or 'date not known')[:10]}"
+
+
+def judge_gate(gate: Gate, live: Source, recorded: Source | None, has_gpu: bool) -> GateResult:
+    timed_here = has_gpu or METRIC_KIND.get(gate.metric) != "attention_timing"
+    first = _judge_on(gate, live) if timed_here else None
+    if recorded is None:
+        reason = "This run had no GPU to measure it on, and there is no recorded run to use instead."
+        return first or _open(gate, None, reason)
+    if first is None or first.evidence == "none":
+        return _judge_on(gate, recorded)
+    if first.state != "PASS" or gate.backend not in GROUPS:
+        return first
+    # Of a group of backends only the CPU's are checked here; the recorded run has those that need a GPU.
+    borrowed = _judge_on(gate, recorded)
+    return first if borrowed.evidence == "none" else borrowed
+
+
+def _judge_on(gate: Gate, source: Source) -> GateResult:
+    wanted = [t for t in source.trials if gate.wants(t)]
+    if all(t.status in ("unsupported", "unavailable") for t in wanted):
+        checks = [t for t in source.trials if t.kind == "correctness" and gate.means(t) and gate.concerns(t)]
+        why = next((t.reason for t in [*wanted, *checks] if t.status in ("unavailable", "error") and t.reason), None)
+        reason = f"There is no record of it{': ' + clause(why) if why else ''}."
+        return _open(gate, source, reason, evidence="none")
+    if gate.metric == "correct_percent":
+        return _judge_correctness(gate, source, wanted)
+    if gate.kind == "attention_timing" and gate.metric in METRIC_KIND:
+        return _judge_timing(gate, source, wanted)
+    return _judge_data(gate, source, wanted)
+
+
+def _judge_correctness(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    right, wrong, doubts = [], [], []
+    for trial in wanted:
+        if trial.status in ("unsupported", "unavailable"):
+            continue
+        doubt, outcome = source.doubt(trial), compare.passed(trial)
+        if trial.status == "error":
+            doubts.append(f"a check of {trial.backend} did not finish ({clause(trial.reason or 'no reason recorded')})")
+        elif doubt or outcome is None:
+            doubts.append(doubt or f"a check of {trial.backend} recorded no comparison")
+        else:
+            (right if outcome else wrong).append(trial)
+    n = len(right) + len(wrong)
+    measured = 100 * len(right) / n if n else None
+    who = gate.backend if gate.backend not in GROUPS else None
+    if wrong:
+        first = wrong[0]
+        where = f" at {first.problem.label()}" if first.problem else ""
+        found = first.correctness
+        detail = f", {found.num_bad:,} of {found.checked:,} elements out of bound" if found and found.checked else ""
+        reason = f"{len(wrong)} of {n} checks fail, the first for {first.backend}{where}{detail}."
+        failed = gate.margin(measured) < 0
+        result = _result(gate, source, measured, n, None, reason, first.backend)
+        if failed or not doubts:
+            return replace(result, state="FAIL" if failed else "PASS", fix=gate.measure if failed else None)
+    if doubts:
+        return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}.", measured=measured, n=n, backend=who)
+    if n < max(gate.min_count, 1):
+        reason = f"Only {n} checks were made; {max(gate.min_count, 1)} settle it."
+        return _open(gate, source, reason, measured=measured, n=n, backend=who)
+    elements = sum(t.correctness.checked for t in right)
+    reason = f"{'The only check passes' if n == 1 else f'All {n} checks pass'} ({elements:,} elements compared)."
+    return _result(gate, source, measured, n, None, reason, who)
+
+
+def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    best = gate.reduce != "worst"
+    last = {t.backend: t for t in wanted}  # a later measurement of a backend replaces an earlier one
+    found: list[tuple[float, tuple[float, float] | None, int, Trial, str]] = []
+    doubts: list[str] = []
+    for trial in last.values():
+        if trial.status == "unsupported":
+            continue
+        doubt = _timing_doubt(gate, source, trial)
+        doubt = doubt or (gate.metric == "ratio_to_best_peer" and _peer_doubt(source, trial)) or None
+        figure = None if doubt else _figure(gate, source, trial)
+        if figure is None:
+            doubts.append(doubt or f"the timing of {trial.backend} holds no such figure")
+        else:
+            found.append((*figure, trial))
+    for check in source.trials:  # a backend that crashed in its check was never timed, and might have been the best
+        crashed = check.kind == "correctness" and check.status == "error" and check.backend not in last
+        if crashed and gate.means(check) and gate.concerns(check):
+            doubts.append(f"a check of {check.backend} did not finish ({clause(check.reason or 'no reason recorded')})")
+    if not found:
+        stale = [f for t in last.values() if (f := _figure(gate, source, t, trusting=True))]
+        shown = max(stale, key=lambda f: gate.margin(f[0]), default=(None, None, 0, ""))
+        return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}." if doubts else "Nothing was measured.",
+                     measured=shown[0], spread=shown[1], n=shown[2])  # fmt: skip
+    pick = max if best else min
+    value, spread, n, versus, trial = pick(found, key=lambda f: gate.margin(f[0]))
+    result = replace(_result(gate, source, value, n, spread, "", trial.backend), versus=versus or None)
+    reason = _timing_sentence(gate, value, trial.backend, versus)
+    needed = max(gate.min_count, compare.FEWEST_SAMPLES)
+    if n < needed or spread is None:
+        reason += f"; {n} sample{'' if n == 1 else 's'} cannot tell its spread, {needed} can."
+        return _undecided(gate, result, reason)
+    if spread[0] <= gate.threshold <= spread[1]:
+        return _undecided(gate, result, f"{reason}; that is within the spread of its samples, so no difference.")
+    if doubts and (best == (result.state == "FAIL")):  # what is in doubt could turn the result
+        return _undecided(gate, result, f"{reason}; but {doubts[0]}{_others(doubts)}.")
+    return replace(result, reason=f"{reason}.")
+
+
+def _timing_doubt(gate: Gate, source: Source, trial: Trial) -> str | None:
+    """Why this timing may not be used, as a clause."""
+    name = trial.backend
+    if trial.status == "unavailable":
+        return f"{name} was not available ({clause(trial.reason or 'no reason recorded')})"
+    if trial.status != "ok":
+        return f"the timing of {name} did not succeed ({clause(trial.reason or 'no reason recorded')})"
+    doubt = source.doubt(trial)
+    if doubt:
+        return doubt
+    latency, samples = compare.latency_us(trial), compare.samples_us(trial)
+    if latency is None or (trial.timing.samples_us and not samples):
+        return f"the timing of {name} is not a number"
+    if samples and not min(samples) <= latency <= max(samples):
+        return f"the median of {name} lies outside its own samples"
+    stated = trial.timing.tflops
+    if stated is not None and not math.isclose(stated, compare.tflops(trial), rel_tol=0.01):
+        return f"the TFLOPS recorded for {name} contradict its latency"
+    checks = [
+        t
+        for t in source.trials
+        if t.kind == "correctness" and t.backend == name and compare.same_problem(t.problem, trial.problem)
+        and t.environment == trial.environment and t.source_hash == trial.source_hash
+    ]  # fmt: skip
+    outcomes = [compare.passed(t) for t in checks]
+    if False in outcomes:
+        return f"{name} computes wrong results on this problem, so its speed does not count"
+    if not outcomes or None in outcomes:
+        return f"no finished correctness check of {name} on this problem stands beside its speed"
+    return None
+
+
+def _peer_doubt(source: Source, trial: Trial) -> str | None:
+    """Why the fastest peer is not known: one that was tried here has no figure to compare with."""
+    usable: dict[str | None, bool] = {}
+    for peer in source.trials:
+        if (
+            peer.kind != "attention_timing"
+            or compare.role(peer) != "peer"
+            or peer.status in ("unsupported", "unavailable")
+        ):
+            continue
+        if compare.same_problem(peer.problem, trial.problem):
+            comparable = compare.ratio(trial, peer) is not None and source.doubt(peer) is None
+            usable[peer.backend] = usable.get(peer.backend, False) or comparable
+    if not usable:
+        return f"no peer was timed in the same round as {trial.backend}"
+    missing = [str(name) for name, ok in usable.items() if not ok]
+    return f"the timing of peer {', '.join(missing)} cannot be compared with {trial.backend}" if missing else None
+
+
+def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False):
+    """The gate's metric of one timing as (value, spread, samples, versus), or None."""
+    latency = compare.latency_us(trial)
+    if latency is None:
+        return None
+    samples = compare.samples_us(trial)
+    if gate.metric == "latency_us":
+        return latency, compare.spread(samples), len(samples), ""
+    if gate.metric == "tflops":
+        value = compare.tflops(trial)
+        if value is None:
+            return None
+        bounds = compare.spread(samples)
+        scale = value * latency
+        return value, (scale / bounds[1], scale / bounds[0]) if bounds else None, len(samples), ""
+    peers = [t for t in source.trials if trusting or source.doubt(t) is None]
+    found = compare.ratio_to_best_peer(trial, peers)
+    return None if found is None else (found.value, found.spread, found.n, found.other.backend)
+
+
+def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    key = gate.metric.removeprefix("data.")
+    values, doubts = [], []
+    for trial in wanted:
+        if trial.status in ("unsupported", "unavailable"):
+            continue
+        value = trial.data.get(key)
+        doubt = source.doubt(trial)
+        if trial.status != "ok" or doubt:
+            doubts.append(doubt or f"a record did not succeed ({clause(trial.reason or 'no reason recorded')})")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            doubts.append(f"a record holds no number under '{key}'")
+        else:
+            values.append(float(value))
+    if not values or len(values) < gate.min_count:
+        reason = f"{_capital(doubts[0])}{_others(doubts)}." if doubts else f"Only {len(values)} records were found."
+        return _open(gate, source, reason, n=len(values))
+    best = gate.reduce == "best"
+    value = (max if best else min)(values, key=gate.margin)
+    result = _result(gate, source, value, len(values), None, "", None)
+    which = "The best" if best else "The worst"
+    reason = f"{which} of {len(values)} records has {_with_unit(value, gate.unit)}; {_limit(gate)}."
+    if doubts and (best == (result.state == "FAIL")):
+        return _undecided(gate, result, f"{reason} But {doubts[0]}{_others(doubts)}.")
+    return replace(result, reason=reason)
+
+
+def _result(gate: Gate, source: Source | None, measured, n: int, spread, reason: str, backend) -> GateResult:
+    margin = gate.margin(measured) if measured is not None else None
+    state = "PASS" if margin is not None and margin >= 0 else "FAIL"
+    return GateResult(
+        id=gate.id, title=gate.title, state=state, threshold=gate.threshold, measured=measured, margin=margin,
+        unit=gate.unit, n=n, spread=spread, evidence=source.evidence if source else "none", reason=reason,
+        fix=None if state == "PASS" else gate.measure, required=gate.required, comparison=gate.comparison, why=gate.why,
+        metric=gate.metric, problem=gate.problem, backend=backend, source=source.origin if source else None,
+    )  # fmt: skip
+
+
+def _undecided(gate: Gate, result: GateResult, reason: str) -> GateResult:
+    return replace(result, state="INCONCLUSIVE", reason=reason, fix=gate.measure)
+
+
+def _open(gate, source, reason, *, measured=None, spread=None, n=0, backend=None, evidence=None) -> GateResult:
+    result = _undecided(gate, _result(gate, source, measured, n, spread, reason, backend), reason)
+    return replace(result, evidence="none", source=None) if evidence == "none" else result
+
+
+def _timing_sentence(gate: Gate, value: float, name: str | None, versus: str) -> str:
+    """What was reached and how far it lies from the threshold, as a clause without a full stop."""
+    margin = gate.margin(value)
+    side = "above" if (margin >= 0) == (gate.at_least is not None) else "below"
+    far = f"{100 * abs(margin) / abs(gate.threshold):.1f} %" if gate.threshold else _with_unit(abs(margin), gate.unit)
+    found = {
+        "latency_us": f"{name} takes {_with_unit(value, gate.unit)} a call",
+        "ratio_to_best_peer": f"{name} has {number(value)} times the speed of {versus}",
+    }.get(gate.metric, f"{name} reaches {_with_unit(value, gate.unit)}")
+    where = f" at {parse_problem(gate.problem).label().replace(',', ', ')}"
+    return f"{found}{where}, {far} {side} the threshold of {_exact(gate)}"
+
+
+def _limit(gate: Gate) -> str:
+    return f"{gate.comparison} {_exact(gate)} is needed"
+
+
+def _exact(gate: Gate) -> str:
+    return f"{gate.threshold:g} {gate.unit}".strip()
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return f"{number(value)} {unit}".strip()
+
+
+def _others(items: list[str]) -> str:
+    return f" ({len(items) - 1} more like this)" if len(items) > 1 else ""
+
+
+def clause(sentence: str) -> str:
+    """A sentence without its full stop and on one line, to stand inside another one."""
+    return " ".join(str(sentence).split()).rstrip(".")
+
+
+def _capital(clause: str) -> str:
+    return clause[:1].upper() + clause[1:]

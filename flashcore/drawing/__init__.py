@@ -1,0 +1,7 @@
+"""Figures and tables from records: SVG plots, HTML tables, and the answers of the survey in sentences.
+
+Each function takes trials and gives HTML; none measures, decides or imports torch. `svg` and `html_tables` are what the
+others draw with.
+"""
+
+__all__ = ["answers", "html_tables", "paging_views", "plots", "stage_plots", "survey_views", "svg"]

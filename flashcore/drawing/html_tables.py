@@ -1,0 +1,329 @@
+"""Tables for a page: records in, accessible HTML out. States are words, numbers carry units and sensible digits."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import escape
+
+from flashcore.decision import compare
+from flashcore.decision.compare import number
+from flashcore.records import Trial
+
+
+def table_html(
+    rows: Sequence[Mapping[str, Any]],
+    caption: str,
+    *,
+    numeric: Sequence[str] = (),
+    note: str | None = None,
+    stack: bool = False,
+    css: str = "",
+) -> str:
+    """Rows as an HTML table: caption, column scopes, the first column as row headers.
+
+    Parameters
+    ----------
+    rows
+        One mapping a row, all with the keys of the first one, which name the columns. Text is escaped,
+        `markupsafe.Markup` is not. (No data frame: pandas may turn markup into plain strings.)
+    numeric
+        Columns to align on the right.
+    note
+        A line under the table.
+    stack
+        On a narrow screen each row becomes a block with the column names beside its cells.
+    """
+    names = ("table", "rowgroup", "row", "cell", "rowheader", "columnheader")
+    role = {name: f' role="{name}"' if stack else "" for name in names}  # a table laid out as blocks loses its own
+    columns = list(rows[0])
+    align = {c: ' class="num"' if c in numeric else "" for c in columns}
+    head = "".join(f'<th scope="col"{role["columnheader"]}{align[c]}>{escape(c)}</th>' for c in columns)
+    lines = []
+    for row in rows:
+        values = [row[c] for c in columns]
+        cells = [f'<th scope="row"{role["rowheader"]}{align[columns[0]]}>{escape(_cell(values[0]))}</th>']
+        for column, value in zip(columns[1:], values[1:], strict=True):
+            cells.append(f'<td{role["cell"]}{align[column]} data-label="{escape(column)}">{escape(_cell(value))}</td>')
+        lines.append(f"<tr{role['row']}>{''.join(cells)}</tr>")
+    table = (
+        f"<table{role['table']}><caption>{escape(caption)}</caption>"
+        f"<thead{role['rowgroup']}><tr{role['row']}>{head}</tr></thead>"
+        f"<tbody{role['rowgroup']}>{''.join(lines)}</tbody></table>"
+    )
+    classes = " ".join(filter(None, ["fc-table", "stack" if stack else "scroll", css]))
+    focus = "" if stack else f' tabindex="0" role="group" aria-label="{escape(caption)}"'
+    below = f'<p class="fc-note">{escape(note)}</p>' if note else ""
+    return f'<div class="{classes}"{focus}>{table}</div>{below}'
+
+
+def nothing(sentence: str) -> str:
+    """What stands where a plot or table would, when there are no records for it."""
+    return f'<p class="fc-none">{escape(sentence)}</p>'
+
+
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "not known"
+    return value
+
+
+def spaced(problem: Any) -> str:
+    """A problem's label with spaces, so that a line can break in it."""
+    return problem.label().replace(",", ", ")
+
+
+def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """Timings by the label of their problem, in the order first seen; of a backend's several timings the last."""
+    groups: dict[str, dict[str | None, Trial]] = defaultdict(dict)
+    for trial in trials:
+        if trial.kind == "attention_timing" and trial.problem is not None:
+            groups[spaced(trial.problem)][trial.backend] = trial
+    return {label: list(group.values()) for label, group in groups.items()}
+
+
+def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend against the best peer, by problem") -> str:
+    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its spread."""
+    rows = []
+    for problem, group in by_problem(trials).items():
+        mine = [t for t in group if compare.role(t) == "ours" and compare.latency_us(t) is not None]
+        if not mine:
+            continue
+        ours = min(mine, key=compare.latency_us)
+        found = compare.ratio_to_best_peer(ours, group)
+        bounds = found.spread if found else None
+        rows.append(
+            {
+                "Problem": problem,
+                "Ours": ours.backend,
+                "µs": number(compare.latency_us(ours)),
+                "TFLOPS": number(compare.tflops(ours)),
+                "Best peer": found.other.backend if found else "none in this round",
+                "Peer µs": number(compare.latency_us(found.other)) if found else "–",
+                "Peer TFLOPS": number(compare.tflops(found.other)) if found else "–",
+                "Ratio": f"{number(found.value)} ×" if found else "–",
+                "5th–95th": f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "not known",
+                "In words": found.in_words() if found else "not compared",
+            }
+        )
+    if not rows:
+        return nothing("No timing of ours is in these records.")
+    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "5th–95th"]
+    note = (
+        "Medians. Ratio: the peer's latency over ours, sample by sample in the same round; above 1 ours is faster. "
+        "A ratio whose 5th to 95th percentile includes 1 is no difference."
+    )
+    return table_html(rows, caption, numeric=numeric, note=note)
+
+
+def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, every backend") -> str:
+    """One row a problem and backend: median, spread, samples, and the host time of one eager call."""
+    rows = []
+    for problem, group in by_problem(trials).items():
+        for trial in sorted((t for t in group if compare.latency_us(t) is not None), key=compare.latency_us):
+            bounds = compare.spread(compare.samples_us(trial))
+            launch = (trial.timing.model_extra or {}).get("launch_us")
+            rows.append(
+                {
+                    "Problem": problem,
+                    "Backend": trial.backend,
+                    "µs a call": number(compare.latency_us(trial)),
+                    "5th–95th, µs": f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "not known",
+                    "Samples": len(compare.samples_us(trial)),
+                    "Eager call, host µs": number(launch) if isinstance(launch, int | float) else "not measured",
+                    "Method": f"{trial.timing.method}, L2 {trial.timing.l2 or 'not stated'}".replace("_", " "),
+                }
+            )
+    if not rows:
+        return nothing("No timing of a small problem is in these records.")
+    numeric = ["µs a call", "5th–95th, µs", "Samples", "Eager call, host µs"]
+    return table_html(rows, caption, numeric=numeric)
+
+
+def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with the float64 reference") -> str:
+    """One row a backend: how many checks passed, failed, did not finish, and how near its bound the worst came."""
+    by_backend: dict[str, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        if trial.kind == "correctness" and trial.backend:
+            by_backend[trial.backend].append(trial)
+    rows = [_correctness_row(backend, group) for backend, group in by_backend.items()]
+    if not rows:
+        return nothing("No correctness check is in these records.")
+    numeric = ["Checks passed", "Not supported", "Elements compared", "Worst error", "Its bound"]
+    note = (
+        "Every element of out and lse is compared. The bound: twice the error the same maths makes in torch at that "
+        "precision, plus a rounding term. A NaN fails."
+    )
+    return table_html(rows, caption, numeric=numeric, note=note)
+
+
+def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
+    outcomes = [compare.passed(t) for t in group]
+    right, wrong = outcomes.count(True), outcomes.count(False)
+    broken = sum(t.status == "error" for t in group)
+    judged = [t for t in group if compare.passed(t) is not None and t.correctness is not None]
+    worst = max(judged, key=_share_of_bound, default=None)
+    if wrong:
+        result = f"WRONG in {wrong} of {right + wrong}"
+    elif broken:
+        result = f"{broken} did not finish"
+    elif right:
+        result = "all right"
+    else:
+        result = f"not checked: {next((t.reason for t in group if t.reason), 'no reason recorded')}"
+    return {
+        "Backend": backend,
+        "Result": result,
+        "Checks passed": f"{right} of {right + wrong + broken}",
+        "Not supported": sum(t.status == "unsupported" for t in group),
+        "Elements compared": f"{sum(t.correctness.checked for t in judged):,}",
+        "Worst error": number(worst.correctness.max_abs_error) if worst else "–",
+        "Its bound": number(worst.correctness.bound) if worst else "–",
+        "At": spaced(worst.problem) if worst and worst.problem else "–",
+    }
+
+
+def _share_of_bound(trial: Trial) -> float:
+    found = trial.correctness
+    share = found.max_abs_error / found.bound if found.bound else math.inf
+    return math.inf if math.isnan(share) else share
+
+
+def findings_table(trials: Sequence[Trial], *, caption: str = "Checks that failed or did not finish") -> str:
+    """One row a wrong or broken check, with its first bad element; empty text when there is none."""
+    rows = []
+    for trial in trials:
+        wrong = compare.passed(trial) is False
+        if trial.kind != "correctness" or not (wrong or trial.status == "error"):
+            continue
+        found = trial.correctness
+        first = found.first_bad if found else None
+        rows.append(
+            {
+                "Backend": trial.backend,
+                "Problem": spaced(trial.problem) if trial.problem else "–",
+                "What": "wrong" if wrong else "did not finish",
+                "Bad elements": f"{found.num_bad:,} of {found.checked:,}" if found else "–",
+                "First bad": ", ".join(f"{k} {v}" for k, v in first.items()) if first else _first_line(trial.reason),
+            }
+        )
+    return table_html(rows, caption, numeric=["Bad elements"]) if rows else ""
+
+
+def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -> str:
+    """One row a compiled variant without trace: registers, spills, shared memory, Tensor Core instructions."""
+    rows = []
+    for trial in trials:
+        data = trial.data
+        if trial.kind != "build" or data.get("trace"):
+            continue
+        tensor = data.get("tensor_instructions")
+        words = "not disassembled"
+        if isinstance(tensor, Mapping):
+            words = ", ".join(f"{count} {name}" for name, count in tensor.items()) or "none"
+        fine = trial.status == "ok"
+        rows.append(
+            {
+                "Kernel": data.get("kernel"),
+                "head_dim": data.get("head_dim"),
+                "dtype": data.get("dtype"),
+                "Registers a thread": data.get("registers") if fine else "–",
+                "Spilled, bytes": data.get("spill_bytes") if fine else "–",
+                "Shared memory, bytes": _thousands(data.get("shared_bytes")) if fine else "–",
+                "Tensor Core instructions": words if fine else f"did not compile: {_first_line(trial.reason)}",
+                "Source hash": (trial.source_hash or "not known")[:16],
+            }
+        )
+    if not rows:
+        return nothing("No build is in these records; run 'flashcore build'.")
+    numeric = ["head_dim", "Registers a thread", "Spilled, bytes", "Shared memory, bytes"]
+    note = (
+        "Static shared memory; what a launch asks for comes on top. "
+        "HMMA is a warp's matrix product, HGMMA a warpgroup's."
+    )
+    return table_html(rows, caption, numeric=numeric, note=note)
+
+
+def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine can do at best, measured") -> str:
+    """One row a ceiling: copy bandwidth, matrix products, launch overhead."""
+    rows = [
+        {
+            "Ceiling": str(t.data.get("name", "–")).replace("_", " "),
+            "Measured": number(t.data["value"]) if isinstance(t.data.get("value"), int | float) else "not a number",
+            "Unit": "µs" if t.data.get("unit") == "us" else str(t.data.get("unit", "–")),
+            "How": t.data.get("method", "not recorded"),
+        }
+        for t in trials
+        if t.kind == "ceiling" and t.status == "ok"
+    ]
+    if not rows:
+        return nothing("No ceiling was measured in these records.")
+    return table_html(rows, caption, numeric=["Measured"])
+
+
+ENVIRONMENT_ROWS = {
+    "gpu": "GPU",
+    "compute_capability": "Compute capability",
+    "sm_count": "Streaming multiprocessors",
+    "memory_bytes": "GPU memory",
+    "l2_bytes": "L2 cache",
+    "driver": "Driver",
+    "cuda_driver": "CUDA of the driver",
+    "cuda_runtime": "CUDA runtime",
+    "cublaslt": "cuBLASLt",
+    "cudnn": "cuDNN",
+    "nvrtc": "NVRTC",
+    "torch": "torch",
+    "cupy": "CuPy",
+    "python": "Python",
+    "platform": "Platform",
+    "cpu": "CPU",
+    "cpu_count": "CPU cores",
+    "sm_clock_mhz": "SM clock, MHz",
+    "memory_clock_mhz": "Memory clock, MHz",
+    "temperature_c": "Temperature, °C",
+    "power_w": "Power, W",
+    "throttle_reasons": "Held down by",
+}
+
+
+def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine, before and after the run") -> str:
+    """What `environment.json` says of the machine; state that moves (clocks, heat) before and after."""
+    before = environment.get("before") if isinstance(environment.get("before"), Mapping) else {}
+    after = environment.get("after") if isinstance(environment.get("after"), Mapping) else {}
+    rows = []
+    for name in [*ENVIRONMENT_ROWS, *(k for k in before if k not in ENVIRONMENT_ROWS and k != "uuid")]:
+        first = _fact(name, before.get(name))
+        then = _fact(name, after.get(name)) if after else "not recorded"
+        if first == "not known" and then in ("not known", "not recorded"):
+            continue
+        title = ENVIRONMENT_ROWS.get(name, name.replace("_", " "))
+        rows.append({"Fact": title, "Before": first, "After": "the same" if then == first else then})
+    if not rows:
+        return nothing("The run did not record its machine.")
+    return table_html(rows, caption)
+
+
+def _fact(name: str, value: Any) -> str:
+    if value is None:
+        return "not known"
+    if name == "throttle_reasons" and not value:
+        return "nothing"
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items() if v is not None) or "not known"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _thousands(value: Any) -> Any:
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "no reason recorded").strip().splitlines()[0][:160]

@@ -1,0 +1,49 @@
+"""How each bug of the catalogue is planted: patches of kernels and wrong methods, by backend.
+
+A module a backend holds what is planted in it, and `host` what several share: wrong arguments on the host's side.
+A patch fits the kernel's source exactly once, or planting it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flashcore.faults.planting import Override, Source
+from flashcore.faults.plants import cublaslt, decode, hopper, scalar, wmma
+from flashcore.faults.plants.cpu import CPU
+from flashcore.faults.plants.cublaslt import CUBLASLT
+from flashcore.faults.plants.host import Plants
+from flashcore.problem import Problem
+
+__all__ = ["LATE", "PLANTS", "PROBLEMS", "of_fault", "problems_of"]
+
+PLANTS: Mapping[str, Plants] = {
+    "scalar": scalar.SCALAR,
+    "wmma": wmma.WMMA,
+    "hopper": hopper.SPLIT,
+    "hopper-unsplit": hopper.UNSPLIT,
+    "hopper-paged": hopper.PAGED,
+    "decode": decode.DECODE,
+    "cublaslt": CUBLASLT,
+    "cublaslt-batched": CUBLASLT,
+    "cublaslt-paged": cublaslt.PAGED,
+    "cpu": CPU,
+}
+"""By backend id, then by fault id."""
+PROBLEMS: Mapping[str, Mapping[str, Problem]] = {"hopper-paged": hopper.PAGED_PROBLEMS, "decode": decode.PROBLEMS}
+"""By backend id, then by fault id: where a bug shows in a backend, if not at the catalogue's problem."""
+LATE = {
+    "scalar": scalar.LATE, "wmma": wmma.LATE, "hopper": hopper.SPLIT_LATE, "hopper-unsplit": hopper.UNSPLIT_LATE,
+    "decode": decode.LATE,
+}  # fmt: skip
+"""By backend id, what delays copies there: no bug by itself, it makes a missing barrier show every time."""
+
+
+def of_fault(fault_id: str) -> dict[str, Source | Override]:
+    """How to plant one bug, by backend id."""
+    return {backend: plants[fault_id] for backend, plants in PLANTS.items() if fault_id in plants}
+
+
+def problems_of(fault_id: str) -> dict[str, Problem]:
+    """The problems that show one bug, by backend id, where they are not the catalogue's."""
+    return {backend: problems[fault_id] for backend, problems in PROBLEMS.items() if fault_id in problems}

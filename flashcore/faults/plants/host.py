@@ -1,0 +1,34 @@
+"""Wrong host-side arguments, and how a patch or a wrong method is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from flashcore.faults.planting import Edit, Override, Source
+
+Plants = Mapping[str, Source | Override]
+"""How to plant bugs in one backend, by fault id."""
+
+
+def source(*edits: Edit) -> Source:
+    """A patch of the kernel's source."""
+    return Source(edits)
+
+
+def k_strides(change: Callable[[list[int]], list[int]]) -> Override:
+    """K's strides (batch, head, row), wrong as `change` makes them."""
+
+    def strides(self, name, tensor):
+        right = list(tensor.stride()[:3])
+        return change(right) if name == "k" else right
+
+    return Override({"strides": strides})
+
+
+def _scale_twice(self, problem):
+    return problem.scale * problem.scale
+
+
+BATCH_STRIDE_IN_BYTES = k_strides(lambda s: [2 * s[0], s[1], s[2]])
+ONE_K_HEAD = k_strides(lambda s: [s[0], 0, s[2]])
+SCALE_TWICE = Override({"scale": _scale_twice})

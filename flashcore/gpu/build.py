@@ -1,0 +1,397 @@
+"""Compile the CUDA kernels to cubins with NVRTC, cache them, and audit what the compiler made of them.
+
+Needs neither a GPU nor a CUDA toolkit: NVRTC, the CUDA headers and the disassembler come as Python wheels.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flashcore.errors import CompileError, RecordsError, ToolMissing, UnknownName
+from flashcore.paths import data_dir
+from flashcore.records import Trial, write_whole
+
+ARCH = "sm_90a"
+HEAD_DIMS = (64, 128)
+DTYPES = ("float16", "bfloat16")
+AUDITED = ("HMMA", "HGMMA", "UTMALDG", "UTMASTG", "LDSM", "LDL", "STL")
+"""SASS instructions counted in every cubin: Tensor Core products (per warp, per warpgroup), tensor copies, matrix
+loads, and local-memory traffic, which is what a spill looks like."""
+TENSOR_CORE = ("HMMA", "HGMMA")
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """One compiled variant of one kernel, and what the compiler and the disassembler say of it."""
+
+    path: Path
+    kernel: str
+    registers: int
+    """The most registers a thread of any entry function takes."""
+    spill_bytes: int
+    """Bytes of spill stores and loads over all entry functions."""
+    shared_bytes: int
+    """Static shared memory of the largest entry function; what a launch asks for comes on top."""
+    sass: dict[str, int] | None
+    """How often each of `AUDITED` stands in the SASS; None where no disassembler is installed."""
+    warnings: list[str]
+    compile_seconds: float
+    cached: bool
+    source_hash: str
+    nvrtc_version: str
+
+    @property
+    def tensor_instructions(self) -> dict[str, int] | None:
+        """The Tensor Core instructions in the SASS, by name."""
+        return None if self.sass is None else {name: n for name, n in self.sass.items() if name in TENSOR_CORE and n}
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+def kernels_dir() -> Path:
+    """Where the project's own `.cu` files lie."""
+    return data_dir("kernels")
+
+
+def _kernel_folders() -> list[Path]:
+    plugins = filter(None, os.environ.get("FLASHCORE_PLUGINS", "").split(os.pathsep))
+    return [kernels_dir(), *map(Path, plugins)]
+
+
+def kernel_path(kernel: str) -> Path:
+    """The `.cu` file of a kernel; `UnknownName` if there is none."""
+    for folder in _kernel_folders():
+        if (path := folder / f"{kernel}.cu").is_file():
+            return path
+    raise UnknownName("kernel", kernel, kernel_names())
+
+
+def kernel_names() -> list[str]:
+    """Every kernel: the stems of the `.cu` files in `kernels/` and in the FLASHCORE_PLUGINS folders."""
+    return [path.stem for folder in _kernel_folders() for path in sorted(folder.glob("*.cu"))]
+
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
+
+
+def kernel_source(kernel: str) -> str:
+    """A kernel with its own headers in place of their `#include` lines, each once; CUDA's headers stay to be included.
+
+    One text to hash, to compile and to plant a fault in; `#line` keeps the compiler's messages at file and line.
+    """
+    seen: set[Path] = set()
+
+    def lines_of(path: Path) -> Iterator[str]:
+        seen.add(path.resolve())
+        yield f'#line 1 "{path.name}"'
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            found = _INCLUDE.match(line)
+            header = found and _own_header(path, found[1])
+            if header is None:
+                yield "" if line.strip() == "#pragma once" else line
+                continue
+            if header.resolve() not in seen:
+                yield from lines_of(header)
+            yield f'#line {number + 1} "{path.name}"'
+
+    return "\n".join(lines_of(kernel_path(kernel))) + "\n"
+
+
+def _own_header(including: Path, name: str) -> Path | None:
+    folders = (including.parent, including.parent / "include", kernels_dir() / "include")
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+_TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|//[^\n]*|/\*.*?\*/', flags=re.DOTALL)
+
+
+def _bare(text: str) -> str:
+    """A source without comments and white space; string literals stay as they are."""
+    without = _TOKENS.sub(lambda m: " " if m[0].startswith(("//", "/*")) else m[0], text)
+    without = re.sub(r"^#line .*$", "", without, flags=re.MULTILINE)
+    return re.sub(r"\s+", "", without)
+
+
+def source_hash(kernel: str) -> str:
+    """16 hex digits over the kernel and its headers, without comments and white space: names what a record measured."""
+    return hashlib.sha256(_bare(kernel_source(kernel)).encode()).hexdigest()[:16]
+
+
+def source_hashes() -> dict[str, str]:
+    """`source_hash` of every kernel."""
+    return {kernel: source_hash(kernel) for kernel in kernel_names()}
+
+
+def variants(kernel: str) -> list[tuple[int, str]]:
+    """(head_dim, dtype) pairs a kernel is built for, from the `Variants:` line of its header; all by default."""
+    text = kernel_path(kernel).read_text(encoding="utf-8")
+    line = re.search(r"^//\s*Variants:(.*)$", text, flags=re.MULTILINE)
+    head_dims, dtypes = HEAD_DIMS, DTYPES
+    if line:
+        head_dims = tuple(int(d) for d in re.findall(r"\b\d+\b", line[1].split("dtype")[0])) or HEAD_DIMS
+        dtypes = tuple(d for d in DTYPES if d in line[1]) or DTYPES
+    return [(head_dim, dtype) for head_dim in head_dims for dtype in dtypes]
+
+
+# ---------------------------------------------------------------------------------------------------- tools
+
+
+def _wheel_folders(*parts: str) -> list[Path]:
+    """Folders of that name in the installed `nvidia` wheels (CUDA 13: `nvidia/cu13`; CUDA 12: one folder a part)."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(p) for p in spec.submodule_search_locations] if spec else []
+    return [p for root in roots for p in sorted(root.glob("/".join(("*", *parts)))) if p.exists()]
+
+
+def _toolkit_folders(*parts: str) -> list[Path]:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return [p for home in homes if home and (p := Path(home, *parts)).exists()]
+
+
+def _cudart_version(folder: Path) -> tuple[int, int] | None:
+    header = folder / "cuda_runtime_api.h"
+    found = (
+        re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace")) if header.is_file() else None
+    )
+    return (int(found[1]) // 1000, int(found[1]) % 1000 // 10) if found else None
+
+
+@functools.cache
+def nvrtc_version() -> str:
+    """The NVRTC that compiles here, as `major.minor`.
+
+    Raises
+    ------
+    ToolMissing
+        No NVRTC is installed.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        status, major, minor = nvrtc.nvrtcVersion()
+        if int(status) == 0:
+            return f"{major}.{minor}"
+    except Exception:  # the bindings raise their own kinds of error when the library is not there
+        pass
+    raise ToolMissing("NVRTC", "pip install 'flashcore[compile]' (or the extra gpu or gpu-cuda13 on a GPU machine)")
+
+
+@functools.cache
+def header_dirs() -> tuple[Path, ...]:
+    """CUDA header folders of the same major version as NVRTC: wheels first, then a toolkit on the machine.
+
+    Raises
+    ------
+    ToolMissing
+        No folder with matching headers was found.
+    """
+    major = int(nvrtc_version().split(".")[0])
+    for folders in (_wheel_folders("include"), _toolkit_folders("include")):
+        versions = [version[0] for f in folders if (version := _cudart_version(f))]
+        # The wheel with mma.h does not bring crt/mma.h, which it includes: that one has a wheel of its own.
+        complete = all(any((f / name).is_file() for f in folders) for name in ("cuda_fp16.h", "mma.h", "crt/mma.h"))
+        if complete and major in versions:
+            return tuple(folders)
+    raise ToolMissing(
+        f"A set of CUDA {major} headers (cuda_fp16.h, mma.h)", "pip install 'flashcore[compile]', or set CUDA_HOME"
+    )
+
+
+@functools.cache
+def disassembler() -> str | None:
+    """Path of `nvdisasm`, from its wheel or the machine's toolkit; None when there is none."""
+    folders = [*_wheel_folders("bin"), *_toolkit_folders("bin")]
+    return next((str(f / "nvdisasm") for f in folders if (f / "nvdisasm").is_file()), shutil.which("nvdisasm"))
+
+
+def cache_dir() -> Path:
+    """Where cubins are kept: FLASHCORE_CACHE, else `flashcore` in the user's cache folder."""
+    if home := os.environ.get("FLASHCORE_CACHE"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcore"
+
+
+# ---------------------------------------------------------------------------------------------------- compiling
+
+
+def compile_kernel(
+    kernel: str,
+    *,
+    head_dim: int,
+    dtype: str,
+    trace: bool = False,
+    defines: dict[str, str | int] | None = None,
+    source: str | None = None,
+) -> Cubin:
+    """Compile one variant of a kernel to an `sm_90a` cubin, or take it from the cache.
+
+    Parameters
+    ----------
+    kernel
+        Stem of a `.cu` file.
+    head_dim, dtype
+        The variant; become FLASHCORE_HEAD_DIM and FLASHCORE_BF16.
+    trace
+        Compile the second version, which stores its stages (FLASHCORE_TRACE).
+    defines
+        Further macros, for a kernel that has tile shapes to choose.
+    source
+        Text to compile in place of `kernel_source(kernel)`: that text with a fault planted in it.
+
+    Raises
+    ------
+    CompileError
+        With NVRTC's log, which names file and line of the kernel source.
+    ToolMissing
+        No NVRTC or no CUDA headers.
+    """
+    path = kernel_path(kernel)
+    macros = {"FLASHCORE_HEAD_DIM": head_dim, "FLASHCORE_BF16": int(dtype == "bfloat16"), **(defines or {})}
+    if trace:
+        macros["FLASHCORE_TRACE"] = 1
+    text = kernel_source(kernel) if source is None else source
+
+    digest = hashlib.sha256()
+    tools = (ARCH, "lineinfo", nvrtc_version(), [str(f) for f in header_dirs()], disassembler() is not None)
+    digest.update(repr((tools, sorted(macros.items()), text)).encode())
+    entry = cache_dir() / f"{kernel}-{digest.hexdigest()[:24]}.cubin"
+    if (found := _read_entry(entry, kernel)) is not None:
+        return found
+
+    started = time.perf_counter()
+    code, log = _nvrtc(path, text, macros)
+    seconds = time.perf_counter() - started
+    facts = {
+        "kernel": kernel,
+        **_read_ptxas_log(log),
+        "compile_seconds": round(seconds, 3),
+        "source_hash": source_hash(kernel),
+        "nvrtc_version": nvrtc_version(),
+    }
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(entry, code)
+        facts["sass"] = count_sass(entry)
+        facts["sha256"] = hashlib.sha256(code).hexdigest()
+        write_whole(entry.with_suffix(".json"), json.dumps(facts).encode())
+    except OSError as error:
+        raise RecordsError(
+            f"The kernel cache {entry.parent} cannot be written ({error.strerror}); "
+            "set FLASHCORE_CACHE to a folder that can."
+        ) from error
+    facts.pop("sha256")
+    return Cubin(path=entry, cached=False, **facts)
+
+
+def _read_entry(entry: Path, kernel: str) -> Cubin | None:
+    """A whole cache entry, or None when it is missing or damaged in any way: then it is simply built again."""
+    try:
+        facts = json.loads(entry.with_suffix(".json").read_text())
+        if facts.pop("sha256") != hashlib.sha256(entry.read_bytes()).hexdigest():
+            return None
+        return Cubin(path=entry, cached=True, **facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _nvrtc(path: Path, text: str, macros: dict[str, str | int]) -> tuple[bytes, str]:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=path.name,
+        arch=ARCH,
+        std="c++17",
+        include_path=[str(f) for f in header_dirs()],
+        define_macro=[(name, str(value)) for name, value in macros.items()],
+        ptxas_options=["-v"],
+        lineinfo=True,  # file and line for compute-sanitizer; the instructions stay the same
+    )
+    log = io.StringIO()
+    try:
+        program = Program(text, "c++", options)
+        code = program.compile("cubin", logs=log).code
+    except Exception as error:  # NVRTCError, or a plain RuntimeError from older cuda.core
+        raise CompileError(path.stem, (log.getvalue() or str(error)).strip("\0 \n")) from None
+    return bytes(code), log.getvalue()
+
+
+def _read_ptxas_log(log: str) -> dict:
+    """Registers, spills and static shared memory from `ptxas -v`, and every line that warns."""
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
+    warnings = [line.strip() for line in log.splitlines() if re.search(r"warning|C75\d\d|serializ", line)]
+    return {
+        "registers": max(registers, default=0),
+        "spill_bytes": sum(spills),
+        "shared_bytes": max(shared, default=0),
+        "warnings": warnings,
+    }
+
+
+def count_sass(cubin: Path) -> dict[str, int] | None:
+    """How often each of `AUDITED` stands in a cubin's SASS; None where no disassembler is installed."""
+    text = disassemble(cubin)
+    if text is None:
+        return None
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", text)
+    return {name: opcodes.count(name) for name in AUDITED}
+
+
+def disassemble(cubin: Path) -> str | None:
+    """A cubin's SASS as text; None where no disassembler is installed."""
+    tool = disassembler()
+    if tool is None:
+        return None
+    done = subprocess.run([tool, str(cubin)], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def build_all(progress: Callable[[str], None] | None = None) -> list[Trial]:
+    """Compile every variant of every kernel, with and without its trace; one `build` trial each.
+
+    A kernel that does not compile is a trial with status `error` and the compiler's log as reason.
+    """
+    import cuda.core  # noqa: F401 - its first import is not safe in several threads at once
+
+    wanted = [
+        (kernel, head_dim, dtype, trace)
+        for kernel in kernel_names()
+        for head_dim, dtype in variants(kernel)
+        for trace in (False, True)
+    ]
+    # NVRTC lets other threads run while it compiles.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        trials = []
+        for done, trial in enumerate(pool.map(lambda variant: _build_trial(*variant), wanted)):
+            if progress:
+                kernel, head_dim, dtype, trace = wanted[done]
+                progress(f"{kernel} D={head_dim} {dtype}{' trace' if trace else ''}")
+            trials.append(trial)
+    return trials
+
+
+def _build_trial(kernel: str, head_dim: int, dtype: str, trace: bool) -> Trial:
+    variant = {"kernel": kernel, "head_dim": head_dim, "dtype": dtype, "trace": trace, "arch": ARCH}
+    try:
+        cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace)
+    except CompileError as error:
+        return Trial(kind="build", status="error", reason=str(error), data=variant, source_hash=source_hash(kernel))
+    facts = asdict(cubin)
+    facts.pop("path")
+    facts["tensor_instructions"] = cubin.tensor_instructions
+    return Trial(kind="build", data={**variant, **facts}, source_hash=cubin.source_hash)

@@ -1,0 +1,258 @@
+"""Compare a backend with the float64 reference: every element, bounds that the precision explains, NaN always fails."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flashcore import backends
+from flashcore.errors import BackendUnavailable, Unsupported
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.outputs import poisoned_outputs
+from flashcore.numerics.tolerance import UNIT_FLOAT32, Comparison, compare
+from flashcore.problem import Problem, parse_problem, square
+from flashcore.records import Correctness, Trial, digits
+
+LSE_BOUND = 1e-3
+"""What `lse` may be off by, besides its rounding."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with its inputs, what is expected of a backend, and how far off it may be."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    """float64 ``[B, Hq, Sq, D]``."""
+    lse: torch.Tensor
+    """float64 ``[B, Hq, Sq]``."""
+    out_atol: float
+    out_rtol: float
+    lse_atol: float
+    lse_rtol: float
+    bad_inputs: str | None
+    """Why the inputs are no test of a kernel (they hold NaN or Inf), or None."""
+
+
+@functools.lru_cache(maxsize=1)
+def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False) -> Case:
+    """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another.
+
+    Bound of `out`: twice the largest error that the same maths makes at this precision, and of rounding
+    ``eps(dtype) * |expected|`` and what a rounding of the scores does: they are sums in float32 with partial sums up to
+    ``scale * |q| |k|`` (Cauchy-Schwarz), so an exponent is off by `delta` = 2^-24 of that and `out` by
+    ``2 delta max|v|``. The last counts for large inputs alone. Bound of `lse`: 1e-3, twice the error at this precision,
+    `delta` and a rounding to float32. A backend that stores its scores in 16 bits (`rounds_scores`) is held to the same
+    maths with that rounding in it.
+    """
+    q, k, v = make_inputs(problem, seed=seed, device=device, pattern=pattern, layout=layout)
+    out, lse = reference.attention(q, k, v, problem)
+    near_out, near_lse = reference.attention_same_precision(q, k, v, problem, round_scores=round_scores)
+    longest = [float(t.float().norm(dim=-1).max()) for t in (q, k)]
+    delta = UNIT_FLOAT32 * abs(problem.scale) * longest[0] * longest[1]
+    lse_error = torch.where(lse.isfinite(), (near_lse - lse).abs(), 0.0).max()
+    bad = [name for name, t in (("q", q), ("k", k), ("v", v)) if not bool(t.isfinite().all())]
+    return Case(
+        q, k, v, out, lse,
+        out_atol=2 * float((near_out - out).abs().max()) + 2 * delta * float(v.abs().max()),
+        out_rtol=torch.finfo(q.dtype).eps,
+        lse_atol=LSE_BOUND + 2 * float(lse_error) + delta,
+        lse_rtol=4 * UNIT_FLOAT32,
+        bad_inputs=f"the inputs themselves hold NaN or Inf (in {', '.join(bad)}), which says nothing of the backend"
+        if bad else None,
+    )  # fmt: skip
+
+
+def guarded(kind: str, backend: backends.Backend, problem: Problem, measure: Callable[[], Trial], **fields) -> Trial:
+    """Run `measure` and turn what it raises into a trial's status and reason, so that one bad backend ends no sweep."""
+    try:
+        backend.require(problem)
+        return measure()
+    except BackendUnavailable as error:
+        status, reason = "unavailable", f"{error.reason}; to mend it: {error.fix}"
+    except Unsupported as error:
+        status, reason = "unsupported", error.reason
+    except Exception as error:  # a broken kernel may raise anything; the record has to say so
+        text = " ".join(str(error).split()) or "no message"
+        status, reason = "error", f"{type(error).__name__}: {text[:500]}"
+    return Trial(kind=kind, backend=backend.id, problem=problem, status=status, reason=reason,
+                 source_hash=hash_of(backend), **fields)  # fmt: skip
+
+
+def hash_of(backend: backends.Backend) -> str | None:
+    """The backend's source hash, or None when even that fails (a plug-in's kernel file that is gone)."""
+    try:
+        return backend.source_hash()
+    except Exception:
+        return None
+
+
+def device_of(backend: backends.Backend) -> str:
+    """Where a backend is checked when nobody says: its own device, or the GPU for one that runs anywhere."""
+    if backend.device == "any":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return backend.device
+
+
+def check_attention(
+    backend: str | backends.Backend,
+    problem: Problem,
+    *,
+    seed: int = 0,
+    pattern: str = "normal",
+    layout: str = "bhsd",
+    device: str | None = None,
+) -> Trial:
+    """Judge every element of a backend's `out` and `lse` against float64.
+
+    The backend's outputs start out full of NaN, so an element it never writes fails. The reference runs on the same
+    device, in float64.
+
+    Parameters
+    ----------
+    backend
+        An id or a `Backend`.
+    seed, pattern, layout
+        Of the inputs (`make_inputs`).
+    device
+        None for the backend's own.
+
+    Returns
+    -------
+    Trial
+        Kind `correctness`; status `ok`, `failed` (measured and wrong: `reason` has the first bad element), `error`
+        (it raised, or the inputs hold NaN), `unsupported` or `unavailable`. Raises only for an unknown id.
+    """
+    chosen = backends.get(backend) if isinstance(backend, str) else backend
+    data = {"seed": seed, "pattern": pattern, "layout": layout, "role": chosen.role}
+
+    def measure() -> Trial:
+        case = make_case(problem, seed, pattern, layout, device or device_of(chosen), chosen.rounds_scores)
+        common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash())
+        if case.bad_inputs:
+            return Trial(status="error", reason=case.bad_inputs, data=data, **common)
+        with poisoned_outputs():
+            out, lse = chosen.run(case.q, case.k, case.v, problem)
+        wrong = _wrong_form(out, lse, case)
+        if wrong:
+            return Trial(status="failed", reason=wrong, data=data, **common)
+        found = compare(out, case.out, atol=case.out_atol, rtol=case.out_rtol)
+        found_lse = None if lse is None else compare(lse, case.lse, atol=case.lse_atol, rtol=case.lse_rtol)
+        correctness = correctness_of(found, found_lse)
+        reason = None
+        if not correctness.passed:
+            tensor, comparison = ("out", found) if not found.passed else ("lse", found_lse)
+            reason = f"{tensor}: {comparison.sentence()}"
+        more = {"returns_lse": lse is not None, "rtol": case.out_rtol}
+        if not correctness.passed:
+            more["worst"] = found.worst
+        return Trial(status="ok" if correctness.passed else "failed", reason=reason, correctness=correctness,
+                     data=data | more, **common)  # fmt: skip
+
+    return guarded("correctness", chosen, problem, measure, data=data)
+
+
+def _wrong_form(out, lse, case: Case) -> str | None:
+    """What is wrong with the shape, dtype or device of the results, or None."""
+    wanted = {"out": (out, case.out.shape, case.q.dtype), "lse": (lse, case.lse.shape, torch.float32)}
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tensor is None and name == "lse":
+            continue
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, case.q.device):
+            return (
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
+                f"expected {dtype} {tuple(shape)} on {case.q.device}"
+            )
+    return None
+
+
+def correctness_of(found: Comparison, found_lse: Comparison | None) -> Correctness:
+    """What a record says of `out`, and of `lse` where it was returned."""
+    parts = [found] if found_lse is None else [found, found_lse]
+    first = None
+    if found.first_bad:
+        first = {"tensor": "out", **found.first_bad}
+    elif found_lse and found_lse.first_bad:
+        first = {"tensor": "lse", **found_lse.first_bad}
+    return Correctness(
+        passed=all(part.passed for part in parts),
+        checked=sum(part.checked for part in parts),
+        num_bad=sum(part.num_bad for part in parts),
+        num_nan=sum(part.num_nan for part in parts),
+        num_inf=sum(part.num_inf for part in parts),
+        max_abs_error=digits(found.max_abs_error, 9),
+        bound=digits(found.bound, 9),
+        lse_max_abs_error=None if found_lse is None else digits(found_lse.max_abs_error, 9),
+        lse_bound=None if found_lse is None else digits(found_lse.bound, 9),
+        first_bad=first,
+    )
+
+
+def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[Problem]:
+    """The small matrix of problems that a report checks each backend on: tails, one row, unequal lengths, empty rows.
+
+    The test suite's matrix is larger; this one has each kind of shape once, and grows with ``profile="full"``. Three of
+    them are a decode step, which is all that a backend for a few query tokens takes: one token, several, and more than
+    there are keys; pages of the usual size, of the smallest and of the largest.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    shapes = [
+        square(1, 2, 256, 64),
+        square(1, 2, 256, 128, causal=True),
+        square(1, 2, 256, 64, dtype="bfloat16", causal=True),
+        Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=129, seqlen_k=257, head_dim=64, causal=True),
+        Problem(batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=1, seqlen_k=333, head_dim=128),
+        Problem(batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=192, seqlen_k=64, head_dim=64, causal=True),
+        Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=1000, head_dim=128, page_size=64),
+        Problem(
+            batch=2, num_heads_q=9, num_heads_kv=1, seqlen_q=8, seqlen_k=300, head_dim=64, dtype="bfloat16",
+            causal=True, page_size=16,
+        ),
+        Problem(
+            batch=3, num_heads_q=6, num_heads_kv=2, seqlen_q=7, seqlen_k=5, head_dim=64, causal=True, page_size=256,
+        ),
+    ]  # fmt: skip
+    if profile == "full":
+        length = 2048 if gpu else 512
+        for dtype in ("float16", "bfloat16"):
+            for head_dim in (64, 128):
+                for causal in (False, True):
+                    even = square(2, 8 if gpu else 2, length, head_dim, dtype=dtype, causal=causal)
+                    odd = {"seqlen_q": length // 2 - 1, "seqlen_k": length - 3}
+                    shapes += [even, even.with_(batch=1, num_heads_q=8, num_heads_kv=2, **odd)]
+    return shapes
+
+
+CPU_FLOPS = 5e9
+"""The largest problem that is checked without a GPU: its float64 reference takes about a second on two cores."""
+
+
+def named_problems(names: str, profile: str, *, gpu: bool | None = None) -> tuple[list[Problem], list[Problem]]:
+    """The matrix of `check_problems` and those named in a `;`-separated list of presets and labels.
+
+    Returns
+    -------
+    problems, left_out
+        What to check, and those named that are too large for a machine without a GPU.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    named = [] if names.strip() == "default" else [parse_problem(n) for n in names.split(";") if n.strip()]
+    left_out = [problem for problem in named if not gpu and problem.flops() > CPU_FLOPS]
+    problems = check_problems(profile, gpu=gpu)
+    return problems + [p for p in named if p not in left_out and p not in problems], left_out
+
+
+def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple[Problem, backends.Backend]]:
+    """What to check, problem by problem; a variant of another backend on every sixth, as its code is that one's."""
+    return [
+        (problem, one)
+        for number, problem in enumerate(problems)
+        for one in chosen
+        if one.variant_of is None or number % 6 == 0
+    ]

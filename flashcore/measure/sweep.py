@@ -1,0 +1,144 @@
+"""Sweep problems over backends: is each one right, and how fast; one record each, written as it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flashcore.backends import Backend
+from flashcore.gpu import device
+from flashcore.measure.check import check_attention
+from flashcore.measure.timing import Candidate, input_sets, time_on_cpu, time_on_gpu
+from flashcore.numerics.inputs import make_inputs
+from flashcore.problem import PRESETS, Problem, parse_problem, square
+from flashcore.records import RunFolder, Timing, Trial
+
+TOKENS = 32_768
+"""Batch times sequence length, held constant over the sweep, as FlashAttention's own benchmarks do on 16K tokens."""
+LATENCY_PROBLEMS = (PRESETS["latency"], square(1, 16, 1024, 64), square(1, 8, 512, 128))
+REPORT_PROBLEMS = (PRESETS["report"], PRESETS["report-causal"])
+
+
+def sweep_problems(profile: str, gpu: bool) -> list[Problem]:
+    """The problems a profile measures: the report's workload and the small ones first, then lengths at constant work.
+
+    Parameters
+    ----------
+    profile
+        `quick` or `full`.
+    gpu
+        Whether there is a GPU; the CPU's problems are small enough for two cores.
+    """
+    if not gpu:
+        lengths = (128, 256, 512) if profile == "quick" else (128, 256, 512, 1024)
+        return [square(1, 4, s, d, dtype="float32", causal=c) for d in (64,) for c in (False, True) for s in lengths]
+    problems = [*REPORT_PROBLEMS, *LATENCY_PROBLEMS]
+    lengths = (1024, 4096) if profile == "quick" else (512, 1024, 2048, 4096, 8192, 16384)
+    for head_dim in (64, 128):
+        for causal in (False, True):
+            for seqlen in lengths:
+                batch = min(16, max(1, TOKENS // seqlen))
+                problem = square(batch, 16, seqlen, head_dim, causal=causal)
+                if problem not in problems:
+                    problems.append(problem)
+    return problems
+
+
+def named_problems(names: str, profile: str, gpu: bool) -> list[Problem]:
+    """Problems by a `;`-separated list of presets and labels, or `default` for the profile's own."""
+    if names.strip() == "default":
+        return sweep_problems(profile, gpu)
+    return [parse_problem(name) for name in names.split(";") if name.strip()]
+
+
+def sweep(
+    run: RunFolder,
+    problems: Sequence[Problem],
+    backends: Sequence[Backend],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Trial]:
+    """Check, then time every backend on every problem; each trial is on disk before the next one starts.
+
+    A backend that is not available here, or does not take a problem, gets one trial that says so. A wrong backend is
+    timed too, but its timing says `failed`, and no gate accepts that. The float64 reference is left out: it is what the
+    others are checked against, and its speed interests nobody.
+    """
+    trials: list[Trial] = []
+
+    def record(trial: Trial) -> Trial:
+        trials.append(run.append(trial))
+        return trial
+
+    ready: list[Backend] = []
+    for backend in (b for b in backends if b.role != "reference"):
+        state = backend.availability()
+        if state.ok:
+            ready.append(backend)
+        else:
+            reason = f"{state.reason}; to mend it: {state.fix}"
+            record(Trial(kind="attention_timing", backend=backend.id, status="unavailable", reason=reason))
+
+    for number, problem in enumerate(problems, start=1):
+        if progress:
+            progress(f"{number} of {len(problems)}: {problem.label()}")
+        candidates: list[tuple[Backend, Trial]] = []
+        for backend in ready:
+            if not backend.swept and problem not in REPORT_PROBLEMS:
+                continue
+            reason = backend.why_not(problem)
+            if reason is None and not backend.dense:
+                reason = "it reads K and V in pages; 'flashcore paging' times it"
+            if reason:
+                record(_timing_trial(backend, problem, status="unsupported", reason=reason))
+                continue
+            checked = record(check_attention(backend, problem, seed=seed))
+            if checked.status in ("ok", "failed"):
+                candidates.append((backend, checked))
+        for (backend, checked), timing in zip(candidates, _time(candidates, problem, seed), strict=True):
+            if isinstance(timing, Exception):
+                reason = f"{type(timing).__name__}: {timing}"
+                record(_timing_trial(backend, problem, status="error", reason=reason))
+            elif checked.status == "failed":
+                reason = f"its result is wrong, so its speed counts for nothing ({checked.reason})"
+                record(_timing_trial(backend, problem, status="failed", reason=reason, timing=timing))
+            else:
+                record(_timing_trial(backend, problem, timing=timing))
+        if device.has_gpu():
+            torch.cuda.empty_cache()  # the next problem may need the memory in other pieces
+    return trials
+
+
+def _timing_trial(backend: Backend, problem: Problem, **fields) -> Trial:
+    return Trial(
+        kind="attention_timing", backend=backend.id, problem=problem, source_hash=backend.source_hash(), **fields
+    )
+
+
+def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int) -> list[Timing | Exception]:
+    """Time all backends of one problem together, so that their figures share a round."""
+    if not candidates:
+        return []
+    gpu = device.has_gpu()
+    l2 = "warm" if problem in LATENCY_PROBLEMS or not gpu else "rotating"
+    sets = input_sets(problem, l2=l2, l2_bytes=device.l2_bytes()) if gpu else 1
+    tensors = [make_inputs(problem, seed=seed + i, device="cuda" if gpu else "cpu") for i in range(sets)]
+
+    def call_of(backend: Backend) -> Candidate:
+        return Candidate(backend.id, lambda i: backend.run(*tensors[i], problem))
+
+    chosen = [call_of(backend) for backend, _ in candidates]
+    before = _clocks()
+    timings = time_on_gpu(chosen, problem, sets=sets, l2=l2) if gpu else time_on_cpu(chosen, problem)
+    after = _clocks()
+    for name, timing in timings.items():
+        if isinstance(timing, Timing) and gpu:
+            timings[name] = timing.model_copy(update={"clocks_before": before, "clocks_after": after})
+    return [timings[backend.id] for backend, _ in candidates]
+
+
+def _clocks() -> dict[str, object]:
+    """What may change from one timing to the next; the memory's clock does not, and stands in the environment."""
+    return {name: value for name, value in device.clocks().items() if name != "memory_clock_mhz"}

@@ -1,0 +1,146 @@
+"""Measure one part of a run again and keep the rest of it: `flashcore report --only sweep`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flashcore.decision import verdict
+from flashcore.errors import FlashCoreError, RecordsError, UnknownName
+from flashcore.gpu import device
+from flashcore.page import Variant
+from flashcore.paths import data_dir
+from flashcore.pipeline import reporting, superseding
+from flashcore.pipeline.rendering import Progress
+from flashcore.records import RunFolder, write_whole
+
+SHORT = {
+    "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
+    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging",
+}  # fmt: skip
+"""What a user calls the notebooks that measure."""
+
+
+def parts_named(text: str, folder: Path) -> list[str]:
+    """Notebooks by their names or short names, separated by commas; in the order in which a report runs them.
+
+    Raises
+    ------
+    UnknownName
+        There is no such part; names those there are.
+    """
+    there = reporting.planned_notebooks(folder)
+    short = {name: stem for name, stem in SHORT.items() if stem in there}
+    wanted = set()
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        stem = short.get(word, word.removesuffix(".ipynb"))
+        if stem not in there:
+            raise UnknownName("part of a report", word, [*short, *there])
+        wanted.add(stem)
+    if not wanted:
+        raise UnknownName("part of a report", text, [*short, *there])
+    return [name for name in there if name in wanted]
+
+
+def redo(
+    run: RunFolder,
+    only: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    notebooks_dir: Path | None = None,
+    timeout_s: float | None = None,
+    variant: Variant | None = None,
+    pdf: bool = True,
+    progress: Progress | None = None,
+) -> reporting.ReportResult:
+    """Measure parts of a run again, on the machine that it was measured on, and judge and render it anew.
+
+    What the parts had written moves to ``superseded.jsonl``; every other record stays. A part that does not finish
+    leaves the run INCONCLUSIVE, as in a report.
+
+    Parameters
+    ----------
+    only
+        Names or short names of notebooks, separated by commas.
+    changes
+        Other values of ``profile``, ``backends``, ``problems`` or ``seed`` than the run was made with.
+
+    Raises
+    ------
+    UnknownName, InvalidProblem
+        A part, profile, backend or problem does not exist.
+    RecordsError
+        The run was measured on another machine or with other software, or its files cannot be written.
+    """
+    folder = notebooks_dir or data_dir("notebooks")
+    parts = parts_named(only, folder)
+    environment = run.environment()
+    parameters = environment.get("parameters")
+    if not isinstance(parameters, Mapping):
+        raise RecordsError(
+            f"The run {run.name} does not say how it was made, so no part of it can be made again; 'flashcore report' "
+            "makes a new one."
+        )
+    defaults = {"profile": "quick", "backends": "all", "problems": "default", "seed": 0}
+    common = {key: (changes or {}).get(key, parameters.get(key, value)) for key, value in defaults.items()}
+    reporting.check_request(common)
+    now = _environment_now()
+    _same_machine(run, environment, now)
+
+    planned = [str(name) for name in parameters.get("notebooks") or ()]
+    say = progress or (lambda line: None)
+    decision = verdict.judge(run).to_trial()  # also the mark that what follows is the work of these parts
+    run.append(decision.model_copy(update={"data": {**decision.data, superseding.REDO: parts}}))
+    moved = superseding.set_aside(run, parts, planned=planned)
+    say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
+    began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks()}
+    begun = _merged(run, environment, now, sorted({*planned, *parts}))
+    _write(run, begun)
+    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress)
+    done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
+    _write(run, {**begun, "redone": [*(environment.get("redone") or ()), done]})
+    return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
+
+
+def _environment_now() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="flashcore-redo-") as folder:
+        fresh = RunFolder.create(folder)
+        device.record_environment(fresh, "before")
+        return fresh.environment()
+
+
+def _same_machine(run: RunFolder, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to put figures of two machines into one run: a verdict counts those of one alone."""
+    if then.get("id") == now["id"]:
+        return
+    before, here = then.get("before") or {}, now["before"]
+    moving = device.clocks()
+    other = [f"{key} {before.get(key)} then, {here.get(key)} now" for key in here
+             if key not in moving and before.get(key) != here.get(key)]  # fmt: skip
+    why = "; ".join(other[:3]) or f"environment {then.get('id')} then, {now['id']} now"
+    raise RecordsError(
+        f"The run {run.name} was measured on another machine or with other software ({why}), so that a part measured "
+        "here would not belong to it; 'flashcore report' makes a new run."
+    )
+
+
+def _merged(
+    run: RunFolder, then: Mapping[str, Any], now: Mapping[str, Any], notebooks: Sequence[str]
+) -> dict[str, Any]:
+    """The run's environment with the sources of now, except where records that stay are of the older ones."""
+    old = then.get("kernels") if isinstance(then.get("kernels"), Mapping) else {}
+    still = {trial.source_hash for trial in run.trials()}
+    kernels = {name: old[name] if old.get(name) in still else new for name, new in now["kernels"].items()}
+    parameters = {**then["parameters"], "notebooks": list(notebooks)}
+    return {**then, "kernels": kernels, "git": now["git"], "parameters": parameters}
+
+
+def _write(run: RunFolder, environment: Mapping[str, Any]) -> None:
+    try:
+        write_whole(run.environment_path, (json.dumps(environment, indent=1, default=str) + "\n").encode())
+    except OSError as error:
+        raise FlashCoreError(f"{run.environment_path} cannot be written ({error.strerror}); free the disk.") from error

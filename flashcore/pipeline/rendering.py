@@ -1,0 +1,178 @@
+"""Draw a run's page from its records: the status report's notebook through the template, and the page as PDF."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashcore import page
+from flashcore.decision import verdict
+from flashcore.errors import FlashCoreError, NotebookFailed, PrintError, RecordsError, ToolMissing
+from flashcore.page import Variant, pdf
+from flashcore.paths import data_dir
+from flashcore.pipeline import notebooks
+from flashcore.records import RunFolder, write_whole
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+STATUS_NOTEBOOK = verdict.STATUS_NOTEBOOK
+PAGE_TIMEOUT_S = 300.0
+"""Seconds the status report may take: it only reads records and draws."""
+MOST_PAGE_BYTES = 2_950_000
+"""A page that is mailed stays under 3 MB; executed notebooks that do not fit are left out, and named."""
+
+Progress = Callable[[str], None]
+
+
+def render(
+    run: RunFolder,
+    *,
+    variant: Variant | None = None,
+    notebooks_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Make ``report.html`` of a run from its records, without a GPU and without measuring anything.
+
+    Parameters
+    ----------
+    variant
+        For whom, under which title, with which sections; the default has everything, details folded.
+
+    Raises
+    ------
+    NotebookFailed
+        The status report's notebook did not finish; an older page, if any, is left as it was.
+    RecordsError
+        The page cannot be written.
+    """
+    executed = notebooks.execute_notebook(
+        STATUS_NOTEBOOK,
+        run,
+        notebooks_dir=notebooks_dir or data_dir("notebooks"),
+        timeout_s=PAGE_TIMEOUT_S,
+        needs_record=False,
+        show_bar=progress is not None,
+    )
+    try:
+        text = _to_html(executed, run, variant or Variant())
+    except FlashCoreError:
+        raise
+    except Exception as error:  # a template that breaks raises whatever it likes; the records are still worth a page
+        raise NotebookFailed(
+            STATUS_NOTEBOOK, f"its page could not be drawn ({type(error).__name__}: {error})"
+        ) from error
+    return _write_page(run, text)
+
+
+def print_page(run: RunFolder) -> tuple[Path | None, str]:
+    """Print ``report.html`` to ``report.pdf`` beside it; the PDF, or None and one sentence on why there is none.
+
+    A page without its PDF is still a report, so nothing here is raised. A PDF of an earlier page is removed, since it
+    may say another verdict.
+    """
+    made = run.path / "report.pdf"
+    try:
+        return pdf.print_pdf(run.path / "report.html", made), ""
+    except (ToolMissing, PrintError) as error:
+        old = ""
+        if made.exists():
+            made.unlink()
+            old = " The report.pdf that lay there was of an earlier page and was removed."
+        return None, f"No PDF was made: {error}{old}"
+
+
+def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
+    """The executed status report through the project's own template, with the other notebooks as evidence."""
+    import nbformat
+
+    decision = verdict.judge(run)
+    status = page.chosen(nbformat.read(executed, as_version=4), variant)
+    evidence = [
+        {"name": path.stem, "title": _title(path), "html": _convert(path, "evidence.html.j2", {})}
+        for path in (sorted((run.path / "notebooks").glob("[0-9][0-9]_*.ipynb")) if variant.has("evidence") else [])
+        if path.stem != STATUS_NOTEBOOK
+    ]
+
+    def drawn(items: list[dict[str, str]]) -> str:
+        left_out = [item["title"] for item in evidence if item not in items]
+        needed = page.resources(run, decision, items, variant=variant, left_out=left_out)
+        return _convert(status, "index.html.j2", {"flashcore": needed})
+
+    text = drawn(evidence)
+    if len(text.encode()) > MOST_PAGE_BYTES and evidence:
+        text = drawn(_fitting(evidence, MOST_PAGE_BYTES - len(drawn([]).encode())))
+    return page.opened(text) if variant.audience == "engineering" else text
+
+
+def _fitting(evidence: list[dict[str, str]], room: int) -> list[dict[str, str]]:
+    """The notebooks that fit, the smallest first, in their own order."""
+    kept = []
+    for item in sorted(evidence, key=lambda item: len(item["html"].encode())):
+        room -= len(item["html"].encode()) + 500  # and its heading
+        if room >= 0:
+            kept.append(item)
+    return [item for item in evidence if item in kept]
+
+
+def _convert(source: Path | NotebookNode, template: str, resources: dict) -> str:
+    """A notebook, or the file of one, through a template."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    folder = data_dir("reports") / "template"
+    exporter = HTMLExporter(
+        template_name=folder.name, template_file=template, extra_template_basedirs=[str(folder.parent)]
+    )
+    notebook = nbformat.read(source, as_version=4) if isinstance(source, Path) else source
+    body, _ = exporter.from_notebook_node(notebook, resources=resources)
+    return body
+
+
+def _title(path: Path) -> str:
+    """The first heading of a notebook, or its name in words."""
+    import nbformat
+
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and (heading := re.match(r"#+\s+(.+)", cell.source)):
+            return heading[1].strip()
+    return path.stem[3:].replace("_", " ")
+
+
+def write_plain_page(run: RunFolder, decision: verdict.Decision, failed: dict[str, str]) -> Path:
+    """A page without figures, for when the status report's own notebook fails: verdict, gates and failures in words."""
+    gates = "".join(
+        f"<tr><td>{html.escape(g.title)}</td><td>{g.state}</td><td>{html.escape(g.reason)}</td></tr>"
+        for g in decision.gates
+    )
+    failures = "".join(f"<li>{html.escape(name)}: {html.escape(reason)}</li>" for name, reason in failed.items())
+    return _write_page(
+        run,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>FlashCore status report: {decision.verdict}</title>
+<style>:root{{color-scheme:light dark}}body{{font:1rem/1.5 system-ui,sans-serif;
+max-width:60rem;margin:2rem auto;padding:0 1rem}}
+td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0}}</style></head>
+<body><h1>Verdict: {decision.verdict}</h1><p>{html.escape(decision.reason)}</p>
+<h2>This page could not be drawn in full</h2><ul>{failures}</ul>
+<p>Run <code>flashcore render {html.escape(run.name)}</code> to draw it again from the records.</p>
+<h2>Gates</h2><table><thead><tr><th>Gate</th><th>Result</th><th>Reason</th></tr></thead><tbody>{gates}</tbody></table>
+</body></html>
+""",
+    )
+
+
+def _write_page(run: RunFolder, text: str) -> Path:
+    path = run.path / "report.html"
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise RecordsError(
+            f"The report {path} cannot be written ({error.strerror}); free the disk or choose another folder "
+            "with --out."
+        ) from error
+    return path

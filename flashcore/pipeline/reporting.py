@@ -1,0 +1,250 @@
+"""Make a report: run the notebooks on a run folder, judge its records, render one self-contained page."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flashcore.decision import verdict
+from flashcore.errors import FlashCoreError, NotebookFailed, UnknownName
+from flashcore.gpu import device
+from flashcore.page import Variant
+from flashcore.paths import HOME, data_dir
+from flashcore.pipeline import notebooks
+from flashcore.pipeline.rendering import STATUS_NOTEBOOK, Progress, print_page, render, write_plain_page
+from flashcore.problem import parse_problem
+from flashcore.records import RunFolder
+
+__all__ = ["ReportResult", "find_run", "new_run", "planned_notebooks", "print_page", "render", "report", "runs_dir"]
+
+PROFILES = ("quick", "full")
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What `report` made."""
+
+    run: RunFolder
+    html: Path
+    decision: verdict.Decision
+    failed: dict[str, str] = field(default_factory=dict)
+    """Notebooks that did not finish, each with its reason."""
+    pdf: Path | None = None
+    """The page as PDF; None when none was wanted, or none could be made."""
+    no_pdf: str = ""
+    """Why there is no PDF, in a sentence, when one was wanted."""
+
+
+def runs_dir(out: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds run folders: `out`, else ``reports/runs`` of the checkout, else of the current folder."""
+    if out is not None:
+        return Path(out)
+    home = HOME if (HOME / "pyproject.toml").is_file() else Path.cwd()
+    return home / "reports" / "runs"
+
+
+def new_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
+    """A fresh run folder, as in ``2026-11-22T18-40-03-h200-3f9a``."""
+    machine = re.sub(r"[^a-z0-9]+", "-", (device.gpu_name() or "cpu").lower().replace("nvidia", "")).strip("-")
+    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return RunFolder.create(runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}")
+
+
+def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunFolder:
+    """A run by its path, by its id, or by the word ``latest``.
+
+    Raises
+    ------
+    RecordsError
+        There is no such run.
+    """
+    for candidate in (Path(name), runs_dir(out) / name):
+        if candidate.is_dir():
+            return RunFolder(candidate.resolve())
+        if (
+            candidate.is_file() and candidate.name == "latest"
+        ):  # where links are impossible it is a file with the run's id
+            return RunFolder(candidate.parent / candidate.read_text(encoding="utf-8").strip())
+    return RunFolder(name)
+
+
+def planned_notebooks(notebooks_dir: Path) -> list[str]:
+    """Stems of the notebooks that measure, in order; the status report, which only reads, is not among them."""
+    found = sorted(path.stem for path in notebooks_dir.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise FlashCoreError(f"There are no notebooks in {notebooks_dir}; reinstall FlashCore, or restore the folder.")
+    return [name for name in found if name != STATUS_NOTEBOOK]
+
+
+def execute_notebook(
+    name: str,
+    run: RunFolder,
+    parameters: dict | None = None,
+    *,
+    notebooks_dir: Path | None = None,
+    timeout_s: float = notebooks.TIMEOUT_S["quick"],
+    progress: Progress | None = None,
+) -> Path:
+    """`flashcore.pipeline.notebooks.execute_notebook` on FlashCore's own notebooks."""
+    return notebooks.execute_notebook(
+        name,
+        run,
+        parameters,
+        notebooks_dir=notebooks_dir or data_dir("notebooks"),
+        timeout_s=timeout_s,
+        show_bar=progress is not None,
+    )
+
+
+def report(
+    *,
+    profile: str = "quick",
+    backends: str = "all",
+    problems: str = "default",
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    notebooks_dir: Path | None = None,
+    timeout_s: float | None = None,
+    variant: Variant | None = None,
+    pdf: bool = True,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Measure, judge and render: the whole job of ``make report``.
+
+    A notebook that fails does not stop the others, and the page is rendered whatever failed.
+
+    Parameters
+    ----------
+    profile
+        ``quick`` or ``full``: how much the notebooks measure.
+    backends
+        ``all``, or ids separated by commas.
+    problems
+        ``default``, or presets and labels separated by semicolons, as in ``report;B=1,H=8,S=512,D=64``.
+    seed
+        Seed of every random input.
+    out
+        Folder that gets the run's folder and ``latest``; default ``reports/runs``.
+    notebooks_dir
+        Other notebooks than FlashCore's own.
+    timeout_s
+        Seconds one notebook may take; default by profile, see `flashcore.pipeline.notebooks.TIMEOUT_S`.
+    variant
+        How the page is made; default: everything on it.
+    pdf
+        Whether to print the page to PDF, where there is a browser.
+    progress
+        Called with one line at each step.
+
+    Raises
+    ------
+    UnknownName, InvalidProblem
+        Before anything is measured: a profile, backend or problem does not exist.
+    RecordsError
+        The output folder cannot be written.
+    """
+    say = progress or (lambda line: None)
+    common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
+    check_request(common)
+    folder = notebooks_dir or data_dir("notebooks")
+    planned = planned_notebooks(folder)
+
+    run = new_run(out)
+    say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
+    device.record_environment(run, "before", {**common, "notebooks": planned})
+    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress)
+    device.record_environment(run, "after")
+    result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
+    point_latest_at(run)
+    return result
+
+
+def check_request(common: Mapping[str, Any]) -> None:
+    """Refuse a profile, backend or problem that does not exist, before anything is made."""
+    from flashcore import backends as registry
+
+    if common["profile"] not in PROFILES:
+        raise UnknownName("profile", common["profile"], list(PROFILES))
+    registry.select(common["backends"])
+    if common["problems"] != "default":
+        for label in common["problems"].split(";"):
+            parse_problem(label)
+
+
+def measure(
+    run: RunFolder,
+    names: Sequence[str],
+    common: Mapping[str, Any],
+    *,
+    folder: Path,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Execute notebooks on a run, one after the other; gives those that did not finish, each with its reason."""
+    say = progress or (lambda line: None)
+    failed: dict[str, str] = {}
+    for number, name in enumerate(names, start=1):
+        say(f"[{number}/{len(names)}] {name} ...")
+        started = time.perf_counter()
+        try:
+            declared = notebooks.declared_parameters(notebooks.notebook_path(name, folder))
+            execute_notebook(
+                name,
+                run,
+                {key: value for key, value in common.items() if key in declared},
+                notebooks_dir=folder,
+                timeout_s=timeout_s or notebooks.TIMEOUT_S[common["profile"]],
+                progress=progress,
+            )
+            say(f"[{number}/{len(names)}] {name}: finished in {time.perf_counter() - started:.1f} s")
+        except NotebookFailed as error:
+            failed[name] = error.reason
+            say(f"[{number}/{len(names)}] {name}: FAILED after {time.perf_counter() - started:.1f} s: {error.reason}")
+    return failed
+
+
+def conclude(
+    run: RunFolder,
+    failed: dict[str, str],
+    *,
+    folder: Path,
+    variant: Variant | None = None,
+    pdf: bool = True,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Judge a run, record the decision, and make its page and PDF."""
+    say = progress or (lambda line: None)
+    decision = verdict.judge(run)
+    run.append(decision.to_trial())
+    say("Rendering the report ...")
+    try:
+        page = render(run, variant=variant, notebooks_dir=folder, progress=progress)
+    except NotebookFailed as error:
+        failed[STATUS_NOTEBOOK] = error.reason
+        page = write_plain_page(run, decision, failed)
+        say(f"{STATUS_NOTEBOOK}: FAILED: {error.reason}; a plain page stands in for it")
+    printed, why = print_page(run) if pdf else (None, "")
+    return ReportResult(run, page, decision, failed, printed, why)
+
+
+def point_latest_at(run: RunFolder) -> None:
+    """Make ``latest`` beside the run name it: a link, or a file with the run's id where links are impossible."""
+    latest, partial = run.path.parent / "latest", run.path.parent / f".latest.{os.getpid()}"
+    try:
+        try:
+            partial.symlink_to(run.name, target_is_directory=True)
+        except OSError:
+            partial.write_text(run.name + "\n", encoding="utf-8")
+        os.replace(partial, latest)
+    except OSError as error:
+        print(f"'{latest}' still names an older run ({error.strerror}).", file=sys.stderr)
+    finally:
+        partial.unlink(missing_ok=True)

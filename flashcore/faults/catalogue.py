@@ -76,7 +76,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _fault(
         "F16", "a verdict read the wrong way round", "report", "a false pass",
-        held_by="tests/test_faults.py plants it in the verdict, in the tables' words and in the audit of the SASS",
+        held_by="tests/faults/test_catalogue.py plants it in the verdict, in the tables' words and in the audit of "
+        "the SASS",
     ),
     _fault(
         "G1", "missing barrier: a page is used before it has arrived", "scores", "changes from run to run",

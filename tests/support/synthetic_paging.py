@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import synthetic_records as synthetic
-
 from flashcore.paging_survey.plan import plan_for
 from flashcore.problem import Problem
 from flashcore.records import Timing, Trial
+from support import synthetic_records as synthetic
 
 READ_TBS = 4.6
 FULL = plan_for("full", True)

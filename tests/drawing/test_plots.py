@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
-import synthetic_records as synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import synthetic_records as synthetic
 
 from flashcore import page
 from flashcore.decision import compare, verdict

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import synthetic_paging as paging
-import synthetic_records as synthetic
+from support import synthetic_paging as paging
+from support import synthetic_records as synthetic
 
 from flashcore.decision import verdict
 from flashcore.page import Variant

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from notebook_tools import finishing_notebook, measure, write_notebook
+from support.notebook_tools import finishing_notebook, measure, write_notebook
 from typer.testing import CliRunner
 
 from flashcore.cli.program import app

@@ -10,8 +10,8 @@ import warnings
 
 import nbformat
 import pytest
-import synthetic_paging as paging
-import synthetic_records as synthetic
+from support import synthetic_paging as paging
+from support import synthetic_records as synthetic
 
 from flashcore.page import SECTIONS, variant
 from flashcore.paths import data_dir

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_tools import nothing_synchronises
+from support.gpu_tools import nothing_synchronises
 
 from flashcore.errors import (
     FlashCoreError,

@@ -6,8 +6,8 @@ import re
 
 import nbformat
 import pytest
-import synthetic_paging as paging
-import synthetic_records as synthetic
+from support import synthetic_paging as paging
+from support import synthetic_records as synthetic
 
 from flashcore import page
 from flashcore.decision import claims, verdict

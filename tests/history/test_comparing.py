@@ -10,9 +10,9 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
 import pytest
-import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import synthetic_records as synthetic
 from typer.testing import CliRunner
 
 from flashcore import history

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import synthetic_records as synthetic
+from support import synthetic_records as synthetic
 
 import flashcore
 from flashcore import backends, tables

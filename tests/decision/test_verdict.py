@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import synthetic_records as synthetic
 
 from flashcore.decision import verdict
 from flashcore.errors import GatesError

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from gpu_tools import nothing_synchronises
+from support.gpu_tools import nothing_synchronises
 
 from flashcore.gpu import build
 from flashcore.gpu.profiling import graph_us

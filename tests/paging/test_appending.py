@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from gpu_tools import nothing_synchronises
+from support.gpu_tools import nothing_synchronises
 
 from flashcore.gpu import build
 from flashcore.paging import PagedKVCache, _appending, append_tokens, bounds_of_pool, gather, writing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import synthetic_survey as synthetic
+from support import synthetic_survey as synthetic
 
 from flashcore.drawing.answers import answers, answers_html
 from flashcore.records import Trial

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebook_tools import KILL, finishing_notebook, measure, write_notebook
+from support.notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
 from flashcore.paths import data_dir

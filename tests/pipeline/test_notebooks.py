@@ -6,7 +6,7 @@ import time
 
 import nbformat
 import pytest
-from notebook_tools import KILL, finishing_notebook, measure, write_notebook
+from support.notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
 from flashcore.errors import NotebookFailed, NotebookParameterError, UnknownName
 from flashcore.pipeline.notebooks import check_parameters, declared_parameters, execute_notebook

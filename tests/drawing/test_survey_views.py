@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-import synthetic_survey as synthetic
+from support import synthetic_survey as synthetic
 
 from flashcore.drawing import survey_views
 from flashcore.records import Timing, Trial

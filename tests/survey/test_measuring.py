@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import synthetic_survey as synthetic
+from support import synthetic_survey as synthetic
 
 from flashcore.errors import CublasLtError, FlashCoreError, InvalidProblem, ToolMissing, UnknownName
 from flashcore.gpu import cublaslt, device

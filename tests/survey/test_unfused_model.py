@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import synthetic_survey as synthetic
+from support import synthetic_survey as synthetic
 
 from flashcore.problem import PRESETS, square
 from flashcore.survey import unfused_model

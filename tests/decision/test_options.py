@@ -7,9 +7,9 @@ import re
 from dataclasses import replace
 
 import pytest
-import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import synthetic_records as synthetic
 
 from flashcore import page
 from flashcore.decision import advice, flips, verdict

@@ -8,11 +8,11 @@ import math
 from dataclasses import FrozenInstanceError
 
 import pytest
-import synthetic_paging
-import synthetic_records as synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support import synthetic_paging
+from support import synthetic_records as synthetic
 from typer.testing import CliRunner
 
 from flashcore.cli import program

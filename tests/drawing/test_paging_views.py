@@ -6,8 +6,8 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-import synthetic_paging as synthetic
-import synthetic_records
+from support import synthetic_paging as synthetic
+from support import synthetic_records
 from typer.testing import CliRunner
 
 from flashcore.cli.program import app

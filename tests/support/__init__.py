@@ -1,0 +1,1 @@
+"""What several tests share: invented records, toy notebooks, and watching a GPU."""

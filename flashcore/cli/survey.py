@@ -50,7 +50,7 @@ def survey(
         for number, answer in enumerate(answers.answers(gathered.trials, environment=gathered.environment), start=1):
             out.print(f"{number}. {escape(answer.question)}\n   {escape(' '.join(answer.sentences))}")
         out.print(f"Records: {escape(str(folder.records_path))}")
-    wrong = [t for t in trials if t.data.get("group") == surveying.PROOF and t.status == "failed"]
+    wrong = [t for t in trials if t.data.get("group") == labels.PROOF and t.status == "failed"]
     for trial in wrong:
         err.print(escape(f"{trial.data.get('product')}, {trial.data.get('policy')}: {trial.reason}"))
     raise typer.Exit(LABEL_WRONG if wrong else DONE)

@@ -49,7 +49,7 @@ def compare(
     """Compare two runs by a test on their samples: faster, slower, same, or too noisy to say.
 
     Exit code 0: compared, whatever was found. With --strict 3: a timing of ours is slower by more than 3 % with
-    separated intervals, or a check that passed now fails; 4: no timing of ours could be compared. 2: usage.
+    separated intervals, or a check that passed now fails or is gone; 4: no timing of ours could be compared. 2: usage.
     """
     from flashcore import history
 

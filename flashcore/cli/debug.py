@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashcore.cli.adding import adding_to
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.problem import parse_problem, square
-from flashcore.records import RunFolder, Trial
+from flashcore.records import Trial
 
 if TYPE_CHECKING:
     import pandas
@@ -87,8 +88,8 @@ def faults(
     from flashcore.faults import proving
 
     chosen = _provable(registry.select(backends), backends)
-    folder = RunFolder.create(run) if run else None
-    trials = proving.run_faults(folder, chosen, progress=None if json else _progress())
+    with adding_to(run) as folder:
+        trials = proving.run_faults(folder, chosen, progress=None if json else _progress())
     judged = [t for t in trials if t.data.get("outcome") not in ("not applicable", "not run")]
     if not judged:
         for one in chosen:
@@ -134,8 +135,8 @@ def sanitize(
     if fault:
         for one in chosen:
             catalogue.get(fault).plant(one.id)
-    folder = RunFolder.create(run) if run else None
-    trials = sanitizing.sanitize(folder, chosen, tools=tool, fault=fault, progress=None if json else _progress())
+    with adding_to(run) as folder:
+        trials = sanitizing.sanitize(folder, chosen, tools=tool, fault=fault, progress=None if json else _progress())
     if json:
         _print_json(trials)
     else:
@@ -169,10 +170,9 @@ def _progress():
 
 
 def _keep(trials: list[Trial], folder: Path | None) -> None:
-    if folder:
-        into = RunFolder.create(folder)
-        for trial in trials:
-            into.append(trial)
+    with adding_to(folder) as run:
+        for trial in trials if run else ():
+            run.append(trial)
 
 
 def _print_json(trials: list[Trial]) -> None:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.records import RunFolder, scratch_run
+from flashcore.cli.adding import adding_to
+from flashcore.records import RunFolder, Trial, scratch_run
 
 if TYPE_CHECKING:
     from flashcore.records import Trial
@@ -46,12 +47,12 @@ def paging(
     plan = plan_for(profile, device.has_gpu(), report_layers=report_layers)
     chosen(what, plan.gpu)
     err = Console(stderr=True, highlight=False, soft_wrap=True)
-    folder = RunFolder.create(run) if run else scratch_run()
-    if not folder.environment():
-        device.record_environment(folder, "before", {"command": "paging", "profile": profile, "seed": seed})
-    if not plan.gpu and what == "all":
-        err.print("No GPU: measured is what any machine can tell; times and tokens a second need an H100 or H200.")
-    trials = measure(folder, plan, what=what, seed=seed, progress=lambda line: err.print(escape(line)))
+    with adding_to(run or scratch_run().path) as folder:
+        if not folder.environment():
+            device.record_environment(folder, "before", {"command": "paging", "profile": profile, "seed": seed})
+        if not plan.gpu and what == "all":
+            err.print("No GPU: measured is what any machine can tell; times and tokens a second need an H100 or H200.")
+        trials = measure(folder, plan, what=what, seed=seed, progress=lambda line: err.print(escape(line)))
     if json:
         for trial in trials:
             sys.stdout.write(trial.model_dump_json() + "\n")

@@ -46,6 +46,8 @@ def print_decision(decision: Decision) -> None:
     if decision.options:
         _print_options(decision)
     say(f"Verdict: [bold]{decision.verdict}[/bold]. {escape(decision.reason)}")
+    for sentence in filter(None, (decision.stored, decision.seal)):
+        say(escape(sentence))
 
 
 def _print_options(decision: Decision) -> None:

@@ -18,6 +18,7 @@ from flashcore.cli import claims, compare, debug, paging, printing, report, surv
 from flashcore.errors import FlashCoreError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+SEAL_BROKEN, NO_SEAL = 3, 4
 WIDTH_OF_A_FILE = 120
 """Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
 
@@ -90,6 +91,36 @@ def verdict(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
     decision = verdicts.judge(reporting.find_run(run, out_dir))
     printing.print_decision(decision)
     raise typer.Exit(verdicts.EXIT_CODES[decision.verdict])
+
+
+@app.command()
+def verify(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
+    """Say whether a run is still what was judged, and name what was changed. Exit code 0: yes; 3: no; 4: no seal."""
+    from flashcore.decision import seal
+    from flashcore.decision import verdict as verdicts
+    from flashcore.pipeline import reporting
+
+    found = reporting.find_run(run, out_dir)
+    decision, state = verdicts.judge(found), verdicts.gather(found, gates=verdicts.load_gates()).seal
+    _say(escape(state.sentence))
+    for change in state.changes:
+        _say(f"  {escape(change.part)}: {escape(change.sentence)}")
+    for entry in seal.earlier(found):
+        _say(f"  {escape(entry)}")
+    if decision.stored:
+        _say(escape(decision.stored))
+    raise typer.Exit(0 if state.holds else SEAL_BROKEN if state.digest or state.changes else NO_SEAL)
+
+
+@app.command()
+def seal(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
+    """Judge a run by today's gates and sources and seal it anew; what was changed before stays named in the seal."""
+    from flashcore.decision import seal as seals
+    from flashcore.pipeline import reporting
+
+    found = reporting.find_run(run, out_dir)
+    printing.print_decision(reporting.judge_and_seal(found, earlier=seals.unseal(found)))
+    _say(f"The page still shows what it showed; 'flashcore render {escape(run)}' draws it again.")
 
 
 @app.command()

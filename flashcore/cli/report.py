@@ -114,6 +114,7 @@ def render(
     out_dir: OutOption = None,
 ) -> None:
     """Make a run's page and PDF again from its records; needs no GPU and measures nothing."""
+    from flashcore.decision import seal
     from flashcore.errors import NotebookFailed
     from flashcore.pipeline import reporting
 
@@ -126,6 +127,8 @@ def render(
         raise typer.Exit(1) from None
     if pdf:
         _say_pdf(*reporting.print_page(found))
+    seal.seal_pages(found)
+    say(seal.check(found).sentence)
     say(f"Report: {escape(shown(page))}")
 
 

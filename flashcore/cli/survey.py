@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flashcore.cli.adding import adding_to
 from flashcore.errors import BackendUnavailable
-from flashcore.records import RunFolder, Trial, scratch_run
+from flashcore.records import Trial, scratch_run
 
 DONE, LABEL_WRONG = 0, 3
 """Exit codes: surveyed; an algorithm that was labelled is not the one that ran. 2 is a usage error."""
@@ -38,11 +39,11 @@ def survey(
                                  "'flashcore render' shows the recorded survey")  # fmt: skip
     out = Console(highlight=False, soft_wrap=True)
     err = Console(stderr=True, highlight=False, soft_wrap=True)
-    folder = RunFolder.create(run) if run else scratch_run()
-    if not folder.environment():
-        device.record_environment(folder, "before", {"command": "survey", "profile": profile})
-    trials = surveying.survey(folder, cases, progress=lambda line: err.print(escape(line)))
-    trials += labels.prove_labels(folder, [c for c in cases if c.group in ("report", "row")])
+    with adding_to(run or scratch_run().path) as folder:
+        if not folder.environment():
+            device.record_environment(folder, "before", {"command": "survey", "profile": profile})
+        trials = surveying.survey(folder, cases, progress=lambda line: err.print(escape(line)))
+        trials += labels.prove_labels(folder, [c for c in cases if c.group in ("report", "row")])
     if json:
         _print_json(trials)
     else:

@@ -4,4 +4,4 @@
 other, and by how much. Nothing here imports torch or needs a GPU, and no notebook's cells are ever read.
 """
 
-__all__ = ["advice", "claims", "compare", "evidence", "gates", "verdict"]
+__all__ = ["advice", "claims", "compare", "evidence", "gates", "seal", "verdict"]

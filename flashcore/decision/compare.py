@@ -122,7 +122,8 @@ def ratio_to_best_peer(trial: Trial, trials: Iterable[Trial]) -> Ratio | None:
 def passed(trial: Trial) -> bool | None:
     """Whether a correctness trial measured a right result: True, False, or None when it measured nothing usable.
 
-    An `ok` that contradicts its own figures (bad elements, an error that is NaN) counts as wrong.
+    An `ok` that contradicts its own figures counts as wrong: elements out of bound, an error that is NaN or above the
+    bound, NaN or Inf among what passed. One that compared fewer values than the problem's `out` has measured nothing.
     """
     if trial.kind != "correctness" or trial.status not in ("ok", "failed"):
         return None
@@ -131,7 +132,34 @@ def passed(trial: Trial) -> bool | None:
         return False
     if found is None or found.checked <= 0:
         return None
-    return found.passed and found.num_bad == 0 and math.isfinite(found.max_abs_error)
+    p = trial.problem
+    if p is not None and found.checked < p.batch * p.num_heads_q * p.seqlen_q * p.head_dim:
+        return None
+    clean = found.num_bad == 0 and found.num_nan == 0 and found.num_inf == 0
+    return found.passed and clean and math.isfinite(found.max_abs_error) and found.max_abs_error <= found.bound
+
+
+SAME_MEDIAN = 1e-3
+"""How far a stated latency may lie from the median of its samples: both are rounded to five or six digits."""
+MOST_SAMPLES = 50
+"""Samples that a timing keeps; where more were taken the median of those kept is another one."""
+
+
+def contradiction(trial: Trial) -> str | None:
+    """What in a timing contradicts itself, as a clause; None when its figures belong together."""
+    name, latency, samples = trial.backend, latency_us(trial), samples_us(trial)
+    if latency is None or (trial.timing.samples_us and not samples):
+        return f"the timing of {name} is not a number"
+    if trial.problem is None:
+        return f"the timing of {name} names no problem"
+    if samples and not min(samples) <= latency <= max(samples):
+        return f"the median of {name} lies outside its own samples"
+    if 0 < len(samples) < MOST_SAMPLES and not math.isclose(float(np.median(samples)), latency, rel_tol=SAME_MEDIAN):
+        return f"the latency recorded for {name} is not the median of its samples"
+    stated = trial.timing.tflops
+    if stated is not None and not math.isclose(stated, tflops(trial), rel_tol=0.01):
+        return f"the TFLOPS recorded for {name} contradict its latency"
+    return None
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashcore.decision import seal
+from flashcore.decision.gates import Gates
+from flashcore.decision.seal import State
 from flashcore.errors import FlashCoreError
 from flashcore.records import RunFolder, Trial
 
@@ -46,6 +49,8 @@ class Evidence:
     recorded: Recorded | None = None
     problems: tuple[str, ...] = ()
     """What is wrong with the run's own records, as sentences; any of them rules out a decision."""
+    seal: State = State(None)
+    """What the run's seal says today."""
 
     @property
     def gpu_trials(self) -> tuple[Trial, ...]:
@@ -75,11 +80,16 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
     return f"Recorded on {recorded.gpu}, {recorded.date}; {match}."
 
 
-def gather(run: RunFolder, *, recorded_dir: str | Path | None = None) -> Evidence:
+def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Path | None = None) -> Evidence:
     """Collect what the gates may use for a run.
 
     A run made with a GPU stands on its own records. A run made without one borrows the newest run that lies, with its
     environment, in a folder under `recorded_dir` (default: ``reports/recorded``).
+
+    Parameters
+    ----------
+    gates
+        What the run is judged by now, to be held against those it was sealed with.
 
     Raises
     ------
@@ -91,6 +101,10 @@ def gather(run: RunFolder, *, recorded_dir: str | Path | None = None) -> Evidenc
 
     trials, problems = _read(run)
     environment = run.environment()
+    sealed = seal.check(run, gates, sealed_before=_says_sealed(trials))
+    problems += tuple(sealed.of((*seal.EVIDENCE, "gates")))
+    if not environment.get("gpu") and (seen := _needed_a_gpu(trials)):
+        problems += (f"The run's environment names no GPU, and {seen}.",)
     recorded = None
     if not environment.get("gpu"):
         root = Path(recorded_dir) if recorded_dir is not None else data_dir("reports") / "recorded"
@@ -99,6 +113,7 @@ def gather(run: RunFolder, *, recorded_dir: str | Path | None = None) -> Evidenc
             try:
                 other = RunFolder(folder)
                 other_trials, damage = _read(other)
+                damage += tuple(seal.check(other, sealed_before=_says_sealed(other_trials)).of(seal.EVIDENCE))
                 candidate = Recorded(other_trials, other.environment(), folder.name, damage)
             except FlashCoreError as error:
                 problems += (f"The recorded run in {folder.name} was left out: {error}",)
@@ -106,7 +121,22 @@ def gather(run: RunFolder, *, recorded_dir: str | Path | None = None) -> Evidenc
             if candidate.trials and candidate.environment.get("gpu"):
                 found.append(candidate)
         recorded = max(found, key=lambda r: r.date, default=None)
-    return Evidence(trials, environment, source_hashes(), recorded, problems)
+    return Evidence(trials, environment, source_hashes(), recorded, problems, sealed)
+
+
+def _says_sealed(trials: Sequence[Trial]) -> bool:
+    """Whether the newest verdict among the records was followed by a seal."""
+    return next((bool(t.data.get("sealed")) for t in reversed(trials) if t.kind == "verdict"), False)
+
+
+def _needed_a_gpu(trials: Sequence[Trial]) -> str:
+    """What among the records only a GPU could have measured, as a clause; empty where there is nothing."""
+    for trial in trials:
+        if trial.kind == "attention_timing" and trial.timing is not None and trial.timing.method != "host":
+            return f"{trial.backend} was timed by {trial.timing.method.replace('_', ' ')}, which takes one"
+        if trial.kind == "correctness" and trial.status in ("ok", "failed") and trial.source_hash is not None:
+            return f"{trial.backend}, a kernel, was run and checked in it"
+    return ""
 
 
 def _read(run: RunFolder) -> tuple[tuple[Trial, ...], tuple[str, ...]]:

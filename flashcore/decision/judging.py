@@ -183,7 +183,7 @@ def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult
     for trial in last.values():
         if trial.status == "unsupported":
             continue
-        doubt = _timing_doubt(gate, source, trial)
+        doubt = _timing_doubt(source, trial)
         doubt = doubt or (gate.metric == "ratio_to_best_peer" and _peer_doubt(source, trial)) or None
         figure = None if doubt else _figure(gate, source, trial)
         if figure is None:
@@ -214,8 +214,8 @@ def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult
     return replace(result, reason=f"{reason}.")
 
 
-def _timing_doubt(gate: Gate, source: Source, trial: Trial) -> str | None:
-    """Why this timing may not be used, as a clause."""
+def _timing_doubt(source: Source, trial: Trial) -> str | None:
+    """Why this timing may not be used, as a clause; asked of ours and of peers alike."""
     name = trial.backend
     if trial.status == "unavailable":
         return f"{name} was not available ({clause(trial.reason or 'no reason recorded')})"
@@ -224,14 +224,9 @@ def _timing_doubt(gate: Gate, source: Source, trial: Trial) -> str | None:
     doubt = source.doubt(trial)
     if doubt:
         return doubt
-    latency, samples = compare.latency_us(trial), compare.samples_us(trial)
-    if latency is None or (trial.timing.samples_us and not samples):
-        return f"the timing of {name} is not a number"
-    if samples and not min(samples) <= latency <= max(samples):
-        return f"the median of {name} lies outside its own samples"
-    stated = trial.timing.tflops
-    if stated is not None and not math.isclose(stated, compare.tflops(trial), rel_tol=0.01):
-        return f"the TFLOPS recorded for {name} contradict its latency"
+    wrong = compare.contradiction(trial)
+    if wrong:
+        return wrong
     checks = [
         t
         for t in source.trials
@@ -247,22 +242,60 @@ def _timing_doubt(gate: Gate, source: Source, trial: Trial) -> str | None:
 
 
 def _peer_doubt(source: Source, trial: Trial) -> str | None:
-    """Why the fastest peer is not known: one that was tried here has no figure to compare with."""
-    usable: dict[str | None, bool] = {}
+    """Why the fastest peer is not known, as a clause: one that was planned or tried here has no figure to compare with.
+
+    A peer counts under the same terms as ours: right on this problem, its figures of one piece, of the same round. One
+    that does not take the problem says `unsupported`, and has no right result there either.
+    """
+    timed: dict[str, list[Trial]] = {name: [] for name in _planned_peers(source)}
     for peer in source.trials:
-        if (
-            peer.kind != "attention_timing"
-            or compare.role(peer) != "peer"
-            or peer.status in ("unsupported", "unavailable")
-        ):
+        if compare.role(peer) != "peer" or not compare.same_problem(peer.problem, trial.problem):
             continue
-        if compare.same_problem(peer.problem, trial.problem):
-            comparable = compare.ratio(trial, peer) is not None and source.doubt(peer) is None
-            usable[peer.backend] = usable.get(peer.backend, False) or comparable
-    if not usable:
+        if peer.kind == "correctness" and compare.passed(peer):
+            timed.setdefault(str(peer.backend), [])  # it takes this problem, so it was there to be timed
+        elif peer.kind == "attention_timing" and peer.status not in ("unsupported", "unavailable"):
+            timed.setdefault(str(peer.backend), []).append(peer)
+    refusing = {
+        str(peer.backend)
+        for peer in source.trials
+        if peer.kind == "attention_timing" and peer.status == "unsupported"
+        and compare.same_problem(peer.problem, trial.problem)
+    }  # fmt: skip
+    right = {name for name, found in timed.items() if found or name not in refusing or _is_right(source, name, trial)}
+    if not right:
         return f"no peer was timed in the same round as {trial.backend}"
-    missing = [str(name) for name, ok in usable.items() if not ok]
-    return f"the timing of peer {', '.join(missing)} cannot be compared with {trial.backend}" if missing else None
+    doubts: dict[str, tuple[str, Trial]] = {}
+    fastest = math.inf
+    for name in right:
+        if not timed[name]:
+            return f"the run has no timing of peer {name} here, which it was to measure"
+        peer = timed[name][-1]
+        if compare.ratio(trial, peer) is None:
+            return f"the timing of peer {name} cannot be compared with {trial.backend}"
+        if doubt := _timing_doubt(source, peer):
+            doubts[name] = doubt, peer
+        else:
+            fastest = min(fastest, peer.timing.latency_us)
+    for doubt, peer in doubts.values():
+        # A peer in doubt whose every figure is slower than a sound one's would not have been the fastest.
+        if min([peer.timing.latency_us, *peer.timing.samples_us]) <= fastest:
+            return f"the fastest peer is not known, since {doubt}"
+    return None
+
+
+def _is_right(source: Source, name: str, trial: Trial) -> bool:
+    """Whether a check of that backend passed on the problem of `trial`."""
+    return any(
+        t.kind == "correctness" and t.backend == name and compare.same_problem(t.problem, trial.problem)
+        and compare.passed(t) for t in source.trials
+    )  # fmt: skip
+
+
+def _planned_peers(source: Source) -> list[str]:
+    """Peers that the run was to measure and that were installed, as its environment says; older runs do not say."""
+    parameters = source.environment.get("parameters")
+    planned = parameters.get("peers") if isinstance(parameters, Mapping) else None
+    return [str(name) for name in planned] if isinstance(planned, list) else []
 
 
 def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False):
@@ -280,7 +313,7 @@ def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False)
         bounds = compare.spread(samples)
         scale = value * latency
         return value, (scale / bounds[1], scale / bounds[0]) if bounds else None, len(samples), ""
-    peers = [t for t in source.trials if trusting or source.doubt(t) is None]
+    peers = [t for t in source.trials if trusting or compare.role(t) != "peer" or _timing_doubt(source, t) is None]
     found = compare.ratio_to_best_peer(trial, peers)
     return None if found is None else (found.value, found.spread, found.n, found.other.backend)
 

@@ -7,7 +7,7 @@ other source, on another machine, or lies closer to the threshold than its own s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,10 @@ class Decision:
     """Where the GPU figures come from, in words."""
     options: tuple[OptionResult, ...] = ()
     """The file's options, the recommended one first; empty for a file without any."""
+    seal: str = ""
+    """Whether the run is still what was judged, in one sentence; empty where that was not asked."""
+    stored: str = ""
+    """How the verdict that was recorded differs from this one, in one sentence; empty where it does not."""
 
     @property
     def recommended(self) -> OptionResult | None:
@@ -76,22 +80,33 @@ class Decision:
             "options": options, "recommendation": self.recommendation,
         }  # fmt: skip
 
-    def to_trial(self) -> Trial:
-        """The decision as a record of kind `verdict`."""
-        return Trial(kind="verdict", data=self.as_dict())
+    def to_trial(self, *, sealed: bool = False) -> Trial:
+        """The decision as a record of kind `verdict`; `sealed` says that a seal over the run follows."""
+        return Trial(kind="verdict", data={**self.as_dict(), **({"sealed": True} if sealed else {})})
 
 
 def judge(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Path | None = None) -> Decision:
     """Gather a run's evidence and decide: the one call the command line and the page need."""
-    evidence = gather(run, recorded_dir=recorded_dir)
-    return decide(
+    gates = gates or load_gates()
+    evidence = gather(run, gates=gates, recorded_dir=recorded_dir)
+    decision = decide(
         evidence.trials,
-        gates or load_gates(),
+        gates,
         environment=evidence.environment,
         current_hashes=evidence.current_hashes,
         recorded=evidence.recorded,
         problems=evidence.problems,
     )
+    stored = _stored(evidence.trials, decision.verdict)
+    return replace(decision, seal=evidence.seal.sentence, stored=stored)
+
+
+def _stored(trials: Sequence[Trial], today: str) -> str:
+    """How the newest recorded verdict differs from today's, in one sentence; empty where it does not."""
+    last = next((t for t in reversed(trials) if t.kind == "verdict"), None)
+    if last is None or last.data.get("verdict") == today:
+        return ""
+    return f"The verdict recorded on {last.time[:10]} was {last.data.get('verdict')}; judged today it is {today}."
 
 
 def decide(

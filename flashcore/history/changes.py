@@ -33,7 +33,7 @@ class Difference:
     topic: Topic
     sentence: str
     regression: bool = False
-    """Whether it fails `flashcore compare --strict`: what passed, and now fails or does not finish."""
+    """Whether it fails `flashcore compare --strict`: what passed, and now fails, does not finish or is gone."""
 
 
 def differences(pair: Pair) -> list[Difference]:
@@ -66,11 +66,37 @@ def _checks(pair: Pair) -> list[Difference]:
         kept = f"{total - len(keys)} of" if len(keys) < total else "none of"
         who = f" of {backend}" if backend else ""
         sentence = f"This run made {kept} the {total} {_many(kind, total)}{who} that were made then; missing: "
-        found.append(Difference("coverage lost", f"{sentence}{_name(keys[0], inside=True)}{_more(keys)}."))
+        passed = [key for key in keys if before[key][0] == "passed"]
+        vanished = bool(passed) and _asked_for(pair.now, backend, before[keys[0]][1]) and not _asked_for_less(pair)
+        found.append(Difference("coverage lost", f"{sentence}{_name(keys[0], inside=True)}{_more(keys)}.", vanished))
     for kind in dict.fromkeys(kind for kind, _ in gained):
         counts = [f"{b or 'the run'} {len(keys)}" for (k, b), keys in gained.items() if k == kind]
         found.append(Difference("coverage gained", f"New {_many(kind, 2)}: {', '.join(counts)}."))
     return found
+
+
+def _asked_for(run: Snapshot, backend: str, then: Trial) -> bool:
+    """Whether what was measured of a backend of ours then was to be measured in this run too."""
+    if backend and compare.role(then) != "ours":
+        return False
+    asked = run.environment.get("parameters")
+    names = asked.get("backends") if isinstance(asked, Mapping) else None
+    return not backend or not isinstance(names, str) or names.strip() == "all" or backend in _split(names)
+
+
+def _asked_for_less(pair: Pair) -> bool:
+    """Whether the newer run was to measure less, or had no GPU for it: a quick profile, chosen problems."""
+    then, now = (run.environment.get("parameters") for run in (pair.before, pair.now))
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
+        return False
+    order = {"quick": 0, "full": 1}
+    shorter = order.get(str(now.get("profile")), 1) < order.get(str(then.get("profile")), 1)
+    fewer = now.get("problems") not in (None, then.get("problems"))
+    return shorter or fewer or bool(pair.before.gpu and not pair.now.gpu)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
 
 
 def _outcomes(trials: Sequence[Trial]) -> dict[tuple, tuple[str, Trial]]:

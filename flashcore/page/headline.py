@@ -25,11 +25,13 @@ CASE = "shared_prefix"
 def banner_html(decision: Decision) -> str:
     """The verdict in words with its one-sentence reason, and where the evidence comes from."""
     css = decision.verdict.lower().replace("-", "")
+    origin = " ".join(filter(None, (decision.evidence, decision.stored, decision.seal)))
     return (
         f'<div class="fc-banner {css}">'
         f'<p class="fc-verdict"><span class="fc-small">Verdict</span> {decision.verdict}</p>'
         f'<div><p class="fc-reason">{escape(decision.reason)}</p>'
-        f'<p class="fc-evidence">{escape(decision.evidence)}</p></div></div>'
+        f'<p class="fc-evidence">{escape(origin)}</p>'
+        "</div></div>"
     )
 
 

@@ -22,6 +22,7 @@ def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
     steps = [(f"git checkout {commit}", "the sources of this run")] if (commit := _commit(evidence.environment)) else []
     steps += [
         (command(evidence.environment), "measures, judges and renders"),
+        (f"flashcore verify {name}", "says whether the run is still what was judged, and names what was changed"),
         (f"flashcore verdict {name}", "reads the verdict from this run's records: exit code 0 GO, 3 NO-GO, "
          "4 INCONCLUSIVE"),
         (f"flashcore render {name}", "makes this page from them again"),
@@ -64,6 +65,7 @@ def _facts(name: str, decision: Decision, evidence: Evidence) -> list[tuple[str,
         commit += ", with changes not committed"
     facts = [
         ("Run", code(name)), ("Machine of this run", machine), ("GPU evidence", decision.evidence),
+        ("Seal", decision.seal or "not looked at"),
         ("Environment", code(environment.get("id") or "not recorded")),
         ("FlashCore", str(environment.get("flashcore") or "not known")), ("Git commit", commit),
     ]  # fmt: skip

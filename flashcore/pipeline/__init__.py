@@ -4,4 +4,4 @@
 `notebooks` runs one notebook so that its failure is a record. What an older measurement said is kept by `superseding`.
 """
 
-__all__ = ["redo", "reporting"]
+__all__ = ["redo", "rendering", "reporting"]

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flashcore.decision import verdict
+from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.page import Variant
 from flashcore.paths import data_dir
-from flashcore.pipeline import reporting, superseding
+from flashcore.pipeline import rendering, reporting, superseding
 from flashcore.pipeline.rendering import Progress
 from flashcore.records import RunFolder, write_whole
 
@@ -93,17 +93,21 @@ def redo(
 
     planned = [str(name) for name in parameters.get("notebooks") or ()]
     say = progress or (lambda line: None)
+    rendering.remove_pages(run)  # they show what the run said before, and this may be killed half way
+    earlier = seal.unseal(run)
     decision = verdict.judge(run).to_trial()  # also the mark that what follows is the work of these parts
     run.append(decision.model_copy(update={"data": {**decision.data, superseding.REDO: parts}}))
     moved = superseding.set_aside(run, parts, planned=planned)
     say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
     began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks()}
-    begun = _merged(run, environment, now, sorted({*planned, *parts}))
+    peers = reporting.planned_peers(common["backends"]) if SHORT["sweep"] in parts else None
+    begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
     _write(run, begun)
     failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress)
     done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
     _write(run, {**begun, "redone": [*(environment.get("redone") or ()), done]})
-    return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
+    return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
+                              earlier=earlier)  # fmt: skip
 
 
 def _environment_now() -> dict[str, Any]:
@@ -129,13 +133,24 @@ def _same_machine(run: RunFolder, then: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _merged(
-    run: RunFolder, then: Mapping[str, Any], now: Mapping[str, Any], notebooks: Sequence[str]
+    run: RunFolder,
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    notebooks: Sequence[str],
+    peers: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The run's environment with the sources of now, except where records that stay are of the older ones."""
+    """The run's environment with the sources of now, except where records that stay are of the older ones.
+
+    `peers` are those that the new sweep times; None keeps those of the old one.
+    """
     old = then.get("kernels") if isinstance(then.get("kernels"), Mapping) else {}
     still = {trial.source_hash for trial in run.trials()}
     kernels = {name: old[name] if old.get(name) in still else new for name, new in now["kernels"].items()}
-    parameters = {**then["parameters"], "notebooks": list(notebooks)}
+    parameters = {
+        **then["parameters"],
+        "notebooks": list(notebooks),
+        **({} if peers is None else {"peers": list(peers)}),
+    }
     return {**then, "kernels": kernels, "git": now["git"], "parameters": parameters}
 
 

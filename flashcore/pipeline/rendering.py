@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,18 +72,14 @@ def render(
 def print_page(run: RunFolder) -> tuple[Path | None, str]:
     """Print ``report.html`` to ``report.pdf`` beside it; the PDF, or None and one sentence on why there is none.
 
-    A page without its PDF is still a report, so nothing here is raised. A PDF of an earlier page is removed, since it
-    may say another verdict.
+    A page without its PDF is still a report, so nothing here is raised.
     """
     made = run.path / "report.pdf"
     try:
         return pdf.print_pdf(run.path / "report.html", made), ""
     except (ToolMissing, PrintError) as error:
-        old = ""
-        if made.exists():
-            made.unlink()
-            old = " The report.pdf that lay there was of an earlier page and was removed."
-        return None, f"No PDF was made: {error}{old}"
+        made.unlink(missing_ok=True)
+        return None, f"No PDF was made: {error}"
 
 
 def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
@@ -90,6 +87,9 @@ def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
     import nbformat
 
     decision = verdict.judge(run)
+    # An older page beside the records is about to be replaced; whether it was edited says nothing of the new one.
+    sealed = verdict.gather(run, gates=verdict.load_gates()).seal.without("pages")
+    decision = replace(decision, seal=sealed.sentence)
     status = page.chosen(nbformat.read(executed, as_version=4), variant)
     evidence = [
         {"name": path.stem, "title": _title(path), "html": _convert(path, "evidence.html.j2", {})}
@@ -166,9 +166,22 @@ td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0}}</style><
     )
 
 
+def remove_pages(run: RunFolder) -> None:
+    """Remove a run's page and PDF, before what they show is no longer so."""
+    try:
+        for name in ("report.html", "report.pdf"):
+            (run.path / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordsError(
+            f"The page in {run.path} cannot be removed ({error.strerror}), and it would show an older state; make the "
+            "folder writable."
+        ) from error
+
+
 def _write_page(run: RunFolder, text: str) -> Path:
     path = run.path / "report.html"
     try:
+        (run.path / "report.pdf").unlink(missing_ok=True)  # of an earlier page, which may have said another verdict
         write_whole(path, text.encode())
     except OSError as error:
         raise RecordsError(

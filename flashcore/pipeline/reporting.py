@@ -8,12 +8,12 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flashcore.decision import verdict
+from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, UnknownName
 from flashcore.gpu import device
 from flashcore.page import Variant
@@ -23,7 +23,13 @@ from flashcore.pipeline.rendering import STATUS_NOTEBOOK, Progress, print_page, 
 from flashcore.problem import parse_problem
 from flashcore.records import RunFolder
 
-__all__ = ["ReportResult", "find_run", "new_run", "planned_notebooks", "print_page", "render", "report", "runs_dir"]
+if TYPE_CHECKING:
+    from flashcore.backends import Backend
+
+__all__ = [
+    "ReportResult", "find_run", "judge_and_seal", "new_run", "planned_notebooks", "print_page", "render", "report",
+    "runs_dir",
+]  # fmt: skip
 
 PROFILES = ("quick", "full")
 
@@ -159,7 +165,8 @@ def report(
 
     run = new_run(out)
     say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
-    device.record_environment(run, "before", {**common, "notebooks": planned})
+    asked = {**common, "notebooks": planned, "peers": planned_peers(backends)}
+    device.record_environment(run, "before", asked)
     failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress)
     device.record_environment(run, "after")
     result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
@@ -169,14 +176,23 @@ def report(
 
 def check_request(common: Mapping[str, Any]) -> None:
     """Refuse a profile, backend or problem that does not exist, before anything is made."""
-    from flashcore import backends as registry
-
     if common["profile"] not in PROFILES:
         raise UnknownName("profile", common["profile"], list(PROFILES))
-    registry.select(common["backends"])
+    _selected(common["backends"])
     if common["problems"] != "default":
         for label in common["problems"].split(";"):
             parse_problem(label)
+
+
+def planned_peers(backends: str) -> list[str]:
+    """Ids of the peers among these backends that are installed here, so that a sweep has to time them."""
+    return [peer.id for peer in _selected(backends) if peer.role == "peer" and peer.availability().ok]
+
+
+def _selected(names: str) -> list[Backend]:
+    from flashcore import backends as registry
+
+    return registry.select(names)
 
 
 def measure(
@@ -219,11 +235,17 @@ def conclude(
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> ReportResult:
-    """Judge a run, record the decision, and make its page and PDF."""
+    """Judge a run, record the decision, seal the run, and make its page and PDF.
+
+    Parameters
+    ----------
+    earlier
+        Entries on seals that the run had before (see `flashcore.decision.seal.unseal`).
+    """
     say = progress or (lambda line: None)
-    decision = verdict.judge(run)
-    run.append(decision.to_trial())
+    decision = judge_and_seal(run, earlier=earlier)
     say("Rendering the report ...")
     try:
         page = render(run, variant=variant, notebooks_dir=folder, progress=progress)
@@ -232,7 +254,17 @@ def conclude(
         page = write_plain_page(run, decision, failed)
         say(f"{STATUS_NOTEBOOK}: FAILED: {error.reason}; a plain page stands in for it")
     printed, why = print_page(run) if pdf else (None, "")
+    seal.seal_pages(run)
     return ReportResult(run, page, decision, failed, printed, why)
+
+
+def judge_and_seal(run: RunFolder, *, earlier: Sequence[Mapping[str, Any]] = ()) -> verdict.Decision:
+    """Judge a run by today's gates and sources, append the verdict to its records, and seal it."""
+    gates = verdict.load_gates()
+    decision = verdict.judge(run, gates=gates)
+    run.append(decision.to_trial(sealed=True))
+    seal.seal(run, gates, verdict=decision.verdict, earlier=earlier)
+    return replace(decision, seal=seal.check(run, gates).sentence, stored="")
 
 
 def point_latest_at(run: RunFolder) -> None:

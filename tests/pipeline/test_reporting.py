@@ -53,6 +53,7 @@ def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_pat
     environment = run.environment()
     assert environment["parameters"] == {
         "profile": "quick", "backends": "all", "problems": SMALL, "seed": 3, "notebooks": ["01_first", "02_second"],
+        "peers": reporting.planned_peers("all"),
     }  # fmt: skip
     assert environment["before"] and environment["after"]
     assert {t.environment for t in run.trials()} == {environment["id"]}

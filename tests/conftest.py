@@ -13,7 +13,17 @@ from flashcore.records import RunFolder
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run the complete form of the tests that are sampled")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--exhaustive") and "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not device.has_gpu():
         for item in marked:

@@ -1,0 +1,106 @@
+"""Timings of two runs, row by row: what may be compared, on which basis, and why not."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from support import synthetic_records as synthetic
+from support.synthetic_history import OURS_US, PEER_US, REPORT, at_report, one, retimed, snapshot, words
+
+from flashcore import history
+from flashcore.history import timings
+from flashcore.history.runs import Snapshot
+
+
+def test_another_clock_is_no_change_relative_to_a_peer():
+    found = history.compare_runs(snapshot("before"), snapshot(clock=1.1))
+    row = at_report(found)
+    assert (row.word, row.basis, row.peer) == ("same", "relative", "sdpa-cudnn")
+    assert row.absolute_percent == pytest.approx(10, abs=0.1)
+    assert row.before_ratio == pytest.approx(PEER_US / OURS_US) and row.samples == (30, 30)
+
+
+def test_a_drift_common_to_both_cancels_pair_by_pair():
+    """The clock falls by a fifth in the middle of the round: each latency has two modes, their ratio has one."""
+
+    def bimodal(run):
+        trials = []
+        for trial in run.trials:
+            t = trial.timing
+            taken = [us * (1.0 if i < 15 else 1.2) for i, us in enumerate(t.samples_us)]
+            trials.append(trial.model_copy(update={"timing": t.model_copy(update={"samples_us": taken})}))
+        return Snapshot(run.name, tuple(trials), run.environment)
+
+    assert words(bimodal(snapshot("before")), bimodal(snapshot(faster=1.06)))["faster"] == 12
+
+
+def test_the_drift_of_unchanged_peers_widens_every_interval():
+    def restless(name, **more):
+        """sdpa-flash moves by up to 6 % from run to run, whatever its samples say."""
+        run, rng = snapshot(name, **more), random.Random(name)
+        trials = []
+        for trial in run.trials:
+            factor = rng.choice([0.97, 1.03]) if trial.backend == "sdpa-flash" else 1.0
+            t = trial.timing
+            taken = {"samples_us": [us * factor for us in t.samples_us], "latency_us": t.latency_us * factor}
+            trials.append(trial.model_copy(update={"timing": t.model_copy(update=taken)}))
+        return Snapshot(run.name, tuple(trials), run.environment)
+
+    calm = history.compare_runs(snapshot("before"), snapshot(faster=1.05))
+    moved = history.compare_runs(restless("before"), restless("now", faster=1.05))
+    assert calm.drift_percent["relative"] < 1.0 and moved.drift_percent["relative"] > 4.0
+    assert at_report(calm).word == "faster" and at_report(moved).word == "too noisy to say"
+
+
+def test_the_same_runs_give_the_same_figures_in_any_company():
+    before, now = snapshot("before"), snapshot(faster=1.02)
+    whole = history.compare_runs(before, now)
+    assert whole.as_dict() == history.compare_runs(before, now).as_dict()
+    few = tuple(t for t in now.trials if t.problem == REPORT)
+    alone = timings.rows(timings.Pair(before, Snapshot("now", few, now.environment)))[0]
+    row = next(r for r in alone.values() if r.backend == "wmma")
+    assert row.percent == at_report(whole).percent
+
+
+def test_without_a_peer_latencies_are_compared_and_it_says_so():
+    found = history.compare_runs(snapshot("before", peers=False), snapshot(faster=0.9, peers=False))
+    row = at_report(found)
+    assert (row.word, row.basis, row.peer, row.regression) == ("slower", "absolute", None, True)
+    assert "no peer" in row.note and any("absolute latency" in limit for limit in found.limits)
+
+
+def test_a_peer_with_other_software_is_no_measure():
+    changed = synthetic.environment()["before"] | {"torch": "3.0.0"}
+    found = history.compare_runs(snapshot("before"), snapshot(before=changed))
+    assert at_report(found).basis == "absolute" and "torch 2.13.0 → 3.0.0" in at_report(found).note
+    assert "torch was 2.13.0 and is 3.0.0." in [d.sentence for d in found.differences]
+
+
+@pytest.mark.parametrize(
+    ("now", "word", "said"),
+    [
+        (one(samples=0), "too noisy to say", "usable samples"),
+        (one(samples=6), "too noisy to say", "7 each are needed"),
+        (retimed(latency_us=math.nan), "not compared", "no usable latency"),
+        (retimed(samples_us=[math.nan] * 30), "too noisy to say", "usable samples"),
+        (retimed(l2="warm"), "not compared", "timed in another way"),
+        (retimed(method="host"), "not compared", "host"),
+        (one(status="failed", reason="17 elements are wrong"), "not compared", "wrong now (17 elements"),
+        (one(status="error", reason="it crashed\nat line 3"), "not compared", "not finished now (it crashed)"),
+        (one(environment="another"), "not compared", "another machine"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(now, word, said):
+    row = at_report(history.compare_runs(snapshot("before"), now))
+    assert row.word == word and said in row.note and not row.regression
+
+
+def test_a_ratio_that_moved_while_the_call_did_not_is_marked():
+    before, now = snapshot("before"), snapshot()
+    quick = [t.model_copy(update={"timing": t.timing.model_copy(update={
+        "samples_us": [s / 1.2 for s in t.timing.samples_us], "latency_us": t.timing.latency_us / 1.2})})
+        if t.backend == "sdpa-cudnn" and t.problem == REPORT else t for t in now.trials]  # fmt: skip
+    row = at_report(history.compare_runs(before, Snapshot("now", tuple(quick), now.environment)))
+    assert row.word == "slower" and "may be the peer" in row.note

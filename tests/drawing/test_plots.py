@@ -232,15 +232,6 @@ def test_the_environment_shows_what_moved():
     assert row(html, "Driver")["After"] == "the same"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(131.26, "131"), (4.4, "4.40"), (0.2814, "0.281"), (25811.2, "25,811"), (0, "0"), (-59.06, "−59.1"),
-     (2.1e-5, "2.10e-05"), (math.nan, "not known"), (None, "not known")],
-)  # fmt: skip
-def test_sensible_digits(value, text):
-    assert compare.number(value) == text
-
-
 # --- the page's parts ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,40 @@
+"""What a verdict may use: the run's own records, and a recorded run where it had no GPU."""
+
+from __future__ import annotations
+
+from support import synthetic_records as synthetic
+from support.decisions import decide, recorded
+
+from flashcore.decision import verdict
+from flashcore.records import RunFolder
+
+
+def test_a_recorded_run_of_older_source_is_stale_and_says_so():
+    edited = {**synthetic.HASHES, "attention_wmma": "f" * 16}
+    environment = synthetic.environment(None)
+    decision = decide(synthetic.cpu_trials(), environment=environment, recorded=recorded(), current=edited)
+    assert decision.verdict == "INCONCLUSIVE" and "kernel sources differ: attention_wmma" in decision.evidence
+
+
+def test_gather_reads_the_run_and_the_newest_recorded_run(tmp_path):
+    run = synthetic.write_run(tmp_path / "run", synthetic.cpu_trials(), synthetic.environment(None))
+    for name, date in (("h100", "2001-01-01"), ("h200", "2002-02-02")):
+        environment = synthetic.environment(f"SYNTHETIC {name}", date=date)
+        synthetic.write_run(tmp_path / "recorded" / name, synthetic.gpu_trials(), environment)
+    evidence = verdict.gather(run, recorded_dir=tmp_path / "recorded")
+    assert evidence.recorded.gpu == "SYNTHETIC h200" and len(evidence.trials) == len(synthetic.cpu_trials())
+    assert evidence.gpu_trials == evidence.recorded.trials and not evidence.problems
+
+
+def test_gather_without_a_recorded_run_says_there_is_none(tmp_path):
+    run = synthetic.write_run(tmp_path / "run", synthetic.cpu_trials(), synthetic.environment(None))
+    evidence = verdict.gather(run, recorded_dir=tmp_path / "nowhere")
+    assert evidence.recorded is None and "no recorded run" in evidence.label
+
+
+def test_a_recorded_run_that_cannot_be_read_is_left_out_aloud(tmp_path):
+    run = synthetic.write_run(tmp_path / "run", synthetic.cpu_trials(), synthetic.environment(None))
+    newer = RunFolder.create(tmp_path / "recorded" / "h300")
+    newer.records_path.write_text('{"schema_version": 99, "kind": "ceiling"}\n', encoding="utf-8")
+    evidence = verdict.gather(run, recorded_dir=tmp_path / "recorded")
+    assert evidence.recorded is None and "h300" in evidence.problems[0]

@@ -1,0 +1,54 @@
+"""How far a figure lies from turning its condition over: the arithmetic, and the words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.decisions import result
+
+from flashcore.decision import flips
+
+FIGURES = st.floats(1e-3, 1e6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    measured=FIGURES, threshold=st.integers(1, 10**5).map(float), comparison=st.sampled_from(["at least", "at most"])
+)
+def test_the_flip_sentence_is_arithmetically_right(measured, threshold, comparison):
+    found = result(measured, threshold, comparison)
+    change = flips.change(found)
+    pattern = r"hopper's latency at .* (rose|fell) from (\S+) to (above |below |)(\S+) µs \((.*)\)"
+    way, old, beyond, new, far = re.fullmatch(pattern, change.words).groups()
+    told = float(old.replace(",", ""))
+    assert told == pytest.approx(measured, rel=6e-3) and float(new) == pytest.approx(threshold, rel=1e-5)
+    holds = found.state == "PASS"
+    assert bool(beyond) == holds, "what holds ends beyond the threshold, what fails begins to hold at it"
+    assert (way == "rose") == ((comparison == "at most") == holds)
+    if measured != threshold:
+        assert (way == "rose") == (threshold > measured)
+        assert change.relative == pytest.approx((threshold - measured) / measured)
+    if far.endswith("times"):
+        assert float(far.split()[0].replace(",", "")) == pytest.approx(threshold / measured, rel=0.06)
+    elif far.endswith("%"):
+        percent = float(far.removesuffix(" %").replace("−", "-"))
+        assert percent == pytest.approx(100 * (threshold / measured - 1), abs=0.051)
+    else:
+        assert measured == threshold
+
+
+def test_distances_count_half_as_far_as_twice_and_none_at_the_threshold():
+    half, twice = (flips.change(result(v, 10, "at least")) for v in (20.0, 5.0))
+    assert half.distance == pytest.approx(twice.distance)
+    even = flips.change(result(10.0, 10, "at least"))
+    assert even.distance is None and flips.nearest_first([even, half])[0] is half
+    assert flips.change(replace(result(9.0, 10, "at least"), state="INCONCLUSIVE")) is None
+
+
+def test_a_share_of_checks_is_told_by_the_check():
+    right = replace(result(100.0, 100, "at least", metric="correct_percent"), n=49)
+    assert flips.change(right).words == "one of the 49 checks behind 'X' failed"

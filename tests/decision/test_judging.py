@@ -1,0 +1,193 @@
+"""One gate on the records of one machine: what counts, what is in doubt, and what a margin is worth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from support import synthetic_records as synthetic
+from support.decisions import (
+    GOOD,
+    LATENCY,
+    REPORT,
+    WRONG,
+    decide,
+    gate,
+    option,
+    recorded,
+    replaced,
+    result,
+    timing_at,
+    with_timing,
+    without_paging,
+)
+
+from flashcore.records import Timing, Trial
+
+
+def test_one_wrong_check_fails_the_gate_and_says_where():
+    decision = decide([*GOOD, synthetic.correctness("wmma", REPORT, status="failed")])
+    found = gate(decision, "wmma-correct")
+    assert decision.verdict == "NO-GO" and found.state == "FAIL"
+    assert "B=16,H=16,S=2048,D=64" in found.reason and "17 of" in found.reason
+    assert gate(decision, "report-320").state == "INCONCLUSIVE"  # the speed of a wrong kernel counts for nothing
+
+
+@pytest.mark.parametrize("changes", [{"num_bad": 3}, {"passed": False}, {"max_abs_error": math.nan}])
+def test_an_ok_that_contradicts_its_figures_is_wrong(changes):
+    def wanted(t):
+        return t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT
+
+    trials = [
+        t.model_copy(update={"correctness": t.correctness.model_copy(update=changes)}) if wanted(t) else t for t in GOOD
+    ]
+    assert gate(decide(trials), "wmma-correct").state == "FAIL"
+
+
+def test_other_kernel_source_makes_the_evidence_stale():
+    edited = {**synthetic.HASHES, "attention_wmma": "f" * 16}
+    decision = decide(GOOD, current=edited)
+    assert decision.verdict == "INCONCLUSIVE"
+    assert "other kernel source" in gate(decision, "wmma-correct").reason
+    assert gate(decision, "cpu-correct").state == "PASS"
+
+
+def test_a_kernel_of_ours_without_a_source_hash_proves_nothing():
+    trials = replaced(GOOD, lambda t: t.backend == "wmma", source_hash=None)
+    assert decide(trials).verdict == "INCONCLUSIVE"
+
+
+def test_records_of_another_machine_are_not_mixed_in():
+    trials = replaced(GOOD, timing_at("wmma", REPORT), environment="env-other")
+    decision = decide(trials)
+    assert decision.verdict == "INCONCLUSIVE" and "another machine" in gate(decision, "report-320").reason
+
+
+@pytest.mark.parametrize("status", ["error", "failed", "unavailable"])
+def test_a_timing_that_did_not_succeed_cannot_carry_a_gate(status):
+    decision = decide(replaced(GOOD, timing_at("wmma", REPORT), status=status, reason="it crashed"))
+    assert gate(decision, "report-320").state == "INCONCLUSIVE" and decision.verdict == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -4.0])
+def test_a_latency_that_is_no_number_is_no_evidence(value):
+    decision = decide(with_timing(GOOD, timing_at("wmma", LATENCY), latency_us=value))
+    assert gate(decision, "latency-5us").state == "INCONCLUSIVE"
+
+
+def test_tflops_that_contradict_the_latency_are_refused():
+    decision = decide(with_timing(GOOD, timing_at("wmma", REPORT), tflops=900.0))
+    assert "contradict" in gate(decision, "report-320").reason
+
+
+def test_a_median_outside_its_samples_is_refused():
+    decision = decide(with_timing(GOOD, timing_at("wmma", LATENCY), latency_us=1.0, tflops=None))
+    assert gate(decision, "latency-5us").state == "INCONCLUSIVE"
+
+
+def test_speed_without_a_correctness_check_does_not_count():
+    trials = [t for t in GOOD if not (t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT)]
+    assert "correctness check" in gate(decide(trials), "report-320").reason
+
+
+def test_a_difference_within_the_spread_is_no_difference():
+    near = Timing(
+        method="graph_replay", latency_us=4.99, samples_us=[4.5, 4.8, 4.99, 5.2, 5.4] * 6, round="r", l2="warm",
+        tflops=LATENCY.flops() / 4.99 / 1e6,
+    )  # fmt: skip
+    for median, samples in ((4.99, near.samples_us), (5.01, [s + 0.02 for s in near.samples_us])):
+        changes = {"latency_us": median, "samples_us": samples, "tflops": LATENCY.flops() / median / 1e6}
+        decision = decide(with_timing(GOOD, timing_at("wmma", LATENCY), **changes))
+        found = gate(decision, "latency-5us")
+        assert found.state == "INCONCLUSIVE" and "within the spread" in found.reason and found.measured == median
+
+
+def test_too_few_samples_tell_no_spread():
+    decision = decide(with_timing(GOOD, timing_at("wmma", REPORT), samples_us=[]))
+    assert gate(decision, "report-320").state == "INCONCLUSIVE"
+
+
+def test_a_ratio_needs_the_same_round_and_every_peer_that_was_tried():
+    for changes in ({"round": "another"}, {"latency_us": math.nan}):
+        decision = decide(with_timing(GOOD, timing_at("sdpa-cudnn", REPORT), **changes))
+        assert gate(decision, "report-ahead").state == "INCONCLUSIVE", changes
+    broken = replaced(GOOD, timing_at("sdpa-cudnn", REPORT), status="error", reason="it crashed")
+    assert gate(decide(broken), "report-ahead").state == "INCONCLUSIVE"
+
+
+def test_the_ratio_is_paired_sample_by_sample():
+    """Both drift together by 30 %: their latencies' spreads overlap, their ratio does not move."""
+    drift = [1 + 0.01 * i for i in range(31)]
+    peer, ours = [600 * d for d in drift], [560 * d for d in drift]
+    trials = GOOD
+    for backend, samples in (("wmma", ours), ("sdpa-cudnn", peer)):
+        median = sorted(samples)[15]
+        changes = {"latency_us": median, "samples_us": samples, "tflops": REPORT.flops() / median / 1e6}
+        trials = with_timing(trials, timing_at(backend, REPORT), **changes)
+    found = gate(decide(trials), "report-ahead")
+    assert found.state == "PASS" and found.measured == pytest.approx(600 / 560) and found.versus == "sdpa-cudnn"
+
+
+def test_a_crashed_check_of_ours_keeps_the_best_of_ours_open():
+    slow = [t for t in synthetic.gpu_trials() if not timing_at("wmma", REPORT)(t)]
+    crashed = synthetic.correctness("wmma", REPORT, status="error", correctness=None, reason="out of memory")
+    slow = [t for t in slow if not (t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT)]
+    assert gate(decide(slow), "report-320").state == "FAIL"
+    assert gate(decide([*slow, crashed]), "report-320").state == "INCONCLUSIVE"
+
+
+def test_checks_of_the_cpu_alone_do_not_stand_for_all_backends():
+    """A kernel that is wrong in the recorded run is wrong on the page of a machine that cannot run it, too."""
+    wrong = [
+        t.model_copy(update={"status": "failed", "correctness": t.correctness.model_copy(update=WRONG)})
+        if t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT else t
+        for t in GOOD
+    ]  # fmt: skip
+    no_gpu = synthetic.environment(None)
+    decision = decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded(wrong))
+    found = gate(decision, "ours-correct")
+    assert decision.verdict == "NO-GO" and found.state == "FAIL" and found.evidence == "recorded"
+    good = gate(decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded()), "ours-correct")
+    checks = [t for t in GOOD if t.kind == "correctness" and t.backend in ("wmma", "scalar", "cpu", "hopper")]
+    assert good.state == "PASS" and good.evidence == "recorded" and good.n >= len(checks) > 0
+    here = [
+        t.model_copy(update={"status": "failed", "correctness": t.correctness.model_copy(update=WRONG)})
+        if t.kind == "correctness" and t.backend == "cpu" else t
+        for t in synthetic.cpu_trials()
+    ]  # fmt: skip
+    live = gate(decide(here, environment=no_gpu, recorded=recorded()), "ours-correct")
+    assert live.state == "FAIL" and live.evidence == "live", "what fails here is not made good by another machine"
+    nowhere = gate(decide(synthetic.cpu_trials(), environment=no_gpu), "ours-correct")
+    assert nowhere.evidence == "live"
+
+
+def test_a_cpu_timing_never_answers_for_a_gpu():
+    fast = synthetic.timing("cpu", REPORT, 1.0, round_="r")
+    trials = [*synthetic.cpu_trials(), fast, synthetic.correctness("cpu", REPORT)]
+    assert gate(decide(trials, environment=synthetic.environment(None)), "report-320").evidence == "none"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"status": "error"}, {"environment": "env-other"}, {"source_hash": "0" * 16}, {"data": {"x": 1}}]
+)
+def test_a_failed_foreign_stale_or_empty_paging_record_proves_nothing(changes):
+    memory = synthetic.memory_saved(70.3)
+    bad = memory.model_copy(update={**changes, "data": {**memory.data, **changes.get("data", {})}})
+    if "data" in changes:
+        bad = bad.model_copy(update={"data": {"what": "memory", "case": "shared_prefix"}})
+    found = option(decide([*without_paging(GOOD), bad]), "B")
+    assert found.result == "INCONCLUSIVE" and found.conditions[-1].state == "INCONCLUSIVE"
+
+
+def test_records_of_another_case_do_not_answer_for_the_shared_prefix():
+    other = synthetic.memory_saved(95.0, data={"what": "memory", "case": "random", "saved_percent": 95.0})
+    decode = Trial(kind="paging", environment=synthetic.ENV_ID, data={"what": "decode", "tokens_per_second": 1e6})
+    assert option(decide([*without_paging(GOOD), other, decode]), "B").result == "INCONCLUSIVE"
+    assert option(decide([*GOOD, other, decode]), "B").result == "SHIP"
+
+
+def test_confidence_says_whether_the_margin_exceeds_the_spread():
+    near, far = (replace(result(5.0, t, "at most"), spread=(4.9, 5.2)) for t in (5.25, 50.0))
+    assert "is within the spread" in near.confidence and "exceeds the spread" in far.confidence
+    assert near.margin_over_spread == pytest.approx(0.25 / 0.3)

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 import flashcore
-from flashcore.cli import program
 from flashcore.cli.program import app
 from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError
@@ -19,16 +18,6 @@ from flashcore.pipeline import reporting
 from flashcore.records import Trial
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _printed_where_the_runner_looks(monkeypatch):
-    from rich.console import Console
-
-    monkeypatch.setattr(program, "out", Console(highlight=False, width=program.WIDTH_OF_A_FILE))
-    monkeypatch.setattr(program, "err", Console(stderr=True, highlight=False, soft_wrap=True))
-    monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
-    monkeypatch.delenv("FLASHCORE_DEBUG")
 
 
 def decision(word: str) -> verdict.Decision:

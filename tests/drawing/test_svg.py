@@ -1,0 +1,54 @@
+"""Figures as inline SVG: well formed, named, following the page's colours, asking for nothing."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+from support import synthetic_records as synthetic
+from support.html_tools import svgs
+
+from flashcore.drawing import plots, svg
+
+TRIALS = synthetic.gpu_trials()
+
+
+def test_an_svg_is_well_formed_named_and_asks_for_nothing():
+    html = plots.tflops_html(TRIALS)
+    figures = svgs(html)
+    assert len(figures) == 4
+    for figure in figures:
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img" and len(root.get("aria-label")) > 40
+        assert not re.search(r"(?:href|src)=\"(?!#)|url\((?!#)|<!DOCTYPE|<metadata|<style|<\?xml", figure)
+        assert len(figure) < 40_000
+        assert "<text" in figure  # words stay words, so that they can be searched and read
+
+
+def test_colours_are_variables_of_the_page():
+    figure = svgs(plots.tflops_html(TRIALS))[0]
+    bare = re.sub(r"var\(--fc-[a-z0-9]+,\s*#[0-9a-f]{6}\)", "", figure)
+    assert not re.search(r"#[0-9a-f]{6}\b", bare), re.findall(r"#[0-9a-f]{6}\b", bare)
+    assert "--fc-s1" in figure and "--fc-ink" in figure
+
+
+def test_every_colour_is_unlike_the_others():
+    assert len(set(svg.COLOURS.values())) == len(svg.COLOURS)
+
+
+def test_ids_differ_between_figures_and_every_reference_is_met():
+    figures = svgs(plots.tflops_html(TRIALS))
+    seen: set[str] = set()
+    for figure in figures:
+        ids = re.findall(r' id="([^"]+)"', figure)
+        used = set(re.findall(r"#(f[0-9a-f]{8}-\d+)", figure))
+        assert used and used <= set(ids) and len(ids) == len(set(ids))
+        assert not seen & set(ids)
+        seen |= set(ids)
+
+
+def test_a_quote_in_the_message_does_not_end_it():
+    lines = next(iter(plots.panels(TRIALS).values()))
+    html = svg.figure_html(plots.tflops_figure(lines), 'says "a < b" & more', caption="<b>")
+    root = ElementTree.fromstring(svgs(html)[0])
+    assert root.get("aria-label") == 'says "a < b" & more' and "&lt;b&gt;" in html

@@ -24,10 +24,6 @@ def decision(word: str) -> verdict.Decision:
     return verdict.Decision(verdict=word, reason="Because.", gates=())
 
 
-def result(run, word: str = "GO", failed: dict | None = None) -> reporting.ReportResult:
-    return reporting.ReportResult(run, run.path / "report.html", decision(word), failed or {})
-
-
 def test_the_version():
     done = runner.invoke(app, ["--version"])
     assert (done.exit_code, done.stdout.strip()) == (0, f"flashcore {flashcore.__version__}")
@@ -72,29 +68,6 @@ def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
     assert isinstance(done.exception, FlashCoreError)
 
 
-def test_the_profile_follows_the_machine_unless_it_is_named(monkeypatch, run):
-    asked = []
-    monkeypatch.setattr(reporting, "report", lambda **given: asked.append(given) or result(run))
-    for gpu in (False, True):
-        monkeypatch.setattr(device, "has_gpu", lambda gpu=gpu: gpu)
-        assert runner.invoke(app, ["report"]).exit_code == 0
-    runner.invoke(app, ["report", "--profile", "quick", "--backend", "cpu", "--problem", "tiny", "--problem", "report"])
-    assert [a["profile"] for a in asked] == ["quick", "full", "quick"]
-    assert asked[0]["problems"] == "default" and asked[0]["backends"] == "all" and asked[0]["out"] is None
-    assert asked[2]["problems"] == "tiny;report" and asked[2]["backends"] == "cpu"
-
-
-@pytest.mark.parametrize("word", verdict.EXIT_CODES)
-def test_report_is_exit_code_0_whatever_the_verdict_and_1_when_a_notebook_failed(monkeypatch, run, word):
-    monkeypatch.setattr(reporting, "report", lambda **given: result(run, word))
-    done = runner.invoke(app, ["report"])
-    assert done.exit_code == 0 and f"Verdict: {word}. Because." in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1] == f"Report: {run.path / 'report.html'}"
-    monkeypatch.setattr(reporting, "report", lambda **given: result(run, word, {"04_tflops_sweep": "its kernel died"}))
-    done = runner.invoke(app, ["report"])
-    assert done.exit_code == 1 and "Notebook 04_tflops_sweep did not finish: its kernel died" in done.stdout
-
-
 @pytest.mark.parametrize(("word", "code"), [("GO", 0), ("NO-GO", 3), ("INCONCLUSIVE", 4)])
 def test_verdict_by_exit_code(monkeypatch, run, word, code):
     monkeypatch.setattr(verdict, "judge", lambda found: decision(word) if found.path == run.path else None)
@@ -123,47 +96,6 @@ def test_damaged_records_and_a_newer_schema(run, line, said):
         assert done.exit_code == 2 and said in done.stderr
     else:
         assert done.exit_code == 4 and "line 2" in done.stdout
-
-
-def test_a_render_that_fails_is_exit_code_1(monkeypatch, run):
-    from flashcore.errors import NotebookFailed
-
-    def fail(found, *, variant):
-        raise NotebookFailed("06_status_report", "its kernel died")
-
-    monkeypatch.setattr(reporting, "render", fail)
-    done = runner.invoke(app, ["render", str(run.path)])
-    assert done.exit_code == 1 and "06_status_report" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--sections", "speed,sped"], "no section 'sped'; choose one of: decision, since"),
-        (["--logo", "nowhere.png"], "cannot be read"),
-        (["--title", " "], "title is empty"),
-    ],
-)
-def test_a_page_that_cannot_be_made_as_asked_is_one_sentence(run, words, said):
-    for command in (["render", str(run.path)], ["report"]):
-        done = runner.invoke(app, [*command, *words])
-        assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output
-
-
-def test_render_says_where_page_and_pdf_are_or_why_there_is_none(monkeypatch, run):
-    asked = []
-    monkeypatch.setattr(
-        reporting, "render", lambda found, *, variant: asked.append(variant) or run.path / "report.html"
-    )
-    monkeypatch.setattr(reporting, "print_page", lambda found: (run.path / "report.pdf", ""))
-    line = ["render", str(run.path), "--audience", "leadership", "--organisation", "Us", "--sections", "speed"]
-    done = runner.invoke(app, line)
-    assert done.exit_code == 0 and f"PDF: {run.path / 'report.pdf'}" in done.stdout
-    assert (asked[0].audience, asked[0].organisation, asked[0].sections) == ("leadership", "Us", ("speed",))
-    monkeypatch.setattr(reporting, "print_page", lambda found: (None, "No PDF was made: no browser."))
-    done = runner.invoke(app, ["render", str(run.path)])
-    assert done.exit_code == 0 and "No PDF was made: no browser." in done.stdout
-    assert "PDF" not in runner.invoke(app, ["render", str(run.path), "--no-pdf"]).stdout
 
 
 def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypatch):

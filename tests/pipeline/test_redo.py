@@ -6,66 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from support.notebook_tools import finishing_notebook, measure, write_notebook
-from typer.testing import CliRunner
+from support.notebook_tools import finishing_notebook, measure, values, write_notebook
 
-from flashcore.cli.program import app
 from flashcore.errors import RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.pipeline import reporting, superseding
 from flashcore.pipeline.redo import parts_named, redo
 from flashcore.records import RunFolder, Trial
-
-PLANNED = ["01_a", "02_b", "03_c"]
-
-
-def line(kind: str, value=None, **data) -> str:
-    return json.dumps({"kind": kind, "data": {**({"value": value} if value is not None else {}), **data}})
-
-
-def ceiling(value) -> str:
-    return line("ceiling", value)
-
-
-def done(name: str) -> str:
-    return line("notebook", name=name)
-
-
-def values(lines) -> list:
-    return [json.loads(x)["data"]["value"] for x in lines if '"ceiling"' in x]
-
-
-# --- which records are a part's ------------------------------------------------------------------------------------
-
-
-def test_a_part_is_what_lies_before_its_own_final_record():
-    lines = [ceiling(1), done("01_a"), ceiling(2), ceiling(3), done("02_b"), ceiling(4), done("03_c"), line("verdict")]
-    kept, gone = superseding.split(lines, ["02_b"], planned=PLANNED)
-    assert values(gone) == [2, 3] and values(kept) == [1, 4] and done("02_b") in gone
-    assert sorted(kept + gone) == sorted(lines)
-
-
-def test_what_was_added_by_hand_after_the_verdict_stays():
-    lines = [ceiling(1), done("01_a"), line("verdict"), ceiling("by hand"), line("verdict", redo=["01_a"])]
-    kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
-    assert values(kept) == ["by hand"] and values(gone) == [1]
-
-
-def test_an_interrupted_stretch_is_of_the_part_that_was_to_come():
-    lines = [ceiling(1), done("01_a"), ceiling("half")]
-    assert values(superseding.split(lines, ["02_b"], planned=PLANNED)[1]) == ["half"]
-    assert values(superseding.split(lines, ["03_c"], planned=PLANNED)[1]) == []
-    lines += [line("verdict", redo=["03_c"]), ceiling("half again"), line("verdict", redo=["03_c"])]
-    assert values(superseding.split(lines, ["03_c"], planned=PLANNED)[1]) == ["half again"]
-    assert values(superseding.split(lines, ["02_b"], planned=PLANNED)[1]) == ["half"]
-
-
-def test_every_earlier_go_of_a_part_is_superseded_and_damaged_lines_stay_in_order():
-    lines = [ceiling(1), done("01_a"), '{"kind": "ceil', ceiling(2), done("02_b"), line("verdict"), ceiling(3),
-             done("01_a"), line("verdict")]  # fmt: skip
-    kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
-    assert values(gone) == [1, 3] and values(kept) == [2] and lines[2] in kept
-
 
 # --- the whole of it -----------------------------------------------------------------------------------------------
 
@@ -151,18 +98,3 @@ def test_parts_by_short_name_in_the_order_of_a_report(toys):
     for wrong in ("paging", "06_status_report", "swep", " "):
         with pytest.raises(UnknownName, match="sweep, 01_first"):
             parts_named(wrong, toys)
-
-
-def test_the_command_line_names_part_and_run(monkeypatch, made):
-    asked = []
-
-    def fake(run, only, **given):
-        asked.append((run.path, only, given["changes"], given["variant"].audience, given["pdf"]))
-        return reporting.ReportResult(run, run.path / "report.html", reporting.verdict.judge(run), {})
-
-    monkeypatch.setattr("flashcore.pipeline.redo.redo", fake)
-    line = ["report", "--only", "sweep", "--run", str(made.path), "--seed", "3", "--audience", "leadership", "--no-pdf"]
-    result = CliRunner().invoke(app, line)
-    assert result.exit_code == 0, result.output
-    assert asked == [(made.path, "sweep", {"seed": 3}, "leadership", False)]
-    assert CliRunner().invoke(app, ["report", "--run", str(made.path)]).exit_code == 2

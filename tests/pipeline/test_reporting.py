@@ -14,23 +14,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from support.notebook_tools import KILL, finishing_notebook, measure, write_notebook
+from support.notebook_tools import KILL, finishing_notebook, measure
 
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
 from flashcore.paths import data_dir
-from flashcore.pipeline import rendering, reporting
+from flashcore.pipeline import reporting
 
 SMALL = "B=1,H=1,S=32,D=64"
-
-
-@pytest.fixture
-def toys(tmp_path) -> Path:
-    """Two small notebooks and a status report."""
-    folder = tmp_path / "toys"
-    finishing_notebook(folder, "01_first", measure(1))
-    finishing_notebook(folder, "02_second", measure(2))
-    write_notebook(folder, "06_status_report", "print('read', len(run.trials()), 'records')")
-    return folder
 
 
 def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_path, toys):
@@ -70,26 +60,6 @@ def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys)
     assert "01_first" in page and "<no>" not in page
 
 
-@pytest.mark.parametrize("cell", ["1 / 0", KILL])
-def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_path, toys, cell):
-    write_notebook(toys, "06_status_report", cell)
-    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
-    assert list(result.failed) == ["06_status_report"]
-    page = result.html.read_text()
-    assert f"Verdict: {result.decision.verdict}" in page and "could not be drawn" in page
-    assert not re.search(r"(src|href)\s*=|@import|url\(", page)
-
-
-def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
-    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs").run
-    records, page = run.records_path.read_bytes(), (run.path / "report.html")
-    page.write_text("old")
-    assert reporting.render(run, notebooks_dir=toys) == page
-    assert run.records_path.read_bytes() == records
-    assert "old" != page.read_text() and "FlashCore" in page.read_text()
-    assert [p.name for p in run.path.iterdir() if "partial" in p.name] == []
-
-
 def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, monkeypatch):
     from flashcore.page import pdf
 
@@ -102,20 +72,6 @@ def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_pa
     assert result.failed == {} and result.pdf is None and "No PDF was made" in result.no_pdf
     result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
     assert result.pdf is None and result.no_pdf == ""
-
-
-def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_names_them(tmp_path, toys, monkeypatch):
-    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
-    whole = rendering.render(run, notebooks_dir=toys).read_text()
-    for name, size in (("01_first", 400_000), ("02_second", 3_000)):
-        cell = nbformat.v4.new_code_cell("print()")
-        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="x" * size)]
-        heading = nbformat.v4.new_markdown_cell(f"# Notebook {name}")
-        nbformat.write(nbformat.v4.new_notebook(cells=[heading, cell]), run.path / "notebooks" / f"{name}.ipynb")
-    monkeypatch.setattr(rendering, "MOST_PAGE_BYTES", len(whole) + 20_000)
-    page = rendering.render(run, notebooks_dir=toys).read_text()
-    assert len(page) <= rendering.MOST_PAGE_BYTES and "x" * 3_000 in page and "x" * 400_000 not in page
-    assert "larger than 3 MB: Notebook 01_first." in page
 
 
 @pytest.mark.parametrize(
@@ -137,16 +93,6 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, to
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RecordsError, match="--out"):
         reporting.report(notebooks_dir=toys, out=tmp_path / "file")
-
-
-def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RecordsError, match="No space left on device.*--out"):
-        rendering._write_page(run, "text")
-    assert not (run.path / "report.html").exists()
 
 
 def test_a_folder_without_notebooks_is_an_error(tmp_path):
@@ -268,17 +214,3 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
         [sys.executable, "-m", "flashcore", "verdict", str(run.path)], capture_output=True, text=True
     )
     assert again.returncode == 4
-
-
-def test_evidence_shows_what_was_printed_and_no_warning_with_a_path_of_the_machine(tmp_path):
-    import nbformat
-
-    cell = nbformat.v4.new_code_cell("print('hello')")
-    cell.outputs = [
-        nbformat.v4.new_output("stream", name="stdout", text="hello from the notebook"),
-        nbformat.v4.new_output("stream", name="stderr", text="/somewhere/lib/thing.py:1: UserWarning: never mind"),
-    ]
-    path = tmp_path / "05_noise.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-    text = rendering._convert(path, "evidence.html.j2", {})
-    assert "hello from the notebook" in text and "/somewhere/lib" not in text

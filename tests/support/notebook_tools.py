@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -38,3 +39,8 @@ def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAM
 def finishing_notebook(folder: Path, name: str, *cells: str) -> Path:
     """A notebook that also writes its final record."""
     return write_notebook(folder, name, *cells, final(name))
+
+
+def values(lines) -> list:
+    """The values that cells of `measure` wrote, out of lines of records."""
+    return [json.loads(x)["data"]["value"] for x in lines if '"ceiling"' in x]

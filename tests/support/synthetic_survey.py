@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flashcore.errors import CublasLtError
+from flashcore.gpu import cublaslt, device
 from flashcore.gpu.cublaslt import Algorithm, Product
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Correctness, Timing, Trial
+from flashcore.survey import measuring
 from flashcore.survey.grid import SurveyCase, survey_grid
 from flashcore.survey.matmul_heuristics import Prediction
 from flashcore.survey.measuring import Measured, Roofs, trials_of
@@ -96,3 +98,27 @@ def check(backend: str, **changes) -> Trial:
 
 def everything() -> list[Trial]:
     return [*ceilings(), *survey_trials(), *attention_trials(), check("cublaslt"), check("cublaslt-loop")]
+
+
+def stand_in(monkeypatch) -> list[Product]:
+    """Put in place, at the calls that need a GPU, a cuBLASLt of invented answers; gives the log of what was asked."""
+    asked: list[Product] = []
+
+    def candidates(product, *, asked=64, workspace_bytes=None, device=0):
+        log.append(product)
+        return offered(product)
+
+    def name_kernels(found):
+        for one in found:
+            one.kernels = [[kernel_of(a)] for a in one.offered]
+            one.peer_kernels = [kernel_of(algorithm(0))] if one.peer_us is not None else []
+
+    log = asked
+    monkeypatch.setattr(cublaslt, "library", lambda: None)
+    monkeypatch.setattr(cublaslt, "candidates", candidates)
+    monkeypatch.setattr(cublaslt, "measure", lambda product, offered, **_: times_of(product, offered))
+    monkeypatch.setattr(measuring, "measure_peer", lambda product: 3.25)
+    monkeypatch.setattr(measuring, "name_kernels", name_kernels)
+    monkeypatch.setattr(measuring, "measure_roofs", lambda run: ROOFS)
+    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA H200")
+    return log

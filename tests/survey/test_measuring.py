@@ -8,11 +8,10 @@ import pytest
 from support import synthetic_survey as synthetic
 
 from flashcore.errors import CublasLtError, FlashCoreError, InvalidProblem, ToolMissing, UnknownName
-from flashcore.gpu import cublaslt, device
+from flashcore.gpu import cublaslt
 from flashcore.gpu.cublaslt import Product
 from flashcore.gpu.profiling import split_by_marker
 from flashcore.problem import square
-from flashcore.records import Trial
 from flashcore.survey import facts, kernel_names, labels, matmul_heuristics, measuring
 from flashcore.survey.grid import (
     GROUPS,
@@ -31,29 +30,10 @@ from flashcore.survey.grid import (
 QK = Product(2048, 128, 64, transpose_b=True)
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
+@pytest.fixture(name="stand_in")
+def _stand_in(monkeypatch):
     """A cuBLASLt whose answers are invented, at the calls that need a GPU; gives the log of what was asked."""
-    asked: list[Product] = []
-
-    def candidates(product, *, asked=64, workspace_bytes=None, device=0):
-        log.append(product)
-        return synthetic.offered(product)
-
-    def name_kernels(found):
-        for one in found:
-            one.kernels = [[synthetic.kernel_of(a)] for a in one.offered]
-            one.peer_kernels = [synthetic.kernel_of(synthetic.algorithm(0))] if one.peer_us is not None else []
-
-    log = asked
-    monkeypatch.setattr(cublaslt, "library", lambda: None)
-    monkeypatch.setattr(cublaslt, "candidates", candidates)
-    monkeypatch.setattr(cublaslt, "measure", lambda product, offered, **_: synthetic.times_of(product, offered))
-    monkeypatch.setattr(measuring, "measure_peer", lambda product: 3.25)
-    monkeypatch.setattr(measuring, "name_kernels", name_kernels)
-    monkeypatch.setattr(measuring, "measure_roofs", lambda run: synthetic.ROOFS)
-    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA H200")
-    return log
+    return synthetic.stand_in(monkeypatch)
 
 
 # --- the grid ------------------------------------------------------------------------------------------------------
@@ -367,44 +347,3 @@ def test_cublas_is_called_with_the_transposed_product(monkeypatch):
     monkeypatch.setattr(library, "gemm_strided_batched_ex", refuse)
     with pytest.raises(CublasLtError, match="cublasGemmStridedBatchedEx gave CUBLAS_STATUS_INVALID_VALUE"):
         cublas.Call(product).run(1, 2, 3, stream=4, workspace=5, workspace_bytes=6)
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def program():
-    import typer
-
-    from flashcore.cli import survey
-
-    app = typer.Typer()
-    survey.add_to(app)
-    app.callback()(lambda: None)
-    return app
-
-
-def test_the_command_surveys_and_answers(program, run, stand_in, monkeypatch):
-    from typer.testing import CliRunner
-
-    monkeypatch.setattr(device, "has_gpu", lambda: True)
-    monkeypatch.setattr(device, "record_environment", lambda *a, **k: "env")
-    monkeypatch.setattr(labels, "prove_labels", lambda run, cases: [])
-    done = CliRunner().invoke(program, ["survey", "--profile", "quick", "--run", str(run.path)])
-    assert done.exit_code == 0, done.output
-    assert "1. Why does Q·Kᵀ get only algorithms without workspace" in done.output and "7. What can" in done.output
-    wrong = Trial(kind="gemm_candidate", status="failed", reason="other kernel", data={"group": labels.PROOF})
-    monkeypatch.setattr(labels, "prove_labels", lambda run, cases: [wrong])
-    done = CliRunner().invoke(program, ["survey", "--profile", "quick", "--run", str(run.path), "--json"])
-    assert done.exit_code == 3
-    assert [Trial.model_validate_json(line) for line in done.stdout.splitlines()] == [wrong]
-
-
-def test_the_command_says_that_it_needs_a_gpu(program, monkeypatch):
-    from typer.testing import CliRunner
-
-    from flashcore.errors import BackendUnavailable
-
-    monkeypatch.setattr(device, "has_gpu", lambda: False)
-    done = CliRunner().invoke(program, ["survey"])
-    assert isinstance(done.exception, BackendUnavailable) and "flashcore render" in str(done.exception)

@@ -1,0 +1,108 @@
+"""`flashcore report` and `flashcore render`: what they ask for, what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import pytest
+from support import synthetic_records as synthetic
+from typer.testing import CliRunner
+
+from flashcore.cli.program import app
+from flashcore.decision import verdict
+from flashcore.gpu import device
+from flashcore.pipeline import reporting
+from flashcore.records import RunFolder
+
+runner = CliRunner()
+
+
+def decision(word: str) -> verdict.Decision:
+    return verdict.Decision(verdict=word, reason="Because.", gates=())
+
+
+def result(run, word: str = "GO", failed: dict | None = None) -> reporting.ReportResult:
+    return reporting.ReportResult(run, run.path / "report.html", decision(word), failed or {})
+
+
+@pytest.fixture
+def made(tmp_path) -> RunFolder:
+    """A SYNTHETIC run that was made before."""
+    return synthetic.write_run(tmp_path / "made", synthetic.cpu_trials(), synthetic.environment(None))
+
+
+def test_the_profile_follows_the_machine_unless_it_is_named(monkeypatch, run):
+    asked = []
+    monkeypatch.setattr(reporting, "report", lambda **given: asked.append(given) or result(run))
+    for gpu in (False, True):
+        monkeypatch.setattr(device, "has_gpu", lambda gpu=gpu: gpu)
+        assert runner.invoke(app, ["report"]).exit_code == 0
+    runner.invoke(app, ["report", "--profile", "quick", "--backend", "cpu", "--problem", "tiny", "--problem", "report"])
+    assert [a["profile"] for a in asked] == ["quick", "full", "quick"]
+    assert asked[0]["problems"] == "default" and asked[0]["backends"] == "all" and asked[0]["out"] is None
+    assert asked[2]["problems"] == "tiny;report" and asked[2]["backends"] == "cpu"
+
+
+@pytest.mark.parametrize("word", verdict.EXIT_CODES)
+def test_report_is_exit_code_0_whatever_the_verdict_and_1_when_a_notebook_failed(monkeypatch, run, word):
+    monkeypatch.setattr(reporting, "report", lambda **given: result(run, word))
+    done = runner.invoke(app, ["report"])
+    assert done.exit_code == 0 and f"Verdict: {word}. Because." in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1] == f"Report: {run.path / 'report.html'}"
+    monkeypatch.setattr(reporting, "report", lambda **given: result(run, word, {"04_tflops_sweep": "its kernel died"}))
+    done = runner.invoke(app, ["report"])
+    assert done.exit_code == 1 and "Notebook 04_tflops_sweep did not finish: its kernel died" in done.stdout
+
+
+def test_a_render_that_fails_is_exit_code_1(monkeypatch, run):
+    from flashcore.errors import NotebookFailed
+
+    def fail(found, *, variant):
+        raise NotebookFailed("06_status_report", "its kernel died")
+
+    monkeypatch.setattr(reporting, "render", fail)
+    done = runner.invoke(app, ["render", str(run.path)])
+    assert done.exit_code == 1 and "06_status_report" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sections", "speed,sped"], "no section 'sped'; choose one of: decision, since"),
+        (["--logo", "nowhere.png"], "cannot be read"),
+        (["--title", " "], "title is empty"),
+    ],
+)
+def test_a_page_that_cannot_be_made_as_asked_is_one_sentence(run, words, said):
+    for command in (["render", str(run.path)], ["report"]):
+        done = runner.invoke(app, [*command, *words])
+        assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output
+
+
+def test_render_says_where_page_and_pdf_are_or_why_there_is_none(monkeypatch, run):
+    asked = []
+    monkeypatch.setattr(
+        reporting, "render", lambda found, *, variant: asked.append(variant) or run.path / "report.html"
+    )
+    monkeypatch.setattr(reporting, "print_page", lambda found: (run.path / "report.pdf", ""))
+    line = ["render", str(run.path), "--audience", "leadership", "--organisation", "Us", "--sections", "speed"]
+    done = runner.invoke(app, line)
+    assert done.exit_code == 0 and f"PDF: {run.path / 'report.pdf'}" in done.stdout
+    assert (asked[0].audience, asked[0].organisation, asked[0].sections) == ("leadership", "Us", ("speed",))
+    monkeypatch.setattr(reporting, "print_page", lambda found: (None, "No PDF was made: no browser."))
+    done = runner.invoke(app, ["render", str(run.path)])
+    assert done.exit_code == 0 and "No PDF was made: no browser." in done.stdout
+    assert "PDF" not in runner.invoke(app, ["render", str(run.path), "--no-pdf"]).stdout
+
+
+def test_the_command_line_names_part_and_run(monkeypatch, made):
+    asked = []
+
+    def fake(run, only, **given):
+        asked.append((run.path, only, given["changes"], given["variant"].audience, given["pdf"]))
+        return reporting.ReportResult(run, run.path / "report.html", reporting.verdict.judge(run), {})
+
+    monkeypatch.setattr("flashcore.pipeline.redo.redo", fake)
+    line = ["report", "--only", "sweep", "--run", str(made.path), "--seed", "3", "--audience", "leadership", "--no-pdf"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert asked == [(made.path, "sweep", {"seed": 3}, "leadership", False)]
+    assert CliRunner().invoke(app, ["report", "--run", str(made.path)]).exit_code == 2

@@ -12,6 +12,7 @@ import torch
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._traces import TraceBuffers
+from flashcore.gpu.build import source_version
 from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
@@ -101,6 +102,10 @@ class CudaBackend(Backend):
         """The entry function to launch for this problem, of those in the kernel's file."""
         return self.kernel
 
+    def version(self) -> str:
+        """What is to run: the source put in place of the file's own, or a name for the file's text as it is now."""
+        return self.source if self.source is not None else source_version(self.kernel)
+
     def load(self, problem: Problem, device: torch.device, *, trace: bool) -> LoadedKernel:
         """This backend's kernel for the problem."""
         number = device.index or 0
@@ -130,8 +135,8 @@ class CudaBackend(Backend):
         device = q.device.index or 0
         stream = current_stream(device)
         key = (
-            type(self), self.source, problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
-            lse.data_ptr(), q.stride(), k.stride(), v.stride(),
+            type(self), self.version(), problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
 
         def prepare() -> PreparedLaunch:

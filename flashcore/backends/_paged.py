@@ -103,7 +103,7 @@ class PagedBackend(OverPages, CudaBackend):
         chosen = () if selection is None else (selection.pages, selection.counts)
         tensors = (q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, out, lse, *chosen)
         key = None if buffers is not None else (
-            type(self), self.source, problem, device, stream, capture_id(stream), *map(facts_of, tensors),
+            type(self), self.version(), problem, device, stream, capture_id(stream), *map(facts_of, tensors),
         )  # fmt: skip
 
         def prepare() -> PreparedLaunch:

@@ -4,4 +4,4 @@
 may hang or kill the CUDA context. Nothing here knows which backends there are.
 """
 
-__all__ = ["build", "cublaslt", "device", "isolation", "launching", "profiling"]
+__all__ = ["build", "cache", "cublaslt", "device", "isolation", "launching", "profiling"]

@@ -15,14 +15,15 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashcore.errors import CompileError, RecordsError, ToolMissing, UnknownName
+from flashcore.gpu.cache import cache_dir, read_private, write_private
 from flashcore.paths import data_dir
-from flashcore.records import Trial, write_whole
+from flashcore.records import Trial
 
 ARCH = "sm_90a"
 HEAD_DIMS = (64, 128)
@@ -91,12 +92,80 @@ _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 def kernel_source(kernel: str) -> str:
     """A kernel with its own headers in place of their `#include` lines, each once; CUDA's headers stay to be included.
 
-    One text to hash, to compile and to plant a fault in; `#line` keeps the compiler's messages at file and line.
+    One text to hash, to compile and to plant a fault in; `#line` keeps the compiler's messages at file and line. A file
+    that was edited since is read again.
     """
+    return _snapshot(kernel).text
+
+
+def source_version(kernel: str) -> str:
+    """A name for a kernel's text, comments and all: part of the key of whatever is kept of the kernel.
+
+    Costs a fraction of a microsecond: the files are looked at again `LOOK_EVERY_S` after the last look.
+    """
+    found = _snapshots.get(kernel)
+    recent = found is not None and time.monotonic() - found.looked < LOOK_EVERY_S
+    return (found if recent else _snapshot(kernel)).version
+
+
+LOOK_EVERY_S = 0.05
+"""How long a repeated call of a kernel takes its files to be as they were: it must not wait for the disk each time."""
+
+
+@dataclass
+class _Snapshot:
+    """A kernel's text, and the state of the files that it was read from."""
+
+    text: str
+    version: str
+    hash: str
+    files: tuple[tuple[Path, int, int], ...]
+    """Path, time of change in ns and size of each; the kernel's own file first."""
+    looked: float
+    """When the files were last looked at, by `time.monotonic`."""
+
+
+_snapshots: dict[str, _Snapshot] = {}
+
+
+def _snapshot(kernel: str) -> _Snapshot:
+    """The kernel's text as it is on disk now."""
+    path, now = kernel_path(kernel), time.monotonic()
+    found = _snapshots.get(kernel)
+    if found is not None and found.files[0][0] == path and found.files == _states([file for file, *_ in found.files]):
+        found.looked = now
+        return found
+    while True:  # until no file was edited while they were read
+        paths: list[Path] = []
+        _joined(path, paths)
+        files = _states(paths)
+        text = _joined(path, [])
+        if _states(paths) == files:
+            break
+    version = hashlib.sha256(text.encode()).hexdigest()[:16]
+    made = _Snapshot(text, version, hashlib.sha256(_bare(text).encode()).hexdigest()[:16], files, now)
+    _snapshots[kernel] = made
+    return made
+
+
+def _states(files: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
+    states = []
+    for path in files:
+        try:
+            state = path.stat()
+            states.append((path, state.st_mtime_ns, state.st_size))
+        except OSError:
+            states.append((path, -1, -1))
+    return tuple(states)
+
+
+def _joined(kernel: Path, read: list[Path]) -> str:
+    """The text of a kernel's file with its own headers in it; `read` gets every file that it is made of."""
     seen: set[Path] = set()
 
     def lines_of(path: Path) -> Iterator[str]:
         seen.add(path.resolve())
+        read.append(path)
         yield f'#line 1 "{path.name}"'
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             found = _INCLUDE.match(line)
@@ -108,7 +177,7 @@ def kernel_source(kernel: str) -> str:
                 yield from lines_of(header)
             yield f'#line {number + 1} "{path.name}"'
 
-    return "\n".join(lines_of(kernel_path(kernel))) + "\n"
+    return "\n".join(lines_of(kernel)) + "\n"
 
 
 def _own_header(including: Path, name: str) -> Path | None:
@@ -128,7 +197,7 @@ def _bare(text: str) -> str:
 
 def source_hash(kernel: str) -> str:
     """16 hex digits over the kernel and its headers, without comments and white space: names what a record measured."""
-    return hashlib.sha256(_bare(kernel_source(kernel)).encode()).hexdigest()[:16]
+    return _snapshot(kernel).hash
 
 
 def source_hashes() -> dict[str, str]:
@@ -218,13 +287,6 @@ def disassembler() -> str | None:
     return next((str(f / "nvdisasm") for f in folders if (f / "nvdisasm").is_file()), shutil.which("nvdisasm"))
 
 
-def cache_dir() -> Path:
-    """Where cubins are kept: FLASHCORE_CACHE, else `flashcore` in the user's cache folder."""
-    if home := os.environ.get("FLASHCORE_CACHE"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcore"
-
-
 # ---------------------------------------------------------------------------------------------------- compiling
 
 
@@ -265,29 +327,43 @@ def compile_kernel(
         macros["FLASHCORE_TRACE"] = 1
     text = kernel_source(kernel) if source is None else source
 
+    return _built(kernel, path, text, macros, source_hash(kernel))
+
+
+def compile_text(name: str, text: str) -> Cubin:
+    """Compile a kernel that has no file, or take it from the cache; `name` is what messages call it.
+
+    Raises
+    ------
+    CompileError, ToolMissing
+        As `compile_kernel`.
+    """
+    return _built(name, Path(f"{name}.cu"), text, {}, hashlib.sha256(_bare(text).encode()).hexdigest()[:16])
+
+
+def _built(name: str, path: Path, text: str, macros: dict[str, str | int], hashed: str) -> Cubin:
     digest = hashlib.sha256()
     tools = (ARCH, "lineinfo", nvrtc_version(), [str(f) for f in header_dirs()], disassembler() is not None)
     digest.update(repr((tools, sorted(macros.items()), text)).encode())
-    entry = cache_dir() / f"{kernel}-{digest.hexdigest()[:24]}.cubin"
-    if (found := _read_entry(entry, kernel)) is not None:
+    entry = cache_dir() / f"{name}-{digest.hexdigest()[:24]}.cubin"
+    if (found := _read_entry(entry)) is not None:
         return found
 
     started = time.perf_counter()
     code, log = _nvrtc(path, text, macros)
     seconds = time.perf_counter() - started
     facts = {
-        "kernel": kernel,
+        "kernel": name,
         **_read_ptxas_log(log),
         "compile_seconds": round(seconds, 3),
-        "source_hash": source_hash(kernel),
+        "source_hash": hashed,
         "nvrtc_version": nvrtc_version(),
     }
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(entry, code)
+        write_private(entry, code)
         facts["sass"] = count_sass(entry)
         facts["sha256"] = hashlib.sha256(code).hexdigest()
-        write_whole(entry.with_suffix(".json"), json.dumps(facts).encode())
+        write_private(entry.with_suffix(".json"), json.dumps(facts).encode())
     except OSError as error:
         raise RecordsError(
             f"The kernel cache {entry.parent} cannot be written ({error.strerror}); "
@@ -297,11 +373,14 @@ def compile_kernel(
     return Cubin(path=entry, cached=False, **facts)
 
 
-def _read_entry(entry: Path, kernel: str) -> Cubin | None:
-    """A whole cache entry, or None when it is missing or damaged in any way: then it is simply built again."""
+def _read_entry(entry: Path) -> Cubin | None:
+    """A whole cache entry, or None when it is missing or damaged in any way: then it is simply built again.
+
+    So is one that somebody else owns or may write.
+    """
     try:
-        facts = json.loads(entry.with_suffix(".json").read_text())
-        if facts.pop("sha256") != hashlib.sha256(entry.read_bytes()).hexdigest():
+        facts = json.loads(read_private(entry.with_suffix(".json")))
+        if facts.pop("sha256") != hashlib.sha256(read_private(entry)).hexdigest():
             return None
         return Cubin(path=entry, cached=True, **facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -316,7 +395,7 @@ def _nvrtc(path: Path, text: str, macros: dict[str, str | int]) -> tuple[bytes, 
         arch=ARCH,
         std="c++17",
         include_path=[str(f) for f in header_dirs()],
-        define_macro=[(name, str(value)) for name, value in macros.items()],
+        define_macro=[(name, str(value)) for name, value in macros.items()] or None,
         ptxas_options=["-v"],
         lineinfo=True,  # file and line for compute-sanitizer; the instructions stay the same
     )

@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from flashcore.errors import CublasLtError, InvalidProblem, ToolMissing, UnknownName
-from flashcore.gpu.build import cache_dir
-from flashcore.records import write_whole
+from flashcore.gpu.cache import cache_dir, read_private, write_private
 
 CUDA_TYPE = {"float16": 2, "bfloat16": 14, "float32": 0}
 """cudaDataType (library_types.h)."""
@@ -466,7 +465,7 @@ def _winner_path(product: Product, device: int):
 def _kept_winner(product: Product, device: int) -> Algorithm | None:
     """The winner measured earlier; None when there is none, or when the entry is stale or damaged in any way."""
     try:
-        kept = Algorithm(**json.loads(_winner_path(product, device).read_text()))
+        kept = Algorithm(**json.loads(read_private(_winner_path(product, device))))
         return kept if len(bytes.fromhex(kept.raw)) == 64 else None
     except (OSError, ValueError, TypeError):
         return None
@@ -475,7 +474,6 @@ def _kept_winner(product: Product, device: int) -> Algorithm | None:
 def _keep_winner(product: Product, algorithm: Algorithm, device: int) -> None:
     path = _winner_path(product, device)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asdict(algorithm)).encode())
+        write_private(path, json.dumps(asdict(algorithm)).encode())
     except OSError:  # a cache that cannot be written costs time at the next start, nothing else
         return

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flashcore.errors import LaunchError
-from flashcore.gpu.build import compile_kernel
+from flashcore.gpu.build import compile_kernel, source_version
 from flashcore.numerics.outputs import poisoned
 
 SHAPE = struct.Struct("6i")
@@ -35,7 +35,6 @@ class LoadedKernel:
     overlaps_launch: int
 
 
-@functools.lru_cache(maxsize=256)
 def load_kernel(
     kernel: str,
     head_dim: int,
@@ -46,7 +45,16 @@ def load_kernel(
     defines: tuple[tuple[str, int], ...] = (),
     entry: str | None = None,
 ) -> LoadedKernel:
-    """Compile (or take from the cache), load on GPU number `device`, and read the launch shape of `entry`."""
+    """Compile (or take from the cache), load on GPU number `device`, and read the launch shape of `entry`.
+
+    A kernel whose file was edited since is compiled and loaded anew.
+    """
+    version = source_version(kernel) if source is None else None
+    return _load_kernel(kernel, head_dim, dtype, trace, source, device, defines, entry, version)
+
+
+@functools.lru_cache(maxsize=256)
+def _load_kernel(kernel, head_dim, dtype, trace, source, device, defines, entry, version) -> LoadedKernel:
     import cupy
 
     cubin = compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace, source=source, defines=dict(defines))

@@ -70,10 +70,17 @@ def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: st
 
 
 def guarded(kind: str, backend: backends.Backend, problem: Problem, measure: Callable[[], Trial], **fields) -> Trial:
-    """Run `measure` and turn what it raises into a trial's status and reason, so that one bad backend ends no sweep."""
+    """Run `measure` and turn what it raises into a trial's status and reason, so that one bad backend ends no sweep.
+
+    A kernel whose source is edited meanwhile is an error too: nobody could say which of the two was measured.
+    """
+    before = hash_of(backend)
     try:
         backend.require(problem)
-        return measure()
+        trial = measure()
+        if hash_of(backend) == before:
+            return trial
+        status, reason = "error", "its source was edited while it was measured, so measure it again"
     except BackendUnavailable as error:
         status, reason = "unavailable", f"{error.reason}; to mend it: {error.fix}"
     except Unsupported as error:

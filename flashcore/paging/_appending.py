@@ -14,6 +14,7 @@ from flashcore.paging._launching import (
     loaded,
     runs_ours,
     table_fits,
+    version,
 )
 from flashcore.paging.arguments import DTYPES, PAGE_SIZES
 from flashcore.paging.selection import query_pages
@@ -84,7 +85,7 @@ def launched(*tensors: torch.Tensor | None) -> bool:
         )
         return write, advance
 
-    launches = kept((KERNEL, device, stream, *map(facts_of, tensors)), make)
+    launches = kept((KERNEL, version(KERNEL), device, stream, *map(facts_of, tensors)), make)
     for launch in launches or ():
         launch.launch()
     return launches is not None

@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from flashcore.errors import ToolMissing
-from flashcore.gpu.build import header_dirs, nvrtc_version
+from flashcore.gpu.build import header_dirs, nvrtc_version, source_version
 from flashcore.gpu.launching import LoadedKernel, is_aligned, load_kernel
 
 MOST_BLOCKS_ACROSS = 65535
@@ -42,11 +42,17 @@ def loaded(
 
     None when it would have to be brought there while a CUDA graph is captured.
     """
-    key = (kernel, head_dim, str(dtype).removeprefix("torch."), False, source, device, (), entry)
+    wanted = (kernel, head_dim, str(dtype).removeprefix("torch."), False, source, device, (), entry)
+    key = (*wanted, version(kernel, source))
     found = _loaded.get(key)
     if found is None and not torch.cuda.is_current_stream_capturing():
-        found = _loaded[key] = load_kernel(*key)
+        found = _loaded[key] = load_kernel(*wanted)
     return found
+
+
+def version(kernel: str, source: str | None = None) -> str:
+    """What is to run: `source` where one is given, or a name for the text of the kernel's file as it is now."""
+    return source if source is not None else source_version(kernel)
 
 
 def copies_whole(tensor: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from flashcore.paging._launching import (
     loaded,
     runs_ours,
     table_fits,
+    version,
 )
 from flashcore.paging.arguments import DTYPES
 from flashcore.paging.selection import PageSelection
@@ -97,7 +98,17 @@ def selected(
         return PreparedLaunch(entry_point(kernel, KERNEL, device), shape, grid, arguments, stream)
 
     tensors = (q, cache.key_bounds, cache.page_table, cache.lengths, pages, counts)
-    key = (KERNEL, source, device, stream, cache.page_size, most, share, sink_pages, *map(facts_of, tensors))
+    key = (
+        KERNEL,
+        version(KERNEL, source),
+        device,
+        stream,
+        cache.page_size,
+        most,
+        share,
+        sink_pages,
+        *map(facts_of, tensors),
+    )
     launch = kept(key, make)
     if launch is None:
         return None

@@ -6,7 +6,7 @@ import struct
 
 from flashcore.gpu.build import HEAD_DIMS
 from flashcore.gpu.launching import PreparedLaunch, current_stream, entry_point, facts_of, kept
-from flashcore.paging._launching import loaded, runs_ours, table_fits
+from flashcore.paging._launching import loaded, runs_ours, table_fits, version
 from flashcore.paging._selecting import KERNEL
 from flashcore.paging.arguments import DTYPES
 from flashcore.paging.selection import PageSelection
@@ -66,7 +66,17 @@ def selected(cache: PagedKV, q_tokens: int, width: int, *, sink_pages: int, wind
         return PreparedLaunch(entry_point(kernel, ENTRY, device), kernel, (blocks, 1, 1), arguments, stream)
 
     tensors = (cache.page_table, cache.lengths, pages, counts)
-    key = (ENTRY, device, stream, q_tokens, cache.page_size, sink_pages, window_pages, *map(facts_of, tensors))
+    key = (
+        ENTRY,
+        version(KERNEL),
+        device,
+        stream,
+        q_tokens,
+        cache.page_size,
+        sink_pages,
+        window_pages,
+        *map(facts_of, tensors),
+    )
     launch = kept(key, make)
     if launch is None:
         return None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import build, device
-from flashcore.records import RunFolder, Trial, digits, write_whole
+from flashcore.records import RunFolder, Trial, digits
 
 NAME = "read_bandwidth"
 BYTES = 2 << 30
@@ -76,11 +74,7 @@ def _kernel() -> Any:
     """The read kernel, compiled as ours are, loaded on the current GPU."""
     import cupy
 
-    entry = build.cache_dir() / f"read_all-{hashlib.sha256(SOURCE.encode()).hexdigest()[:16]}.cubin"
-    if not entry.is_file():
-        code, _ = build._nvrtc(Path("read_all.cu"), SOURCE, {"FLASHCORE_READ": 1})
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(entry, code)
+    entry = build.compile_text("read_all", SOURCE).path
     return cupy.RawModule(path=str(entry)).get_function("read_all")
 
 

@@ -1,5 +1,6 @@
 """The build: one text a kernel, a hash without comments, a cache that survives damage and company, honest errors."""
 
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -146,3 +147,53 @@ def test_headers_of_another_major_version_are_not_taken(tmp_path, monkeypatch):
 
 
 KEPT = {"cuda_fp16.h", "mma.h", "crt", "cuda_runtime_api.h"}
+
+
+# ------------------------------------------------------------------------------------- edits while a process lives
+
+
+def test_an_edited_kernel_has_another_text_hash_and_version_in_the_same_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    path = tmp_path / "edited.cu"
+    path.write_text('#include "own.cuh"\nint a;\n')
+    (tmp_path / "own.cuh").write_text("int b;\n")
+    first = build.source_version("edited"), build.source_hash("edited")
+    assert "int a;" in build.kernel_source("edited") and "int b;" in build.kernel_source("edited")
+    path.write_text('#include "own.cuh"\nint c;\n')
+    assert "int c;" in build.kernel_source("edited"), "what compiles and what is hashed is the file as it is now"
+    second = build.source_version("edited"), build.source_hash("edited")
+    (tmp_path / "own.cuh").write_text("int d;\n")
+    assert "int d;" in build.kernel_source("edited"), "a header counts as the kernel's own text"
+    third = build.source_version("edited"), build.source_hash("edited")
+    assert len({first, second, third}) == 3
+    path.write_text('#include "own.cuh"\nint c;  // a comment\n')
+    assert build.source_hash("edited") == third[1] and build.source_version("edited") != third[0]
+
+
+def test_a_repeated_call_sees_an_edit_after_a_moment_without_reading_the_file_each_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    clock = [100.0]
+    monkeypatch.setattr(build.time, "monotonic", lambda: clock[0])
+    path = tmp_path / "watched.cu"
+    path.write_text("int a;\n")
+    before = build.source_version("watched")
+    path.write_text("int abc;\n")
+    assert build.source_version("watched") == before, "within a moment nobody waits for the disk"
+    clock[0] += 2 * build.LOOK_EVERY_S
+    assert build.source_version("watched") != before
+
+
+def test_a_cache_entry_that_others_may_write_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    monkeypatch.setenv("FLASHCORE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "forged.cu").write_text('extern "C" __global__ void forged(int* out) { out[0] = 1; }\n')
+    made = build.compile_kernel("forged", head_dim=64, dtype="float16")
+    assert build.compile_kernel("forged", head_dim=64, dtype="float16").cached
+    # A forger who may write both files makes them agree; only whose they are tells.
+    forged = b"\x7fELF forged"
+    facts = json.loads(made.path.with_suffix(".json").read_text())
+    made.path.write_bytes(forged)
+    made.path.with_suffix(".json").write_text(json.dumps({**facts, "sha256": hashlib.sha256(forged).hexdigest()}))
+    made.path.chmod(0o666)
+    again = build.compile_kernel("forged", head_dim=64, dtype="float16")
+    assert not again.cached and again.path.read_bytes() != forged

@@ -49,7 +49,7 @@ def test_an_edited_kernel_is_what_the_next_call_runs(edited):
     first = check_attention(backends.get("edited"), problem)
     assert first.status == "ok" and first.source_hash == build.source_hash("edited_attention")
     text = edited.read_text()
-    wrong = text.replace("params.scale", "(2.f * params.scale)")
+    wrong = text.replace("params.softmax_scale", "(2.f * params.softmax_scale)")
     assert wrong != text
     edited.write_text(wrong)
     time.sleep(2 * build.LOOK_EVERY_S)

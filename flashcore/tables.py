@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -189,9 +190,18 @@ def sanitizer_table(trials: Iterable[Trial]) -> pandas.DataFrame:
 
 
 def styled(table: pandas.DataFrame, caption: str) -> Styler:
-    """An HTML table with a caption, errors in scientific notation and no row numbers."""
+    """An HTML table with a caption, errors in scientific notation and no row numbers.
+
+    What stands in a cell or a heading is text: a backend's id or an exception's words may hold anything.
+    """
+    table = table.rename(columns=lambda name: html.escape(str(name)))
     floats = [name for name in table.columns if table[name].dtype.kind == "f"]
-    return table.style.hide(axis="index").set_caption(caption).format("{:.2e}", subset=floats, na_rep="none")
+    return (
+        table.style.hide(axis="index")
+        .set_caption(html.escape(caption))
+        .format(escape="html")
+        .format("{:.2e}", subset=floats, na_rep="none")
+    )
 
 
 def describe(element: dict[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from flashcore.page.sections import chosen, opened
 from flashcore.page.variants import AUDIENCES, SECTIONS, Variant, variant
 
 __all__ = [
-    "AUDIENCES", "SECTIONS", "Variant", "banner_html", "blockers_html", "chosen", "claims_html", "correctness_html",
-    "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf", "proof_html", "resources",
-    "since_html", "variant",
+    "AUDIENCES", "SECTIONS", "Variant", "banner_html", "blockers_html", "chosen", "claims_html", "cleaning",
+    "correctness_html", "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf",
+    "policy", "proof_html", "resources", "since_html", "variant",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from flashcore import page
 from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, PrintError, RecordsError, ToolMissing
-from flashcore.page import Variant, pdf
+from flashcore.page import Variant, cleaning, pdf, policy
 from flashcore.paths import data_dir
 from flashcore.pipeline import notebooks
 from flashcore.records import RunFolder, write_whole
@@ -78,8 +78,11 @@ def print_page(run: RunFolder) -> tuple[Path | None, str]:
     try:
         return pdf.print_pdf(run.path / "report.html", made), ""
     except (ToolMissing, PrintError) as error:
-        made.unlink(missing_ok=True)
-        return None, f"No PDF was made: {error}"
+        old = ""
+        if made.exists():
+            made.unlink()
+            old = " The report.pdf that lay there was of an earlier page and was removed."
+        return None, f"No PDF was made: {error}{old}"
 
 
 def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
@@ -92,7 +95,7 @@ def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
     decision = replace(decision, seal=sealed.sentence)
     status = page.chosen(nbformat.read(executed, as_version=4), variant)
     evidence = [
-        {"name": path.stem, "title": _title(path), "html": _convert(path, "evidence.html.j2", {})}
+        {"name": path.stem, "title": _title(path), "html": cleaning.cleaned(_convert(path, "evidence.html.j2", {}))}
         for path in (sorted((run.path / "notebooks").glob("[0-9][0-9]_*.ipynb")) if variant.has("evidence") else [])
         if path.stem != STATUS_NOTEBOOK
     ]
@@ -182,7 +185,7 @@ def _write_page(run: RunFolder, text: str) -> Path:
     path = run.path / "report.html"
     try:
         (run.path / "report.pdf").unlink(missing_ok=True)  # of an earlier page, which may have said another verdict
-        write_whole(path, text.encode())
+        write_whole(path, policy.secured(text).encode())
     except OSError as error:
         raise RecordsError(
             f"The report {path} cannot be written ({error.strerror}); free the disk or choose another folder "

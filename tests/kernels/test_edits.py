@@ -13,7 +13,7 @@ from flashcore.gpu import build
 from flashcore.measure.check import check_attention
 from flashcore.problem import square
 
-PLUGIN = '''
+PLUGIN = """
 from flashcore.backends import CudaBackend, register
 
 
@@ -22,7 +22,7 @@ class Edited(CudaBackend):
     id = "edited"
     title = "A kernel that is edited while the process lives"
     kernel = "edited_attention"
-'''
+"""
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ VENV := $(ROOT)/.venv
 BASE_PYTHON ?= python3
 PROFILE ?=
 BACKEND ?=
+KERNEL ?=
 PROBLEM ?=
 OUT ?=
 RUN ?= latest
@@ -85,8 +86,8 @@ lab: $(DEV_STAMP) ## Open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyter lab --notebook-dir=notebooks
 
 .PHONY: build
-build: $(RUN_STAMP) ## Compile every kernel and print registers, spills, shared memory, Tensor Core instructions
-	@$(FLASHCORE) build
+build: $(RUN_STAMP) ## Compile every kernel, or KERNEL=mine; print registers, spills, Tensor Core instructions
+	@$(FLASHCORE) build $(if $(KERNEL),--kernel '$(KERNEL)')
 
 .PHONY: doctor
 doctor: $(RUN_STAMP) ## Say what works on this machine, what is missing, and what mends it

@@ -124,15 +124,27 @@ def seal(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
 
 
 @app.command()
-def build() -> None:
-    """Compile every kernel and show what the compiler made of it; needs no GPU. Exit code 1: one did not compile."""
+def build(
+    kernel: Annotated[
+        str | None, typer.Option("--kernel", help="Kernels to compile, separated by commas.  [default: all]")
+    ] = None,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Show also the variants that were compiled before and are up to date.")
+    ] = False,
+) -> None:
+    """Compile the kernels and show what the compiler made of them; needs no GPU. Exit code 1: one did not compile."""
     from flashcore.gpu.build import build_all
 
+    kernels = None if kernel is None else [name.strip() for name in kernel.split(",")]
     with err.status("Compiling ...") as status:
         if err.is_terminal:
-            trials = build_all(lambda what: status.update(f"Compiling {escape(what)} ..."))
+            trials = build_all(lambda what: status.update(f"Compiling {escape(what)} ..."), kernels=kernels)
         else:
-            trials = build_all(lambda what: err.print(f"Compiling {escape(what)} ..."))
+            trials = build_all(lambda what: err.print(f"Compiled {escape(what)}"), kernels=kernels)
+    told = [trial for trial in trials if cached or not trial.data.get("cached")]
+    if not told:
+        _say(f"{len(trials)} variants are up to date.")
+        return
     table = Table(title="Kernels, compiled for sm_90a")
     table.add_column("Kernel", no_wrap=True)
     table.add_column("Variant", no_wrap=True)
@@ -140,8 +152,7 @@ def build() -> None:
         table.add_column(column, justify="right")
     table.add_column("Tensor Core SASS", no_wrap=True)
     table.add_column("Compile time", justify="right", no_wrap=True)
-    broken = [trial for trial in trials if trial.status != "ok"]
-    for trial in trials:
+    for trial in told:
         d = trial.data
         names = [escape(str(d["kernel"])), f"D={d['head_dim']} {d['dtype']}{' traced' if d['trace'] else ''}"]
         if trial.status == "ok":
@@ -151,9 +162,10 @@ def build() -> None:
             figures = ["", "", "", "did not compile", ""]
         table.add_row(*names, *figures)
     out.print(table)
+    broken = [trial for trial in trials if trial.status != "ok"]
     for reason in dict.fromkeys(trial.reason for trial in broken):
         err.print(escape(reason or "A kernel did not compile."))
-    for warning in dict.fromkeys(f"{t.data['kernel']}: {w}" for t in trials for w in t.data.get("warnings") or []):
+    for warning in dict.fromkeys(f"{t.data['kernel']}: {w}" for t in told for w in t.data.get("warnings") or []):
         err.print(f"The compiler warns of {escape(warning)}")
     raise typer.Exit(1 if broken else 0)
 

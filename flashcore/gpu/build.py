@@ -86,6 +86,15 @@ def kernel_names() -> list[str]:
     return [path.stem for folder in _kernel_folders() for path in sorted(folder.glob("*.cu"))]
 
 
+def kernel_named(name: str) -> str:
+    """The kernel that a user means by its stem, or by its stem without `attention_`; `UnknownName` if there is none."""
+    known = kernel_names()
+    for stem in (name, f"attention_{name}"):
+        if stem in known:
+            return stem
+    raise UnknownName("kernel", name, known)
+
+
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 
 
@@ -440,16 +449,30 @@ def disassemble(cubin: Path) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def build_all(progress: Callable[[str], None] | None = None) -> list[Trial]:
-    """Compile every variant of every kernel, with and without its trace; one `build` trial each.
+def build_all(progress: Callable[[str], None] | None = None, *, kernels: Sequence[str] | None = None) -> list[Trial]:
+    """Compile every variant of the kernels, with and without its trace; one `build` trial each.
 
     A kernel that does not compile is a trial with status `error` and the compiler's log as reason.
+
+    Parameters
+    ----------
+    progress
+        Told the name of each variant that had to be compiled, not of those found in the cache.
+    kernels
+        Kernels to build, by stem or without its `attention_`; all of them by default.
+
+    Raises
+    ------
+    UnknownName
+        There is no kernel of a name in `kernels`; nothing was compiled.
+    ToolMissing
+        No NVRTC or no CUDA headers.
     """
     import cuda.core  # noqa: F401 - its first import is not safe in several threads at once
 
     wanted = [
         (kernel, head_dim, dtype, trace)
-        for kernel in kernel_names()
+        for kernel in (kernel_names() if kernels is None else dict.fromkeys(map(kernel_named, kernels)))
         for head_dim, dtype in variants(kernel)
         for trace in (False, True)
     ]
@@ -457,7 +480,7 @@ def build_all(progress: Callable[[str], None] | None = None) -> list[Trial]:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         trials = []
         for done, trial in enumerate(pool.map(lambda variant: _build_trial(*variant), wanted)):
-            if progress:
+            if progress and not trial.data.get("cached"):
                 kernel, head_dim, dtype, trace = wanted[done]
                 progress(f"{kernel} D={head_dim} {dtype}{' trace' if trace else ''}")
             trials.append(trial)

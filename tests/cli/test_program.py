@@ -126,3 +126,49 @@ def test_python_dash_m_works_from_anywhere_without_an_install(tmp_path):
         [sys.executable, "-m", "flashcore", "--version"], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.stdout.startswith("flashcore ")
+
+
+def _built(kernel: str, *, cached: bool = False, status: str = "ok", warnings=()) -> Trial:
+    data = {"kernel": kernel, "head_dim": 64, "dtype": "float16", "trace": False, "arch": "sm_90a"}
+    if status == "ok":
+        data |= {"registers": 77, "spill_bytes": 0, "shared_bytes": 0, "tensor_instructions": {"HMMA": 8},
+                 "compile_seconds": 1.5, "cached": cached, "warnings": list(warnings)}  # fmt: skip
+    return Trial(kind="build", status=status, reason="" if status == "ok" else f"{kernel}.cu(3): error", data=data)
+
+
+@pytest.mark.parametrize(("words", "asked"), [([], None), (["--kernel", "mine, yours"], ["mine", "yours"])])
+def test_build_compiles_what_it_is_asked_for_and_shows_only_what_is_new(monkeypatch, words, asked):
+    trials = [
+        _built("attention_mine", warnings=["of a loop"]),
+        _built("attention_old", cached=True, warnings=["of age"]),
+    ]
+
+    def build_all(progress, *, kernels):
+        assert kernels == asked
+        progress("attention_mine D=64 float16")
+        return trials
+
+    monkeypatch.setattr("flashcore.gpu.build.build_all", build_all)
+    done = runner.invoke(app, ["build", *words])
+    assert done.exit_code == 0 and "attention_mine" in done.stdout and "8 HMMA" in done.stdout
+    assert "Compiled attention_mine D=64 float16" in done.stderr and "of a loop" in done.stderr
+    assert "attention_old" not in done.output and "of age" not in done.output and "up to date" not in done.output
+    everything = runner.invoke(app, ["build", *words, "--cached"])
+    assert "attention_old" in everything.stdout and "1.50 s, cached" in everything.stdout
+
+
+def test_build_with_nothing_new_is_one_line_and_a_kernel_that_does_not_compile_is_new(monkeypatch):
+    trials = [_built("attention_old", cached=True), _built("attention_older", cached=True)]
+    monkeypatch.setattr("flashcore.gpu.build.build_all", lambda progress, *, kernels: trials)
+    done = runner.invoke(app, ["build"])
+    assert (done.exit_code, done.stdout) == (0, "2 variants are up to date.\n")
+    trials.append(_built("attention_mine", status="error"))
+    done = runner.invoke(app, ["build"])
+    assert done.exit_code == 1 and "attention_mine.cu(3): error" in done.stderr
+    assert "did not compile" in done.stdout and "attention_old" not in done.output
+
+
+def test_build_of_an_unknown_kernel_is_one_sentence_with_the_names_there_are():
+    done = runner.invoke(app, ["build", "--kernel", "wmma,nothing"])
+    assert done.exit_code == 2 and "Traceback" not in done.output and done.stdout == ""
+    assert "There is no kernel 'nothing'; choose one of: attention_decode, " in done.stderr

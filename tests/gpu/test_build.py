@@ -197,3 +197,25 @@ def test_a_cache_entry_that_others_may_write_is_built_again(tmp_path, monkeypatc
     made.path.chmod(0o666)
     again = build.compile_kernel("forged", head_dim=64, dtype="float16")
     assert not again.cached and again.path.read_bytes() != forged
+
+
+def test_build_all_builds_the_kernels_it_is_given_and_tells_of_those_it_had_to_compile(tiny):
+    told = []
+    first = build.build_all(told.append, kernels=["tiny", "tiny"])
+    assert [(t.data["kernel"], t.data["trace"], t.data["cached"]) for t in first] == [
+        ("tiny", False, False),
+        ("tiny", True, False),
+    ]
+    assert told == ["tiny D=64 float16", "tiny D=64 float16 trace"]
+    again = build.build_all(told.append, kernels=["tiny"])
+    assert [t.data["cached"] for t in again] == [True, True] and len(told) == 2
+
+
+def test_a_kernel_is_known_by_its_stem_and_without_attention_in_front(tiny):
+    assert build.kernel_named("wmma") == build.kernel_named("attention_wmma") == "attention_wmma"
+    assert build.kernel_named("page_softmax") == "page_softmax"
+    (tiny.parent / "attention_tiny.cu").write_text(TINY)
+    assert build.kernel_named("tiny") == "tiny", "the stem itself goes first"
+    with pytest.raises(UnknownName, match="no kernel 'wmmma'; choose one of: .*attention_wmma"):
+        build.build_all(kernels=["tiny", "wmmma"])
+    assert not build.cache_dir().exists(), "nothing is compiled when a name is wrong"

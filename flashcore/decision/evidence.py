@@ -32,11 +32,19 @@ class Recorded:
     def date(self) -> str:
         return str(self.environment.get("date") or "an unknown date")[:10]
 
-    def differing(self, current_hashes: Mapping[str, str]) -> list[str]:
-        """Names of kernels whose source now differs from what was recorded, or was never recorded."""
-        then = self.environment.get("kernels")
-        then = then if isinstance(then, Mapping) else {}
-        return sorted(name for name, digest in current_hashes.items() if then.get(name) != digest)
+    @property
+    def kernels(self) -> Mapping[str, Any]:
+        """Hash of each kernel's source when the run was made, by name; empty where the run does not say."""
+        kernels = self.environment.get("kernels")
+        return kernels if isinstance(kernels, Mapping) else {}
+
+    def changed(self, current_hashes: Mapping[str, str]) -> list[str]:
+        """Names of kernels whose source is not the one that was recorded."""
+        return sorted(name for name, now in current_hashes.items() if self.kernels.get(name, now) != now)
+
+    def added(self, current_hashes: Mapping[str, str]) -> list[str]:
+        """Names of kernels that exist now and were not recorded."""
+        return sorted(current_hashes.keys() - self.kernels.keys())
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,14 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
         if environment.get("gpu"):
             return f"Measured live on {environment['gpu']}, {str(environment.get('date') or 'date not known')[:10]}."
         return "No GPU evidence: this machine has no GPU, and there is no recorded run."
-    differing = recorded.differing(current_hashes)
-    match = (
-        "kernel sources match the current ones" if not differing else "kernel sources differ: " + ", ".join(differing)
-    )
+    if not recorded.kernels:
+        match = "it does not say which kernel sources were measured"
+    elif changed := recorded.changed(current_hashes):
+        match = f"kernel sources differ: {', '.join(changed)}"
+    else:
+        match = "kernel sources match the current ones"
+    if recorded.kernels and (added := recorded.added(current_hashes)):
+        match += f"; new since then: {', '.join(added)}"
     return f"Recorded on {recorded.gpu}, {recorded.date}; {match}."
 
 
@@ -108,20 +120,27 @@ def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Pa
     recorded = None
     if not environment.get("gpu"):
         root = Path(recorded_dir) if recorded_dir is not None else data_dir("reports") / "recorded"
-        found = []
-        for folder in sorted(root.glob("*/")) if root.is_dir() else []:
-            try:
-                other = RunFolder(folder)
-                other_trials, damage = _read(other)
-                damage += tuple(seal.check(other, sealed_before=_says_sealed(other_trials)).of(seal.EVIDENCE))
-                candidate = Recorded(other_trials, other.environment(), folder.name, damage)
-            except FlashCoreError as error:
-                problems += (f"The recorded run in {folder.name} was left out: {error}",)
-                continue
-            if candidate.trials and candidate.environment.get("gpu"):
-                found.append(candidate)
-        recorded = max(found, key=lambda r: r.date, default=None)
+        runs, left_out = recorded_runs(root)
+        problems += left_out
+        recorded = runs[-1] if runs else None
     return Evidence(trials, environment, source_hashes(), recorded, problems, sealed)
+
+
+def recorded_runs(root: Path) -> tuple[list[Recorded], tuple[str, ...]]:
+    """The runs made on a GPU in the folders under `root`, oldest first, and a sentence on each that cannot be read."""
+    found, left_out = [], []
+    for folder in sorted(root.glob("*/")) if root.is_dir() else []:
+        try:
+            other = RunFolder(folder)
+            trials, damage = _read(other)
+            damage += tuple(seal.check(other, sealed_before=_says_sealed(trials)).of(seal.EVIDENCE))
+            candidate = Recorded(trials, other.environment(), folder.name, damage)
+        except FlashCoreError as error:
+            left_out.append(f"The recorded run in {folder.name} was left out: {error}")
+            continue
+        if candidate.trials and candidate.environment.get("gpu"):
+            found.append(candidate)
+    return sorted(found, key=lambda run: str(run.environment.get("date") or "")), tuple(left_out)
 
 
 def _says_sealed(trials: Sequence[Trial]) -> bool:

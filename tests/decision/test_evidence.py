@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from support import synthetic_records as synthetic
-from support.decisions import decide, recorded
+from support.decisions import GOOD, decide, recorded
 
 from flashcore.decision import verdict
+from flashcore.decision.evidence import recorded_runs
 from flashcore.records import RunFolder
 
 
@@ -38,3 +39,24 @@ def test_a_recorded_run_that_cannot_be_read_is_left_out_aloud(tmp_path):
     newer.records_path.write_text('{"schema_version": 99, "kind": "ceiling"}\n', encoding="utf-8")
     evidence = verdict.gather(run, recorded_dir=tmp_path / "recorded")
     assert evidence.recorded is None and "h300" in evidence.problems[0]
+
+
+def test_a_kernel_that_was_never_recorded_is_named_and_does_not_make_the_recorded_run_stale():
+    with_new = {**synthetic.HASHES, "attention_mine": "f" * 16}
+    none = synthetic.environment(None)
+    decision = decide(synthetic.cpu_trials(), environment=none, recorded=recorded(), current=with_new)
+    assert decision.verdict == "GO"
+    assert decision.evidence.endswith("; kernel sources match the current ones; new since then: attention_mine.")
+    silent = decide(synthetic.cpu_trials(), environment=none, recorded=recorded(kernels=None))
+    assert silent.evidence.endswith("; it does not say which kernel sources were measured.")
+
+
+def test_the_recorded_run_that_counts_is_the_newest_to_the_second(tmp_path):
+    days = {"h100": "2001-02-03T09:00:00+00:00", "h200": "2001-02-03T07:00:00+00:00", "old": None}
+    for name, date in days.items():
+        synthetic.write_run(tmp_path / name, GOOD[:1], synthetic.environment(date=date))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "environment.json").write_text("{")
+    runs, left_out = recorded_runs(tmp_path)
+    assert [found.folder for found in runs] == ["old", "h200", "h100"]
+    assert len(left_out) == 1 and left_out[0].startswith("The recorded run in broken was left out: ")

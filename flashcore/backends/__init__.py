@@ -1,7 +1,8 @@
-"""Implementations of attention under stable ids: a module whose name has no underscore in front holds backends.
+"""Implementations of attention, each under a stable id and found through one registry.
 
-Each decorates a `Backend` subclass with `register`; modules in a folder named by FLASHCORE_PLUGINS do the same.
-Notebooks, the sweep, bisection and the command line ask the registry (`get`, `select`) and know no backend by name.
+A module whose name has no underscore in front holds backends: `Backend` subclasses under the decorator `register`. So
+do the modules in a folder that FLASHCORE_PLUGINS names. Notebooks, the sweep, bisection and the command line ask the
+registry (`get`, `select`) and know no backend by name.
 """
 
 from __future__ import annotations

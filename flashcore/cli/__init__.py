@@ -1,4 +1,4 @@
-"""The command line: one module a group of commands, put together in `program`.
+"""The command line: a module for each group of commands, put together in `program`.
 
 A command reads its arguments, calls what does the work, prints, and ends with an exit code. `printing` holds what
 several commands print alike.

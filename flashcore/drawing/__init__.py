@@ -1,4 +1,4 @@
-"""Figures and tables from records: SVG plots, HTML tables, and the answers of the survey in sentences.
+"""Figures and tables from records: SVG plots, HTML tables, and the survey's answers in sentences.
 
 Each function takes trials and gives HTML; none measures, decides or imports torch. `svg` and `html_tables` are what the
 others draw with.

@@ -1,4 +1,4 @@
-"""The machine: compile a kernel, launch it, watch it, call cuBLASLt, and say what the GPU is and how it feels.
+"""The machine: compile a kernel, launch it, watch it, call cuBLASLt, and say what this machine has.
 
 `build` makes cubins with NVRTC and needs no GPU; `launching` runs them; `isolation` runs in a process of its own what
 may hang or kill the CUDA context. Nothing here knows which backends there are.

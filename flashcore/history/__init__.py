@@ -1,6 +1,6 @@
-"""Runs over time: two runs compared by a test on their samples, the run before this one, and the trend of many.
+"""Runs over time: two runs held against each other, the run before this one, and the trend of many.
 
-`comparing` sets two runs side by side and `interval` says what counts as a difference; `views` draws it for the page.
+`comparing` tests two runs on their samples and `interval` says what counts as a difference; `views` draws it all.
 It reads the records of runs that are over, and needs neither torch nor a GPU.
 """
 

@@ -1,4 +1,4 @@
-"""The arithmetic that everything is held against: inputs, the float64 reference, bounds on errors, output buffers.
+"""The arithmetic that all else is held against: inputs, a float64 reference, error bounds, output buffers.
 
 `reference` is attention stage by stage in float64, `inputs` makes tensors in known patterns and layouts, and
 `tolerance` says how large an error may be and counts the values beyond it. Nothing here knows a

@@ -1,4 +1,4 @@
-"""The status page's own parts: records and a decision in, HTML out, and the PDF that a browser prints of it.
+"""The status page, part by part: records and a decision in, HTML out, and a PDF that a browser prints.
 
 Each module makes one part of the page, from the headline down to the provenance; `variants` says which parts a reader
 gets, and `resources` what the template needs. Nothing here measures or imports torch; figures come from `drawing`.

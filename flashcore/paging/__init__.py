@@ -1,7 +1,7 @@
-"""Keys and values in pages: a cache that shares and reclaims them, and policies that choose which to attend to.
+"""Keys and values in pages: a cache that shares and reclaims them, policies that choose which to read.
 
-`PagedKVCache` owns its pages, `PagedKV` reads pages that somebody else owns; a policy turns queries and either of them
-into a `PageSelection`; `paged_reference` is attention over it all in float64.
+`PagedKVCache` owns its pages, and `PagedKV` reads pages that somebody else owns. A policy turns queries and either of
+them into a `PageSelection`; `paged_reference` is attention over what was selected, in float64.
 """
 
 from flashcore.paging.accuracy import SelectionAccuracy, recalled, selection_accuracy

@@ -230,7 +230,7 @@ def draw(rooms: Mapping[str, Room]) -> str:
     modules, lines = sum(r.modules for r in rooms.values()), sum(r.lines for r in rooms.values())
     total = f"{sum(r.is_folder for r in rooms.values())} folders · {modules} modules · {rounded(lines)}"
     ground = y
-    height = ground + 64
+    height = ground + 80
     middle, eaves = WIDTH / 2, MARGIN + ROOF - GAP
     roof = f"M{MARGIN - 10} {eaves} L{middle} {MARGIN / 2} L{WIDTH - MARGIN + 10} {eaves} Z"
     centred = ' text-anchor="middle"'
@@ -249,8 +249,9 @@ def draw(rooms: Mapping[str, Room]) -> str:
         _text(left + 20, key, SMALL, "imports torch, CuPy or CUDA: computes", fill=MUTED),
         f'<rect x="{left + 290}" {sample} fill="{READS[0]}" stroke="{READS[1]}"/>',
         _text(left + 310, key, SMALL, "imports none of them: reads, decides, draws, runs the others", fill=MUTED),
-        _text(left, key + 22, SMALL, "A room uses rooms on lower floors only; those one floor down are in bold. "
-              "Names that end in .py are modules of the root.", fill=MUTED),
+        _text(left, key + 22, SMALL, "A room uses only rooms on lower floors, and on the ground floor only those to "
+              "its left. Bold: one floor down.", fill=MUTED),
+        _text(left, key + 40, SMALL, "Names that end in .py are modules in the root of the package.", fill=MUTED),
     ]  # fmt: skip
     said = "Floors from the top: " + "; ".join(", ".join(r.name for r in storey) for storey in reversed(storeys)) + "."
     head = [

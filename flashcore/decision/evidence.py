@@ -79,7 +79,9 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
     """Where GPU figures come from, as one sentence for a reader."""
     if recorded is None:
         if environment.get("gpu"):
-            return f"Measured live on {environment['gpu']}, {str(environment.get('date') or 'date not known')[:10]}."
+            changed = Recorded((), environment).changed(current_hashes)
+            since = f"; kernel sources differ now: {', '.join(changed)}" if changed else ""
+            return f"Measured live on {environment['gpu']}, {str(environment.get('date') or 'date not known')[:10]}{since}."
         return "No GPU evidence: this machine has no GPU, and there is no recorded run."
     if not recorded.kernels:
         match = "it does not say which kernel sources were measured"

@@ -60,3 +60,10 @@ def test_the_recorded_run_that_counts_is_the_newest_to_the_second(tmp_path):
     runs, left_out = recorded_runs(tmp_path)
     assert [found.folder for found in runs] == ["old", "h200", "h100"]
     assert len(left_out) == 1 and left_out[0].startswith("The recorded run in broken was left out: ")
+
+
+def test_a_run_on_a_gpu_says_which_kernels_have_changed_since_it_was_made():
+    fresh = decide(GOOD, environment=synthetic.environment())
+    assert fresh.evidence == "Measured live on SYNTHETIC H200, 2001-02-03."
+    stale = decide(GOOD, environment=synthetic.environment(), current={**synthetic.HASHES, "attention_wmma": "f" * 16})
+    assert stale.evidence == "Measured live on SYNTHETIC H200, 2001-02-03; kernel sources differ now: attention_wmma."

@@ -81,7 +81,8 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
         if environment.get("gpu"):
             changed = Recorded((), environment).changed(current_hashes)
             since = f"; kernel sources differ now: {', '.join(changed)}" if changed else ""
-            return f"Measured live on {environment['gpu']}, {str(environment.get('date') or 'date not known')[:10]}{since}."
+            day = str(environment.get("date") or "date not known")[:10]
+            return f"Measured live on {environment['gpu']}, {day}{since}."
         return "No GPU evidence: this machine has no GPU, and there is no recorded run."
     if not recorded.kernels:
         match = "it does not say which kernel sources were measured"

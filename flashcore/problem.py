@@ -1,4 +1,4 @@
-"""Say what one attention problem is, and count the work it takes."""
+"""Say what one attention problem is, and count its work: FLOPs and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables for a reader, made from records alone: verdicts in words, the first bad element spelt out. Never torch."""
+"""Tables for a reader, made from records alone: results in words, the first bad element spelt out. Never torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the cuBLASLt backends cut their work: into groups of heads, pages of keys and rows, and the room these take."""
+"""How the cuBLASLt backends cut their work: into groups of heads, pages of keys and rows, and the memory for these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the Hopper kernel's tiles are parted into sections, so that every block gets much the same work."""
+"""How the Hopper kernel's tiles are divided into sections, so that every block gets much the same work."""
 
 from __future__ import annotations
 

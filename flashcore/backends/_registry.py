@@ -1,6 +1,6 @@
-"""The registry: which backends there are, by id. A module of this folder that registers one is in, and so is a plug-in.
+"""The registry: which backends there are, by id, from the modules of this folder and from plug-ins.
 
-A module registers by decorating a `Backend` subclass with `register`.
+A module puts a backend into it by decorating a `Backend` subclass with `register`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Give a traced kernel room for its stages, and read them back as a `Trace`."""
+"""Give a traced kernel memory for its stages, and read them back as a `Trace`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`cpu`: the page loop of the fused kernels, one method a stage, in torch on the CPU.
 
-It rounds where a GPU kernel rounds: products of 16-bit inputs accumulated in float32, probs rounded before P @ V. So it
-is what a machine without a GPU bisects, and a base to plant bugs in: override one method.
+It rounds where a GPU kernel rounds: products of 16-bit inputs accumulated in float32, probs rounded before P @ V. So a
+machine without a GPU bisects this backend, and a bug is planted in it by overriding one method.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`sdpa-math`, `sdpa-flash`, `sdpa-cudnn`: the peers that torch brings, each pinned to one of its implementations."""
+"""`sdpa-math`, `sdpa-flash`, `sdpa-cudnn`: the peers in torch itself, each pinned to one of its implementations."""
 
 from __future__ import annotations
 

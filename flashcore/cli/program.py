@@ -1,4 +1,4 @@
-"""The command line: puts the commands together, `flashcore verdict`, `build`, `doctor`. It prints; others do."""
+"""Put the command line together, and hold `flashcore verdict`, `build` and `doctor`; the work is done elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which trials may be compared, and by how much: roles of backends, spread of samples, ratios inside one round."""
+"""Which trials may be compared, and how they compare: roles of backends, spread of samples, ratios inside one round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say how far a measured figure lies from turning its condition over, in numbers and in words."""
+"""Say how far a measured figure would have to move to change the result of its condition, in numbers and in words."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The catalogue of planted bugs, which prove that bisection finds each one, and at the stage that made it.
 
-F-numbers are bugs that once cost somebody days; G-numbers are those that a kernel writer makes on any ordinary day.
-Each names the stage it has to be found at. Bisection is never told which bug is planted. How each is planted in each
-backend stands in `flashcore.faults.plants`.
+F-numbers are bugs that once cost somebody days; G-numbers are mistakes that a kernel writer makes on any ordinary day.
+Each bug names the stage at which it has to be found. Bisection is never told which bug is planted. How each is planted
+in each backend stands in `flashcore.faults.plants`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prove the checker: plant every known bug and see where bisection finds it, and run what is right and see no alarm."""
+"""Prove the checker: plant every known bug and see where bisection finds it; run correct code and see no alarm."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The machine: compile a kernel, launch it, watch it, call cuBLASLt, and say what this machine has.
 
-`build` makes cubins with NVRTC and needs no GPU; `launching` runs them; `isolation` runs in a process of its own what
-may hang or kill the CUDA context. Nothing here knows which backends there are.
+`build` makes cubins with NVRTC and needs no GPU, `launching` runs them, and `isolation` gives a process of its own to a
+measurement that may hang or kill the CUDA context. Nothing here knows which backends there are.
 """
 
 __all__ = ["build", "cache", "cublaslt", "device", "isolation", "launching", "profiling"]

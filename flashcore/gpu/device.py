@@ -1,4 +1,4 @@
-"""Find out what this machine is, how it stands, and what it lacks."""
+"""Find out what this machine is, which state it is in, and what it lacks."""
 
 from __future__ import annotations
 

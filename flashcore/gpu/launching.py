@@ -1,4 +1,4 @@
-"""Compile, load and launch kernels: what stands between a torch tensor and an entry function on the GPU."""
+"""Compile, load and launch kernels: the way from a torch tensor to an entry function on the GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs over time: two runs held against each other, the run before this one, and the trend of many.
 
 `comparing` tests two runs on their samples and `interval` says what counts as a difference; `views` draws it all.
-It reads the records of runs that are over, and needs neither torch nor a GPU.
+The records of finished runs are all that this folder reads: it needs neither torch nor a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare two runs: one object that says what became faster, slower, wrong or right, and how far that is honest."""
+"""Compare two runs: one object that says what became faster, slower, wrong or right, and what limits the comparison."""
 
 from __future__ import annotations
 

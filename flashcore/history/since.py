@@ -1,4 +1,4 @@
-"""The headline figures of a run beside those of the run before it: by how much they changed, and in which word."""
+"""The headline figures of a run beside those of the run before it: by how much they changed, and the word for it."""
 
 from __future__ import annotations
 

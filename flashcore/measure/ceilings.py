@@ -1,4 +1,4 @@
-"""Measure what this machine can do at best, so that every other figure has something to stand against."""
+"""Measure what this machine can do at best, so that every other figure can be compared with it."""
 
 from __future__ import annotations
 

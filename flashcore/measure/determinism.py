@@ -1,7 +1,7 @@
 """Run a backend again and again on the same inputs: are the results the same to the bit, and if not, from which stage?
 
-A stage depends on stages before it in the dataflow alone, so the first one that differs is where chance comes in: a
-race, an atomic sum, a read of memory that nobody wrote.
+A stage depends only on stages before it in the dataflow. So the first stage that differs is where chance comes in: by a
+race, an atomic sum, or a read of memory that nobody wrote.
 """
 
 from __future__ import annotations

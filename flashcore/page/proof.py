@@ -1,4 +1,4 @@
-"""The proof on the page: checks of results, planted bugs, and what the compiler and the machine had to do with it."""
+"""The proof on the page: checks of results, planted bugs, what the compiler made, and the machine before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the template `index.html.j2` wants besides the notebook's cells: the head, the records, the provenance."""
+"""What the template `index.html.j2` needs besides the notebook's cells: the head, the records, the provenance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cut the executed status report into the page's sections: those wanted, and of those the ones that hold something."""
+"""Cut the executed status report into the page's sections: those that were asked for and hold something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch kernels/paged_append.cu: new tokens into their pages, then lengths, with what `append_tokens` is given."""
+"""Launch kernels/paged_append.cu: new tokens into their pages, then lengths, from the arguments of `append_tokens`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _loaded: dict[tuple, LoadedKernel] = {}
 
 @functools.lru_cache(maxsize=16)
 def _runs_ours(index: int) -> bool:
-    """Whether that GPU is one that the kernels are built for, with CuPy and a compiler at hand."""
+    """Whether that GPU is one that the kernels are built for, and CuPy and a compiler are installed."""
     if torch.cuda.get_device_capability(index) != (9, 0) or importlib.util.find_spec("cupy") is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Launch kernels/page_selection.cu: the pages with the best bounds, with what `TopK` was made with."""
+"""Launch kernels/page_selection.cu: the pages with the best bounds, by the settings of a `TopK`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch `page_window` of kernels/page_selection.cu: first and last pages, with what `SinkWindow` was made with."""
+"""Launch `page_window` of kernels/page_selection.cu: first and last pages, by the settings of a `SinkWindow`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a policy selects the same valid pages every time: what finds a race in the list of pages."""
+"""Whether a policy selects the same valid pages every time: a race in the list of pages shows here."""
 
 from __future__ import annotations
 

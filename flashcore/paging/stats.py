@@ -1,4 +1,4 @@
-"""What a cache's pages take, and what the same tokens would take in dense caches: counted in its books."""
+"""The memory that a cache's pages need, and that the same tokens would need in dense caches: counted in its books."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values in pages, as a kernel reads them: two pools, a page table, lengths. Whoever made them."""
+"""Keys and values in pages, as a kernel reads them: two pools, a page table, lengths, made by anybody."""
 
 from __future__ import annotations
 

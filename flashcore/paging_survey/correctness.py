@@ -1,4 +1,4 @@
-"""Judge every paged backend on the matrix: a record a backend and group, and one for each case that is wrong."""
+"""Judge every paged backend on the matrix: one record for each backend and group, and one for each wrong case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the records of a survey of paging: what was measured of each thing, last, and by which figures views draw it."""
+"""Read the records of a survey of paging: the last measurement of each thing, and the figures that views draw."""
 
 from __future__ import annotations
 

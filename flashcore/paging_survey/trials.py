@@ -1,4 +1,4 @@
-"""Turn what was measured into records of kind `paging`: compact, and a failure a record like any other."""
+"""Turn what was measured into records of kind `paging`: compact ones, and a failure is a record like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work out from the records of a survey what its views and answers say: regret, correlation, the smallest shape."""
+"""Compute from the records of a survey what its views and answers say: regret, correlation, the smallest shape."""
 
 from __future__ import annotations
 

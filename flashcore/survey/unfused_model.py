@@ -1,4 +1,4 @@
-"""The limit of attention that stores its scores: the least time that bytes, products and launches leave it.
+"""The limit of attention that stores its scores: the least time that its bytes, products and launches need.
 
 For each group of heads and each page of keys the design runs three kernels one after the other on one stream, and one
 more when a group's last page is done::

@@ -1,7 +1,7 @@
 """How each bug of the catalogue is planted: patches of kernels and wrong methods, by backend.
 
-A module a backend holds what is planted in it, and `host` what several share: wrong arguments on the host's side.
-A patch fits the kernel's source exactly once, or planting it is an error.
+Each backend has a module with the bugs that are planted in it; `host` holds what several of them share: wrong arguments
+on the host's side. A patch that does not fit the kernel's source exactly once is an error.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ K_NOT_WAITED_FOR = """      if (lane == 0) {
 
 MASK = "    if (!whole) sign_and_mask("
 EVERY_UNIT: Edit = (MASK, MASK.replace("if (!whole) ", ""))
-"""Every unit goes through the mask, where scores are at hand."""
+"""Every unit goes through the mask, which is where the scores are."""
 SCORE = "const float score = scale < 0.f ? -s[i] : s[i];"
 UNSCALED_HALF = f"{SCORE.replace('const float', 'float')}\n    score = __half2float(__float2half(score));"
 SOFTMAX = "    if (has_rows) softmax.next(s, p, o);\n"

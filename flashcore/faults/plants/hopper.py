@@ -71,7 +71,7 @@ NONE_AS_THEY_ARE: Edit = (
     "return params.softmax_scale < 0.f ? 0 : visible_keys(params, first_row, seqlen_k) / tile_n;",
     "return 0;",
 )
-"""Every page goes through the mask, where scores are at hand in both entry functions."""
+"""Every page goes through the mask, which is where both entry functions hold the scores."""
 UNSCALED_HALF = f"{MASK.replace('const float', 'float')}\n    score = __half2float(__float2half(score));"
 VOTE = "if (!__all_sync(~0u, fits)) {"
 

@@ -1,4 +1,4 @@
-"""The bug planted in the kernel that selects pages: it is of no backend, and shows in the choices themselves."""
+"""The bug planted in the kernel that selects pages. It belongs to no backend and shows in the pages that are chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what compute-sanitizer prints: one finding a place in the source, with how often it was seen."""
+"""Read what compute-sanitizer prints: one finding for each place in the source, with how often it was seen."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Recorded:
 
     @property
     def date(self) -> str:
-        return str(self.environment.get("date") or "an unknown date")[:10]
+        return str(self.environment.get("date") or "")[:10] or "an unknown date"
 
     @property
     def kernels(self) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
         if environment.get("gpu"):
             changed = Recorded((), environment).changed(current_hashes)
             since = f"; kernel sources differ now: {', '.join(changed)}" if changed else ""
-            day = str(environment.get("date") or "date not known")[:10]
+            day = str(environment.get("date") or "")[:10] or "date not known"
             return f"Measured live on {environment['gpu']}, {day}{since}."
         return "No GPU evidence: this machine has no GPU, and there is no recorded run."
     if not recorded.kernels:

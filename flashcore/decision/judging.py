@@ -108,7 +108,7 @@ class Source:
     def origin(self) -> str | None:
         if self.evidence == "live":
             return None
-        return f"{self.environment.get('gpu')}, {str(self.environment.get('date') or 'date not known')[:10]}"
+        return f"{self.environment.get('gpu')}, {str(self.environment.get('date') or '')[:10] or 'date not known'}"
 
 
 def judge_gate(gate: Gate, live: Source, recorded: Source | None, has_gpu: bool) -> GateResult:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+from support import synthetic_records as synthetic
 
 from flashcore.decision import compare
+from flashcore.problem import PRESETS, square
+from flashcore.records import Trial
+
+REPORT = PRESETS["report"]
 
 
 @pytest.mark.parametrize(
@@ -16,3 +21,140 @@ from flashcore.decision import compare
 )  # fmt: skip
 def test_sensible_digits(value, text):
     assert compare.number(value) == text
+
+
+# --- roles and problems --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "data", "role"),
+    [
+        ("wmma", {}, "ours"), ("cpu", {}, "ours"), (None, {}, "ours"), ("sdpa-cudnn", {}, "peer"), ("fa3", {}, "peer"),
+        ("plug-in", {"role": "peer"}, "peer"), ("reference", {"role": "peer"}, "reference"),
+    ],
+)  # fmt: skip
+def test_whose_backend_a_trial_measured(backend, data, role):
+    assert compare.role(Trial(kind="attention_timing", backend=backend, data=data)) == role
+
+
+def test_problems_are_the_same_when_their_mathematics_is():
+    problem = square(2, 4, 128, 64)
+    assert compare.same_problem(problem, square(2, 4, 128, 64, page_size=32))
+    assert compare.same_problem(problem, square(2, 4, 128, 64, softmax_scale=1 / 8))  # what None stands for
+    assert not compare.same_problem(problem, square(2, 4, 128, 64, softmax_scale=0.2))
+    assert not compare.same_problem(problem, square(2, 4, 128, 64, causal=True))
+    assert not compare.same_problem(problem, None) and compare.same_problem(None, None)
+
+
+# --- figures of one timing -----------------------------------------------------------------------------------------
+
+
+def timed(us=100.0, samples=None, *, backend="wmma", round_="r", **changes) -> Trial:
+    """A SYNTHETIC timing with these samples."""
+    trial = synthetic.timing(backend, REPORT, 100.0, round_=round_)
+    timing = {"latency_us": us, "samples_us": [us] * 9 if samples is None else samples, **changes}
+    return trial.model_copy(update={"timing": trial.timing.model_copy(update=timing)})
+
+
+@pytest.mark.parametrize(("us", "known"), [(1e-3, True), (9e-4, False), (1e12, True), (2e12, False), (math.nan, False),
+                                           (math.inf, False), (0.0, False), (-5.0, False)])  # fmt: skip
+def test_a_latency_that_no_clock_could_have_told_is_none(us, known):
+    assert compare.latency_us(timed(us)) == (us if known else None)
+    assert (compare.tflops(timed(us)) is not None) == known
+
+
+def test_tflops_are_worked_out_from_the_latency_and_not_read():
+    assert compare.tflops(timed(1000.0, tflops=1e9)) == pytest.approx(REPORT.flops() / 1e9)
+    failed = timed().model_copy(update={"status": "failed"})
+    assert compare.latency_us(failed) is None and compare.tflops(failed) is None
+    assert compare.latency_us(synthetic.correctness("wmma", REPORT)) is None
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_one_sample_that_is_no_time_puts_all_of_them_in_doubt(bad):
+    assert compare.samples_us(timed(samples=[1.0, 2.0, bad])) == []
+    assert compare.samples_us(timed(samples=[1.0, 2.0])) == [1.0, 2.0]
+
+
+def test_a_spread_is_the_5th_and_95th_percentile_of_at_least_three():
+    assert compare.spread([1.0, 2.0]) is None
+    assert compare.spread(range(101)) == (5.0, 95.0)
+    assert compare.spread(iter([4.0, 4.0, 4.0])) == (4.0, 4.0)
+
+
+# --- ratios --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_taken_side_by_side_are_paired_and_others_are_not():
+    drift = [1.0, 1.5, 2.0, 2.5, 3.0]
+    ours, peer = timed(200.0, [100 * d for d in drift]), timed(400.0, [200 * d for d in drift], backend="fa3")
+    found = compare.ratio(ours, peer)
+    assert (found.value, found.n, found.other) == (2.0, 5, peer) and found.spread == pytest.approx((2.0, 2.0))
+    assert found.in_words() == "faster" and compare.ratio(peer, ours).in_words() == "slower"
+    shorter = compare.ratio(ours, timed(400.0, [200 * d for d in drift[:4]], backend="fa3"))
+    assert shorter.n == 4 and shorter.spread[0] < 1 < shorter.spread[1] and shorter.in_words() == "no difference"
+
+
+def test_a_ratio_whose_spread_is_not_known_is_no_difference():
+    found = compare.ratio(timed(100.0, []), timed(900.0, [], backend="fa3"))
+    assert (found.value, found.spread, found.n, found.in_words()) == (9.0, None, 0, "no difference")
+
+
+@pytest.mark.parametrize("changes", [{"round": "other"}, {"round": None}, {"method": "host"}, {"l2": "warm"},
+                                     {"latency_us": math.nan}])  # fmt: skip
+def test_what_was_not_timed_alike_in_one_round_has_no_ratio(changes):
+    assert compare.ratio(timed(), timed(backend="fa3", **changes)) is None
+    assert compare.ratio(timed(backend="fa3", **changes), timed()) is None
+
+
+def test_two_machines_or_two_problems_have_no_ratio():
+    peer = timed(backend="fa3")
+    assert compare.ratio(timed(), peer) is not None
+    assert compare.ratio(timed(), peer.model_copy(update={"environment": "another"})) is None
+    assert compare.ratio(timed(), peer.model_copy(update={"problem": PRESETS["latency"]})) is None
+
+
+def test_the_best_peer_is_the_fastest_of_the_round():
+    peers = [timed(us, backend=name) for name, us in (("sdpa-math", 900.0), ("fa3", 80.0), ("sdpa-flash", 200.0))]
+    elsewhere = timed(1.0, backend="sdpa-cudnn", round_="another")
+    found = compare.ratio_to_best_peer(timed(), [*peers, elsewhere, timed(10.0, backend="scalar")])
+    assert found.other.backend == "fa3" and found.value == pytest.approx(0.8)
+    assert compare.ratio_to_best_peer(timed(), [elsewhere]) is None
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({}, True), ({"passed": False}, False), ({"num_bad": 1}, False), ({"max_abs_error": math.nan}, False),
+        ({"max_abs_error": math.inf}, False), ({"checked": 0}, None),
+    ],
+)  # fmt: skip
+def test_an_ok_is_believed_only_as_far_as_its_figures_go(changes, outcome):
+    trial = synthetic.correctness("wmma", REPORT)
+    assert (
+        compare.passed(trial.model_copy(update={"correctness": trial.correctness.model_copy(update=changes)}))
+        is outcome
+    )
+
+
+def test_what_did_not_compare_anything_neither_passes_nor_fails():
+    right = synthetic.correctness("wmma", REPORT)
+    assert compare.passed(right.model_copy(update={"status": "error"})) is None
+    assert compare.passed(right.model_copy(update={"correctness": None})) is None
+    assert compare.passed(right.model_copy(update={"status": "failed", "correctness": None})) is False
+    assert compare.passed(timed()) is None
+
+
+# --- digits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(999.96, 3, "1,000"), (0.001, 3, "0.00100"), (0.00099, 3, "9.90e-04"), (123456.7, 7, "123,456.7"),
+     (math.inf, 3, "not known"), (2.5, 1, "2")],
+)  # fmt: skip
+def test_digits_left_of_the_point_are_never_dropped(value, digits, text):
+    assert compare.number(value, digits) == text

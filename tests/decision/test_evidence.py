@@ -6,7 +6,7 @@ from support import synthetic_records as synthetic
 from support.decisions import GOOD, decide, recorded
 
 from flashcore.decision import verdict
-from flashcore.decision.evidence import recorded_runs
+from flashcore.decision.evidence import Evidence, Recorded, gather, label, recorded_runs
 from flashcore.records import RunFolder
 
 
@@ -67,3 +67,58 @@ def test_a_run_on_a_gpu_says_which_kernels_have_changed_since_it_was_made():
     assert fresh.evidence == "Measured live on SYNTHETIC H200, 2001-02-03."
     stale = decide(GOOD, environment=synthetic.environment(), current={**synthetic.HASHES, "attention_wmma": "f" * 16})
     assert stale.evidence == "Measured live on SYNTHETIC H200, 2001-02-03; kernel sources differ now: attention_wmma."
+
+
+# --- where figures come from -----------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_changed_or_was_never_recorded_is_told_apart_and_one_that_is_gone_is_neither():
+    then, now = recorded(kernels={"a": "1", "b": "2", "gone": "3"}), {"a": "1", "b": "other", "new": "4"}
+    assert then.changed(now) == ["b"] and then.added(now) == ["new"]
+    assert recorded(kernels="damaged").changed({"a": "1"}) == [] and recorded(kernels="damaged").added({"a": "1"}) == [
+        "a"
+    ]
+
+
+def test_what_a_recorded_run_does_not_say_is_said_to_be_unknown():
+    bare = Recorded((), {})
+    assert (bare.gpu, bare.date) == ("an unknown GPU", "an unknown date")
+    assert recorded().date == "2001-02-03"
+
+
+def test_the_label_says_where_the_gpus_figures_come_from():
+    live = label(None, synthetic.environment(), {})
+    assert live == "Measured live on SYNTHETIC H200, 2001-02-03."
+    assert label(None, {"gpu": "H100"}, {}) == "Measured live on H100, date not known."
+    assert label(None, synthetic.environment(None), {}).startswith("No GPU evidence")
+    then = recorded(kernels={"a": "1", "b": "2"})
+    assert label(then, {}, {"a": "1"}).endswith("kernel sources match the current ones.")
+    assert label(then, {}, {"a": "x", "b": "y"}).endswith("kernel sources differ: a, b.")
+
+
+def test_the_gpus_trials_and_machine_are_those_of_the_recorded_run_where_there_is_one():
+    own, other = tuple(synthetic.cpu_trials()), recorded()
+    alone = Evidence(own, synthetic.environment(None), {})
+    assert alone.gpu_trials == own and alone.gpu_environment["gpu"] is None
+    helped = Evidence(own, synthetic.environment(None), {}, other)
+    assert helped.gpu_trials == other.trials and helped.gpu_environment["gpu"] == "SYNTHETIC H200"
+    assert helped.trials == own and helped.label.startswith("Recorded on SYNTHETIC H200")
+
+
+def test_a_run_with_a_gpu_borrows_nothing_and_a_recorded_run_without_one_lends_nothing(tmp_path):
+    synthetic.write_run(tmp_path / "recorded" / "cpu", synthetic.cpu_trials(), synthetic.environment(None))
+    own = synthetic.write_run(tmp_path / "own", synthetic.cpu_trials(), synthetic.environment(None))
+    assert gather(own, recorded_dir=tmp_path / "recorded").recorded is None
+    synthetic.write_run(tmp_path / "recorded" / "h200", synthetic.gpu_trials(), synthetic.environment())
+    assert gather(own, recorded_dir=tmp_path / "recorded").recorded.folder == "h200"
+    gpu = synthetic.write_run(tmp_path / "gpu", synthetic.gpu_trials(), synthetic.environment())
+    assert gather(gpu, recorded_dir=tmp_path / "recorded").recorded is None
+
+
+def test_a_damaged_line_of_either_run_is_told_apart(tmp_path):
+    other = synthetic.write_run(tmp_path / "recorded" / "h200", synthetic.gpu_trials(), synthetic.environment())
+    own = synthetic.write_run(tmp_path / "own", synthetic.cpu_trials(), synthetic.environment(None))
+    other.records_path.write_text(other.records_path.read_text() + '{"kind": "cei')
+    found = gather(own, recorded_dir=tmp_path / "recorded")
+    assert found.problems == () and "records.jsonl" in found.recorded.problems[0]
+    assert len(found.recorded.trials) == len(synthetic.gpu_trials())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -52,3 +53,39 @@ def test_distances_count_half_as_far_as_twice_and_none_at_the_threshold():
 def test_a_share_of_checks_is_told_by_the_check():
     right = replace(result(100.0, 100, "at least", metric="correct_percent"), n=49)
     assert flips.change(right).words == "one of the 49 checks behind 'X' failed"
+
+
+def test_a_figure_has_as_many_digits_as_tell_it_from_its_threshold():
+    assert flips.apart(4.9, 5.0) == "4.90" and flips.apart(5.0, 5.0) == "5.00"
+    assert flips.apart(4.999, 5.0) == "4.999" and flips.apart(4.99996, 5.0) == "4.99996"
+    assert flips.apart(4.9999999, 5.0) == "4.9999999", "and when six do not, all of them"
+
+
+def test_a_figure_of_nothing_has_a_distance_in_its_unit_and_no_share():
+    found = flips.change(result(0.0, 5.0, "at least"))
+    assert found.relative is None and found.distance == math.inf and "(by 5.00 µs)" in found.words
+    bytes_spilled = replace(result(0.0, 0.0, "at most", metric="data.spill_bytes"), unit="bytes")
+    found = flips.change(bytes_spilled)
+    assert found.distance is None and found.figures == "0 to above 0 bytes (it has no margin)"
+
+
+@pytest.mark.parametrize(
+    ("metric", "subject"),
+    [("tflops", "hopper's speed at B=16, H=16, S=2048, D=64"), ("latency_us", "hopper's latency at "),
+     ("ratio_to_best_peer", "hopper's speed against fa3 at "), ("data.saved_percent", "the figure behind 'X'"),
+     ("correct_percent", "the share of right checks behind 'X'")],
+)  # fmt: skip
+def test_whose_figure_it_is_stands_before_it(metric, subject):
+    found = flips.change(replace(result(3.0, 10, "at least", metric=metric), versus="fa3"))
+    assert found.words.startswith(subject) and found.words.endswith(f"rose from {found.figures}")
+
+
+def test_what_is_not_settled_or_not_measured_has_no_change():
+    assert flips.change(replace(result(3.0, 10, "at least"), state="INCONCLUSIVE")) is None
+    assert flips.change(replace(result(3.0, 10, "at least"), measured=None)) is None
+
+
+def test_what_has_no_distance_comes_last_either_way():
+    near, far, none = (flips.change(result(v, 10, "at least")) for v in (11.0, 90.0, 10.0))
+    assert flips.nearest_first([none, far, near]) == [near, far, none]
+    assert flips.farthest_first([none, near, far]) == [far, near, none]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,11 @@ from support.synthetic_history import KEPT, OURS_US, REPORT, at_report, snapshot
 from flashcore import history
 from flashcore.decision.gates import load_gates
 from flashcore.history import interval, views
+from flashcore.history.comparing import sentence
 from flashcore.history.runs import Snapshot
 from flashcore.history.since import since
 from flashcore.history.trend import trend
-from flashcore.records import Trial
+from flashcore.records import SCHEMA_VERSION, Trial
 
 # --- what may be compared ------------------------------------------------------------------------------------------
 
@@ -87,3 +89,50 @@ def test_any_two_sets_of_records_compare_without_an_error(data):
     json.dumps(found.as_dict())
     views.since_html(since(runs[1], runs[0], gates=load_gates()))
     views.trend_html(trend(runs))
+
+
+# --- words and limits ------------------------------------------------------------------------------------------------
+
+
+def test_a_row_in_words_carries_its_figures_or_its_reason():
+    row = at_report(history.compare_runs(snapshot("before"), snapshot(faster=0.9)))
+    said = sentence(replace(row, percent=-10.04, interval_percent=(-1200.0, 0.5)))
+    assert said == ("wmma at B=16, H=16, S=2048, D=64: slower, −10.0 % (−1,200.0 to +0.5 %) relative to sdpa-cudnn.")
+    plain = sentence(replace(row, basis="absolute", peer=None, other_source=True))
+    assert plain.endswith("by its absolute latency; other kernel source.")
+    nothing = replace(row, word="not compared", percent=None, note="it crashed")
+    assert sentence(nothing) == "wmma at B=16, H=16, S=2048, D=64: not compared; it crashed."
+
+
+def test_the_summary_counts_ours_by_word():
+    found = history.compare_runs(snapshot("before"), snapshot(faster=0.9))
+    assert found.summary == "Of 12 timings of ours in both runs: 12 slower." and len(found.regressions) == 12
+    empty = history.compare_runs(snapshot("before"), snapshot(trials=[]))
+    assert empty.summary == "The runs have no timing of ours in common." and empty.judged == 0
+
+
+def limits(before, now) -> str:
+    return " ".join(history.compare_runs(before, now).limits)
+
+
+def test_how_far_a_comparison_is_honest():
+    same = snapshot("a")
+    assert "Both are the same records." in limits(same, Snapshot("b", same.trials, same.environment))
+    assert "'now' is the older" in limits(snapshot("a", date="2001-02-04"), snapshot("b", date="2001-02-03"))
+    facts = synthetic.environment()["before"]
+    cards = [snapshot(name, before={**facts, "uuid": name}) for name in ("a", "b")]
+    assert "Two cards of one name (SYNTHETIC H200)" in limits(*cards) and "Two cards" not in limits(cards[0], cards[0])
+    damaged = Snapshot("b", same.trials, same.environment, ("line 3 is cut off.",))
+    assert "b: line 3 is cut off." in limits(same, damaged)
+    assert "b is not a finished run" in limits(same, snapshot("b")), "it has no record of a notebook"
+    older = [t.model_copy(update={"schema_version": 0}) for t in same.trials]
+    assert f"schema versions [0] and [{SCHEMA_VERSION}]" in limits(
+        Snapshot("a", tuple(older), same.environment), snapshot("b")
+    )
+
+
+def test_the_drift_is_told_only_for_what_was_compared_and_is_the_usual_one_elsewhere():
+    found = history.compare_runs(snapshot("before"), snapshot("now"))
+    assert list(found.drift_percent) == ["relative"]
+    assert found.drift("relative") == found.drift_percent["relative"] / 100
+    assert found.drift("absolute") == interval.USUAL_DRIFT

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from support import synthetic_records as synthetic
-from support.synthetic_history import OURS_US, PEER_US, REPORT, at_report, one, retimed, snapshot, words
+from support.synthetic_history import OURS_US, PEER_US, REPORT, at_report, one, retimed, snapshot, timing, words
 
 from flashcore import history
 from flashcore.history import timings
 from flashcore.history.runs import Snapshot
+from flashcore.problem import square
 
 
 def test_another_clock_is_no_change_relative_to_a_peer():
@@ -104,3 +106,76 @@ def test_a_ratio_that_moved_while_the_call_did_not_is_marked():
         if t.backend == "sdpa-cudnn" and t.problem == REPORT else t for t in now.trials]  # fmt: skip
     row = at_report(history.compare_runs(before, Snapshot("now", tuple(quick), now.environment)))
     assert row.word == "slower" and "may be the peer" in row.note
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def pair(before=None, now=None) -> timings.Pair:
+    return timings.Pair(before or snapshot("before"), now or snapshot("now"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ({}, {}, True), ({}, {"gpu": "SYNTHETIC H100"}, False), ({}, {"gpu": None}, False),
+        ({"gpu": None}, {"gpu": None}, True), ({"gpu": None, "before": {}}, {"gpu": None, "before": {}}, False),
+    ],
+)  # fmt: skip
+def test_machines_are_alike_when_both_say_the_same_name(before, now, same):
+    runs = [Snapshot(name, (), synthetic.environment(**{"gpu": "SYNTHETIC H200", **e}))
+            for name, e in (("a", before), ("b", now))]  # fmt: skip
+    assert timings.Pair(*runs).same_machine is same
+
+
+def test_software_that_only_one_run_names_has_not_changed():
+    known = synthetic.environment()["before"]
+    fewer, other = {**known, "torch": None}, {**known, "torch": "9.9", "cudnn": "1"}
+    assert pair(now=snapshot(before=fewer)).peer_software == []
+    assert pair(now=snapshot(before=other)).peer_software == ["torch 2.13.0 → 9.9"]
+
+
+def test_of_several_timings_the_last_counts_and_the_reference_none():
+    first, last = one().trials[0], retimed(latency_us=1.0).trials[0]
+    reference = first.model_copy(update={"backend": "reference"})
+    found = timings.timed([first, reference, synthetic.correctness("wmma", REPORT), last])
+    assert list(found.values()) == [last]
+    assert len(timings.timed([first, first.model_copy(update={"variant": "v2"})])) == 2
+
+
+def test_the_key_of_a_problem_is_its_mathematics():
+    problem = square(2, 4, 128, 64)
+    assert timings.problem_key(problem) == timings.problem_key(square(2, 4, 128, 64, page_size=16, softmax_scale=0.125))
+    assert timings.problem_key(problem) != timings.problem_key(square(2, 4, 128, 64, softmax_scale=0.25))
+    assert timings.problem_key(problem) != timings.problem_key(square(2, 4, 128, 64, causal=True))
+
+
+def test_rows_of_one_problem_keep_the_drift_of_all():
+    both = pair(now=snapshot("now", faster=1.02))
+    every, drifts = timings.rows(both)
+    some, same_drifts = timings.rows(both, problem=REPORT)
+    assert drifts == same_drifts and len(every) == 3 * len(some) * 4 and len(some) == 3
+    assert all(every[key] == row for key, row in some.items())
+
+
+def test_what_was_not_there_in_either_run_has_no_row():
+    gone = [t.model_copy(update={"status": "unavailable", "reason": "no GPU"}) for t in one().trials]
+    assert timings.rows(pair(snapshot("a", trials=gone), snapshot("b", trials=gone)))[0] == {}
+    (row,) = timings.rows(pair(one(), snapshot("b", trials=gone)))[0].values()
+    assert row.word == "not compared" and "unavailable now (no GPU)" in row.note
+
+
+def test_two_backends_can_be_held_against_each_other_under_one_name():
+    then = timing("scalar", 2 * OURS_US, 0.005, seed="then")
+    found = timings.judge(pair(one(), one()), then, one().trials[0], backend="best of ours")
+    row = found.with_drift(0.0)
+    assert row.backend == "best of ours" and row.word == "faster" and row.percent == pytest.approx(100, abs=3)
+    assert row.absolute_percent == pytest.approx(100) and row.as_dict()["regression"] is False
+
+
+def test_only_a_slowdown_of_ours_beyond_what_matters_on_one_machine_is_a_regression():
+    row = at_report(history.compare_runs(snapshot("before"), snapshot(faster=0.9)))
+    assert row.regression and row.judged
+    for changes in ({"percent": -2.9}, {"role": "peer"}, {"same_machine": False}, {"word": "too noisy to say"}):
+        assert not replace(row, **changes).regression, changes
+    assert not replace(row, word="not compared").judged

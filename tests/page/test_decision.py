@@ -40,3 +40,52 @@ def test_go_says_what_to_ship_and_what_would_change_it(tmp_path):
     html = page.blockers_html(decision)
     assert decision.verdict == "GO"
     assert "Nothing blocks" in html and "Ship option" in html and "What would change this" in html
+
+
+def test_every_option_stands_with_its_result_and_the_details_are_folded():
+    decision = decide(synthetic.gpu_trials(synthetic.FAST))
+    html = page.options_html(decision)
+    table, folded = html.split("<details", 1)
+    rows = Cells(table).rows
+    assert [r[0][0] for r in rows[1:]] == [o.id for o in decision.options]
+    assert rows[1][1] == "SHIP, recommended3 of 3 hold" and "Effort: " in rows[1][0]
+    assert "Every condition of every option" in folded and folded.count("<table") == 2
+    assert 'class="pass"' in table and 'class="fail"' not in table
+
+
+def test_an_option_that_fails_says_how_far_it_is():
+    html = page.options_html(decide(TRIALS)).split("<details", 1)[0]
+    b = next(r for r in Cells(html).rows if r[0].startswith("B"))
+    assert b[1].startswith("DO NOT SHIP") and b[2].startswith("Farthest from holding: ") and 'class="fail"' in html
+
+
+def test_a_gate_links_to_the_section_that_shows_its_records():
+    html = page.gates_html(decide(TRIALS))
+    assert '<a href="#correctness">live<span class="fc-unseen">, shown under Correctness</span></a>' in html
+    assert '<a href="#speed">live' in html
+    nothing = page.gates_html(decide([]))
+    assert "<a " not in nothing and {r[7] for r in Cells(nothing).rows[1:]} == {"none"}
+
+
+def test_recorded_evidence_carries_its_day():
+    other = verdict.Recorded(tuple(TRIALS), synthetic.environment(), "synthetic")
+    decision = decide(synthetic.cpu_trials(), environment=synthetic.environment(None), recorded=other)
+    rows = Cells(page.gates_html(decision)).rows
+    assert "recorded 2001-02-03, shown under Speed" in {r[7] for r in rows[1:]}
+
+
+def test_margins_have_a_sign_and_a_share_has_no_second_one():
+    rows = {r[0].split("Required")[0].split("An aim")[0]: r for r in Cells(page.gates_html(decide(TRIALS))).rows[1:]}
+    missed = next(r for name, r in rows.items() if "320" in r[3])
+    assert re.fullmatch(r"−\d+ TFLOPS \(−59\.1 %\)", missed[4]) and missed[5] == "30" and " to " in missed[6]
+    whole = next(r for r in rows.values() if r[3].startswith("at least 100 %"))
+    assert whole[4] == "none needed" and whole[6] == "–"
+    nothing = Cells(page.gates_html(decide([]))).rows[1]
+    assert (nothing[2], nothing[4], nothing[5]) == ("none", "–", "0")
+
+
+def test_one_reason_for_several_gates_is_said_once():
+    html = page.blockers_html(decide([]))
+    blocked, commands = html.split("What to do next")
+    assert len(re.findall("<li>", blocked)) < len(decide([]).blocking) and "are not settled" in blocked
+    assert "measures all of them." in commands or commands.count("<code>") > 1

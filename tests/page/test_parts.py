@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from flashcore.page.parts import frame_html
+import math
+
+import pytest
+
+from flashcore.page.parts import fold, frame_html, is_figure, short, signed
 
 
 def test_backends_keep_their_names_and_counts_have_thousands():
@@ -10,3 +14,46 @@ def test_backends_keep_their_names_and_counts_have_thousands():
 
     html = frame_html(DataFrame([{"bug": "x", "cpu": "found", "values judged": 1234567}]), "t", ids={"cpu"})
     assert ">cpu<" in html and ">Bug<" in html and "1,234,567" in html and 'class="num"' in html
+
+
+def test_what_is_folded_shows_its_summary_as_text_and_its_content_as_html():
+    assert fold("<a> & b", "<p>inside</p>") == (
+        '<details class="fc-fold inline"><summary>&lt;a&gt; &amp; b</summary><p>inside</p></details>'
+    )
+
+
+def test_a_frame_without_rows_is_a_sentence():
+    from pandas import DataFrame
+
+    assert frame_html(DataFrame(), "Repeats") == '<p class="fc-none">Repeats: no record.</p>'
+
+
+def test_only_whole_numbers_are_counts():
+    from pandas import DataFrame
+
+    first = {"name": "a", "n": 1000, "mixed": 5, "flag": True}
+    frame = DataFrame([first, {"name": "b", "n": 2, "mixed": "x", "flag": 1}], dtype=object)
+    html = frame_html(frame, "t")
+    assert '<td class="num" data-label="N">1,000</td>' in html
+    assert '<td data-label="Mixed">5</td>' in html and '<td data-label="Flag">True</td>' in html
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(12.345, None, "+12.3"), (-0.5, None, "−0.500"), (0, None, "+0"), (-59.06, 1, "−59.1")],
+)
+def test_a_difference_has_its_sign(value, digits, text):
+    assert signed(value, digits) == text
+
+
+@pytest.mark.parametrize(("unit", "text"), [("% of checks", "%"), ("%", "%"), ("TFLOPS", "TFLOPS"), ("", "")])
+def test_a_share_of_whatever_is_a_percentage(unit, text):
+    assert short(unit) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "can"), [(3, True), (2.5, True), (True, False), ("3", False), (None, False), (math.nan, False),
+                       (math.inf, False)]
+)  # fmt: skip
+def test_a_figure_is_a_number_that_can_be_shown(value, can):
+    assert is_figure(value) is can

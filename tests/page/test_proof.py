@@ -7,6 +7,8 @@ from support.html_tools import row
 
 from flashcore import page
 from flashcore.decision import verdict
+from flashcore.problem import PRESETS
+from flashcore.records import Trial
 
 TRIALS = synthetic.gpu_trials()
 
@@ -20,3 +22,46 @@ def test_recorded_evidence_stands_beside_the_live_one_under_its_own_heading():
         assert html.index("Live, on this machine") < html.index("Recorded on SYNTHETIC H200, 2001-02-03")
     assert row(page.correctness_html(evidence), "wmma")["Result"].startswith("not checked: no CUDA GPU")
     assert "SYNTHETIC H200" in page.machine_html(evidence).split("Recorded on")[1]
+
+
+def evidence(*trials: Trial, recorded=None) -> verdict.Evidence:
+    return verdict.Evidence(tuple(trials), synthetic.environment(), synthetic.HASHES, recorded=recorded)
+
+
+def planted(name: str, outcome: str, backend: str = "wmma") -> Trial:
+    data = {"fault": name, "title": f"bug <{name}>", "expected_stage": "scores", "outcome": outcome}
+    return Trial(kind="fault", backend=backend, variant=name, data=data)
+
+
+def test_without_planted_bugs_the_notebook_that_plants_them_is_named():
+    assert page.proof_html(evidence(*TRIALS)).startswith('<p class="fc-none">No planted bug')
+
+
+def test_planted_bugs_are_counted_and_each_is_folded_below():
+    silent = Trial(kind="bisection", backend="wmma", variant="clean-runs",
+                   data={"runs": 40, "alarms": 0, "values": 1234567, "seeds": [0, 9]})  # fmt: skip
+    html = page.proof_html(evidence(planted("F1", "found"), planted("F2", "missed"), silent))
+    assert "wmma: 1 of 2 found at their stage, 1 missed" in html and "<h3>" not in html
+    assert row(html, "wmma")["Values judged"] == "1,234,567" and "seeds" not in html.lower()
+    folded = html[html.index("<summary>Every planted bug") :]
+    assert "bug &lt;F1&gt;" in folded and "<F1>" not in html and ">wmma<" in folded
+    assert "compute-sanitizer: no record." in folded
+
+
+def test_each_machine_has_its_own_proof_and_one_without_bugs_none():
+    other = verdict.Recorded((planted("F1", "found"),), synthetic.environment(), "synthetic")
+    html = page.proof_html(evidence(*TRIALS, recorded=other))
+    assert "Live, on this machine" not in html and "<h3>Recorded on SYNTHETIC H200, 2001-02-03</h3>" in html
+    both = page.proof_html(evidence(planted("F2", "missed"), recorded=other))
+    assert both.index("Live, on this machine") < both.index("0 of 1") < both.index("Recorded on") < both.index("1 of 1")
+
+
+def test_a_wrong_check_is_listed_below_the_count():
+    html = page.correctness_html(evidence(synthetic.correctness("wmma", PRESETS["report"], status="failed")))
+    assert row(html, "wmma")["Result"] == "WRONG in 1 of 1" and "head 3, row 17, column 5" in html
+
+
+def test_the_machine_stands_with_its_builds_and_ceilings():
+    html = page.machine_html(evidence(*TRIALS))
+    assert "Compiled kernels" in html and "758" in html and "The machine before and after the run" in html
+    assert html.count("<h3>") == 0

@@ -20,6 +20,7 @@ class Cells(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.rows: list[list[str]] = []
+        self.inside = False
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -27,9 +28,13 @@ class Cells(HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
 
     def handle_data(self, data):
-        if self.rows and self.rows[-1]:
+        if self.inside:
             self.rows[-1][-1] += data
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 from support.notebook_tools import KILL, write_notebook
 
-from flashcore.errors import RecordsError
+from flashcore.decision import verdict
+from flashcore.errors import NotebookFailed, RecordsError
 from flashcore.pipeline import rendering, reporting
 
 
@@ -69,3 +71,75 @@ def test_evidence_shows_what_was_printed_and_no_warning_with_a_path_of_the_machi
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
     text = rendering._convert(path, "evidence.html.j2", {})
     assert "hello from the notebook" in text and "/somewhere/lib" not in text
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_page_escapes_what_it_is_told_and_carries_every_gate(run):
+    gate = verdict.judge(run).gates[0]
+    decision = verdict.Decision("NO-GO", "<b>slow</b>", (replace(gate, title="<i>fast</i>", reason="a & b"),))
+    made = rendering.write_plain_page(run, decision, {"04_tflops_sweep": "<script>"})
+    text = made.read_text()
+    assert made == run.path / "report.html" and "<h1>Verdict: NO-GO</h1>" in text
+    assert not re.search("<b>|<i>|<script>", text)
+    assert f"<td>&lt;i&gt;fast&lt;/i&gt;</td><td>{gate.state}</td><td>a &amp; b</td>" in text
+    assert "<li>04_tflops_sweep: &lt;script&gt;</li>" in text and f"flashcore render {run.name}" in text
+
+
+def test_the_smallest_notebooks_fit_first_and_keep_their_own_order():
+    def item(name: str, size: int) -> dict[str, str]:
+        return {"title": name, "html": "x" * size}
+
+    big, small, middle = item("big", 9000), item("small", 100), item("middle", 2000)
+    every = [big, small, middle]
+    assert rendering._fitting(every, 100_000) == every
+    assert rendering._fitting(every, 4000) == [small, middle]
+    assert rendering._fitting(every, 700) == [small] and rendering._fitting(every, 500) == []
+
+
+def test_bytes_are_counted_and_not_letters():
+    wide = {"title": "wide", "html": "é" * 1000}
+    assert rendering._fitting([wide], 2400) == [] and rendering._fitting([wide], 2500) == [wide]
+
+
+def test_a_notebook_is_called_by_its_first_heading_or_by_its_name(tmp_path):
+    v4 = nbformat.v4
+    path = tmp_path / "05_sparse_paging.ipynb"
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("# no heading"), v4.new_markdown_cell("prose")]), path)
+    assert rendering._title(path) == "sparse paging"
+    cells = [
+        v4.new_markdown_cell("prose"),
+        v4.new_markdown_cell("## The title \nmore"),
+        v4.new_markdown_cell("# Later"),
+    ]
+    nbformat.write(v4.new_notebook(cells=cells), path)
+    assert rendering._title(path) == "The title"
+
+
+def test_a_template_that_breaks_is_a_notebook_that_failed_and_keeps_its_page(tmp_path, run, monkeypatch):
+    write_notebook(tmp_path / "toys", "06_status_report", "print('read')")
+
+    def broken(*_):
+        raise ZeroDivisionError("inside a template")
+
+    monkeypatch.setattr(rendering, "_convert", broken)
+    (run.path / "report.html").write_text("older")
+    with pytest.raises(NotebookFailed, match=r"could not be drawn \(ZeroDivisionError: inside a template\)"):
+        rendering.render(run, notebooks_dir=tmp_path / "toys")
+    assert (run.path / "report.html").read_text() == "older"
+
+
+def test_an_older_page_is_removed_with_its_pdf_or_the_error_says_why(run, monkeypatch):
+    for name in ("report.html", "report.pdf"):
+        (run.path / name).write_text("older")
+    rendering.remove_pages(run)
+    assert not (run.path / "report.html").exists() and not (run.path / "report.pdf").exists()
+    rendering.remove_pages(run)  # nothing there is no error
+
+    def denied(*_, **__):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    with pytest.raises(RecordsError, match="cannot be removed .Permission denied."):
+        rendering.remove_pages(run)

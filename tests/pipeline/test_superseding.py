@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from support.notebook_tools import values
 
+from flashcore.errors import RecordsError
 from flashcore.pipeline import superseding
+from flashcore.records import RunFolder
 
 PLANNED = ["01_a", "02_b", "03_c"]
 
@@ -50,3 +53,62 @@ def test_every_earlier_go_of_a_part_is_superseded_and_damaged_lines_stay_in_orde
              done("01_a"), line("verdict")]  # fmt: skip
     kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
     assert values(gone) == [1, 3] and values(kept) == [2] and lines[2] in kept
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def with_lines(run: RunFolder, *lines: str) -> RunFolder:
+    run.records_path.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8", errors="surrogateescape")
+    return run
+
+
+def test_what_is_set_aside_is_added_to_what_was_and_counted(run):
+    with_lines(run, ceiling(1), done("01_a"), ceiling(2), done("02_b"))
+    assert superseding.set_aside(run, ["01_a"], planned=PLANNED) == 2
+    assert run.records_path.read_text().splitlines() == [ceiling(2), done("02_b")]
+    assert superseding.set_aside(run, ["02_b"], planned=PLANNED) == 2
+    assert run.records_path.read_text() == ""
+    aside = superseding.superseded_path(run).read_text().splitlines()
+    assert aside == [ceiling(1), done("01_a"), ceiling(2), done("02_b")]
+
+
+def test_where_there_is_nothing_to_set_aside_no_file_is_touched(run):
+    with_lines(run, ceiling(1), done("01_a"))
+    before = run.records_path.stat().st_mtime_ns
+    assert superseding.set_aside(run, ["02_b"], planned=PLANNED) == 0
+    assert run.records_path.stat().st_mtime_ns == before and not superseding.superseded_path(run).exists()
+
+
+def test_bytes_that_are_no_text_are_moved_as_they_are(run):
+    torn = b'{"kind": "ceil\xff\xfe\n'
+    run.records_path.write_bytes(torn + f"{done('01_a')}\n{ceiling(2)}\n".encode() + torn)
+    assert superseding.set_aside(run, ["01_a"], planned=PLANNED) == 2
+    assert superseding.superseded_path(run).read_bytes() == torn + f"{done('01_a')}\n".encode()
+    assert run.records_path.read_bytes() == f"{ceiling(2)}\n".encode() + torn
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(run, monkeypatch):
+    with_lines(run, ceiling(1), done("01_a"))
+    whole = run.records_path.read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(superseding, "write_whole", full)
+    with pytest.raises(RecordsError, match="cannot be set aside .No space left on device.*None was lost"):
+        superseding.set_aside(run, ["01_a"], planned=PLANNED)
+    assert run.records_path.read_text() == whole, "still in its place, besides in the other file"
+
+
+def test_names_with_and_without_their_ending_are_the_same_part():
+    kept, gone = superseding.split([ceiling(1), done("01_a.ipynb"), ceiling(2)], ["01_a"], planned=PLANNED)
+    assert values(gone) == [1] and values(kept) == [2]
+
+
+@pytest.mark.parametrize("odd", ["[1]", "3", "null", '{"kind": "notebook"}', '{"data": {"name": "01_a"}}', ""])
+def test_lines_that_are_no_record_of_a_part_go_with_their_stretch(odd):
+    lines = [ceiling(1), odd, done("01_a")] if "notebook" not in odd else [ceiling(1), done("01_a"), odd]
+    kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
+    assert sorted(kept + gone) == sorted(lines) and done("01_a") in gone
+    assert (odd in kept) == ("notebook" in odd)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from support import synthetic_records as synthetic
 from support.synthetic_history import REPORT, snapshot, write
 from typer.testing import CliRunner
 
+from flashcore.cli import compare
 from flashcore.cli.program import app
 from flashcore.history.trend import FIRST
 
@@ -82,3 +84,32 @@ def test_the_trend_of_a_folder(folder):
     assert done.exit_code == 0 and "there is no trend" in done.stdout
     assert runner.invoke(app, ["trend", str(folder / "nowhere")]).exit_code == 2
     assert runner.invoke(app, ["trend", str(folder), "--problem", "reprot"]).exit_code == 2
+
+
+def test_all_lists_what_is_otherwise_counted(folder, monkeypatch):
+    monkeypatch.setattr(compare, "MOST_LINES", 0)
+    arguments = ["compare", "a", "other", "--out", str(folder)]
+    short, whole = (runner.invoke(app, [*arguments, *more]).stdout for more in ([], ["--all"]))
+    assert "more; --all lists them" in short and "--all lists them" not in whole
+    assert "Every timing" in whole and "Every timing" not in short and "sdpa-flash" in whole
+
+
+def test_what_is_no_number_is_null_in_json(capsys):
+    compare._print_json({"a": [math.nan, (math.inf, 1.5)], 3: {"b": -math.inf, "c": None, "d": "é"}}, indent=None)
+    text = capsys.readouterr().out
+    assert json.loads(text) == {"a": [None, [None, 1.5]], "3": {"b": None, "c": None, "d": "é"}} and "é" in text
+
+
+def test_a_run_that_could_not_be_read_is_named_below_the_trend(folder):
+    with (folder / "same" / "records.jsonl").open("a") as file:
+        file.write('{"schema_version": 99, "kind": "ceiling"}\n')
+    done = runner.invoke(app, ["trend", str(folder)])
+    text = " ".join(done.stdout.split())
+    assert done.exit_code == 0 and "The run same was left out:" in text and "install a newer FlashCore" in text
+
+
+def test_a_bare_file_of_records_can_be_compared_without_a_machine(folder, tmp_path):
+    bare = tmp_path / "kept.jsonl"
+    bare.write_bytes((folder / "slow" / "records.jsonl").read_bytes())
+    done = runner.invoke(app, ["compare", "a", str(bare), "--out", str(folder), "--strict"])
+    assert done.exit_code == 4 and "machine not known" in done.stdout

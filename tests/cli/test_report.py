@@ -106,3 +106,37 @@ def test_the_command_line_names_part_and_run(monkeypatch, made):
     assert result.exit_code == 0, result.output
     assert asked == [(made.path, "sweep", {"seed": 3}, "leadership", False)]
     assert CliRunner().invoke(app, ["report", "--run", str(made.path)]).exit_code == 2
+
+
+def test_a_run_without_a_part_is_refused_since_a_report_makes_a_new_one(made, monkeypatch):
+    monkeypatch.setattr(reporting, "report", lambda **given: pytest.fail("it was made all the same"))
+    done = runner.invoke(app, ["report", "--run", str(made.path)])
+    assert done.exit_code == 2 and "--run names the run that --only PART does again" in done.stderr
+
+
+def test_what_is_given_overrides_the_defaults_and_nothing_else(monkeypatch, run, tmp_path):
+    asked = []
+    monkeypatch.setattr(reporting, "report", lambda **given: asked.append(given) or result(run))
+    line = ["report", "--seed", "7", "--out", str(tmp_path), "--no-pdf", "--title", "Ours", "--profile", "quick"]
+    assert runner.invoke(app, line).exit_code == 0
+    (given,) = asked
+    assert (given["seed"], given["profile"], given["backends"], given["problems"]) == (7, "quick", "all", "default")
+    assert given["out"] == tmp_path and given["pdf"] is False and given["variant"].title == "Ours"
+
+
+def test_report_says_where_the_pdf_is_or_why_there_is_none(monkeypatch, run):
+    page = run.path / "report.html"
+    for printed, why, said in ((run.path / "report.pdf", "", "PDF: "), (None, "No PDF: [none].", "No PDF: [none].")):
+        found = reporting.ReportResult(run, page, decision("GO"), {}, printed, why)
+        monkeypatch.setattr(reporting, "report", lambda found=found, **given: found)
+        assert said in runner.invoke(app, ["report"]).stdout
+    found = reporting.ReportResult(run, page, decision("GO"), {})
+    monkeypatch.setattr(reporting, "report", lambda **given: found)
+    assert "PDF" not in runner.invoke(app, ["report"]).stdout
+
+
+@pytest.mark.parametrize("arguments", [["--audience", "everybody"], ["--audience", "leadership", "--sections", ""]])
+def test_render_refuses_a_page_that_there_is_not(run, arguments, monkeypatch):
+    monkeypatch.setattr(reporting, "render", lambda *_, **__: pytest.fail("it was drawn all the same"))
+    done = runner.invoke(app, ["render", str(run.path), *arguments])
+    assert done.exit_code == 2 and "Traceback" not in done.output

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib
+from matplotlib.figure import Figure
 from support import synthetic_records as synthetic
 from support.html_tools import svgs
 
@@ -52,3 +54,38 @@ def test_a_quote_in_the_message_does_not_end_it():
     html = svg.figure_html(plots.tflops_figure(lines), 'says "a < b" & more', caption="<b>")
     root = ElementTree.fromstring(svgs(html)[0])
     assert root.get("aria-label") == 'says "a < b" & more' and "&lt;b&gt;" in html
+
+
+def drawn(draw) -> str:
+    with svg.style():
+        figure = Figure(figsize=(2, 2))
+        draw(figure.add_subplot())
+        return svg.figure_html(figure, "alt")
+
+
+def test_black_follows_the_pages_ink_and_numbers_are_short():
+    html = drawn(lambda axes: axes.plot([0, 1 / 3], [0, 2 / 3], color="black"))
+    assert "currentColor" in html and "#000000" not in html
+    bare = re.sub(r'viewBox="[^"]*"', "", html)
+    assert not re.search(r"(?<![#\w])-?\d+\.\d{3,}", bare)
+
+
+def test_text_carries_no_font_of_this_machine():
+    html = drawn(lambda axes: axes.set_title("A title"))
+    assert ">A title<" in html and "DejaVu" not in html and html.count("font-family") == 1
+    assert re.search(r"font-weight: (bold|700)", html), "and keeps its weight"
+
+
+def test_the_style_is_put_back():
+    before = matplotlib.rcParams["svg.fonttype"], matplotlib.rcParams["axes.grid"]
+    with svg.style():
+        assert matplotlib.rcParams["axes.grid"] is True and matplotlib.rcParams["svg.fonttype"] == "none"
+    assert (matplotlib.rcParams["svg.fonttype"], matplotlib.rcParams["axes.grid"]) == before
+
+
+def test_without_a_caption_there_is_no_figure_around_it():
+    with svg.style():
+        figure = Figure()
+        plain, captioned = svg.figure_html(figure, "a"), svg.figure_html(figure, "a", caption="Words & more")
+    assert plain.startswith("<svg") and plain.endswith("</svg>")
+    assert captioned.startswith("<figure") and "<figcaption>Words &amp; more</figcaption>" in captioned

@@ -95,17 +95,6 @@ def test_a_problem_says_what_the_table_can_hold():
     )
 
 
-def test_paginate_mixes_pages_up_and_keeps_every_key():
-    k, v = (torch.randn(3, 2, 150, 64) for _ in range(2))
-    cache = paginate(k.half(), v.half(), 64)
-    table = cache.page_table.flatten().tolist()
-    assert len(set(table)) == 9 and table != sorted(table) and cache.num_pages > 9
-    for row in range(3):
-        pages = cache.page_table[row].long()
-        assert torch.equal(cache.k_pool[pages].transpose(0, 1).flatten(1, 2)[:, :150], k[row].half())
-        assert cache.v_pool[pages].transpose(0, 1).flatten(1, 2)[:, 150:].isnan().all()
-
-
 def test_chains_of_a_traced_decode_cover_every_unit_once():
     decode = backends.get("decode")
     for seqlen in (1, 64, 65, 333, 900, 1900, 8192):

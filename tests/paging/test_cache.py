@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.gpu_tools import nothing_synchronises
+from support.paged_caches import held, make, tokens
 
 from flashcore.errors import (
     FlashCoreError,
@@ -15,24 +16,7 @@ from flashcore.errors import (
     SequenceGone,
     SequenceTooLong,
 )
-from flashcore.paging import PagedKVCache, append_tokens, bounds_of_pool, gather
-
-HEADS, DIM = 2, 8
-
-
-def make(num_pages=16, batch=4, page_size=16, **options) -> PagedKVCache:
-    options = {"num_heads_kv": HEADS, "head_dim": DIM, "device": "cpu", **options}
-    return PagedKVCache(num_pages=num_pages, batch=batch, page_size=page_size, **options)
-
-
-def tokens(count: int, sequences: int = 1, dtype=torch.float16):
-    """k and v ``[sequences, HEADS, count, DIM]``."""
-    return torch.randn(2, sequences, HEADS, count, DIM).to(dtype).unbind(0)
-
-
-def held(cache, sequence):
-    """k and v of a sequence as they lie in its pages, ``[HEADS, length, DIM]``."""
-    return gather(cache, sequence.row)[:2]
+from flashcore.paging import append_tokens, bounds_of_pool, gather
 
 
 def state(cache):
@@ -277,18 +261,6 @@ def test_bad_calls_change_nothing(call, words):
     assert_same(before, state(cache))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"page_size": 48}, "page_size is 48; it has to be one of 16, 32, 64, 128, 256"),
-    ({"dtype": torch.float32}, "dtype is torch.float32; a cache holds torch.float16 or torch.bfloat16"),
-    ({"num_pages": 0}, "num_pages is 0"),
-    ({"batch": 2.5}, "batch is 2.5; it has to be a whole number"),
-    ({"max_pages": 2**31}, "max_pages is 2147483648"),
-])  # fmt: skip
-def test_bad_sizes(options, words):
-    with pytest.raises(InvalidProblem, match=words):
-        make(**options)
-
-
 def test_append_is_reserve_write_advance():
     """The three parts by themselves, with rows that hold no sequence riding along, as a captured graph runs them."""
     cache = make(batch=3)
@@ -359,34 +331,6 @@ def test_debug_mode_checks_after_each_step(monkeypatch):
     monkeypatch.setenv("FLASHCORE_DEBUG", "1")
     with pytest.raises(PageTableError, match=r"lengths\[0\] is 6 on the device and 7"):
         cache.append(*tokens(1))
-
-
-def test_key_bounds_are_exact_and_kept_up_to_date():
-    cache = make(num_pages=6)
-    sequence = cache.add()
-    cache.append(*tokens(20))
-    for _ in range(20):
-        cache.append(*tokens(1))
-    k = held(cache, sequence)[0]
-    for column, page in enumerate(cache.pages(sequence)):
-        keys = k[:, column * 16 : (column + 1) * 16]
-        assert torch.equal(cache.key_bounds[page, :, 0], keys.amin(dim=1))
-        assert torch.equal(cache.key_bounds[page, :, 1], keys.amax(dim=1))
-    assert torch.equal(bounds_of_pool(cache), cache.key_bounds)
-    child = cache.fork(sequence)
-    cache.append(*tokens(1), [child])
-    assert torch.equal(bounds_of_pool(cache), cache.key_bounds)
-    cache.free(sequence), cache.free(child)
-    again = cache.add()
-    cache.append(*tokens(96), [again])  # every page a second time: what lay there before must not count
-    assert torch.equal(bounds_of_pool(cache), cache.key_bounds)
-
-
-def test_a_cache_without_bounds():
-    cache = make(key_bounds=False)
-    cache.add()
-    cache.append(*tokens(20))
-    assert cache.key_bounds is None and cache.stats().overhead_bytes == 4 * 16 * 4 + 4 * 4
 
 
 def test_a_view_of_some_sequences():

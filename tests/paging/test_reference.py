@@ -1,4 +1,4 @@
-"""Paged attention in float64 equals dense attention over the same keys; patterns and metrics are what they say."""
+"""Paged attention in float64 equals dense attention over the same keys."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ import math
 import pytest
 import torch
 
-from flashcore.errors import InvalidProblem, PageTableError, UnknownName
+from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.numerics import reference
-from flashcore.paging import (
-    ATTENTION_PATTERNS,
-    AllPages,
-    PagedKVCache,
-    PageSelection,
-    SinkWindow,
-    TopK,
-    make_attention,
-    paged_reference,
-    recalled,
-    selection_accuracy,
-)
+from flashcore.paging import AllPages, PagedKVCache, PageSelection, SinkWindow, paged_reference
 from flashcore.problem import Problem
 
 HEADS, DIM, SIZE = 2, 16, 16
@@ -109,101 +98,3 @@ def test_wrong_arguments():
     selection.pages[3, 0, 0] = 7
     with pytest.raises(PageTableError, match="a page that the sequence does not have"):
         paged_reference(torch.zeros(4, 2, 1, DIM).half(), cache, selection)
-
-
-# --- patterns and metrics ------------------------------------------------------------------------------------------
-
-PATTERN = Problem(batch=1, num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=2048, head_dim=64, causal=True)
-
-
-def pattern_cache(pattern, problem=PATTERN, **options):
-    q, k, v = make_attention(problem, pattern, **options)
-    cache = PagedKVCache(num_pages=problem.seqlen_k // 32, batch=1, num_heads_kv=2, head_dim=64, page_size=32,
-                         dtype=k.dtype, device="cpu")  # fmt: skip
-    cache.add()
-    cache.append(k, v)
-    return q, cache
-
-
-def probabilities(pattern, problem=PATTERN):
-    q, k, _ = make_attention(problem, pattern)
-    group = problem.num_heads_q // problem.num_heads_kv
-    return ((q.double() @ k.double().repeat_interleave(group, dim=1).mT) * problem.scale).softmax(-1)[:, :, 0]
-
-
-@pytest.mark.parametrize("scale", [None, 0.5, -0.2])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_patterns_are_what_they_say(scale, dtype):
-    problem = PATTERN.with_(softmax_scale=scale, dtype=dtype)
-    needle = probabilities("needle", problem)
-    assert (needle.amax(-1) > 0.8).all() and needle[..., 256:1024].sum(-1).min() > 0.8
-    peaked = probabilities("peaked", problem).sort(descending=True).values
-    assert (peaked[..., :16].sum(-1) > 0.8).all() and (peaked[..., 0] < 0.2).all()
-    diffuse = probabilities("diffuse", problem)
-    assert (diffuse.amax(-1) < 0.05).all()
-    by_tenths = probabilities("drifting", problem)[..., -2000:].unflatten(-1, (10, 200)).sum(-1).mean(dim=(0, 1))
-    assert (by_tenths.diff() > 0).all() and by_tenths[-3:].sum() > 0.8
-
-
-def test_a_seed_gives_the_same_numbers_and_another_gives_others():
-    first, again, other = (make_attention(PATTERN, "peaked", seed=seed) for seed in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert [t.shape for t in first] == [(1, 8, 1, 64), (1, 2, 2048, 64), (1, 2, 2048, 64)]
-
-
-def test_wrong_patterns():
-    with pytest.raises(
-        UnknownName, match="no attention pattern 'flat'; choose one of: peaked, diffuse, drifting, needle"
-    ):
-        make_attention(PATTERN, "flat")
-    with pytest.raises(InvalidProblem, match="channels is 65"):
-        make_attention(PATTERN, "needle", channels=65)
-    with pytest.raises(InvalidProblem, match="softmax_scale is 0"):
-        make_attention(PATTERN.with_(softmax_scale=0.0), "needle")
-
-
-@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
-def test_selecting_everything_loses_nothing(pattern):
-    q, cache = pattern_cache(pattern)
-    found = selection_accuracy(q, cache, AllPages().select(q, cache))
-    assert found.mass_least == pytest.approx(1.0) and found.error_largest < 1e-12 and found.pages_share == 1.0
-
-
-def test_the_metrics_by_hand():
-    q, cache = pattern_cache("drifting")
-    selection = SinkWindow(0, 8).select(q, cache)
-    mass, error = recalled(q, cache, selection)
-    probs = probabilities("drifting")
-    torch.testing.assert_close(mass[..., 0], probs[..., -256:].sum(-1))
-    values = cache.v_pool[: 2048 // 32].double().transpose(0, 1).flatten(1, 2)
-    dense = torch.einsum("hgk,hkd->hgd", probs.view(2, 4, -1), values)
-    part = torch.einsum("hgk,hkd->hgd", probs.view(2, 4, -1)[..., -256:], values[:, -256:])
-    part /= probs.view(2, 4, -1)[..., -256:].sum(-1, keepdim=True)
-    torch.testing.assert_close(error.flatten(), ((part - dense).norm(dim=-1) / dense.norm(dim=-1)).flatten())
-    assert selection_accuracy(q, cache, selection).pages_share == pytest.approx(8 / 64)
-
-
-def test_queries_that_see_no_key_are_left_out():
-    problem = PATTERN.with_(seqlen_q=4, seqlen_k=2)
-    q, k, v = make_attention(problem, "diffuse")
-    cache = PagedKVCache(num_pages=1, batch=1, num_heads_kv=2, head_dim=64, page_size=32, device="cpu")
-    cache.add()
-    cache.append(k, v)
-    mass, error = recalled(q, cache, AllPages().select(q, cache))
-    assert mass[..., :2].isnan().all() and error[..., :2].isnan().all() and mass[..., 2:].eq(1).all()
-    assert selection_accuracy(q, cache, AllPages().select(q, cache)).mass_mean == 1.0
-
-
-def test_a_saving_that_loses_the_needle_shows():
-    """At 30 % of the pages, a window keeps what drifts and loses the needle; bounds find it unless it is spread."""
-    q, cache = pattern_cache("needle")
-    window, top = SinkWindow(1, 18), TopK(share=0.3)
-    lost = selection_accuracy(q, cache, window.select(q, cache))
-    found = selection_accuracy(q, cache, top.select(q, cache))
-    assert lost.mass_mean < 0.1 and lost.error_mean > 0.5
-    assert found.mass_least > 0.85 and found.error_largest < 0.15
-    q, cache = pattern_cache("drifting")
-    assert selection_accuracy(q, cache, window.select(q, cache)).mass_mean > 0.85
-    thin = [pattern_cache("needle", channels=64, seed=seed) for seed in range(4)]
-    assert min(selection_accuracy(q, cache, top.select(q, cache)).mass_least for q, cache in thin) < 0.5

@@ -1,0 +1,64 @@
+"""What a selection loses, against arithmetic by hand; a saving that loses the needle shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.attention_patterns import PATTERN, pattern_cache, probabilities
+
+from flashcore.paging import (
+    ATTENTION_PATTERNS,
+    AllPages,
+    PagedKVCache,
+    SinkWindow,
+    TopK,
+    make_attention,
+    recalled,
+    selection_accuracy,
+)
+
+
+@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
+def test_selecting_everything_loses_nothing(pattern):
+    q, cache = pattern_cache(pattern)
+    found = selection_accuracy(q, cache, AllPages().select(q, cache))
+    assert found.mass_least == pytest.approx(1.0) and found.error_largest < 1e-12 and found.pages_share == 1.0
+
+
+def test_the_metrics_by_hand():
+    q, cache = pattern_cache("drifting")
+    selection = SinkWindow(0, 8).select(q, cache)
+    mass, error = recalled(q, cache, selection)
+    probs = probabilities("drifting")
+    torch.testing.assert_close(mass[..., 0], probs[..., -256:].sum(-1))
+    values = cache.v_pool[: 2048 // 32].double().transpose(0, 1).flatten(1, 2)
+    dense = torch.einsum("hgk,hkd->hgd", probs.view(2, 4, -1), values)
+    part = torch.einsum("hgk,hkd->hgd", probs.view(2, 4, -1)[..., -256:], values[:, -256:])
+    part /= probs.view(2, 4, -1)[..., -256:].sum(-1, keepdim=True)
+    torch.testing.assert_close(error.flatten(), ((part - dense).norm(dim=-1) / dense.norm(dim=-1)).flatten())
+    assert selection_accuracy(q, cache, selection).pages_share == pytest.approx(8 / 64)
+
+
+def test_queries_that_see_no_key_are_left_out():
+    problem = PATTERN.with_(seqlen_q=4, seqlen_k=2)
+    q, k, v = make_attention(problem, "diffuse")
+    cache = PagedKVCache(num_pages=1, batch=1, num_heads_kv=2, head_dim=64, page_size=32, device="cpu")
+    cache.add()
+    cache.append(k, v)
+    mass, error = recalled(q, cache, AllPages().select(q, cache))
+    assert mass[..., :2].isnan().all() and error[..., :2].isnan().all() and mass[..., 2:].eq(1).all()
+    assert selection_accuracy(q, cache, AllPages().select(q, cache)).mass_mean == 1.0
+
+
+def test_a_saving_that_loses_the_needle_shows():
+    """At 30 % of the pages, a window keeps what drifts and loses the needle; bounds find it unless it is spread."""
+    q, cache = pattern_cache("needle")
+    window, top = SinkWindow(1, 18), TopK(share=0.3)
+    lost = selection_accuracy(q, cache, window.select(q, cache))
+    found = selection_accuracy(q, cache, top.select(q, cache))
+    assert lost.mass_mean < 0.1 and lost.error_mean > 0.5
+    assert found.mass_least > 0.85 and found.error_largest < 0.15
+    q, cache = pattern_cache("drifting")
+    assert selection_accuracy(q, cache, window.select(q, cache)).mass_mean > 0.85
+    thin = [pattern_cache("needle", channels=64, seed=seed) for seed in range(4)]
+    assert min(selection_accuracy(q, cache, top.select(q, cache)).mass_least for q, cache in thin) < 0.5

@@ -1,0 +1,56 @@
+"""What a caller may pass to a paged cache, and the one sentence that says what was wrong with the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.paged_caches import make
+
+from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.paging import PagedKV
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"page_size": 48}, "page_size is 48; it has to be one of 16, 32, 64, 128, 256"),
+    ({"dtype": torch.float32}, "dtype is torch.float32; a cache holds torch.float16 or torch.bfloat16"),
+    ({"num_pages": 0}, "num_pages is 0"),
+    ({"batch": 2.5}, "batch is 2.5; it has to be a whole number"),
+    ({"max_pages": 2**31}, "max_pages is 2147483648"),
+])  # fmt: skip
+def test_bad_sizes(options, words):
+    with pytest.raises(InvalidProblem, match=words):
+        make(**options)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda k, v, t, n: (k, v, t.long(), n), r"page_table is torch.int64; convert it with page_table.to"),
+    (lambda k, v, t, n: (k, v, t, n.float()), "lengths is torch.float32"),
+    (lambda k, v, t, n: (k, v, t.to("meta"), n), "page_table lies on meta and the pools on cpu; move it there"),
+    (lambda k, v, t, n: (k, v, t, n.to("meta")), "lengths lies on meta"),
+    (lambda k, v, t, n: (k, v, t[0], n), r"page_table is \[4\]; it has to be a tensor \[batch, max_pages\]"),
+    (lambda k, v, t, n: (k, v, t.tolist(), n), "page_table is list"),
+    (lambda k, v, t, n: (k, v, t[:1], n), "page_table has 1 rows and lengths has 2"),
+    (lambda k, v, t, n: (k, v, t.T.contiguous().T, n), "page_table has stride 2 in its last dimension"),
+    (lambda k, v, t, n: (k.float(), v.float(), t, n), "k_pool is torch.float32; a cache holds torch.float16 or"),
+    (lambda k, v, t, n: (k, v[:5], t, n), r"v_pool is torch.float16 \[5, 2, 16, 8\] on cpu; they have to be alike"),
+    (lambda k, v, t, n: (k[0], v, t, n), r"k_pool is \[2, 16, 8\]; it has to be a tensor of four dimensions"),
+    (lambda k, v, t, n: (k.mT.contiguous().mT, v, t, n), "last dimension of k_pool is not contiguous"),
+    (lambda k, v, t, n: (k.transpose(1, 2), v.transpose(1, 2), t, n), "pages of 2 tokens in layout 'hnd'"),
+])  # fmt: skip
+def test_wrong_tensors(tables, change, words):
+    with pytest.raises(PageTableError, match=words) as caught:
+        PagedKV.from_tables(*change(*tables))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda q: q[0], r"q is \[4, 1, 8\]"),
+    (lambda q: q.float(), "q is torch.float32 on cpu, and the cache is torch.float16"),
+    (lambda q: q.to("meta"), "on meta"),
+    (lambda q: q[:1], r"q has batch 1 and head_dim 8, and the cache has 2 and 8.*cache.view\(sequences\)"),
+    (lambda q: q[:, :3], r"num_heads_q \(3\) must be a multiple of num_heads_kv \(2\)"),
+    (lambda q: q.tolist(), "q is list"),
+])  # fmt: skip
+def test_wrong_queries(tables, change, words):
+    with pytest.raises(InvalidProblem, match=words):
+        PagedKV.from_tables(*tables).check_query(change(torch.zeros(2, 4, 1, 8, dtype=torch.float16)))

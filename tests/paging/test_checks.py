@@ -1,0 +1,75 @@
+"""Reading tables back: each thing that can be wrong with them is one typed sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.paged_caches import DIM, HEADS
+
+from flashcore.errors import PagesOverlap, PageTableError, SequenceTooLong
+from flashcore.paging import PagedKV, append_tokens, paged_reference
+
+
+@pytest.mark.parametrize("number", [6, -2, 2**31 - 1])
+def test_a_page_outside_the_pool(tables, number, monkeypatch):
+    tables[2][1, 2] = number
+    kv = PagedKV.from_tables(*tables)
+    with pytest.raises(PageTableError, match=rf"page_table\[1, 2\] is {number} and the pool has pages 0 to 5"):
+        kv.check()
+    monkeypatch.setenv("FLASHCORE_DEBUG", "1")
+    with pytest.raises(PageTableError, match="the pool has pages"):
+        PagedKV.from_tables(*tables)
+    with pytest.raises(PageTableError, match="the pool has pages"):
+        paged_reference(torch.zeros(2, 2, 1, DIM).half(), kv)
+
+
+@pytest.mark.parametrize("length", [65, -1])
+def test_a_length_beyond_the_table(tables, length):
+    tables[3][1] = length
+    with pytest.raises(SequenceTooLong, match=f"Row 1 would hold {length} tokens and its pages hold 64"):
+        PagedKV.from_tables(*tables).check()
+
+
+def test_a_length_that_leaves_no_room(tables):
+    kv = PagedKV.from_tables(*tables)
+    with pytest.raises(SequenceTooLong, match="Row 1 would hold 65 tokens"):
+        kv.check(tokens=32)
+
+
+def test_overlapping_pages_are_wrong_only_where_they_are_written(tables, monkeypatch):
+    tables[2][0, 1] = 1  # the partial last page of both
+    kv = PagedKV.from_tables(*tables)
+    kv.check()
+    with pytest.raises(
+        PagesOverlap, match="Row 0 writes its next tokens to page 1, which the page table names 2 times"
+    ):
+        kv.check(tokens=1)
+    new = torch.ones(2, HEADS, 1, DIM, dtype=torch.float16)
+    monkeypatch.setenv("FLASHCORE_DEBUG", "1")
+    with pytest.raises(PagesOverlap):
+        append_tokens(new, new, *tables)
+    only_row_1 = torch.tensor([1])
+    with pytest.raises(PagesOverlap, match="Row 1"):
+        append_tokens(new[:1], new[:1], *tables, rows=only_row_1)
+    assert tables[3].tolist() == [20, 33]
+
+
+def test_a_page_ahead_that_another_reads(tables):
+    tables[3][0] = 32  # the next token begins a new page, and the table names one that row 1 reads
+    tables[2][0, 2] = 3
+    kv = PagedKV.from_tables(*tables)
+    kv.check()
+    with pytest.raises(PagesOverlap, match="Row 0 writes its next tokens to page 3"):
+        kv.check(tokens=1)
+
+
+def test_a_page_ahead_that_is_not_there(tables):
+    tables[2][1, 2] = 4
+    tables[2][0, 1] = 0
+    tables[2][0, 2] = -1
+    kv = PagedKV.from_tables(*tables)
+    kv.check(tokens=12)
+    with pytest.raises(
+        PageTableError, match=r"page_table\[0, 2\] is -1, and row 0 writes its next tokens there; reserve"
+    ):
+        kv.check(tokens=13)

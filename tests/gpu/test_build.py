@@ -9,6 +9,7 @@ import pytest
 
 from flashcore.errors import CompileError, UnknownName
 from flashcore.gpu import build
+from flashcore.records import Trial
 
 TINY = """// A kernel of the tests.
 // Variants: head_dim 64, dtype float16
@@ -114,8 +115,8 @@ def test_a_compile_error_shows_the_compilers_log_with_file_and_line(tiny):
 def test_build_all_records_a_kernel_that_does_not_compile(tiny):
     tiny.write_text(TINY.replace("1.f;", "nonsense;"))
     told = []
-    trials = build.build_all(progress=told.append)
-    assert len(trials) == len(told) == 2 + 8 * (len(build.kernel_names()) - 1)
+    trials = build.build_all(progress=told.append, kernels=["tiny", "wmma"])
+    assert len(trials) == len(told) == 2 + 8
     broken = [t for t in trials if t.status == "error"]
     assert {t.data["kernel"] for t in broken} == {"tiny"} and "nonsense" in broken[0].reason
     good = next(t for t in trials if t.data["kernel"] == "attention_wmma" and not t.data["trace"])
@@ -219,3 +220,15 @@ def test_a_kernel_is_known_by_its_stem_and_without_attention_in_front(tiny):
     with pytest.raises(UnknownName, match="no kernel 'wmmma'; choose one of: .*attention_wmma"):
         build.build_all(kernels=["tiny", "wmmma"])
     assert not build.cache_dir().exists(), "nothing is compiled when a name is wrong"
+
+
+def test_build_all_builds_every_variant_of_every_kernel_unless_told_which(tiny, monkeypatch):
+    asked = []
+
+    def remember(kernel, head_dim, dtype, trace):
+        asked.append((kernel, head_dim, dtype, trace))
+        return Trial(kind="build", data={"kernel": kernel, "cached": True})
+
+    monkeypatch.setattr(build, "_build_trial", remember)
+    assert len(build.build_all()) == len(set(asked)) == 2 + 8 * (len(build.kernel_names()) - 1)
+    assert {kernel for kernel, *_ in asked} == set(build.kernel_names()) >= {"tiny", "attention_hopper"}

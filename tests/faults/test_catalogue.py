@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+import random
 from pathlib import Path
 
 import pytest
@@ -93,30 +92,43 @@ def test_a_patch_fits_exactly_once_and_changes_the_code(name, backend):
     assert build._bare(text) != build._bare(build.kernel_source(kernel))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_patched_kernel_compiles(monkeypatch):
-    """The traced build holds all the code that the production build does."""
-    pytest.importorskip("cuda.core")  # before the threads: its first import is not safe in several at once
-    monkeypatch.setattr("flashcore.backends.hopper.multiprocessors", lambda device: 132)
-
-    def compile_one(variant):
-        kernel, defines, text = variant
-        macros = dict(defines)
-        return build.compile_kernel(kernel, head_dim=64, dtype="float16", trace=True, defines=macros, source=text)
-
-    variants: dict[tuple, list] = {}  # backends of one kernel share what is compiled
+def patched() -> dict[tuple, list[tuple[str, str]]]:
+    """Every patched source, by kernel, macros and text, with the patches that give it: backends may share one."""
+    found: dict[tuple, list[tuple[str, str]]] = {}
     for name, host in PATCHES:
         fault, kernel = catalogue.get(name), kernel_of(host)
-        defines = () if host == kernel else backends.get(host).defines(fault.problem_in(host), 0)
-        variants.setdefault((kernel, defines, fault.plants[host].text(kernel)), []).append((name, host))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cubins = list(pool.map(compile_one, variants))
-        as_they_are = {(kernel, defines, None) for kernel, defines, _ in variants}
-        clean = dict(zip(as_they_are, pool.map(compile_one, as_they_are), strict=True))
-    for ((kernel, defines, _), patches), cubin in zip(variants.items(), cubins, strict=True):
-        same = cubin.path.read_bytes() == clean[kernel, defines, None].path.read_bytes()
-        assert not same, f"{patches} compiles to the same code"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flashcore.backends.hopper.multiprocessors", lambda device: 132)
+            defines = () if host == kernel else backends.get(host).defines(fault.problem_in(host), 0)
+        found.setdefault((kernel, defines, fault.plants[host].text(kernel)), []).append((name, host))
+    return found
+
+
+def sampled(variants: dict[tuple, list]) -> list:
+    """Every variant as a parameter: a fifth of each kernel and macros by a fixed seed, the rest marked `exhaustive`."""
+    groups: dict[tuple, list[tuple]] = {}
+    for variant in variants:
+        groups.setdefault(variant[:2], []).append(variant)
+    chosen = {v for group in groups.values() for v in random.Random(0).sample(group, k=-(-len(group) // 5))}
+    return [
+        pytest.param(*variant, id="-".join(patches[0]), marks=[] if variant in chosen else pytest.mark.exhaustive)
+        for variant, patches in variants.items()
+    ]
+
+
+@pytest.mark.parametrize(("kernel", "defines", "text"), sampled(patched()))
+def test_a_patched_kernel_compiles_to_other_code(kernel, defines, text):
+    """The traced build holds all the code that the production build does."""
+    pytest.importorskip("cuda.core")
+    given = {"head_dim": 64, "dtype": "float16", "trace": True, "defines": dict(defines)}
+    changed, clean = build.compile_kernel(kernel, source=text, **given), build.compile_kernel(kernel, **given)
+    assert changed.path.read_bytes() != clean.path.read_bytes()
+
+
+def test_the_sample_of_patches_has_some_of_every_kernel():
+    parameters = sampled(patched())
+    default = {p.values[:2] for p in parameters if not p.marks}
+    assert default == {p.values[:2] for p in parameters} and 30 <= sum(not p.marks for p in parameters) < 60
 
 
 def test_a_patch_that_no_longer_fits_is_an_error():

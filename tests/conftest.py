@@ -1,16 +1,32 @@
-"""Shared by all tests: the `gpu` marker, fixed seeds, and caches and run folders that belong to the test alone."""
+"""Shared by all tests: markers and who may start what, one thread a process, fixed seeds, caches of the session.
+
+A test that starts the CUDA compiler, a browser or a Jupyter kernel has the marker `compiler`, `browser` or `notebook`;
+without it the test fails, so that `make test-fast` stays what it says. `gpu` stands for all three.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import re
+import sys
+from pathlib import Path
+
+# Before torch is imported, and for every process that a test starts. The tensors of tests are small: a second thread
+# makes no test faster, and on a busy machine it makes them ten times slower, since threads wait for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ["MPLBACKEND"] = os.environ.get("MPLBACKEND", "Agg")
 
 import pytest
 
-from flashcore.gpu import device
+from flashcore.gpu import build, device
 from flashcore.records import RunFolder
 
-os.environ.setdefault("MPLBACKEND", "Agg")
+STARTS = {"compiler": "the CUDA compiler", "browser": "a browser", "notebook": "a Jupyter kernel"}
+"""What a test may start only under the marker of that name. A test with a fixture of that name has the marker."""
+
+
+# --- which tests run -------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser):
@@ -18,6 +34,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for name in STARTS:
+            if name in item.fixturenames:
+                item.add_marker(name)
+
     if not config.getoption("--exhaustive") and "exhaustive" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         if left_out:
@@ -28,6 +49,113 @@ def pytest_collection_modifyitems(config, items):
     if marked and not device.has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="this machine has no NVIDIA GPU that torch can use"))
+
+
+# --- what a test may start -------------------------------------------------------------------------------------------
+
+_started: set[str] = set()
+_nvrtc = build._nvrtc
+
+
+def _counted(*arguments):
+    _started.add("compiler")
+    return _nvrtc(*arguments)
+
+
+def _hear(event: str, arguments: tuple) -> None:
+    if event == "subprocess.Popen":
+        program, line = arguments[0], arguments[1]
+        if re.search(r"chrom|edge|playwright", str(program)):
+            _started.add("browser")
+        if "ipykernel" in str(line):
+            _started.add("notebook")
+
+
+build._nvrtc = _counted
+sys.addaudithook(_hear)
+
+
+def _may_start(item, name: str) -> bool:
+    return any(item.get_closest_marker(marker) for marker in (name, "gpu"))
+
+
+def _check_what_started(item, own_cache: Path | None = None) -> None:
+    if own_cache is not None and any(own_cache.glob("*.cubin")):  # also by a process of its own
+        _started.add("compiler")
+    wrong = sorted(name for name in _started if not _may_start(item, name))
+    _started.clear()
+    if wrong:
+        told = " and ".join(STARTS[name] for name in wrong)
+        pytest.fail(f"This test starts {told}: mark it {', '.join(f'pytest.mark.{name}' for name in wrong)}.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    _started.clear()
+    result = yield
+    _check_what_started(item)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    _check_what_started(item, item.funcargs.get("_cubins"))
+    return result
+
+
+# --- fixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this session that all workers see; `support.sharing.made_once` makes things there."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_cubins(shared_folder):
+    """What one test compiled no other test of the session compiles again. It starts empty, and the user's stays alone.
+
+    A test that needs an empty cache sets FLASHCORE_CACHE to a folder of its own.
+    """
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FLASHCORE_CACHE", str(shared_folder / "cubins"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cubins(request, _shared_cubins, tmp_path_factory):
+    """A test without the marker `compiler` finds an empty cache; that it stays empty is checked after the test."""
+    if _may_start(request.node, "compiler"):
+        yield None
+        return
+    own = tmp_path_factory.getbasetemp() / "no-cubins"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FLASHCORE_CACHE", str(own))
+        yield own
+    for path in own.glob("*"):
+        path.unlink()
+
+
+@pytest.fixture(scope="session")
+def _no_browser(tmp_path_factory) -> str:
+    program = tmp_path_factory.getbasetemp() / "no-browser"
+    program.write_text("#!/bin/sh\necho 'mark this test pytest.mark.browser' >&2\nexit 1\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.fixture(autouse=True)
+def _browsers(request, _no_browser):
+    """A test without the marker `browser` prints no PDF, so that a report that it makes takes less long."""
+    with pytest.MonkeyPatch.context() as environment:
+        if not _may_start(request.node, "browser"):
+            environment.setenv("FLASHCORE_CHROMIUM", _no_browser)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 
 import pytest
+from support.sampling import sampled
 
 from flashcore.errors import CompileError, UnknownName
 from flashcore.gpu import build
@@ -64,6 +65,7 @@ def test_a_comment_inside_a_string_is_code():
     assert build._bare('a = "// no comment"; // one') == 'a="//nocomment";'
 
 
+@pytest.mark.compiler
 def test_a_cubin_says_what_the_compiler_made_and_is_cached(tiny):
     first = compiled()
     assert not first.cached and first.path.is_file() and first.spill_bytes == 0 and 0 < first.registers < 64
@@ -74,6 +76,7 @@ def test_a_cubin_says_what_the_compiler_made_and_is_cached(tiny):
     assert compiled(trace=True).path != first.path
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("damage", ["empty cubin", "cut off facts", "no facts", "facts of another"])
 def test_a_damaged_cache_entry_is_built_again(tiny, damage):
     entry = compiled().path
@@ -95,6 +98,7 @@ def _compile_in_a_process(_):
     return build.compile_kernel("tiny", head_dim=64, dtype="float16").path.stat().st_size
 
 
+@pytest.mark.compiler
 def test_several_processes_may_build_the_same_entry_at_once(tiny, tmp_path):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         sizes = pool.map(_compile_in_a_process, range(3))
@@ -102,6 +106,7 @@ def test_several_processes_may_build_the_same_entry_at_once(tiny, tmp_path):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")], "no half-written file is left"
 
 
+@pytest.mark.compiler
 def test_a_compile_error_shows_the_compilers_log_with_file_and_line(tiny):
     tiny.write_text(TINY.replace("1.f;", "nonsense;"))
     with pytest.raises(CompileError) as caught:
@@ -112,15 +117,35 @@ def test_a_compile_error_shows_the_compilers_log_with_file_and_line(tiny):
         compiled(source=header)
 
 
+@pytest.mark.compiler
 def test_build_all_records_a_kernel_that_does_not_compile(tiny):
     tiny.write_text(TINY.replace("1.f;", "nonsense;"))
     told = []
-    trials = build.build_all(progress=told.append, kernels=["tiny", "wmma"])
+    trials = build.build_all(progress=told.append, kernels=["tiny", "scalar"])
     assert len(trials) == len(told) == 2 + 8
     broken = [t for t in trials if t.status == "error"]
     assert {t.data["kernel"] for t in broken} == {"tiny"} and "nonsense" in broken[0].reason
-    good = next(t for t in trials if t.data["kernel"] == "attention_wmma" and not t.data["trace"])
-    assert good.source_hash == build.source_hash("attention_wmma") and good.data["spill_bytes"] == 0
+    good = next(t for t in trials if t.data["kernel"] == "attention_scalar" and not t.data["trace"])
+    assert good.source_hash == build.source_hash("attention_scalar") and good.data["spill_bytes"] == 0
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "dtype"),
+    # Two of a kernel, which have both types and both head_dims. Without trace each variant is compiled by other tests.
+    sampled([(k, *v) for k in build.kernel_names() for v in build.variants(k)], kind=lambda case: case[0]),
+)
+def test_every_kernel_compiles_with_its_trace(kernel, head_dim, dtype):
+    cubin = build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=True)
+    assert cubin.path.stat().st_size > 0 and cubin.warnings == [] and 0 < cubin.registers <= 255
+
+
+@pytest.mark.compiler
+@pytest.mark.exhaustive
+def test_every_variant_of_every_kernel_is_built():
+    trials = build.build_all()
+    assert len(trials) == sum(2 * len(build.variants(k)) for k in build.kernel_names())
+    assert [(t.data, t.reason) for t in trials if t.status != "ok"] == []
 
 
 def test_the_log_of_ptxas_is_read():
@@ -184,6 +209,7 @@ def test_a_repeated_call_sees_an_edit_after_a_moment_without_reading_the_file_ea
     assert build.source_version("watched") != before
 
 
+@pytest.mark.compiler
 def test_a_cache_entry_that_others_may_write_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
     monkeypatch.setenv("FLASHCORE_CACHE", str(tmp_path / "cache"))
@@ -200,6 +226,7 @@ def test_a_cache_entry_that_others_may_write_is_built_again(tmp_path, monkeypatc
     assert not again.cached and again.path.read_bytes() != forged
 
 
+@pytest.mark.compiler
 def test_build_all_builds_the_kernels_it_is_given_and_tells_of_those_it_had_to_compile(tiny):
     told = []
     first = build.build_all(told.append, kernels=["tiny", "tiny"])

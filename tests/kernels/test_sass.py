@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.sampling import sampled
 
 from flashcore.gpu import build
 
-pytestmark = pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed")
+pytestmark = [
+    pytest.mark.compiler,
+    pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed"),
+]
 
 TRACED = [k for k in build.kernel_names() if re.search(r"\bTRACE\(", build.kernel_path(k).read_text())]
 VARIANTS = [(k, head_dim, dtype) for k in TRACED for head_dim, dtype in build.variants(k)]
@@ -73,26 +75,26 @@ def test_there_are_kernels_to_look_at():
     assert len(HOPPER_TILES) == 8
 
 
-@pytest.mark.slow
-def test_production_sass_is_the_same_with_the_hooks_taken_out():
-    pytest.importorskip("cuda.core")  # before the threads: its first import is not safe in several at once
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "dtype", "defines"),
+    # Of each text that the backends ask for two variants, which have both types and both head_dims.
+    sampled(
+        [(*v, ()) for v in VARIANTS] + [(HOPPER, *tile) for tile in HOPPER_TILES + PAGED_TILES if tile[2]],
+        kind=lambda case: (case[0], tuple(name for name, _ in case[3])),
+    ),
+)
+def test_production_sass_is_the_same_with_the_hooks_taken_out(kernel, head_dim, dtype, defines):
+    variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict(defines)}
+    production = instructions(build.compile_kernel(kernel, **variant))
+    without = instructions(build.compile_kernel(kernel, **variant, source=stripped(build.kernel_source(kernel))))
+    assert len(production) > 100
+    assert production == without, "the trace hooks left something in production"
 
-    def compile_one(job):
-        kernel, head_dim, dtype, defines, source, trace = job
-        return build.compile_kernel(
-            kernel, head_dim=head_dim, dtype=dtype, defines=dict(defines), source=source, trace=trace
-        )
 
-    variants = [(*v, ()) for v in VARIANTS] + [(HOPPER, *tile) for tile in HOPPER_TILES + PAGED_TILES if tile[2]]
-    jobs = [(*v, source, False) for v in variants for source in (None, stripped(build.kernel_source(v[0])))]
-    traced = [(*variants[0], None, True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        *cubins, with_trace = pool.map(compile_one, jobs + traced)
-    for number, variant in enumerate(variants):
-        production, without = (instructions(cubin) for cubin in cubins[2 * number : 2 * number + 2])
-        assert len(production) > 100
-        assert production == without, f"{variant}: the trace hooks left something in production"
-    assert instructions(with_trace) != instructions(cubins[0]), "the comparison has to see trace code"
+def test_the_comparison_of_sass_sees_trace_code():
+    variant = {"head_dim": 64, "dtype": "float16"}
+    plain, traced = (build.compile_kernel("attention_wmma", **variant, trace=trace) for trace in (False, True))
+    assert instructions(plain) != instructions(traced)
 
 
 @pytest.mark.parametrize(("kernel", "head_dim", "dtype"), VARIANTS)

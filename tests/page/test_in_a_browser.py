@@ -7,16 +7,21 @@ import os
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import nbformat
 import pytest
 from support import synthetic_paging as paging
 from support import synthetic_records as synthetic
+from support.sampling import sampled
+from support.sharing import made_once
 
 from flashcore.page import SECTIONS, variant
 from flashcore.paths import data_dir
 from flashcore.pipeline import reporting
 from flashcore.records import RunFolder
+
+pytestmark = pytest.mark.notebook  # every page is drawn by the status report's notebook
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RUNS = ("no-go", "broken", "cpu", "go")
@@ -49,27 +54,40 @@ def other_notebook() -> nbformat.NotebookNode:
     return v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory) -> dict[str, RunFolder]:
-    """Rendered pages of synthetic runs: one that fails gates, one that broke off, and one without a GPU."""
-    root = tmp_path_factory.mktemp("pages")
+class Pages(dict):
+    """Synthetic runs by name; the page of one is drawn when it is first asked for, by one worker for all."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = made_once(folder, write_runs)
+
+    def __missing__(self, name: str) -> RunFolder:
+        self[name] = RunFolder(made_once(self.folder / name, draw))
+        return self[name]
+
+
+def write_runs(root: Path) -> None:
+    """A run that fails gates, one that broke off, one without a GPU, and one that says GO."""
     died = synthetic.finished("04_tflops_sweep", status="error", reason="its Jupyter kernel died (killed)")
-    hostile = record_with_markup()
     broken = [t for t in synthetic.gpu_trials() if t.data.get("name") != "04_tflops_sweep"]
-    runs = {
-        "no-go": synthetic.write_run(root / "no-go", synthetic.gpu_trials(), synthetic.environment()),
-        "broken": synthetic.write_run(root / "broken", [*broken, hostile, died], synthetic.environment()),
-        "cpu": synthetic.write_run(root / "cpu", synthetic.cpu_trials(), synthetic.environment(None)),
-        "go": synthetic.write_run(root / "go", everything(), synthetic.environment(date="2001-02-05T04:05:06+00:00")),
-    }
-    folder = runs["no-go"].path / "notebooks"
+    synthetic.write_run(root / "no-go", synthetic.gpu_trials(), synthetic.environment())
+    synthetic.write_run(root / "broken", [*broken, record_with_markup(), died], synthetic.environment())
+    synthetic.write_run(root / "cpu", synthetic.cpu_trials(), synthetic.environment(None))
+    synthetic.write_run(root / "go", everything(), synthetic.environment(date="2001-02-05T04:05:06+00:00"))
+    folder = root / "no-go" / "notebooks"
     folder.mkdir()
     nbformat.write(other_notebook(), folder / "02_correctness_bisection.ipynb")
+
+
+def draw(folder: Path, **options) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for run in runs.values():
-            reporting.render(run)
-    return runs
+        reporting.render(RunFolder(folder), **options)
+
+
+@pytest.fixture(scope="module")
+def pages(shared_folder) -> Pages:
+    return Pages(shared_folder / "pages")
 
 
 def everything() -> list:
@@ -85,16 +103,17 @@ def record_with_markup():
 
 
 @pytest.fixture(scope="module")
-def recorded(pages, tmp_path_factory) -> str:
+def recorded(pages, shared_folder) -> str:
     """The page of a recorded run, drawn now, without what git does not keep."""
     source = max((data_dir("reports") / "recorded").glob("*/records.jsonl")).parent
-    folder = tmp_path_factory.mktemp("recorded") / source.name
-    folder.mkdir()
-    for name in ("records.jsonl", "environment.json"):
-        shutil.copy(source / name, folder)
-    pages["recorded"] = RunFolder(folder)
-    reporting.render(pages["recorded"])
-    assert (folder / "report.html").stat().st_size < 3_000_000
+
+    def copy_and_draw(folder: Path) -> None:
+        for name in ("records.jsonl", "environment.json"):
+            shutil.copy(source / name, folder)
+        draw(folder)
+
+    pages["recorded"] = RunFolder(made_once(shared_folder / "recorded" / source.name, copy_and_draw))
+    assert (pages["recorded"].path / "report.html").stat().st_size < 3_000_000
     return "recorded"
 
 
@@ -288,8 +307,8 @@ def test_the_executive_part_fits_one_printed_page(opened, name):
 
 
 def test_the_file_is_small(pages):
-    for run in pages.values():
-        assert (run.path / "report.html").stat().st_size < 3_000_000
+    for name in RUNS:
+        assert (pages[name].path / "report.html").stat().st_size < 3_000_000
 
 
 # --- what is on it -------------------------------------------------------------------------------------------------
@@ -363,8 +382,8 @@ def test_axe_finds_no_violation(opened, name, scheme):
     violations(tab)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+# Both schemes and both widths by default, and all four pages under `exhaustive`.
+@pytest.mark.parametrize(("width", "scheme"), sampled([(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]))
 def test_axe_finds_no_violation_on_the_page_of_the_recorded_run(opened, recorded, scheme, width):
     tab, heard = opened(recorded, scheme=scheme, width=width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -451,19 +470,17 @@ def test_without_scripts_the_page_is_whole(opened):
 
 
 @pytest.fixture(scope="module")
-def varied(pages, tmp_path_factory):
-    """Make a page of the run that says GO in another way, beside the first."""
-    made = {}
+def varied(pages, shared_folder):
+    """Make a page of the run that says GO in another way; no other run lies beside it."""
 
     def make(name: str, **words) -> str:
-        if name not in made:
-            source, folder = pages["go"].path, tmp_path_factory.mktemp("varied") / name
-            shutil.copytree(source, folder)
+        def copy_and_draw(folder: Path) -> None:
+            shutil.copytree(pages["go"].path, folder, dirs_exist_ok=True)
             (folder / "notebooks").mkdir(exist_ok=True)
             nbformat.write(other_notebook(), folder / "notebooks" / "02_correctness_bisection.ipynb")
-            made[name] = RunFolder(folder)
-            reporting.render(made[name], variant=variant(**words))
-            pages[name] = made[name]
+            draw(folder, variant=variant(**words))
+
+        pages[name] = RunFolder(made_once(shared_folder / f"varied-{name}" / name, copy_and_draw))
         return name
 
     return make

@@ -376,7 +376,9 @@ def test_ids_of_backends_are_shown_as_they_are(pages):
 TABBABLE = "a[href], button, summary, [tabindex='0']"
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("go", "light"), ("go", "dark"), ("broken", "light"), ("cpu", "dark")])
+@pytest.mark.parametrize(
+    ("name", "scheme"), sampled([("go", "light"), ("go", "dark"), ("broken", "light"), ("cpu", "dark")])
+)
 def test_axe_finds_no_violation(opened, name, scheme):
     tab, _ = opened(name, scheme=scheme)
     violations(tab)
@@ -398,7 +400,7 @@ def violations(tab) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     tab.wait_for_timeout(200)  # toggle events
-    found = axe.run(tab).response
+    found = axe.run(tab, options={"resultTypes": ["violations"]}).response  # of what is right it lists the rules alone
     assert len(found["passes"]) > 20
     told = [f"{v['id']}: {v['help']}: {[n['html'][:120] for n in v['nodes'][:3]]}" for v in found["violations"]]
     assert told == []

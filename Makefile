@@ -77,9 +77,20 @@ report: $(RUN_STAMP) ## Measure, judge, render: ends with the verdict and where 
 	@$(FLASHCORE) report $(if $(PROFILE),--profile $(PROFILE)) $(if $(BACKEND),--backend '$(BACKEND)') \
 		$(if $(PROBLEM),--problem '$(PROBLEM)') $(if $(OUT),--out '$(OUT)')
 
+# Two workers, one of which takes over what the other has not begun; more by PYTEST_ARGS='-n 8'.
+WORKERS = $$($(PYTHON) -c 'from importlib.util import find_spec as f; print("-n 2 --dist worksteal" if f("xdist") else "")')
+
 .PHONY: test
 test: $(DEV_STAMP) ## Run the tests; those that need a GPU are skipped where there is none
-	@$(PYTHON) -m pytest $$($(PYTHON) -c 'from importlib.util import find_spec as f; print("-n 2" if f("xdist") else "")') $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: test-fast
+test-fast: $(DEV_STAMP) ## Run the tests that start no compiler, browser or notebook: what to run while typing
+	@$(PYTHON) -m pytest $(WORKERS) -m 'not (compiler or browser or notebook or slow or gpu)' $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: $(DEV_STAMP) ## Run the tests and the complete form of those that are sampled
+	@$(PYTHON) -m pytest $(WORKERS) --exhaustive $(PYTEST_ARGS)
 
 .PHONY: lab
 lab: $(DEV_STAMP) ## Open the notebooks in JupyterLab

@@ -109,6 +109,24 @@ def test_make_help_lists_every_target():
     assert listed == phony and {"report", "test", "lab", "build", "lint", "clean"} <= listed
 
 
+def pytest_line(target: str) -> str:
+    """What a target of the Makefile runs."""
+    line = ["make", "-C", str(ROOT), "-n", target, "PYTHON=python3"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_fast_tests_are_those_without_any_marker_of_something_slow():
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    wanted = {marker.partition(":")[0] for marker in markers} - {"exhaustive"}
+    [left_out] = re.findall(r"-m 'not \(([^)]*)\)'", pytest_line("test-fast"))
+    assert set(left_out.split(" or ")) == wanted >= {"compiler", "browser", "notebook"}
+
+
+def test_the_three_sets_of_tests_are_one_within_the_other():
+    assert "--exhaustive" in pytest_line("test-all") and "--exhaustive" not in pytest_line("test")
+    assert not re.search(r" -[mk] '", pytest_line("test") + pytest_line("test-all"))
+
+
 def test_the_build_machine_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     assert script.rstrip().splitlines()[-1] == "make test"

@@ -148,10 +148,10 @@ def test_checking_a_call_takes_microseconds(qkv):
     once()
     fastest = math.inf
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.thread_time()  # of the CPU, so that a busy machine makes no difference
         for _ in range(200):
             once()
-        fastest = min(fastest, (time.perf_counter() - start) / 200)
+        fastest = min(fastest, (time.thread_time() - start) / 200)
     assert fastest < 60e-6, f"{fastest * 1e6:.1f} µs a call"
 
 

@@ -1,11 +1,11 @@
 """Timing: medians and spread by arithmetic, interleaving on the CPU, and graph replay on a GPU."""
 
 import math
-import time
 
 import pytest
 import torch
 
+from flashcore.measure import timing
 from flashcore.measure.timing import Candidate, input_sets, summarise, time_on_cpu, time_on_gpu
 from flashcore.problem import PRESETS, square
 
@@ -14,16 +14,16 @@ SMALL = square(1, 1, 16, 8, dtype="float32")
 
 def test_a_summary_is_the_median_with_quartiles_and_tflops():
     samples = [4.0, 2.0, 3.0, 1.0, 100.0]
-    timing = summarise(samples, PRESETS["report"], method="graph_replay", round_id="r", l2="warm", launch_us=7.0)
-    assert timing.latency_us == 3.0 and timing.samples_us == samples and timing.round == "r"
-    assert timing.tflops == pytest.approx(PRESETS["report"].flops() / 3e-6 / 1e12)
-    assert timing.quartiles_us[0] <= 3.0 <= timing.quartiles_us[1] and timing.launch_us == 7.0
+    summary = summarise(samples, PRESETS["report"], method="graph_replay", round_id="r", l2="warm", launch_us=7.0)
+    assert summary.latency_us == 3.0 and summary.samples_us == samples and summary.round == "r"
+    assert summary.tflops == pytest.approx(PRESETS["report"].flops() / 3e-6 / 1e12)
+    assert summary.quartiles_us[0] <= 3.0 <= summary.quartiles_us[1] and summary.launch_us == 7.0
 
 
 def test_at_most_fifty_samples_are_kept_and_all_count_for_the_median():
     samples = [1.0] * 50 + [9.0] * 60
-    timing = summarise(samples, SMALL, method="host", round_id="r", l2="warm")
-    assert len(timing.samples_us) == 50 and timing.latency_us == 9.0
+    summary = summarise(samples, SMALL, method="host", round_id="r", l2="warm")
+    assert len(summary.samples_us) == 50 and summary.latency_us == 9.0
 
 
 def test_one_sample_is_its_own_spread():
@@ -38,13 +38,14 @@ def test_rotating_buffers_exceed_twice_the_cache_and_warm_ones_are_one():
     assert input_sets(PRESETS["report"], l2="rotating", l2_bytes=cache) == 1, "it exceeds the cache by itself"
 
 
-def test_candidates_on_the_cpu_are_interleaved_and_a_failure_stays_its_own():
-    order = []
+def test_candidates_on_the_cpu_are_interleaved_and_a_failure_stays_its_own(monkeypatch):
+    order, now = [], [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call(name, seconds):
         def run(_):
             order.append(name)
-            time.sleep(seconds)
+            now[0] += seconds
 
         return run
 
@@ -54,7 +55,7 @@ def test_candidates_on_the_cpu_are_interleaved_and_a_failure_stays_its_own():
     found = time_on_cpu([Candidate("slow", call("slow", 0.004)), Candidate("fast", call("fast", 0.001)),
                          Candidate("broken", broken)], SMALL, rounds=4)  # fmt: skip
     assert isinstance(found["broken"], RuntimeError)
-    assert found["slow"].latency_us > found["fast"].latency_us > 900
+    assert (found["slow"].latency_us, found["fast"].latency_us) == (4000, 1000)
     assert found["slow"].round == found["fast"].round and len(found["slow"].samples_us) == 4
     assert order[2:] == ["slow", "fast", "fast", "slow"] * 2, "the order rotates from round to round"
 

@@ -119,7 +119,7 @@ def test_latest_is_replaced_and_can_be_a_file_where_links_are_impossible(tmp_pat
 
 
 def test_ctrl_c_ends_the_kernel_and_leaves_nothing_half_written(tmp_path, toys):
-    wait = 'import time\nrun.append(Trial(kind="ceiling", data={"value": __import__("os").getpid()}))\ntime.sleep(300)'
+    wait = 'import time\nrun.append(Trial(kind="ceiling", data={"value": __import__("os").getpid()}))\ntime.sleep(3000)'
     finishing_notebook(toys, "01_first", wait)
     program = (
         "import signal, sys, pathlib; from flashcore import cli; from flashcore.pipeline import reporting; "
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_the_kernel_and_leaves_nothing_half_written(tmp_path, toys):
         records = _wait_for(lambda: next((tmp_path / "runs").glob("*/records.jsonl"), None))
         kernel = _wait_for(lambda: json.loads(records.read_text() or "{}").get("data", {}).get("value"))
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     finally:
         if process.poll() is None:
             process.kill()
@@ -155,7 +155,7 @@ def _runs(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def _wait_for(question, seconds: float = 60):
+def _wait_for(question, seconds: float = 600):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if answer := question():
@@ -197,7 +197,7 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
         f"sys.argv[1:] = ['report', '--profile', 'quick', '--backend', 'reference,cpu', '--problem', {SMALL!r}, "
         f"'--out', {str(tmp_path / 'runs')!r}]; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=170)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Verdict: INCONCLUSIVE" in done.stdout
     assert "Notebook 04_tflops_sweep did not finish: its Jupyter kernel died" in done.stdout

@@ -30,6 +30,7 @@ PROBLEM ?=
 OUT ?=
 RUN ?= latest
 PYTEST_ARGS ?=
+LAB_ARGS ?=
 
 ifdef PYTHON
 # The package need not be installed for this interpreter; what PYTHONPATH already holds stays.
@@ -93,8 +94,8 @@ test-all: $(DEV_STAMP) ## Run the tests and the complete form of those that are 
 	@$(PYTHON) -m pytest $(WORKERS) --exhaustive $(PYTEST_ARGS)
 
 .PHONY: lab
-lab: $(DEV_STAMP) ## Open the notebooks in JupyterLab
-	@$(PYTHON) -m jupyter lab --notebook-dir=notebooks
+lab: $(DEV_STAMP) ## Open copies of the notebooks in JupyterLab (LAB_ARGS go to it)
+	@$(FLASHCORE) lab $(LAB_ARGS)
 
 .PHONY: build
 build: $(RUN_STAMP) ## Compile every kernel, or KERNEL=mine; print registers, spills, Tensor Core instructions

@@ -14,7 +14,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flashcore import __version__
-from flashcore.cli import claims, compare, debug, paging, printing, report, survey
+from flashcore.cli import claims, compare, debug, lab, paging, printing, report, survey
 from flashcore.errors import FlashCoreError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -206,6 +206,7 @@ survey.add_to(app)
 paging.add_to(app)
 claims.add_to(app)
 compare.add_to(app)
+lab.add_to(app)
 
 
 def main() -> None:

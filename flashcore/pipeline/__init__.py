@@ -4,4 +4,4 @@
 alone. `notebooks` runs one notebook so that its failure is a record. `superseding` keeps what was measured before.
 """
 
-__all__ = ["redo", "rendering", "reporting"]
+__all__ = ["redo", "rendering", "reporting", "workbench"]

@@ -1,0 +1,59 @@
+"""Lay the notebooks out to be worked in: copies that git ignores, so that an edit in JupyterLab reaches no report."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from flashcore.errors import FlashCoreError
+from flashcore.paths import HOME, data_dir
+
+PRISTINE = ".as-shipped"
+"""Folder beside the copies that keeps each as it was laid out: it tells whose version a copy is."""
+
+
+def workbench_dir() -> Path:
+    """The folder of the copies: ``lab/`` of the checkout, or of the current folder for an installed package."""
+    return (HOME if (HOME / "pyproject.toml").is_file() else Path.cwd()) / "lab"
+
+
+def lay_out(folder: Path | None = None, *, notebooks_dir: Path | None = None) -> tuple[Path, list[str]]:
+    """Copy every notebook into a folder to work in; a copy that its user changed is never written over.
+
+    Parameters
+    ----------
+    folder
+        Where to; default `workbench_dir`.
+    notebooks_dir
+        Other notebooks than FlashCore's own.
+
+    Returns
+    -------
+    folder, remarks
+        Where they lie, and a sentence for each notebook of which a newer version lies beside the user's own.
+
+    Raises
+    ------
+    FlashCoreError
+        The folder cannot be written.
+    """
+    folder = (folder or workbench_dir()).absolute()
+    remarks = []
+    try:
+        (folder / PRISTINE).mkdir(parents=True, exist_ok=True)
+        for shipped in sorted((notebooks_dir or data_dir("notebooks")).glob("*.ipynb")):
+            copy, pristine = folder / shipped.name, folder / PRISTINE / shipped.name
+            if pristine.is_file() and pristine.read_bytes() == shipped.read_bytes() and copy.is_file():
+                continue
+            if copy.is_file() and not (pristine.is_file() and copy.read_bytes() == pristine.read_bytes()):
+                newer = copy.with_name(f"{copy.stem}.newer.ipynb")
+                shutil.copyfile(shipped, newer)
+                remarks.append(f"{copy.name} is kept as you changed it; FlashCore's own is in {newer.name}.")
+            else:
+                shutil.copyfile(shipped, copy)
+            shutil.copyfile(shipped, pristine)
+    except OSError as error:
+        raise FlashCoreError(
+            f"The notebooks cannot be laid out in {folder} ({error.strerror}); make the folder writable."
+        ) from error
+    return folder, remarks

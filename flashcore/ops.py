@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 
 import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
+from flashcore.numerics import plain, transforms
 from flashcore.problem import DTYPE_BYTES, Problem
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -26,7 +26,7 @@ WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn"})
 
 KEPT_CALLS = 4096
 _calls: dict[tuple, tuple[Problem, backends.Backend]] = {}
-"""Calls that were checked, with what was found."""
+"""Calls that were checked, with what was found. Keys hold plain values, and no tensor."""
 
 DTYPES = {getattr(torch, name): name for name in DTYPE_BYTES}
 """Names of the dtypes that problems may have."""
@@ -60,32 +60,6 @@ def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softm
     )  # fmt: skip
 
 
-def _wants_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def checked_scale(softmax_scale) -> float | None:
-    """A softmax scale as a float, or None; `InvalidProblem` unless it is a finite number."""
-    if softmax_scale is None:
-        return None
-    try:
-        scale = float(softmax_scale)
-    except (TypeError, ValueError):
-        raise InvalidProblem(f"softmax_scale must be a number, or None; got {softmax_scale!r}.") from None
-    if not math.isfinite(scale):
-        raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {scale}.")
-    return scale
-
-
-def refuse_gradients(names: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise `InvalidProblem` where a result with gradients is asked for."""
-    if _wants_gradients(q, k, v):
-        raise InvalidProblem(
-            f"{names} requires gradients, and FlashCore computes the forward pass only; "
-            "call it under torch.no_grad(), or detach the tensors."
-        )
-
-
 def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None) -> Problem:
     """Check three tensors and say what attention problem they are.
 
@@ -97,16 +71,21 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
     Raises
     ------
     InvalidProblem
-        Not tensors; on different devices; different or unsupported dtypes; not 4-D; an empty size; shapes that do not
-        fit together; a last dimension that is not contiguous; a scale that is no finite number; gradients wanted.
+        Not tensors, or sparse ones; on different devices; different or unsupported dtypes; not 4-D; an empty size;
+        shapes that do not fit together; a last dimension that is not contiguous; a `causal` that is no bool; a scale
+        that is no finite number; gradients or tangents wanted, or a `torch.vmap` under way.
     """
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         kinds = ", ".join(f"{type(t).__module__}.{type(t).__name__}" for t in (q, k, v))
         raise InvalidProblem(f"q, k and v have to be torch tensors, or CuPy arrays all three; got {kinds}.")
     if not (q.device == k.device == v.device):
         raise InvalidProblem(f"q, k and v lie on {q.device}, {k.device} and {v.device}; move them to one device.")
-    scale = checked_scale(softmax_scale)
-    problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, bool(causal), scale)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise InvalidProblem(f"{name} is a sparse or nested tensor; pass a dense one, such as {name}.to_dense().")
+    transforms.refuse("q, k or v", q, k, v)
+    causal, scale = plain.flag("causal", causal), plain.softmax_scale(softmax_scale)
+    problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal, scale)
     if problem.head_dim > 1:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if tensor.stride(3) != 1:
@@ -114,7 +93,6 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
                     f"The last dimension of {name} is not contiguous (stride {tensor.stride(3)}); "
                     f"pass {name}.contiguous(), or a view whose head_dim lies together in memory."
                 )
-    refuse_gradients("q, k or v", q, k, v)
     return problem
 
 
@@ -179,11 +157,14 @@ def attention(
     causal
         Query i sees keys ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
     softmax_scale
-        Multiplies ``q k^T``; None for ``1/sqrt(head_dim)``.
+        Multiplies ``q k^T``: any real number, also negative; None for ``1/sqrt(head_dim)``. A CPU tensor of no
+        dimensions is read as the number that it holds.
     backend
         An id that ``flashcore.backends`` knows, or ``auto``: the fastest that is right for this device and problem.
     return_lse
         Return ``(out, lse)``.
+
+    What is set around the call, such as autocast, changes nothing of its result.
 
     Returns
     -------
@@ -195,7 +176,8 @@ def attention(
     Raises
     ------
     InvalidProblem
-        The tensors do not fit (see `problem_of`), or lie where the backend does not take them.
+        The tensors do not fit (see `problem_of`), or lie where the backend does not take them; an option is of the
+        wrong type; a derivative or a mapped axis is asked for.
     UnknownName
         No backend has this id.
     Unsupported, BackendUnavailable
@@ -204,6 +186,15 @@ def attention(
     arrays = _is_cupy(q) and _is_cupy(k) and _is_cupy(v)
     if arrays:
         q, k, v = (torch.from_dlpack(array) for array in (q, k, v))
+    # By value: under its own name a tensor would be looked up by what it is, and kept alive by having been asked for.
+    if causal is not True and causal is not False:
+        causal = plain.flag("causal", causal)
+    if return_lse is not True and return_lse is not False:
+        return_lse = plain.flag("return_lse", return_lse)
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        softmax_scale = plain.softmax_scale(softmax_scale)
+    if type(backend) is not str:
+        backend = plain.word("backend", backend)
     try:
         # Looking the whole call up takes half as long as checking it.
         key = (
@@ -211,11 +202,11 @@ def attention(
             k.device, v.device, causal, softmax_scale, backend, return_lse,
         )  # fmt: skip
         known = _calls.get(key)
-    except (AttributeError, TypeError):  # not tensors, or an option of a wrong type: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with strides: the checks say which
         key = known = None
-    if known is None or _wants_gradients(q, k, v):
+    if known is None or transforms.under_way() or transforms.want_gradients(q, k, v):
         problem = problem_of(q, k, v, causal, softmax_scale)
-        known = problem, _choose(problem, q.device, backend, bool(return_lse))
+        known = problem, _choose(problem, q.device, backend, return_lse)
         if key is not None:
             if len(_calls) >= KEPT_CALLS:
                 _calls.clear()

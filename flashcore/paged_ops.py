@@ -8,7 +8,8 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, PageTableError, Unsupported
-from flashcore.ops import DTYPES, checked_scale, first_of, refuse_gradients
+from flashcore.numerics import plain, transforms
+from flashcore.ops import DTYPES, first_of
 from flashcore.paging import PagedKV, PageSelection, Policy
 from flashcore.paging.checks import debugging
 from flashcore.problem import Problem
@@ -37,8 +38,8 @@ def paged_problem_of(
     Raises
     ------
     InvalidProblem
-        `cache` is no cache; `q` does not fit it, wants gradients or has a stride in head_dim; a scale that is no
-        finite number.
+        `cache` is no cache; `q` does not fit it, has a stride in head_dim, or is asked for derivatives or mapped by
+        `torch.vmap`; a `causal` that is no bool; a scale that is no finite number.
     """
     if not isinstance(cache, PagedKV):
         raise InvalidProblem(
@@ -47,11 +48,11 @@ def paged_problem_of(
     cache.check_query(q)
     if q.stride(3) != 1 and q.shape[3] > 1:
         raise InvalidProblem(f"The last dimension of q is not contiguous (stride {q.stride(3)}); pass q.contiguous().")
-    scale = checked_scale(softmax_scale)
-    refuse_gradients("q or the cache", q, cache.k_pool, cache.v_pool)
+    transforms.refuse("q or the cache", q, cache.k_pool, cache.v_pool)
+    causal, scale = plain.flag("causal", causal), plain.softmax_scale(softmax_scale)
     # What the table can hold, not the longest length: that one grows with every token, and each would be a new problem.
     room = cache.max_pages * cache.page_size
-    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, bool(causal), scale)
+    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, causal, scale)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,6 +123,7 @@ def paged_attention(
     UnknownName, Unsupported, BackendUnavailable
         No such backend; it does not take this; it does not work here.
     """
+    backend, return_lse = plain.word("backend", backend), plain.flag("return_lse", return_lse)
     problem = paged_problem_of(q, cache, causal, softmax_scale)
     selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
     if selection is not None:

@@ -1,8 +1,9 @@
 """The arithmetic that all else is held against: inputs, a float64 reference, error bounds, output buffers.
 
 `reference` is attention stage by stage in float64, `inputs` makes tensors in known patterns and layouts, and
-`tolerance` says how large an error may be and counts the values beyond it. Nothing here knows a
-backend, a kernel or a GPU.
+`tolerance` says how large an error may be and counts the values beyond it. `plain` turns a
+call's arguments into plain values, and `transforms` refuses what a forward pass would lose.
+Nothing here knows a backend, a kernel or a GPU.
 """
 
-__all__ = ["inputs", "outputs", "reference", "tolerance"]
+__all__ = ["inputs", "outputs", "plain", "reference", "tolerance", "transforms"]

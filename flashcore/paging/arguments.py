@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.numerics import plain
 from flashcore.paging._pages import Pages
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -18,10 +18,7 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 
 def whole(name: str, value) -> int:
     """`value` as an int of at least 0."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise InvalidProblem(f"{name} is {value!r}; it has to be a whole number.") from None
+    number = plain.integer(name, value)
     if number < 0:
         raise InvalidProblem(f"{name} is {number}; it has to be at least 0.")
     return number

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from flashcore.numerics import plain
 from flashcore.numerics.reference import safe
 from flashcore.paging.checks import debugging
 from flashcore.paging.selection import PageSelection
@@ -87,7 +88,8 @@ def paged_reference(
         cache.check()
     if selection is not None:
         selection.check(cache)
-    scale = 1.0 / math.sqrt(cache.head_dim) if softmax_scale is None else softmax_scale
+    scale = plain.softmax_scale(softmax_scale)
+    scale, causal = 1.0 / math.sqrt(cache.head_dim) if scale is None else scale, plain.flag("causal", causal)
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
     chosen = None if selection is None else selection.mask(cache.max_pages)

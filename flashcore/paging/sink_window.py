@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.errors import InvalidProblem
+from flashcore.numerics import plain
 from flashcore.paging import _window
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
 from flashcore.paging.tables import PagedKV
@@ -26,6 +27,8 @@ class SinkWindow:
     window_pages: int = 8
 
     def __post_init__(self):
+        for name in ("sink_pages", "window_pages"):
+            object.__setattr__(self, name, plain.integer(f"{name} of SinkWindow", getattr(self, name)))
         if self.sink_pages < 0 or self.window_pages < 1:
             raise InvalidProblem(
                 f"SinkWindow has {self.sink_pages} sink and {self.window_pages} window pages; it takes at least 0 and "

@@ -89,6 +89,7 @@ class PagedKV:
                 f"a page has {', '.join(map(str, PAGE_SIZES))} tokens."
             )
         arguments.check_table(page_table, lengths, k_pool.device)
+        max_length = None if max_length is None else arguments.whole("max_length", max_length)
         kv = PagedKV(k_pool, v_pool, page_table, lengths, max_length=max_length)
         if isinstance(key_bounds, torch.Tensor):
             wanted = (kv.num_pages, kv.num_heads_kv, 2, kv.head_dim)

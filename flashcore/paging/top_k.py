@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.numerics import plain
 from flashcore.paging import _selecting
 from flashcore.paging.bounds import LARGEST, LEAST
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
@@ -63,6 +64,11 @@ class TopK:
     def __post_init__(self):
         if (self.pages is None) == (self.share is None):
             raise InvalidProblem("TopK takes either pages or share; give one of them.")
+        # Launches are kept under these: a tensor among them would be known by what it is, not by what it holds.
+        object.__setattr__(self, "share", plain.number("share of TopK", self.share))
+        object.__setattr__(self, "sink_pages", plain.integer("sink_pages of TopK", self.sink_pages))
+        if self.pages is not None:
+            object.__setattr__(self, "pages", plain.integer("pages of TopK", self.pages))
         if self.pages is not None and self.pages < 1:
             raise InvalidProblem(f"TopK(pages={self.pages}): it selects at least 1 page.")
         if self.share is not None and not 0 < self.share <= 1:

@@ -1,0 +1,104 @@
+"""Arguments become plain values: a bool, a float or a str of Python's own, before anything is looked up by them.
+
+A tensor among the arguments would be looked up by what it is, not by what it holds: the answer to one call would then
+be given to the next one, after the tensor had changed, and whatever remembered the call would keep the tensor alive.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+
+import numpy as np
+import torch
+
+from flashcore.errors import InvalidProblem
+from flashcore.numerics import transforms
+
+SHOWN = 60
+"""Characters of a value that an error shows."""
+
+
+def shown(value) -> str:
+    """A value in an error's words: a tensor by its dtype, shape and device, since its numbers may lie on a GPU."""
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor {list(value.shape)} on {value.device}"
+    if isinstance(value, np.ndarray):
+        return f"a numpy array of {value.dtype} {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def flag(name: str, value) -> bool:
+    """A bool from Python's or numpy's.
+
+    Raises
+    ------
+    InvalidProblem
+        It is anything else. A string or a number may mean the other one, and a tensor may be a mask.
+    """
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise InvalidProblem(f"{name} has to be True or False; got {shown(value)}.")
+
+
+def number(name: str, value) -> float | None:
+    """A float, or None.
+
+    Any real number is one: Python's, numpy's, an array or a CPU tensor of no dimensions.
+
+    Raises
+    ------
+    InvalidProblem
+        It is no number; a tensor on a GPU, which the host would have to wait for, or one that gradients or tangents are
+        asked of.
+    """
+    if value is None:
+        return None
+    given = value
+    if isinstance(value, torch.Tensor):
+        value = _from_tensor(name, value)
+    elif isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise InvalidProblem(f"{name} must be a number, or None; got {shown(given)}.")
+    return float(value)
+
+
+def integer(name: str, value) -> int:
+    """An int from Python's or numpy's, or from a CPU tensor of one; `InvalidProblem` for anything else."""
+    if isinstance(value, torch.Tensor):
+        value = _from_tensor(name, value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidProblem(f"{name} is {shown(value)}; it has to be a whole number.") from None
+
+
+def softmax_scale(value) -> float | None:
+    """A softmax scale as `number` reads it; `InvalidProblem` also for one that is not finite."""
+    scale = number("softmax_scale", value)
+    if scale is not None and not math.isfinite(scale):
+        raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {scale}.")
+    return scale
+
+
+def _from_tensor(name: str, value: torch.Tensor):
+    """The number that a tensor holds, where it can be read without a wait, and nothing is lost by it; else itself."""
+    transforms.refuse(name, value)
+    if value.dim():
+        return value
+    if value.device.type != "cpu":
+        raise InvalidProblem(
+            f"{name} is {shown(value)}, and reading it would wait for the device; pass a Python number, such as "
+            "its item() taken once."
+        )
+    return value.item()
+
+
+def word(name: str, value) -> str:
+    """A string, such as the id of a backend; `InvalidProblem` for anything else."""
+    if isinstance(value, str):
+        return str(value)
+    raise InvalidProblem(f"{name} has to be a string; got {shown(value)}.")

@@ -1,0 +1,68 @@
+"""Refuse what a forward pass alone would lose without a word: gradients, tangents, an axis mapped by `torch.vmap`.
+
+Our kernels read memory, and none of these lies there. torch would either say nothing and drop them, or fail inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from flashcore.errors import InvalidProblem
+
+_functorch = torch._C._functorch
+
+
+def _no_transform() -> None:
+    return None
+
+
+_transform = getattr(_functorch, "peek_interpreter_stack", _no_transform)
+"""The innermost of torch.func's transforms that runs now, or None."""
+
+
+def under_way() -> bool:
+    """Whether tensors may carry a tangent, or a transform of torch.func runs: cheap, and nearly always False."""
+    return forward_ad._current_level >= 0 or _transform() is not None
+
+
+def want_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether a result with gradients is asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def refuse(names: str, *tensors: torch.Tensor) -> None:
+    """Raise `InvalidProblem` where more than a forward pass is asked of these tensors, which `names` names.
+
+    Raises
+    ------
+    InvalidProblem
+        A tensor is mapped by `torch.vmap`, carries a tangent, is traced by another transform of torch.func, or
+        gradients are asked of it.
+    """
+    if under_way():
+        _refuse_transforms(names, tensors)
+    if want_gradients(*tensors):
+        raise InvalidProblem(
+            f"{names} requires gradients, and FlashCore computes the forward pass only; "
+            "call it under torch.no_grad(), or detach the tensors."
+        )
+
+
+def _refuse_transforms(names: str, tensors: tuple[torch.Tensor, ...]) -> None:
+    for tensor in tensors:
+        if _functorch.is_functorch_wrapped_tensor(tensor):
+            if _functorch.is_batchedtensor(tensor):
+                raise InvalidProblem(
+                    f"{names} is mapped by torch.vmap, which FlashCore does not support; put the mapped axis into the "
+                    "batch dimension, and make one call."
+                )
+            raise InvalidProblem(
+                f"{names} is transformed by torch.func (grad, jvp or another), and FlashCore computes the forward pass "
+                "only; call it outside the transform."
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise InvalidProblem(
+                f"{names} carries a tangent (torch.autograd.forward_ad), and FlashCore computes the forward pass only; "
+                "pass the primal, as forward_ad.unpack_dual gives it."
+            )

@@ -60,6 +60,11 @@ def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softm
     )  # fmt: skip
 
 
+def _requires_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    # Written out, since it is asked at every call.
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None) -> Problem:
     """Check three tensors and say what attention problem they are.
 
@@ -204,7 +209,7 @@ def attention(
         known = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with strides: the checks say which
         key = known = None
-    if known is None or transforms.under_way() or transforms.want_gradients(q, k, v):
+    if known is None or transforms.under_way() or _requires_gradients(q, k, v):
         problem = problem_of(q, k, v, causal, softmax_scale)
         known = problem, _choose(problem, q.device, backend, return_lse)
         if key is not None:

@@ -8,7 +8,7 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, PageTableError, Unsupported
-from flashcore.numerics import plain, transforms
+from flashcore.numerics import ambient, plain, transforms
 from flashcore.ops import DTYPES, first_of
 from flashcore.paging import PagedKV, PageSelection, Policy
 from flashcore.paging.checks import debugging
@@ -76,6 +76,7 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
     return backend
 
 
+@ambient.shielded
 def paged_attention(
     q: torch.Tensor,
     cache: PagedKV,

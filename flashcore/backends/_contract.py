@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashcore.errors import BackendUnavailable, FaultError, Unsupported
+from flashcore.numerics import ambient
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
@@ -28,6 +29,10 @@ class Availability:
 
 
 AVAILABLE = Availability(ok=True)
+
+
+COMPUTES = ("run", "trace", "run_paged")
+"""Methods of a backend that compute: what torch has set around their calls, such as autocast, is kept out of them."""
 
 
 class Backend(ABC):
@@ -57,6 +62,13 @@ class Backend(ABC):
     """Whether `trace` returns its stages, so that it can be bisected."""
     paged: bool = False
     """Whether `run_paged` reads K and V through a page table."""
+
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        # Here, and not in each backend, so that a plug-in's is shielded as ours are.
+        for name in COMPUTES:
+            if name in vars(cls):
+                setattr(cls, name, ambient.shielded(vars(cls)[name]))
 
     def availability(self) -> Availability:
         """Whether this machine has what the backend needs. Cheap, and never raises."""

@@ -19,7 +19,7 @@ from flashcore.bisection.stagewise import Judgement, Judges
 from flashcore.bisection.zoom import zoom
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
 from flashcore.measure.check import device_of, guarded
-from flashcore.numerics import reference
+from flashcore.numerics import ambient, reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.numerics.reference import STAGES, Trace
@@ -134,6 +134,7 @@ class Bisection:
                      source_hash=self.source_hash)  # fmt: skip
 
 
+@ambient.judging
 def bisect(
     backend: str | backends.Backend,
     problem: Problem,
@@ -177,6 +178,7 @@ def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -
     return guarded("bisection", chosen, problem, lambda: bisect(chosen, problem, **options).to_trial())
 
 
+@ambient.judging
 def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=None, source_hash=None,
           context: dict[str, Any] | None = None) -> Bisection:  # fmt: skip
     """Judge a trace that is already there; with `out` and `lse`, also that production agrees with it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashcore.numerics import reference
+from flashcore.numerics import ambient, reference
 from flashcore.numerics.reference import Trace
 from flashcore.problem import Problem
 
@@ -26,6 +26,7 @@ def _slice(at: int, size: int, wanted: int) -> slice:
     return slice(first, min(first + wanted, size))
 
 
+@ambient.judging
 def zoom(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
     """The window around `element`, in plain numbers for a record.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flashcore.gpu.device import gpu_name, has_gpu
+from flashcore.numerics import ambient
 from flashcore.records import RunFolder, Trial
 
 REPEATS = 15
@@ -19,6 +20,7 @@ NODES = 1000
 LAUNCHES = 500
 
 
+@ambient.judging
 def ceilings(run: RunFolder) -> list[Trial]:
     """Measure and record this machine's ceilings, one `ceiling` trial each.
 

@@ -10,7 +10,7 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import BackendUnavailable, Unsupported
-from flashcore.numerics import reference
+from flashcore.numerics import ambient, reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.numerics.tolerance import UNIT_FLOAT32, Comparison, compare
@@ -41,6 +41,7 @@ class Case:
 
 
 @functools.lru_cache(maxsize=1)
+@ambient.judging
 def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False) -> Case:
     """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another.
 
@@ -107,6 +108,7 @@ def device_of(backend: backends.Backend) -> str:
     return backend.device
 
 
+@ambient.judging
 def check_attention(
     backend: str | backends.Backend,
     problem: Problem,

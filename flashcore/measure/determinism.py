@@ -13,6 +13,7 @@ import torch
 from flashcore import backends
 from flashcore.errors import InvalidProblem
 from flashcore.measure.check import device_of, guarded
+from flashcore.numerics import ambient
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.numerics.reference import STAGES, Trace
@@ -31,6 +32,7 @@ _AXES = {
 }  # fmt: skip
 
 
+@ambient.judging
 def check_determinism(
     backend: str | backends.Backend,
     problem: Problem,

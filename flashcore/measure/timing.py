@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.numerics import ambient
 from flashcore.problem import Problem
 from flashcore.records import Timing, digits
 
@@ -44,6 +45,7 @@ def input_sets(problem: Problem, *, l2: str, l2_bytes: int) -> int:
     return max(1, min(MAX_INPUT_SETS, math.ceil(2 * l2_bytes / problem.bytes())))
 
 
+@ambient.judging
 def time_on_gpu(
     candidates: Sequence[Candidate], problem: Problem, *, sets: int = 1, rounds: int = ROUNDS, l2: str = "warm"
 ) -> dict[str, Timing | Exception]:
@@ -100,6 +102,7 @@ def time_on_gpu(
     return results
 
 
+@ambient.judging
 def time_on_cpu(candidates: Sequence[Candidate], problem: Problem, *, rounds: int = 7) -> dict[str, Timing | Exception]:
     """Time calls on the CPU by the wall clock, interleaved round by round, after one warm-up each."""
     results: dict[str, Timing | Exception] = {}

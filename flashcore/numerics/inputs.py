@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from flashcore.errors import UnknownName
+from flashcore.numerics import ambient
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ RAMP = 4.0
 """Under `rising` and `falling` the mean score runs over about 16 units, so every page has a new maximum, or none."""
 
 
+@ambient.judging
 def make_inputs(
     problem: Problem,
     *,

@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from flashcore.errors import FlashCoreError
+from flashcore.numerics import ambient
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ def _attention(
     return out.view(*shape, problem.head_dim), lse.view(shape)
 
 
+@ambient.judging
 def attention(q, k, v, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention: ``softmax(scale * q k^T + mask) v`` in float64, on the tensors' device.
 
@@ -229,6 +231,7 @@ def attention(q, k, v, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return _attention(q, k, v, problem, torch.float64, lambda probs: probs)
 
 
+@ambient.judging
 def attention_same_precision(
     q, k, v, problem: Problem, *, round_scores: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,6 +319,7 @@ def _ratio(accum, row_sum):
     return accum / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)
 
 
+@ambient.judging
 def flat_trace(
     q, k, v, problem: Problem, page_size: int, row_max: torch.Tensor | None = None,
     previous: tuple[int, ...] | None = None,
@@ -357,6 +361,7 @@ def flat_trace(
     return Trace(page_size, scores, row_max, rescale, probs, row_sum, accum, out, lse, previous)
 
 
+@ambient.judging
 def flat_stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:
     """Each stage in float64 from the inputs that `own` gave to that stage, for flat heads (shapes as in `flat_trace`).
 
@@ -393,6 +398,7 @@ def _unflatten(flat: Trace, problem: Problem) -> Trace:
     return flat.map(lambda t: t.view(problem.batch, problem.num_heads_q, *t.shape[1:]))
 
 
+@ambient.judging
 def trace(
     q, k, v, problem: Problem, page_size: int | None = None, previous: tuple[int, ...] | None = None
 ) -> Trace:  # fmt: skip
@@ -405,6 +411,7 @@ def trace(
     return _unflatten(flat, problem)
 
 
+@ambient.judging
 def stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:
     """What each stage should hold, in float64, given the inputs that the traced backend itself fed to that stage.
 

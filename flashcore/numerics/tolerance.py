@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flashcore.numerics import ambient
 from flashcore.tables import describe
 
 UNIT_FLOAT32 = 2.0**-24
@@ -48,6 +49,7 @@ class Comparison:
         return f"{self.num_bad} of {self.checked} elements are wrong ({kinds}); first {where}"
 
 
+@ambient.judging
 def compare(
     got: torch.Tensor,
     expected: torch.Tensor,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.numerics import ambient
 from flashcore.paging.reference import paged_reference
 from flashcore.paging.selection import PageSelection
 from flashcore.paging.tables import PagedKV
@@ -27,6 +28,7 @@ class SelectionAccuracy:
     """Pages selected over pages present, over all sequences and KV heads."""
 
 
+@ambient.judging
 def recalled(
     q: torch.Tensor, cache: PagedKV, selection: PageSelection, *, causal: bool = True, softmax_scale=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +43,7 @@ def recalled(
     return (lse - dense_lse).exp(), error.masked_fill(dense_lse.isinf(), torch.nan)
 
 
+@ambient.judging
 def selection_accuracy(
     q: torch.Tensor, cache: PagedKV, selection: PageSelection, *, causal: bool = True, softmax_scale=None
 ) -> SelectionAccuracy:

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from flashcore.numerics import ambient
 from flashcore.paging._pages import Pages
 
 LEAST, LARGEST = 0, 1
@@ -61,6 +62,7 @@ def held_slots(kv: Pages) -> torch.Tensor:
     return torch.arange(kv.page_size, device=kv.device) < filled[:, None]
 
 
+@ambient.judging
 def bounds_of_pool(kv: Pages) -> torch.Tensor:
     """Bounds of every page in use, from the keys themselves: of a page's users, the longest decides what it holds."""
     bounds = empty_bounds(kv.num_pages, kv.num_heads_kv, kv.head_dim, kv.dtype, kv.device)

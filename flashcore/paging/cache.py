@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError, PagingError
+from flashcore.numerics import ambient
 from flashcore.paging.arguments import check_new, check_sizes, counts_of, whole
 from flashcore.paging.bounds import empty_bounds
 from flashcore.paging.checks import can_read_back, debugging
@@ -47,6 +48,7 @@ class PagedKVCache(PagedKV):
         Keep each page's key bounds, which `TopK` needs; they take ``1 / page_size`` of the pools' bytes.
     """
 
+    @ambient.judging
     def __init__(
         self,
         *,

@@ -6,12 +6,14 @@ import math
 
 import torch
 
+from flashcore.numerics import ambient
 from flashcore.paging.tables import PagedKV
 
 SPARE_PAGES = 3
 """Pages of the pool that nobody uses."""
 
 
+@ambient.judging
 def paginate(k: torch.Tensor, v: torch.Tensor, page_size: int) -> PagedKV:
     """Copy dense K and V into a pool, the pages of all sequences mixed up, and NaN wherever there is no key.
 

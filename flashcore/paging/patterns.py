@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.numerics import ambient
 from flashcore.problem import Problem
 
 AttentionPattern = Literal["peaked", "diffuse", "drifting", "needle"]
@@ -28,6 +29,7 @@ QUERY_NOISE = 0.2
 """Length of what each query has of its own beside the direction u, of length 1, that its group shares."""
 
 
+@ambient.judging
 def make_attention(
     problem: Problem,
     pattern: AttentionPattern,

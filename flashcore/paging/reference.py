@@ -6,13 +6,14 @@ import math
 
 import torch
 
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 from flashcore.numerics.reference import safe
 from flashcore.paging.checks import debugging
 from flashcore.paging.selection import PageSelection
 from flashcore.paging.tables import PagedKV
 
 
+@ambient.judging
 def gather(cache: PagedKV, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One sequence's keys and values in the order of their positions. Waits for the device.
 
@@ -50,6 +51,7 @@ def seen_keys(
     return seen
 
 
+@ambient.judging
 def paged_reference(
     q: torch.Tensor,
     cache: PagedKV,

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from flashcore.errors import PageTableError
+from flashcore.numerics import ambient
 from flashcore.numerics.outputs import new_output
 from flashcore.paging.checks import can_read_back
 from flashcore.paging.tables import PagedKV
@@ -122,6 +123,7 @@ def first_query_page(cache: PagedKV, q_tokens: int) -> torch.Tensor:
 class AllPages:
     """Every page that holds keys: dense attention, spelled as a selection."""
 
+    @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
         resident = cache.resident_pages()[:, None].expand(-1, cache.num_heads_kv, -1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.errors import InvalidProblem
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 from flashcore.paging import _window
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
 from flashcore.paging.tables import PagedKV
@@ -35,6 +35,7 @@ class SinkWindow:
                 "1, the last page being the one that the newest token is in."
             )
 
+    @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
         q_tokens = q.shape[2]

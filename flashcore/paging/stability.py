@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.numerics import ambient
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.paging.selection import PageSelection, Policy
 from flashcore.paging.tables import PagedKV
@@ -44,6 +45,7 @@ class SelectionFinding:
         return "; ".join(said) + "."
 
 
+@ambient.judging
 def check_selection(policy: Policy, q: torch.Tensor, cache: PagedKV, *, runs: int = 20) -> SelectionFinding:
     """Run a policy `runs` times over the same inputs; compare bit by bit, check each selection. Waits for the device.
 

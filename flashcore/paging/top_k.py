@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 from flashcore.paging import _selecting
 from flashcore.paging.bounds import LARGEST, LEAST
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
 from flashcore.paging.tables import PagedKV
 
 
+@ambient.shielded
 def page_scores(q: torch.Tensor, cache: PagedKV) -> torch.Tensor:
     """An upper bound of ``q . k`` over the keys of each page, float32 ``[batch, num_heads_kv, max_pages]``.
 
@@ -76,6 +77,7 @@ class TopK:
         if self.sink_pages < 0:
             raise InvalidProblem(f"TopK(sink_pages={self.sink_pages}): it takes at least 0.")
 
+    @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
         width = min(cache.max_pages, max(self._most(cache), self.sink_pages + query_pages(q.shape[2], cache.page_size)))

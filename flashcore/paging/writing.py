@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from flashcore.numerics import ambient
 from flashcore.paging import _appending
 from flashcore.paging.bounds import widen_bounds
 from flashcore.paging.checks import check_tables, debugging
 from flashcore.paging.tables import PagedKV
 
 
+@ambient.shielded
 @torch.no_grad()
 def append_tokens(
     k_new: torch.Tensor,
@@ -95,6 +97,7 @@ def _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, co
         lengths[rows] = start + added
 
 
+@ambient.shielded
 @torch.no_grad()
 def copy_pages(pools: list[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
     """Copy whole pages within each pool ``[num_pages, ...]``; `source` and `target` are int64 and disjoint."""

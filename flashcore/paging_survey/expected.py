@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.measure.check import LSE_BOUND, correctness_of
+from flashcore.numerics import ambient
 from flashcore.numerics.reference import safe
 from flashcore.numerics.tolerance import UNIT_FLOAT32, compare
 from flashcore.paging import PagedKV, PageSelection, gather, paged_reference
@@ -43,6 +44,7 @@ class Expected:
         return judged, f"{name}: {first.sentence()}"
 
 
+@ambient.judging
 def expect(
     q: torch.Tensor,
     cache: PagedKV,
@@ -78,6 +80,7 @@ def expect(
     )  # fmt: skip
 
 
+@ambient.judging
 def same_precision(
     q: torch.Tensor, cache: PagedKV, selection: PageSelection | None, *, causal: bool, round_scores: bool
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
@@ -109,6 +112,7 @@ def same_precision(
     return out, lse, longest, largest
 
 
+@ambient.judging
 def by_positions(
     q: torch.Tensor, cache: PagedKV, selection: PageSelection | None, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

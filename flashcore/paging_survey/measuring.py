@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flashcore.errors import UnknownName
+from flashcore.numerics import ambient
 from flashcore.paging_survey.accuracy import measure_accuracy
 from flashcore.paging_survey.append import measure_append
 from flashcore.paging_survey.correctness import measure_correctness
@@ -42,6 +43,7 @@ def chosen(what: str, gpu: bool) -> list[str]:
     return [name for name in WHATS if name in names]
 
 
+@ambient.judging
 def measure(
     run: RunFolder, plan: Plan, *, what: str = "all", seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> list[Trial]:

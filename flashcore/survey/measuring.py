@@ -10,6 +10,7 @@ from typing import Any
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import cublaslt, device
 from flashcore.gpu.cublaslt import Algorithm, Plan, Product
+from flashcore.numerics import ambient
 from flashcore.records import RunFolder, Timing, Trial
 from flashcore.survey import kernel_names, matmul_heuristics
 from flashcore.survey.grid import SurveyCase, lean, write_product
@@ -49,6 +50,7 @@ class Roofs:
 # ------------------------------------------------------------------------------------------------ the survey
 
 
+@ambient.judging
 def survey(
     run: RunFolder,
     cases: Sequence[SurveyCase],

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
+from flashcore.backends._peers import readable, with_scale_above_zero
 from flashcore.backends._registry import register
 from flashcore.problem import Problem
 
@@ -48,10 +49,12 @@ class FlashAttention3(Backend):
     def run(self, q, k, v, problem):
         function, ask_for_lse = _interface()
         extra = {"return_attn_probs": True} if ask_for_lse else {}
+        q, scale = with_scale_above_zero(q, problem.scale)
+        q, k, v = readable(q), readable(k), readable(v)
         # It takes [B, S, H, D]; a transposed view costs nothing.
         result = function(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            softmax_scale=problem.scale, causal=problem.causal, **extra,
+            softmax_scale=scale, causal=problem.causal, **extra,
         )  # fmt: skip
         out, lse = (result[0], result[1]) if isinstance(result, (tuple, list)) else (result, None)
         return out.transpose(1, 2), lse

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
+from flashcore.backends._peers import readable, with_scale_above_zero
 from flashcore.backends._registry import register
 from flashcore.errors import Unsupported
 from flashcore.numerics import reference
@@ -19,6 +20,8 @@ class _Sdpa(Backend):
     choice: ClassVar[str]
     """Name of the member of ``torch.nn.attention.SDPBackend``."""
     min_capability: ClassVar[tuple[int, int]] = (8, 0)
+    fused: ClassVar[bool] = True
+    """Whether one kernel does it all, and takes only tensors and scales that it can (`flashcore.backends._peers`)."""
 
     def availability(self) -> Availability:
         import torch
@@ -44,10 +47,14 @@ class _Sdpa(Backend):
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
+        scale = problem.scale
+        if self.fused:
+            q, scale = with_scale_above_zero(q, scale)
+            q, k, v = readable(q), readable(k), readable(v)
         try:
             with sdpa_kernel(getattr(SDPBackend, self.choice)):
                 return scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=is_causal, scale=problem.scale,
+                    q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale,
                     enable_gqa=problem.num_heads_q != problem.num_heads_kv,
                 )  # fmt: skip
         except RuntimeError as error:
@@ -67,6 +74,7 @@ class SdpaMath(_Sdpa):
     device = "any"
     dtypes = ("float16", "bfloat16", "float32")
     choice = "MATH"
+    fused = False
     max_scores = 2**31
     """8 GiB in float32; torch holds a few copies, and a GPU of 80 GiB has to hold them beside everything else."""
 

@@ -1,0 +1,39 @@
+"""Call somebody else's kernel with what it can take.
+
+FlashAttention and cuDNN read 16 bytes at a time. Of tensors that start elsewhere, or whose rows do, one gives a wrong
+result and the other ends the CUDA context, so such tensors are copied first. FlashAttention folds the softmax scale
+into the exponential, after it took the maximum of the unscaled products: right above 0, and an overflow below it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
+    import torch
+
+COPY_BYTES = 16
+
+
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if every row of it starts at 16 bytes and no two overlap, else a contiguous copy.
+
+    A dimension of one element counts too, since its stride is told to the kernel. What a copy would not mend stays: a
+    head_dim whose rows are no multiple of 16 bytes, which torch pads by itself.
+    """
+    size = tensor.element_size()
+    starts_well = tensor.data_ptr() % COPY_BYTES == 0
+    if starts_well and all(step > 0 and step * size % COPY_BYTES == 0 for step in tensor.stride()[:-1]):
+        return tensor
+    if starts_well and tensor.shape[-1] * size % COPY_BYTES and tensor.is_contiguous():
+        return tensor
+    import torch
+
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def with_scale_above_zero(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Queries and a scale above 0 that give the same scores, exactly: a sign goes into `q`, and so does a zero."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)

@@ -10,6 +10,7 @@ from flashcore.paging import (
     ATTENTION_PATTERNS,
     AllPages,
     PagedKVCache,
+    PageSelection,
     SinkWindow,
     TopK,
     make_attention,
@@ -62,3 +63,21 @@ def test_a_saving_that_loses_the_needle_shows():
     assert selection_accuracy(q, cache, window.select(q, cache)).mass_mean > 0.85
     thin = [pattern_cache("needle", channels=64, seed=seed) for seed in range(4)]
     assert min(selection_accuracy(q, cache, top.select(q, cache)).mass_least for q, cache in thin) < 0.5
+
+
+def test_the_scale_and_the_mask_are_those_of_the_call():
+    q, cache = pattern_cache("drifting")
+    selection = SinkWindow(0, 8).select(q, cache)
+    sharper, flat = (selection_accuracy(q, cache, selection, softmax_scale=s).mass_mean for s in (0.25, 0.0))
+    assert flat == pytest.approx(8 / 64) and sharper > selection_accuracy(q, cache, selection).mass_mean > flat
+    first = PageSelection.of_mask(torch.arange(64).expand(1, 2, 64) == 0)
+    two = torch.cat([q, q], dim=2)  # of two queries at the end, the first does not see the last key
+    masked, all_keys = (recalled(two, cache, first, causal=causal)[0] for causal in (True, False))
+    assert (masked[:, :, 0] > all_keys[:, :, 0]).all() and torch.equal(masked[:, :, 1], all_keys[:, :, 1])
+
+
+def test_the_share_of_pages_counts_pages_that_are_there():
+    q, cache = pattern_cache("diffuse")
+    cache.drop(cache.sequences[0], range(32))
+    half = PageSelection.of_mask((torch.arange(64) % 2 == 0).expand(1, 2, 64))  # 16 of them were dropped
+    assert selection_accuracy(q, cache, half).pages_share == pytest.approx(16 / 32)

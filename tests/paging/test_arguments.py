@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from support.paged_caches import make
 
 from flashcore.errors import InvalidProblem, PageTableError
-from flashcore.paging import PagedKV
+from flashcore.paging import PagedKV, arguments
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -54,3 +55,40 @@ def test_wrong_tensors(tables, change, words):
 def test_wrong_queries(tables, change, words):
     with pytest.raises(InvalidProblem, match=words):
         PagedKV.from_tables(*tables).check_query(change(torch.zeros(2, 4, 1, 8, dtype=torch.float16)))
+
+
+@pytest.mark.parametrize(("value", "number"), [(0, 0), (7, 7), (np.int64(3), 3), (torch.tensor(5), 5)])
+def test_whole_numbers_of_any_kind(value, number):
+    found = arguments.whole("tokens", value)
+    assert found == number and type(found) is int
+
+
+@pytest.mark.parametrize("value", [1.0, "3", None, [2], torch.tensor(1.0)])
+def test_what_is_no_whole_number(value):
+    with pytest.raises(InvalidProblem, match="tokens is .*; it has to be a whole number"):
+        arguments.whole("tokens", value)
+
+
+def test_one_count_for_all_or_a_list():
+    assert arguments.counts_of(4, 3) == [4, 4, 4] and arguments.counts_of((0, 2), 2) == [0, 2]
+    assert arguments.counts_of(4, 0) == [] == arguments.counts_of([], 0)
+    with pytest.raises(InvalidProblem, match="tokens has 2 numbers for 3 sequences"):
+        arguments.counts_of([1, 2], 3)
+    with pytest.raises(InvalidProblem, match="tokens is -1; it has to be at least 0"):
+        arguments.counts_of(-1, 2)
+
+
+def test_the_largest_size_is_taken_and_one_more_is_not():
+    arguments.check_sizes({"num_pages": 1, "batch": 2**31 - 1}, 256, torch.bfloat16)
+    with pytest.raises(InvalidProblem, match="batch is 2147483648; it has to be a whole number from 1 to 2"):
+        arguments.check_sizes({"num_pages": 1, "batch": 2**31}, 256, torch.bfloat16)
+
+
+def test_a_column_of_one_page_may_have_any_stride(tables):
+    """Its stride is never used, and views of larger tables come with one."""
+    k_pool, v_pool, page_table, lengths = tables
+    arguments.check_table(page_table[:, ::4], lengths[:2], k_pool.device)
+    with pytest.raises(PageTableError, match="page_table has stride 2 in its last dimension"):
+        arguments.check_table(page_table[:, ::2], lengths, k_pool.device)
+    with pytest.raises(PageTableError, match=r"lengths is \[0\]; it has to be a tensor \[batch\]"):
+        arguments.check_table(page_table, lengths[:0], k_pool.device)

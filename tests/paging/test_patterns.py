@@ -40,3 +40,28 @@ def test_wrong_patterns():
         make_attention(PATTERN, "needle", channels=65)
     with pytest.raises(InvalidProblem, match="softmax_scale is 0"):
         make_attention(PATTERN.with_(softmax_scale=0.0), "needle")
+
+
+def test_values_of_keys_that_stand_out_are_three_times_as_long():
+    problem = PATTERN.with_(batch=8, head_dim=128)
+    _, k, v = make_attention(problem, "needle")
+    longest = k.float().norm(dim=-1).argmax(dim=-1)  # the gain makes the needle the longest key by far
+    lengths = v.float().norm(dim=-1)
+    needle = lengths.gather(-1, longest[..., None]).squeeze(-1)
+    ratio = needle / lengths.median(dim=-1).values
+    assert ((ratio > 2.3) & (ratio < 3.7)).all() and ratio.mean() == pytest.approx(3.0, abs=0.2)
+
+
+@pytest.mark.parametrize(("channels", "entries"), [(1, 1), (4, 4), (64, 64)])
+def test_queries_of_a_group_look_along_so_many_channels(channels, entries):
+    q, _, _ = make_attention(PATTERN.with_(num_heads_q=32), "diffuse", channels=channels)
+    direction = q.float().view(2, 16, 64).mean(dim=1) * PATTERN.scale  # their own noise averages out
+    strong = direction.abs() > 0.5 / channels**0.5
+    assert strong.sum(dim=-1).tolist() == [entries, entries]
+    torch.testing.assert_close(direction.norm(dim=-1), torch.ones(2), rtol=0.1, atol=0.0)
+
+
+def test_fewer_keys_than_peaks():
+    probs = probabilities("peaked", PATTERN.with_(seqlen_k=5))
+    torch.testing.assert_close(probs.sum(-1), torch.ones(1, 8, dtype=torch.float64))
+    assert (probs > 0.1).all(), "all five stand out alike"

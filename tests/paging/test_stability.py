@@ -7,7 +7,7 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.paging import PagedKVCache, PageSelection, SinkWindow, TopK
-from flashcore.paging.stability import check_selection
+from flashcore.paging.stability import SelectionFinding, check_selection
 
 
 class Shaky:
@@ -62,3 +62,40 @@ def test_counts_alone_may_differ(small):
             return both[0]
 
     assert check_selection(Turns(), q, cache, runs=2).place == (0, 0, 1)
+
+
+class Unwritten:
+    """A policy that leaves the room for its list as it came."""
+
+    def select(self, q, cache):
+        return PageSelection.unwritten(cache, 2)
+
+
+def test_a_list_that_nobody_wrote_is_found(small):
+    found = check_selection(Unwritten(), *small, runs=2)
+    assert not found.ok and found.runs_that_differ == 0
+    assert "counts says more pages than the selection has room for, first at [0, 0]" in found.invalid
+
+
+def test_each_finding_is_one_sentence():
+    right = SelectionFinding(20, 0, None, None)
+    assert right.ok and str(right) == "20 runs over the same inputs selected the same valid pages."
+    both = SelectionFinding(5, 2, (1, 0, 7), "The selection has pages that do not ascend.")
+    assert not both.ok and str(both) == (
+        "the same inputs gave other pages in 2 of 4 repeats, first at sequence 1, KV head 0, place 7 of the list; "
+        "The selection has pages that do not ascend."
+    )
+    assert str(SelectionFinding(5, 0, None, "Only this.")) == "Only this."
+
+
+def test_pages_after_the_count_are_compared_too(small):
+    """They have to be -1; one that is something else in some runs was written by somebody."""
+    q, cache = small
+    lists = [torch.tensor([0, 1, last], dtype=torch.int32).expand(2, 2, 3).contiguous() for last in (-1, -1, 6)]
+
+    class Stray:
+        def select(self, q, cache):
+            return PageSelection(lists.pop(), torch.full((2, 2), 2, dtype=torch.int32))
+
+    found = check_selection(Stray(), q, cache, runs=3)
+    assert found.runs_that_differ == 2 and found.place == (0, 0, 2) and found.invalid is None

@@ -83,3 +83,43 @@ def test_top_k_needs_bounds(cache):
 def test_bad_policies(make, words):
     with pytest.raises(InvalidProblem, match=words):
         make()
+
+
+def test_of_pages_with_the_same_score_the_first_go_before_the_later(cache):
+    cache.key_bounds.fill_(1.0)
+    assert chosen(TopK(pages=4).select(queries(), cache), 0) == [0, 1, 2, 9]
+    assert chosen(TopK(pages=4, sink_pages=2).select(queries(), cache), 0, 1) == [0, 1, 2, 9]
+
+
+def test_pages_that_must_be_in_are_counted_and_may_be_more_than_asked_for(cache):
+    cache.key_bounds.zero_()
+    cache.key_bounds[cache.pages(cache.sequences[0])[5]] = 9.0
+    q = torch.ones(5, 4, 1, DIM).half()
+    assert chosen(TopK(pages=3, sink_pages=1).select(q, cache), 0) == [0, 5, 9]
+    assert chosen(TopK(pages=1, sink_pages=3).select(q, cache), 0) == [0, 1, 2, 9]
+    many = torch.ones(5, 4, 40, DIM).half()  # their own tokens lie in pages 7 to 9 of row 0
+    assert chosen(TopK(pages=2).select(many, cache), 0) == [7, 8, 9]
+
+
+def test_a_share_is_of_the_pages_that_are_there(cache):
+    cache.drop(cache.sequences[0], range(5))
+    assert TopK(share=0.5).select(queries(), cache).counts[0].tolist() == [3, 3], "half of 5, rounded up"
+    assert not set(chosen(TopK(pages=4).select(queries(), cache), 0)) & set(range(5))
+
+
+def test_a_score_takes_the_bound_that_each_sign_asks_for(cache):
+    """One query entry at a time, the others 0: its bound times the entry; the largest of the group counts."""
+    page = cache.pages(cache.sequences[0])[3]
+    least, largest = cache.key_bounds[page, 1, :, 2].float().tolist()
+    q = torch.zeros(5, 4, 1, DIM).half()
+    q[0, 2, 0, 2] = 2.0
+    assert page_scores(q, cache)[0, 1, 3] == max(2 * largest, 0.0)
+    q[0, 2, 0, 2], q[0, 3, 0, 2] = -2.0, -4.0
+    assert page_scores(q, cache)[0, 1, 3] == max(-2 * least, -4 * least)
+    assert page_scores(q, cache)[0, 0, 3] == 0.0, "the other KV head has other queries"
+
+
+def test_a_page_that_was_dropped_has_no_score(cache):
+    cache.drop(cache.sequences[0], [4])
+    scores = page_scores(queries(), cache)
+    assert (scores[0, :, 4] == -torch.inf).all() and scores[0, :, :4].isfinite().all()

@@ -74,6 +74,9 @@ def test_the_scale_and_the_mask_are_those_of_the_call():
     two = torch.cat([q, q], dim=2)  # of two queries at the end, the first does not see the last key
     masked, all_keys = (recalled(two, cache, first, causal=causal)[0] for causal in (True, False))
     assert (masked[:, :, 0] > all_keys[:, :, 0]).all() and torch.equal(masked[:, :, 1], all_keys[:, :, 1])
+    last = PageSelection.of_mask(torch.arange(64).expand(1, 2, 64) == 63)
+    masked, all_keys = (recalled(two, cache, last, causal=causal)[0] for causal in (True, False))
+    assert torch.equal(all_keys[:, :, 0], all_keys[:, :, 1]) and (masked[:, :, 0] != masked[:, :, 1]).all()
 
 
 def test_the_share_of_pages_counts_pages_that_are_there():

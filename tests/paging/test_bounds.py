@@ -81,6 +81,8 @@ def test_held_slots_are_those_of_the_longest_user_of_a_page():
     assert held.sum(dim=1).tolist() == [0, 5, 0, 16, 0] and held[1, :5].all()
     cache.lengths[1] = 40  # its second page lies outside the pool, its third holds 8
     assert bounds_module.held_slots(cache).sum(dim=1).tolist() == [0, 5, 8, 16, 0]
+    cache.lengths.copy_(torch.tensor([7, 5]))
+    assert bounds_module.held_slots(cache).sum(dim=1).tolist() == [0, 0, 0, 7, 0]
 
 
 def test_slots_without_a_token_do_not_count():

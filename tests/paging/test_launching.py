@@ -63,6 +63,9 @@ def test_a_kernel_is_loaded_once_and_never_while_a_graph_is_captured(monkeypatch
     assert loaded(*wanted) is first, "one that is there can be captured"
     capturing[0] = False
     assert loaded(*wanted, entry="page_window") is not first and asked[1][-1] == "page_window"
+    assert loaded(*wanted) is first and len(asked) == 2
+    monkeypatch.setattr(_launching, "version", lambda kernel, source: "edited")
+    assert loaded(*wanted) is not first and asked[2] == asked[0], "another text of the kernel's file"
 
 
 def test_rows_that_lie_together_at_multiples_of_16_bytes_are_copied_whole():

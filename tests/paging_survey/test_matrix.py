@@ -75,11 +75,12 @@ def test_a_seed_gives_the_same_case_and_another_gives_others():
 
 def test_a_prefix_is_shared_by_all_that_are_long_enough():
     _, cache = make(
-        PagedCase("sharing", (20, 64, 64, 70), page_size=16, prefix=40, dtype="bfloat16", head_dim=128), "cpu"
+        PagedCase("sharing", (20, 64, 64, 70, 40), page_size=16, prefix=40, dtype="bfloat16", head_dim=128), "cpu"
     )
     table = cache.page_table.tolist()
     assert table[1][:2] == table[2][:2] == table[3][:2] and table[0][0] != table[1][0]
     assert len({table[row][2] for row in (1, 2, 3)}) == 3, "the partial page was copied on write"
+    assert table[4][:3] == table[1][:3], "one that ends with the prefix writes nothing, and shares all of it"
     (k1, *_), (k3, *_) = gather(cache, 1), gather(cache, 3)
     assert torch.equal(k1[:, :40], k3[:, :40]) and not torch.equal(k1[:, 40:64], k3[:, 40:64])
     assert cache.dtype == torch.bfloat16 and cache.head_dim == 128

@@ -7,14 +7,18 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# What to do is said on the command line alone: a shell that exports a common name such as OUT or RUN for something else
+# changes nothing here. Which Python does it (PYTHON, BASE_PYTHON) may stand in front of the command too.
+given = $(if $(filter command,$(origin $(1))),$($(1)),$(2))
+
 # The set that fits the driver: CUDA 13, CUDA 12, or no GPU. SET=compile (or gpu, gpu-cuda13) overrides it.
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9][0-9]*\)\..*/\1/p' | head -n 1)
 ifeq ($(CUDA_MAJOR),)
-SET ?= compile
+override SET := $(call given,SET,compile)
 else ifeq ($(CUDA_MAJOR),12)
-SET ?= gpu
+override SET := $(call given,SET,gpu)
 else
-SET ?= gpu-cuda13
+override SET := $(call given,SET,gpu-cuda13)
 endif
 
 # Exact versions: one file for CUDA 12, one for CUDA 13, which also serves machines without a GPU.
@@ -23,14 +27,14 @@ CONSTRAINTS := constraints/$(if $(filter gpu,$(SET)),cuda12,cuda13).txt
 ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV := $(ROOT)/.venv
 BASE_PYTHON ?= python3
-PROFILE ?=
-BACKEND ?=
-KERNEL ?=
-PROBLEM ?=
-OUT ?=
-RUN ?= latest
-PYTEST_ARGS ?=
-LAB_ARGS ?=
+override PROFILE := $(call given,PROFILE)
+override BACKEND := $(call given,BACKEND)
+override KERNEL := $(call given,KERNEL)
+override PROBLEM := $(call given,PROBLEM)
+override OUT := $(call given,OUT)
+override RUN := $(call given,RUN,latest)
+override PYTEST_ARGS := $(call given,PYTEST_ARGS)
+override LAB_ARGS := $(call given,LAB_ARGS)
 
 ifdef PYTHON
 # The package need not be installed for this interpreter; what PYTHONPATH already holds stays.

@@ -98,7 +98,7 @@ class RecordsDamaged(RecordsError):
 class RecordsTooNew(RecordsError):
     """The records were written by a newer FlashCore than this one."""
 
-    def __init__(self, path: str, line: int, found: int, known: int):
+    def __init__(self, path: str, line: int, found: object, known: int):
         self.path, self.line, self.found, self.known = path, line, found, known
         super().__init__(
             f"{path}, line {line}: the record has schema version {found}, and this FlashCore reads up to {known}; "

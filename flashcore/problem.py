@@ -48,6 +48,12 @@ class Problem(BaseModel):
     def _hash(self) -> int:
         return hash(tuple(getattr(self, name) for name in type(self).model_fields))
 
+    @functools.cached_property
+    def mathematics(self) -> tuple:
+        """What says which numbers come out, apart from the scale; ``page_size`` only says how to walk through them."""
+        fields = type(self).model_fields
+        return tuple(getattr(self, name) for name in fields if name not in ("page_size", "softmax_scale"))
+
     def __hash__(self) -> int:
         # A problem is part of the key of every cached plan and launch; hashing its fields takes longer than a launch.
         return self._hash

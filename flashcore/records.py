@@ -1,23 +1,37 @@
-"""Write and read trials: one JSON line each, appended and flushed, so that a run that dies keeps what it measured."""
+"""Write and read trials: one JSON line each, appended and flushed, so that a run that dies keeps what it measured.
+
+A line ends at a line feed and nowhere else. A record that stands in a file twice is one record.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import gc
 import json
 import os
 import secrets
 import tempfile
+import time
 import warnings
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticSerializationError, from_json
 
 from flashcore.errors import InvalidProblem, RecordsDamaged, RecordsError, RecordsTooNew
+from flashcore.paths import absolute, partial_path
 from flashcore.problem import Problem
 
 SCHEMA_VERSION = 1
+MARK = b"\xef\xbb\xbf"
+"""A byte-order mark, which some editors put before a text, and `cat` between two."""
 
 Kind = Literal[
     "ceiling", "build", "correctness", "attention_timing", "bisection", "fault", "gemm_candidate", "paging",
@@ -70,7 +84,7 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, strict=True, ge=1)
     kind: Kind
     backend: str | None = None
     variant: str | None = None
@@ -88,6 +102,8 @@ class Trial(BaseModel):
     environment: str | None = None
     """`id` of the environment snapshot in the run's `environment.json`."""
     time: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    id: str | None = Field(default_factory=lambda: secrets.token_hex(6))
+    """Tells two measurements that came out alike from one record that was appended twice; None in older records."""
 
 
 class RunFolder:
@@ -100,7 +116,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = absolute(path)
         if not self.path.is_dir():
             raise RecordsError(
                 f"There is no run folder at {self.path}; make one with 'flashcore report', or name an existing one."
@@ -109,7 +125,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> RunFolder:
         """Make the folder and its records file, or say in one sentence why that cannot be done."""
-        path = Path(path)
+        path = absolute(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "records.jsonl").touch()
@@ -139,9 +155,19 @@ class RunFolder:
         return trial
 
     def environment(self) -> dict[str, Any]:
-        """What `environment.json` holds; empty for a run that never recorded its machine."""
+        """What `environment.json` holds; empty for a run that never recorded its machine.
+
+        Raises
+        ------
+        RecordsError
+            The file cannot be read, is no JSON object, or one of its own keys holds something else than it should.
+        RecordsTooNew
+            A newer FlashCore wrote it.
+        """
         try:
-            return json.loads(self.environment_path.read_text(encoding="utf-8"))
+            found = parse_json(self.environment_path.read_bytes())
+            _check_environment(found, self.environment_path)
+            return found
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -152,6 +178,8 @@ class RunFolder:
     def trials(self, **wanted) -> list[Trial]:
         """All trials of the run, or those whose fields equal `wanted`, in the order written."""
         trials = read_trials(self.records_path)
+        if not wanted:
+            return trials
         return [t for t in trials if all(getattr(t, name) == value for name, value in wanted.items())]
 
 
@@ -167,7 +195,7 @@ def scratch_run() -> RunFolder:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one piece: beside its place first, then moved there. An interruption leaves nothing half-done."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = partial_path(path)
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -175,11 +203,68 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _line(trial: Trial) -> str:
+def parse_json(content: str | bytes) -> Any:
+    """A JSON text as plain values; a byte-order mark before it is no part of it.
+
+    Raises
+    ------
+    ValueError
+        It is no JSON, or nothing that anybody means: nested deeper than 200 levels, a number of thousands of digits.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="replace")
+    if content.startswith(MARK):
+        content = content[len(MARK) :]
+    try:
+        return from_json(content, cache_strings="all")
+    except ValueError:
+        return from_json(content.decode(errors="replace"))  # a damaged letter inside a text spoils that text alone
+
+
+_ENVIRONMENT = {"objects": ("before", "after", "git", "kernels", "parameters"), "texts": ("id", "gpu", "date")}
+
+
+def _check_environment(found: Any, path: Path) -> None:
+    """Refuse what is no environment, as a ValueError; what nobody here reads may be anything."""
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds {_called(found)} and no JSON object")
+    version = found.get("schema_version", SCHEMA_VERSION)
+    if _is_newer(version):
+        raise RecordsTooNew(str(path), 1, version, SCHEMA_VERSION)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its schema_version is {version!r:.40} and should be {SCHEMA_VERSION}")
+    for kind, wanted, names in (("an object", dict, "objects"), ("a text", str, "texts")):
+        for name in _ENVIRONMENT[names]:
+            if not isinstance(found.get(name), wanted | None):
+                raise ValueError(f"its '{name}' is {_called(found[name])} and should be {kind}")
+
+
+def _called(value: Any) -> str:
+    """A JSON value in words."""
+    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def _is_newer(version: Any) -> bool:
+    """Whether a schema version is beyond ours, also when it is written as a text or with a point."""
+    if version is SCHEMA_VERSION:  # what nearly every line says
+        return False
+    if isinstance(version, str) and len(version) < 20:
+        try:
+            version = float(version)
+        except ValueError:
+            return False
+    return isinstance(version, int | float) and not isinstance(version, bool) and version > SCHEMA_VERSION
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def _line(trial: Trial) -> bytes:
     """A trial as one line; what is not there at all is left out, which keeps a run of a thousand trials small."""
     absent: dict[str, Any] = {
         name: True
-        for name in ("backend", "variant", "reason", "problem", "correctness", "timing", "data", "source_hash")
+        for name in ("backend", "variant", "reason", "problem", "correctness", "timing", "data", "source_hash", "id")
         if not getattr(trial, name)
     }
     if trial.problem:
@@ -188,23 +273,31 @@ def _line(trial: Trial) -> str:
     for name in ("correctness", "timing"):
         if part := getattr(trial, name):
             absent[name] = {n for n in type(part).model_fields if getattr(part, n) in (None, [])}
-    return trial.model_dump_json(exclude=absent)
+    try:
+        return trial.model_dump_json(exclude=absent).encode() + b"\n"
+    except (PydanticSerializationError, UnicodeEncodeError) as error:
+        raise RecordsError(
+            f"A record of kind '{trial.kind}' cannot be written as JSON ({error}); give it numbers, texts, lists and "
+            "dicts alone."
+        ) from error
 
 
 def append_trials(path: Path, trials: Iterable[Trial]) -> None:
-    """Append trials to a JSON-lines file. Each line goes out in one write, so processes may share the file.
+    """Append trials to a JSON-lines file: whole lines or an error, also where several processes share the file.
 
-    A last line that was cut off (the writer was killed in the middle) is closed first, so it spoils no new record.
+    A last line that was cut off (the writer was killed in the middle) is closed first, so it spoils no new record. A
+    line for which the disk has no room is taken back.
     """
-    path = Path(path)
+    path = absolute(path)
+    content = [_line(trial) for trial in trials]
     try:
-        with open(path, "a+b") as file:
+        with open(path, "a+b", buffering=0) as file, _alone(file) as alone:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
-                    os.write(file.fileno(), b"\n")
-            for trial in trials:
-                os.write(file.fileno(), _line(trial).encode() + b"\n")
+                    _write(file, b"\n", alone)
+            for line in content:
+                _write(file, line, alone)
             os.fsync(file.fileno())
     except OSError as error:
         raise RecordsError(
@@ -213,11 +306,40 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _alone(file: BinaryIO) -> Iterator[bool]:
+    """Hold the file against other writers of ours; False on a file system that knows no such lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        yield False
+        return
+    yield True  # closing the file lets go of it
+
+
+def _write(file: BinaryIO, content: bytes, alone: bool) -> None:
+    """Write all of it, however little the system takes at once; nothing of it stays when that fails."""
+    start, rest = os.fstat(file.fileno()).st_size, content
+    try:
+        while rest:
+            rest = rest[os.write(file.fileno(), rest) :]
+    except OSError:
+        if alone:
+            with contextlib.suppress(OSError):  # a device cannot be cut; the next writer closes the line then
+                os.ftruncate(file.fileno(), start)
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
 def read_trials(path: str | os.PathLike[str], *, on_damage: Literal["warn", "raise"] = "warn") -> list[Trial]:
     """Read a records file.
 
     A line that is no record is what a killed writer leaves behind. It is left out with a `RecordsDamaged` warning that
-    names it, or raised as a `RecordsDamaged` error that carries the readable trials in its `trials`.
+    names it, or raised as a `RecordsDamaged` error that carries the readable trials in its `trials`. A record that was
+    appended twice, to the last letter or with its keys in another order, counts once. Trials are shared between
+    readers of a process and must not be changed.
 
     Raises
     ------
@@ -228,32 +350,234 @@ def read_trials(path: str | os.PathLike[str], *, on_damage: Literal["warn", "rai
     RecordsTooNew
         A line has a schema version this FlashCore does not know.
     """
-    path = Path(path)
+    path = absolute(path)
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = _read_once(path)
     except OSError as error:
         raise RecordsError(
             f"The records {path} cannot be read ({error.strerror}); name a run folder that holds records.jsonl."
         ) from error
-    trials: list[Trial] = []
-    damage: tuple[int, str] | None = None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            version = fields.get("schema_version") if isinstance(fields, dict) else None
-            if isinstance(version, int) and version > SCHEMA_VERSION:
-                raise RecordsTooNew(str(path), number, version, SCHEMA_VERSION)
-            trials.append(Trial.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            damage = damage or (number, f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}")
-        except (ValueError, InvalidProblem) as error:
-            damage = damage or (number, str(error))
-    if damage:
-        problem = RecordsDamaged(str(path), *damage, trials)
+    if found.damage:
+        problem = RecordsDamaged(str(path), *found.damage, list(found.trials))
         if on_damage == "raise":
             raise problem
         warnings.warn(str(problem), RuntimeWarning, stacklevel=2)
-    return trials
+    return list(found.trials)
+
+
+@dataclass
+class _Found:
+    """What a records file holds."""
+
+    trials: list[Trial] = field(default_factory=list)
+    damage: tuple[int, str] | None = None
+    """The first line that is no record, and why."""
+
+
+_kept: OrderedDict[tuple, _Found] = OrderedDict()
+"""Files as they were read: page, verdict and history ask for the same two. By path, inode, size and time of change."""
+MOST_KEPT = 3
+MANY = 10_000
+"""Trials of one file beyond which the garbage collector is told of them."""
+SETTLED_NS = 100_000_000
+"""A file that was changed less than this before it was read might change again without a new time: it is not kept."""
+
+
+def _read_once(path: Path) -> _Found:
+    with open(path, "rb") as file:
+        state = os.fstat(file.fileno())
+        key = (str(path), state.st_ino, state.st_dev, state.st_size, state.st_mtime_ns)
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key]
+        settled = time.time_ns() - state.st_mtime_ns > SETTLED_NS
+        collects = gc.isenabled()
+        gc.disable()  # nothing here is garbage, and looking for it takes longer than reading
+        try:
+            found = _read(file, str(path))
+        finally:
+            if collects:
+                gc.enable()
+    if len(found.trials) > MANY:
+        gc.freeze()  # they hold no circles, and each later search for some would walk through all of them
+    for old in [old for old in _kept if old[0] == key[0]]:
+        del _kept[old]
+    if settled:
+        _kept[key] = found
+        while len(_kept) > MOST_KEPT:
+            _kept.popitem(last=False)
+    return found
+
+
+def _read(file: Iterable[bytes], name: str) -> _Found:
+    found, parts, seen = _Found(), _Parts(), _Seen()
+    trial_of, is_new, keep = parts.trial, seen.is_new, found.trials.append
+    for number, line in enumerate(file, start=1):
+        try:
+            fields = parse_json(line)
+            if type(fields) is not dict:
+                raise ValueError(f"it holds {_called(fields)} and no JSON object")
+            if _is_newer(version := fields.get("schema_version", SCHEMA_VERSION)):
+                raise RecordsTooNew(name, number, version, SCHEMA_VERSION)
+            trial = trial_of(fields)
+            if is_new(trial):
+                keep(trial)
+        except ValidationError as error:
+            first = error.errors()[0]
+            found.damage = found.damage or (
+                number,
+                f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}",
+            )
+        except (ValueError, InvalidProblem) as error:
+            if line.strip():
+                found.damage = found.damage or (number, str(error))
+    return found
+
+
+class _Seen:
+    """Tells a record that stands in the file already: all of it is the same, its time of measurement included."""
+
+    def __init__(self):
+        self._first: dict[str | None, Trial] = {}
+        self._more: dict[str | None, set[str]] = {}  # by time, where several records share one
+
+    def is_new(self, trial: Trial) -> bool:
+        when = trial.time
+        first = self._first.setdefault(when, trial)
+        if first is trial:
+            return True
+        known = self._more.setdefault(when, {self._content(first)})
+        content = self._content(trial)
+        if content in known:
+            return False
+        known.add(content)
+        return True
+
+    @staticmethod
+    def _content(trial: Trial) -> str:
+        return json.dumps(trial.model_dump(mode="json"), sort_keys=True)
+
+
+class _Plan:
+    """How a model's plain fields look, so that a record that holds what it should is made without being validated.
+
+    Derived from the model itself: a value of the very type that a field has passes validation as it is. Whatever is of
+    another type, is missing or is bound to more than a type is left to pydantic, which mends it or says what is wrong.
+    """
+
+    def __init__(self, model: type[BaseModel]):
+        fields = model.model_fields
+        self.model = model
+        self.types = tuple((name, _types(field.annotation)) for name, field in fields.items())
+        self.words = tuple((n, frozenset(get_args(f.annotation))) for n, f in fields.items() if _is_literal(f))
+        self.bound = tuple((name, field.default) for name, field in fields.items() if field.metadata)
+        self.floats = tuple(name for name, field in fields.items() if field.annotation == list[float])
+        self.factories = tuple((name, field.default_factory) for name, field in fields.items() if field.default_factory)
+        made = {name for name, _ in self.factories}
+        self.defaults = {n: f.default for n, f in fields.items() if n not in made and not f.is_required()}
+        self._given: dict[tuple[str, ...], tuple[set[str], list[str]]] = {}
+
+    def given(self, names: tuple[str, ...]) -> tuple[set[str], list[str]]:
+        """The keys of a record as a set, and those that are no field; one object for all records of these keys."""
+        if names not in self._given:
+            known = self.model.model_fields
+            self._given[names] = set(names), [name for name in names if name not in known]
+        return self._given[names]
+
+    def make(self, given: dict[str, Any]) -> BaseModel | None:
+        """The model, or None for what has to be validated."""
+        content = {**self.defaults, **given}
+        for name, factory in self.factories:
+            if name not in content:
+                content[name] = factory()
+        for name, words in self.words:
+            if content.get(name) not in words:
+                return None
+        for name, usual in self.bound:
+            if content[name] != usual:
+                return None
+        made, put = object.__new__(self.model), object.__setattr__
+        for name, types in self.types:
+            value = content.get(name, put)  # `put` stands for nothing: no field has its type
+            if type(value) not in types:
+                return None
+            put(made, name, value)
+        for name in self.floats:
+            if not {float}.issuperset(map(type, content[name])):
+                return None
+        self._finish(made, given)
+        return made
+
+    def pack(self, model: BaseModel, given: dict[str, Any]) -> BaseModel:
+        """A validated model, as small as `make` makes it."""
+        made, put = object.__new__(self.model), object.__setattr__
+        for name, value in model.__dict__.items():
+            put(made, name, value)
+        self._finish(made, given)
+        return made
+
+    def _finish(self, made: BaseModel, given: dict[str, Any]) -> None:
+        names, extra = self.given(tuple(given))
+        put = object.__setattr__
+        put(made, "__pydantic_fields_set__", names)
+        put(made, "__pydantic_extra__", {name: given[name] for name in extra} if extra else _NO_EXTRA)
+        put(made, "__pydantic_private__", None)
+
+
+_NO_EXTRA: dict[str, Any] = {}
+"""Shared by all trials without keys of their own; frozen models, so nobody adds to it."""
+
+
+def _is_literal(field: Any) -> bool:
+    return get_origin(field.annotation) is Literal
+
+
+def _types(annotation: Any) -> frozenset[type]:
+    """The types of which a value is taken as it is."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return frozenset(map(type, get_args(annotation)))
+    if origin in (Union, UnionType):
+        return frozenset().union(*map(_types, get_args(annotation)))
+    return frozenset({origin or annotation})
+
+
+class _Parts:
+    """Makes trials out of parsed lines; what many of them have alike is there once.
+
+    A run of 200,000 records is read by a laptop. So a problem is made once for all its trials, and a model's fields lie
+    in the object itself instead of in a dictionary and a set of its own, which takes a third of the memory.
+    """
+
+    def __init__(self):
+        self._problems: dict[tuple, Problem] = {}
+        self._trial, self._correctness, self._timing = _Plan(Trial), _Plan(Correctness), _Plan(Timing)
+        self._now = datetime.now(UTC).isoformat(timespec="milliseconds")
+
+    def trial(self, fields: dict[str, Any]) -> Trial:
+        """Raises `ValidationError` or `InvalidProblem` for what is no record."""
+        if type(problem := fields.get("problem")) is dict:
+            fields["problem"] = self._problem(problem)
+        if type(part := fields.get("correctness")) is dict:
+            fields["correctness"] = self._correctness.make(part) or part
+        if type(part := fields.get("timing")) is dict:
+            fields["timing"] = self._timing.make(part) or part
+        fields.setdefault("id", None)  # a record without one gets none, or it would read differently each time
+        fields.setdefault("time", self._now)
+        return self._trial.make(fields) or self._validated(fields)
+
+    def _validated(self, fields: dict[str, Any]) -> Trial:
+        trial = Trial.model_validate(fields)
+        for name, plan in (("correctness", self._correctness), ("timing", self._timing)):
+            if type(fields.get(name)) is dict:
+                trial.__dict__[name] = plan.pack(getattr(trial, name), fields[name])
+        return self._trial.pack(trial, fields)
+
+    def _problem(self, fields: dict[str, Any]) -> Problem:
+        key = tuple(fields.items())
+        try:
+            return self._problems[key]
+        except KeyError:
+            return self._problems.setdefault(key, Problem(**fields))
+        except TypeError:  # a value that is a list or a dict: no problem has one
+            return Problem(**fields)

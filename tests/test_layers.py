@@ -141,6 +141,7 @@ def test_a_folder_says_what_lives_there_and_what_others_may_use(folder):
         assert hasattr(module, name) or f"{module.__name__}.{name}" in MODULES, f"{name} is offered and not there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [p for p in FOLDERS + ROOT_MODULES if p not in LOADS_TORCH])
 def test_what_does_not_compute_loads_without_torch(where):
     names = [m for m in MODULES if place(m) == where]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import pkgutil
 import sys
 from pathlib import Path
 
 from flashcore.backends._contract import Backend
 from flashcore.errors import FlashCoreError, UnknownName
+from flashcore.paths import plugin_folders
 
 _REGISTRY: dict[str, Backend] = {}
 _discovered: set[str] = set()
@@ -32,8 +32,8 @@ def _discover() -> None:
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not info.name.startswith("_"):
             importlib.import_module(f"{__package__}.{info.name}")
-    for folder in filter(None, os.environ.get("FLASHCORE_PLUGINS", "").split(os.pathsep)):
-        for path in sorted(Path(folder).glob("*.py")):
+    for folder in plugin_folders():
+        for path in sorted(folder.glob("*.py")):
             if str(path) not in _discovered:
                 _discovered.add(str(path))
                 spec = importlib.util.spec_from_file_location(f"flashcore_plugin_{path.stem}", path)

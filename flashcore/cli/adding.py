@@ -10,7 +10,6 @@ from rich.markup import escape
 
 from flashcore.cli.printing import errors
 from flashcore.decision import seal, verdict
-from flashcore.pipeline import rendering
 from flashcore.records import RunFolder
 
 
@@ -35,6 +34,8 @@ def adding_to(path: Path | None) -> Iterator[RunFolder | None]:
             yield run
     finally:
         if run.records_path.stat().st_size != before and any((run.path / name).exists() for name in seal.PAGES):
+            from flashcore.pipeline import rendering  # loads what draws, which most commands do without
+
             rendering.remove_pages(run)
             errors().print(
                 f"The page of {escape(run.name)} showed it without these records and was removed; "

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashcore.cli import printing
 from flashcore.errors import RecordsError
 from flashcore.records import RunFolder
 
@@ -60,10 +61,10 @@ def claims(
 def _evidence(run: str | None) -> Evidence:
     """The evidence of the run named, else of the latest; the recorded run stands in where there is none."""
     from flashcore.decision import evidence
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders
 
     try:
-        found = reporting.find_run(run or LATEST)
+        found = folders.find_run(run or LATEST)
     except RecordsError:
         if run is not None:
             raise
@@ -76,7 +77,7 @@ def _evidence(run: str | None) -> Evidence:
 
 
 def _console(*, wrap: bool = False) -> Console:
-    width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
+    width = None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE
     return Console(highlight=False, soft_wrap=not wrap, width=width)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashcore.cli import printing
 from flashcore.decision.compare import number
 from flashcore.problem import parse_problem
 
@@ -79,10 +80,10 @@ def trend(
     """
     from flashcore.history import runs_in
     from flashcore.history.trend import trend as trend_of
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders
 
     wanted = parse_problem(problem)
-    runs, left_out = runs_in(folder if folder is not None else reporting.runs_dir())
+    runs, left_out = runs_in(folder if folder is not None else folders.runs_dir())
     machines = trend_of(runs, wanted)
     if json:
         for point in (p for points in machines.values() for p in points):
@@ -115,17 +116,17 @@ def trend(
 def _snapshot(run: str, out_dir: Path | None) -> Snapshot:
     """A run by folder, id or `latest`, as for the other commands, or by its file of records."""
     from flashcore import history
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders
 
     path = Path(run)
-    return history.read(path if path.is_file() and path.name != "latest" else reporting.find_run(run, out_dir))
+    return history.read(path if path.is_file() and path.name != "latest" else folders.find_run(run, out_dir))
 
 
 # ------------------------------------------------------------------------------------------------ printing
 
 
 def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    return Console(highlight=False, width=None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
 
 
 def _print_json(data: dict, *, indent: int | None = 1) -> None:

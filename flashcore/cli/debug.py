@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashcore.cli import printing
 from flashcore.cli.adding import adding_to
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.problem import parse_problem, square
@@ -156,7 +157,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    terminal = printing.is_terminal(sys.stderr if stderr else sys.stdout)
     return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if terminal else _PLAIN_WIDTH)
 
 
@@ -187,7 +188,7 @@ def _cell(value: object) -> str:
 def _print_table(frame: pandas.DataFrame, title: str) -> None:
     """A framed table on a terminal; plain columns, two spaces apart, anywhere else."""
     rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    if sys.stdout.isatty():
+    if printing.is_terminal(sys.stdout):
         table = Table(title=title)
         for name in frame.columns:
             table.add_column(escape(str(name)), overflow="fold")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flashcore.cli import printing
 from flashcore.cli.adding import adding_to
 from flashcore.records import RunFolder, Trial, scratch_run
 
@@ -66,7 +67,7 @@ def paging(
 
 def _print(trials: list[Trial], folder: RunFolder) -> None:
     """A table for each thing measured, with the figures that its records hold."""
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    out = Console(highlight=False, width=None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
     for what in dict.fromkeys(str(t.data.get("what")) for t in trials):
         rows = [(t, row) for t in trials if t.data.get("what") == what for row in [_row(t)]]
         table = Table(title=f"Paging: {what}")

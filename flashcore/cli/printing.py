@@ -1,10 +1,16 @@
-"""What several commands print: a line, a path, a decision with its gates and options."""
+"""What several commands print: a line, a path, a decision with its gates and options.
+
+What is printed never decides how a command ends: `settle` makes the standard streams take any letter and any end.
+"""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,9 +23,72 @@ WIDTH_OF_A_FILE = 120
 """Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
 
 
+def settle() -> None:
+    """Make standard output and error fit for whatever is printed, so that printing never ends a command.
+
+    A letter that the stream's encoding lacks is written as ``\\u00b5``, which JSON reads back. A reader that is gone, a
+    full disk behind a redirection or a closed stream takes nothing more, and the command goes on to its own exit code.
+    """
+    codecs.register_error("flashcore", _escaped)
+    sys.stdout, sys.stderr = _steady(sys.stdout), _steady(sys.stderr)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)), error.end
+
+
+def _steady(stream: TextIO | None) -> TextIO:
+    if stream is None:  # closed before the program began
+        return open(os.devnull, "w", encoding="utf-8")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="flashcore")
+    return _Steady(stream)
+
+
+class _Steady:
+    """A text stream whose failures stay in it: from the first one on, everything goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is still in the buffer finds its way out there
+            os.close(nowhere)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream, which may be closed, goes to a terminal."""
+    return stream is not None and stream.isatty()
+
+
 def console() -> Console:
     """Where results go."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    return Console(highlight=False, width=None if is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
 
 
 def errors() -> Console:
@@ -78,4 +147,8 @@ def _add_row(table: Table, row: dict[str, str]) -> None:
 def shown(path: Path) -> str:
     """The path relative to the current folder when it lies inside."""
     path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        here = Path.cwd()
+    except OSError:  # the current folder was removed
+        return str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -16,13 +16,14 @@ from typer.core import TyperGroup
 from flashcore import __version__
 from flashcore.cli import claims, compare, debug, lab, paging, printing, report, survey
 from flashcore.errors import FlashCoreError
+from flashcore.paths import set_home
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 SEAL_BROKEN, NO_SEAL = 3, 4
 WIDTH_OF_A_FILE = 120
 """Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+out = Console(highlight=False, width=None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -86,9 +87,9 @@ def _options(
 def verdict(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
     """Print a run's verdict. Exit code 0: GO; 3: NO-GO; 4: INCONCLUSIVE."""
     from flashcore.decision import verdict as verdicts
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders
 
-    decision = verdicts.judge(reporting.find_run(run, out_dir))
+    decision = verdicts.judge(folders.find_run(run, out_dir))
     printing.print_decision(decision)
     raise typer.Exit(verdicts.EXIT_CODES[decision.verdict])
 
@@ -98,9 +99,9 @@ def verify(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
     """Say whether a run is still what was judged, and name what was changed. Exit code 0: yes; 3: no; 4: no seal."""
     from flashcore.decision import seal
     from flashcore.decision import verdict as verdicts
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders
 
-    found = reporting.find_run(run, out_dir)
+    found = folders.find_run(run, out_dir)
     decision, state = verdicts.judge(found), verdicts.gather(found, gates=verdicts.load_gates()).seal
     _say(escape(state.sentence))
     for change in state.changes:
@@ -211,6 +212,8 @@ lab.add_to(app)
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    set_home()
+    printing.settle()
     app(prog_name="flashcore")
 
 

@@ -33,11 +33,7 @@ def same_problem(a: Problem | None, b: Problem | None) -> bool:
     """Whether two problems are the same mathematics; ``page_size`` only says how a backend walks through it."""
     if a is None or b is None:
         return a is b
-    return all(
-        getattr(a, name) == getattr(b, name)
-        for name in Problem.model_fields
-        if name not in ("page_size", "softmax_scale")
-    ) and math.isclose(a.scale, b.scale)
+    return a is b or (a.mathematics == b.mathematics and math.isclose(a.scale, b.scale))
 
 
 LEAST_US, MOST_US = 1e-3, 1e12
@@ -91,19 +87,25 @@ class Ratio:
         return "faster" if self.value > 1.0 else "slower"
 
 
+def interleaved(trial: Trial, other: Trial) -> bool:
+    """Whether two timings are figures of one problem, measured next to each other in the same way."""
+    mine, theirs = latency_us(trial), latency_us(other)
+    if mine is None or theirs is None or trial.environment != other.environment:
+        return False
+    a, b = trial.timing, other.timing
+    if a.round is None or (a.round, a.method, a.l2) != (b.round, b.method, b.l2):
+        return False
+    return same_problem(trial.problem, other.problem)
+
+
 def ratio(trial: Trial, other: Trial) -> Ratio | None:
     """Compare two timings of one round; None when they were not interleaved or either is no number.
 
     Sample i of one and sample i of the other were taken next to each other, so clock drift cancels in their ratio.
     """
+    if not interleaved(trial, other):
+        return None
     mine, theirs = latency_us(trial), latency_us(other)
-    if mine is None or theirs is None or not same_problem(trial.problem, other.problem):
-        return None
-    a, b = trial.timing, other.timing
-    if a.round is None or (a.round, a.method, a.l2) != (b.round, b.method, b.l2):
-        return None
-    if trial.environment != other.environment:
-        return None
     mine_samples, their_samples = samples_us(trial), samples_us(other)
     if len(mine_samples) == len(their_samples):
         n, bounds = len(mine_samples), spread(t / m for m, t in zip(mine_samples, their_samples, strict=True))
@@ -115,8 +117,8 @@ def ratio(trial: Trial, other: Trial) -> Ratio | None:
 
 def ratio_to_best_peer(trial: Trial, trials: Iterable[Trial]) -> Ratio | None:
     """Compare a timing with the fastest peer of its round."""
-    ratios = [r for t in trials if role(t) == "peer" and (r := ratio(trial, t)) is not None]
-    return min(ratios, key=lambda r: r.value, default=None)
+    fastest = min((t for t in trials if role(t) == "peer" and interleaved(trial, t)), key=latency_us, default=None)
+    return None if fastest is None else ratio(trial, fastest)
 
 
 def passed(trial: Trial) -> bool | None:
@@ -173,3 +175,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}"
     text = f"{value:,.{max(0, digits - 1 - size)}f}"
     return text.replace("-", "−")
+
+
+def first_line(text: str | None, default: str = "no reason recorded", *, most: int = 160) -> str:
+    """The first line of a reason that says anything, for where one line has to do."""
+    return next((line.strip() for line in (text or "").split("\n") if line.strip()), default)[:most]

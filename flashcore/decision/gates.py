@@ -101,8 +101,14 @@ class Gate(BaseModel):
 
     def wants(self, trial: Trial) -> bool:
         """Whether the trial is of this gate's kind, backend, problem and data, whatever came of it."""
-        if trial.kind != self.kind or not self.means(trial) or not self.concerns(trial):
-            return False
+        return trial.kind == self.kind and self.asks(trial) and self.takes(trial)
+
+    def asks(self, trial: Trial) -> bool:
+        """Whether the trial's backend and problem are the gate's: alike for trials alike in these and in status."""
+        return self.means(trial) and self.concerns(trial)
+
+    def takes(self, trial: Trial) -> bool:
+        """Whether the trial was timed, and holds the data, as the gate wants it."""
         if trial.timing is not None and (
             (self.method and trial.timing.method != self.method) or (self.l2 and trial.timing.l2 != self.l2)
         ):

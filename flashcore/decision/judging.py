@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.decision.gates import GROUPS, METRIC_KIND, Gate
 from flashcore.problem import parse_problem
-from flashcore.records import Trial
+from flashcore.records import Kind, Trial
 
 State = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -85,6 +87,46 @@ class Source:
     environment: Mapping[str, Any]
     current_hashes: Mapping[str, str]
 
+    @cached_property
+    def _alike(self) -> dict[tuple, list[int]]:
+        """Places of the trials that are alike in all that says which gates they are for and whether they count."""
+        found: dict[tuple, list[int]] = {}
+        for place, t in enumerate(self.trials):
+            role = t.data.get("role") == "peer"
+            key = (t.kind, t.backend, role, t.problem, t.status, t.environment, t.source_hash)
+            if key in found:
+                found[key].append(place)
+            else:
+                found[key] = [place]
+        return found
+
+    def pick(self, kind: Kind, wanted: Callable[[Trial], bool]) -> list[Trial]:
+        """The trials of a kind that are wanted, in their order.
+
+        Parameters
+        ----------
+        wanted
+            Asked once for all trials that are alike in backend, role, problem, status, environment and source, so it
+            may look at nothing else. A run has many trials and few of which another gate would think otherwise.
+        """
+        found = [ps for key, ps in self._alike.items() if key[0] == kind and wanted(self.trials[ps[0]])]
+        return [self.trials[place] for place in sorted(chain.from_iterable(found))]
+
+    @cached_property
+    def _outcomes(self) -> dict[tuple, set[bool | None]]:
+        return {}
+
+    def outcomes(self, backend: str | None, trial: Trial) -> set[bool | None]:
+        """What came of the checks of a backend on the problem, machine and source of a trial: see `compare.passed`."""
+        key = (backend, trial.problem, trial.environment, trial.source_hash)
+        if key not in self._outcomes:
+            checks = self.pick("correctness", lambda t: (
+                t.backend == backend and compare.same_problem(t.problem, trial.problem)
+                and t.environment == trial.environment and t.source_hash == trial.source_hash
+            ))  # fmt: skip
+            self._outcomes[key] = {compare.passed(t) for t in checks}
+        return self._outcomes[key]
+
     def doubt(self, trial: Trial) -> str | None:
         """Why a trial that was measured may not be used, as a clause; None when it may."""
         if not trial.environment or trial.environment != self.environment.get("id"):
@@ -127,9 +169,11 @@ def judge_gate(gate: Gate, live: Source, recorded: Source | None, has_gpu: bool)
 
 
 def _judge_on(gate: Gate, source: Source) -> GateResult:
-    wanted = [t for t in source.trials if gate.wants(t)]
+    wanted = source.pick(gate.kind, gate.asks)
+    if gate.where or gate.method or gate.l2:
+        wanted = [t for t in wanted if gate.takes(t)]
     if all(t.status in ("unsupported", "unavailable") for t in wanted):
-        checks = [t for t in source.trials if t.kind == "correctness" and gate.means(t) and gate.concerns(t)]
+        checks = source.pick("correctness", gate.asks)
         why = next((t.reason for t in [*wanted, *checks] if t.status in ("unavailable", "error") and t.reason), None)
         reason = f"There is no record of it{': ' + clause(why) if why else ''}."
         return _open(gate, source, reason, evidence="none")
@@ -190,10 +234,10 @@ def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult
             doubts.append(doubt or f"the timing of {trial.backend} holds no such figure")
         else:
             found.append((*figure, trial))
-    for check in source.trials:  # a backend that crashed in its check was never timed, and might have been the best
-        crashed = check.kind == "correctness" and check.status == "error" and check.backend not in last
-        if crashed and gate.means(check) and gate.concerns(check):
-            doubts.append(f"a check of {check.backend} did not finish ({clause(check.reason or 'no reason recorded')})")
+    # A backend that crashed in its check was never timed, and might have been the best.
+    crashed = source.pick("correctness", lambda t: t.status == "error" and t.backend not in last and gate.asks(t))
+    for check in crashed:
+        doubts.append(f"a check of {check.backend} did not finish ({clause(check.reason or 'no reason recorded')})")
     if not found:
         stale = [f for t in last.values() if (f := _figure(gate, source, t, trusting=True))]
         shown = max(stale, key=lambda f: gate.margin(f[0]), default=(None, None, 0, ""))
@@ -227,13 +271,7 @@ def _timing_doubt(source: Source, trial: Trial) -> str | None:
     wrong = compare.contradiction(trial)
     if wrong:
         return wrong
-    checks = [
-        t
-        for t in source.trials
-        if t.kind == "correctness" and t.backend == name and compare.same_problem(t.problem, trial.problem)
-        and t.environment == trial.environment and t.source_hash == trial.source_hash
-    ]  # fmt: skip
-    outcomes = [compare.passed(t) for t in checks]
+    outcomes = source.outcomes(name, trial)
     if False in outcomes:
         return f"{name} computes wrong results on this problem, so its speed does not count"
     if not outcomes or None in outcomes:
@@ -247,20 +285,18 @@ def _peer_doubt(source: Source, trial: Trial) -> str | None:
     A peer counts under the same terms as ours: right on this problem, its figures of one piece, of the same round. One
     that does not take the problem says `unsupported`, and has no right result there either.
     """
-    timed: dict[str, list[Trial]] = {name: [] for name in _planned_peers(source)}
-    for peer in source.trials:
-        if compare.role(peer) != "peer" or not compare.same_problem(peer.problem, trial.problem):
-            continue
-        if peer.kind == "correctness" and compare.passed(peer):
-            timed.setdefault(str(peer.backend), [])  # it takes this problem, so it was there to be timed
-        elif peer.kind == "attention_timing" and peer.status not in ("unsupported", "unavailable"):
+
+    def of_a_peer(t: Trial) -> bool:
+        return compare.role(t) == "peer" and compare.same_problem(t.problem, trial.problem)
+
+    right_checks = {str(t.backend) for t in source.pick("correctness", of_a_peer) if compare.passed(t)}
+    timings = source.pick("attention_timing", of_a_peer)
+    # One that was to be measured, or takes this problem, was there to be timed.
+    timed: dict[str, list[Trial]] = {name: [] for name in (*_planned_peers(source), *sorted(right_checks))}
+    for peer in timings:
+        if peer.status not in ("unsupported", "unavailable"):
             timed.setdefault(str(peer.backend), []).append(peer)
-    refusing = {
-        str(peer.backend)
-        for peer in source.trials
-        if peer.kind == "attention_timing" and peer.status == "unsupported"
-        and compare.same_problem(peer.problem, trial.problem)
-    }  # fmt: skip
+    refusing = {str(peer.backend) for peer in timings if peer.status == "unsupported"}
     right = {name for name, found in timed.items() if found or name not in refusing or _is_right(source, name, trial)}
     if not right:
         return f"no peer was timed in the same round as {trial.backend}"
@@ -285,10 +321,10 @@ def _peer_doubt(source: Source, trial: Trial) -> str | None:
 
 def _is_right(source: Source, name: str, trial: Trial) -> bool:
     """Whether a check of that backend passed on the problem of `trial`."""
-    return any(
-        t.kind == "correctness" and t.backend == name and compare.same_problem(t.problem, trial.problem)
-        and compare.passed(t) for t in source.trials
-    )  # fmt: skip
+    checks = source.pick("correctness", lambda t: (
+        t.backend == name and compare.same_problem(t.problem, trial.problem)
+    ))  # fmt: skip
+    return any(compare.passed(t) for t in checks)
 
 
 def _planned_peers(source: Source) -> list[str]:
@@ -313,8 +349,12 @@ def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False)
         bounds = compare.spread(samples)
         scale = value * latency
         return value, (scale / bounds[1], scale / bounds[0]) if bounds else None, len(samples), ""
-    peers = [t for t in source.trials if trusting or compare.role(t) != "peer" or _timing_doubt(source, t) is None]
-    found = compare.ratio_to_best_peer(trial, peers)
+    peers = source.pick("attention_timing", lambda t: (
+        compare.role(t) == "peer" and compare.same_problem(t.problem, trial.problem)
+    ))  # fmt: skip
+    fastest_first = sorted((t for t in peers if compare.interleaved(trial, t)), key=compare.latency_us)
+    best = next((t for t in fastest_first if trusting or _timing_doubt(source, t) is None), None)
+    found = None if best is None else compare.ratio(trial, best)
     return None if found is None else (found.value, found.spread, found.n, found.other.backend)
 
 

@@ -69,11 +69,11 @@ class State:
     def sentence(self) -> str:
         """The state in one sentence."""
         if self.digest is None and not self.changes:
-            return "This run carries no seal, so an edit of its records would not show."
+            return "This run carries no seal."
         if self.digest is None:
             return f"The seal does not hold: {self.changes[0].sentence}"
         if not self.changes:
-            return f"Seal {self.digest} of {self.date} holds: nothing was changed since the verdict."
+            return f"Seal {self.digest} of {self.date} holds."
         more = f" ({len(self.changes) - 1} more changes)" if len(self.changes) > 1 else ""
         return f"Seal {self.digest} of {self.date} does not hold: {self.changes[0].sentence}{more}"
 
@@ -89,13 +89,14 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str).encode()
 
 
-def _lines(path: Path) -> list[bytes]:
-    """Lines of a records file as they lie there; an empty one at the end is none."""
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a records file as they lie there, one after the other; an empty one at the end is none."""
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            for line in file:
+                yield line.removesuffix(b"\n")
     except OSError as error:
         raise RecordsError(f"{path} cannot be read ({error.strerror}); restore the file.") from error
-    return content.removesuffix(b"\n").split(b"\n") if content else []
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -322,10 +323,10 @@ def _changes(run: RunFolder, found: Mapping[str, Any], gates: Gates | None) -> I
 
 def _records_changed(run: RunFolder, sealed: Sequence[str]) -> list[str]:
     """Sentences on lines of the records that are not as they were sealed."""
-    lines = _lines(run.records_path)
-    now = [_hash(line) for line in lines]
+    now = [_hash(line) for line in _lines(run.records_path)]
     if now == list(sealed):
         return []
+    lines = list(_lines(run.records_path))
     start = next((i for i, (a, b) in enumerate(zip(sealed, now, strict=False)) if a != b), min(len(sealed), len(now)))
     end = 0
     while end < min(len(sealed), len(now)) - start and sealed[-1 - end] == now[-1 - end]:

@@ -71,7 +71,7 @@ class TomlFile:
 def read_toml(path: Path, what: str, error: Callable[[str, int | None, str], FlashCoreError], **options) -> TomlFile:
     """Read a file; `what` it is ("gates", "claims") stands in the error when that fails."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as cause:
         raise error(str(path), None, f"the {what} file cannot be read ({cause.strerror}).") from cause
     except UnicodeDecodeError as cause:
@@ -85,8 +85,15 @@ def parse_toml(text: str, path: str, error: Callable[[str, int | None, str], Fla
         return TomlFile(path, text, tomllib.loads(text, **options), error)
     except tomllib.TOMLDecodeError as cause:
         at = re.search(r"at line (\d+)", str(cause))
-        line = int(at[1]) if at else len(text.splitlines())
+        line = int(at[1]) if at else text.removesuffix("\n").count("\n") + 1
         raise error(path, line, f"this is not TOML: {cause}.") from cause
+    except RecursionError as cause:
+        raise error(path, None, "its lists or tables are nested too deeply to be read; write them flat.") from cause
+    except ValueError as cause:  # Python reads no number of more than some thousand digits
+        at = next((n for n, line in enumerate(text.split("\n"), start=1) if re.search(r"\d{4000}", line)), None)
+        raise error(
+            path, at, "a number here has too many digits to be read; write one that means something."
+        ) from cause
 
 
 def line_of(text: str, place: Place = (), key: str | None = None, value: str | None = None) -> int | None:

@@ -4,4 +4,27 @@ Each function takes trials and gives HTML; none measures, decides or imports tor
 and `html_tables`.
 """
 
+import os
+
 __all__ = ["answers", "html_tables", "paging_views", "plots", "stage_plots", "survey_views", "svg"]
+
+
+def _load_matplotlib() -> None:
+    """Import matplotlib, whatever MPLBACKEND says: our figures become SVG without any backend.
+
+    A backend that does not exist would make matplotlib's import fail; one that does is what the user wants elsewhere.
+    """
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    if named:
+        try:
+            matplotlib.rcParams["backend"] = named
+        except ValueError:
+            pass
+
+
+_load_matplotlib()

@@ -207,7 +207,9 @@ def findings_table(trials: Sequence[Trial], *, caption: str = "Checks that faile
                 "Problem": spaced(trial.problem) if trial.problem else "–",
                 "What": "wrong" if wrong else "did not finish",
                 "Bad elements": f"{found.num_bad:,} of {found.checked:,}" if found else "–",
-                "First bad": ", ".join(f"{k} {v}" for k, v in first.items()) if first else _first_line(trial.reason),
+                "First bad": ", ".join(f"{k} {v}" for k, v in first.items())
+                if first
+                else compare.first_line(trial.reason),
             }
         )
     return table_html(rows, caption, numeric=["Bad elements"]) if rows else ""
@@ -233,7 +235,7 @@ def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -
                 "Registers a thread": data.get("registers") if fine else "–",
                 "Spilled, bytes": data.get("spill_bytes") if fine else "–",
                 "Shared memory, bytes": _thousands(data.get("shared_bytes")) if fine else "–",
-                "Tensor Core instructions": words if fine else f"did not compile: {_first_line(trial.reason)}",
+                "Tensor Core instructions": words if fine else f"did not compile: {compare.first_line(trial.reason)}",
                 "Source hash": (trial.source_hash or "not known")[:16],
             }
         )
@@ -323,7 +325,3 @@ def _fact(name: str, value: Any) -> str:
 
 def _thousands(value: Any) -> Any:
     return f"{value:,}" if isinstance(value, int) else value
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "no reason recorded").strip().splitlines()[0][:160]

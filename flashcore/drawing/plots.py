@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import by_problem, nothing
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
@@ -75,7 +75,8 @@ def tflops_figure(
     lengths = sorted({s for points in lines.values() for s in points})
     with style():
         figure = Figure(figsize=(6.6, 3.9))
-        room = max(0.25, LETTER * (max(map(len, lines)) + len(" 99.9")))  # for the labels at the ends of the lines
+        longest = max(len(named(backend)) for backend in lines)
+        room = max(0.25, LETTER * (longest + len(" 99.9")))  # for the labels at the ends of the lines
         axes = figure.add_axes((0.105, 0.135, 0.895 - room, 0.80))
         ends: list[tuple[float, str, str, bool]] = []
         looks = _looks(lines)
@@ -87,7 +88,7 @@ def tflops_figure(
                 xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=2.4 if ours else 1.4,
                 markersize=6 if ours else 5, markerfacecolor=colour if ours else "none", zorder=4 if ours else 3,
             )  # fmt: skip
-            ends.append((ys[-1], f"{backend} {number(ys[-1])}", colour, ours))
+            ends.append((ys[-1], f"{named(backend)} {number(ys[-1])}", colour, ours))
         roof = _roof(lines, ceilings)
         if roof:
             axes.plot(lengths, [roof[s] for s in lengths], color=COLOURS["ink"], linewidth=1.0, zorder=2)
@@ -170,7 +171,7 @@ def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) ->
     with style():
         figure = Figure(figsize=(6.6, 0.95 + 0.42 * len(trials)))
         height = 0.95 + 0.42 * len(trials)
-        room = max(0.19, LETTER * max(len(t.backend or "unnamed") for t in trials) + 0.01)  # for the names
+        room = max(0.19, LETTER * max(len(named(t.backend or "unnamed")) for t in trials) + 0.01)  # for the names
         axes = figure.add_axes((room, 0.62 / height, 0.89 - room, 1 - 0.92 / height))
         values = []
         looks = _looks({t.backend or "unnamed": {0: t} for t in trials})
@@ -203,7 +204,7 @@ def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) ->
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(len(trials) - 0.4, -0.6)
-        axes.set_yticks(range(len(trials)), [t.backend or "unnamed" for t in trials])
+        axes.set_yticks(range(len(trials)), [named(t.backend or "unnamed") for t in trials])
         axes.tick_params(axis="y", length=0)
         axes.yaxis.grid(False)
         axes.spines["left"].set_visible(False)

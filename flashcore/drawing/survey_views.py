@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import nothing, table_html
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Trial
 from flashcore.survey import unfused_model
@@ -340,7 +340,7 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yticks(range(len(entries)), [name for name, *_ in entries])
+        axes.set_yticks(range(len(entries)), [named(name) for name, *_ in entries])
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.yaxis.grid(False)

@@ -73,6 +73,16 @@ def style() -> Iterator[None]:
         yield
 
 
+MOST_LETTERS = 26
+"""Of a name in a figure: beyond them it would push the plot itself out of its own frame."""
+
+
+def named(name: str) -> str:
+    """A name as it stands in a figure: one that is too long keeps its beginning and end, and a dollar is no formula."""
+    shown = name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 11]}…{name[-10:]}"
+    return shown.replace("$", r"\$")
+
+
 def figure_html(figure: Figure, alt: str, *, caption: str | None = None) -> str:
     """A figure as one inline ``<svg role="img">``, fit for a page that makes no request.
 

@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flashcore.errors import CompileError, RecordsError, ToolMissing, UnknownName
+from flashcore.errors import CompileError, FlashCoreError, RecordsError, ToolMissing, UnknownName
 from flashcore.gpu.cache import cache_dir, read_private, write_private
-from flashcore.paths import data_dir
+from flashcore.paths import data_dir, folder_in, plugin_folders
 from flashcore.records import Trial
 
 ARCH = "sm_90a"
@@ -69,8 +69,7 @@ def kernels_dir() -> Path:
 
 
 def _kernel_folders() -> list[Path]:
-    plugins = filter(None, os.environ.get("FLASHCORE_PLUGINS", "").split(os.pathsep))
-    return [kernels_dir(), *map(Path, plugins)]
+    return [kernels_dir(), *plugin_folders()]
 
 
 def kernel_path(kernel: str) -> Path:
@@ -176,7 +175,7 @@ def _joined(kernel: Path, read: list[Path]) -> str:
         seen.add(path.resolve())
         read.append(path)
         yield f'#line 1 "{path.name}"'
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_lines(path), start=1):
             found = _INCLUDE.match(line)
             header = found and _own_header(path, found[1])
             if header is None:
@@ -187,6 +186,21 @@ def _joined(kernel: Path, read: list[Path]) -> str:
             yield f'#line {number + 1} "{path.name}"'
 
     return "\n".join(lines_of(kernel)) + "\n"
+
+
+def _lines(path: Path) -> list[str]:
+    """A source's lines as the compiler counts them: they end at a line feed and at no other separator of Unicode."""
+    return _text(path).removesuffix("\n").split("\n")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashCoreError(
+            f"The kernel source {path} cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8 text'}); "
+            "mend the file or take it out of its folder."
+        ) from error
 
 
 def _own_header(including: Path, name: str) -> Path | None:
@@ -216,7 +230,7 @@ def source_hashes() -> dict[str, str]:
 
 def variants(kernel: str) -> list[tuple[int, str]]:
     """(head_dim, dtype) pairs a kernel is built for, from the `Variants:` line of its header; all by default."""
-    text = kernel_path(kernel).read_text(encoding="utf-8")
+    text = _text(kernel_path(kernel))
     line = re.search(r"^//\s*Variants:(.*)$", text, flags=re.MULTILINE)
     head_dims, dtypes = HEAD_DIMS, DTYPES
     if line:
@@ -236,8 +250,8 @@ def _wheel_folders(*parts: str) -> list[Path]:
 
 
 def _toolkit_folders(*parts: str) -> list[Path]:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return [p for home in homes if home and (p := Path(home, *parts)).exists()]
+    homes = [folder_in("CUDA_HOME"), folder_in("CUDA_PATH"), Path("/usr/local/cuda")]
+    return [p for folder in homes if folder and (p := folder.joinpath(*parts)).exists()]
 
 
 def _cudart_version(folder: Path) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ import os
 import stat
 from pathlib import Path
 
+from flashcore.paths import folder_in, home
 from flashcore.records import write_whole
 
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -14,9 +15,7 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 def cache_dir() -> Path:
     """Where cubins and measured choices are kept: FLASHCORE_CACHE, else `flashcore` in the user's cache folder."""
-    if home := os.environ.get("FLASHCORE_CACHE"):
-        return Path(home).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "flashcore"
+    return folder_in("FLASHCORE_CACHE") or (folder_in("XDG_CACHE_HOME") or home() / ".cache") / "flashcore"
 
 
 def read_private(path: Path) -> bytes:

@@ -53,7 +53,7 @@ def _checks(pair: Pair) -> list[Difference]:
         if new is None:
             lost[key[:2]].append(key)
         elif old == "passed" and new != "passed":
-            reason = ((trial.reason or "").strip().splitlines() or [""])[0][:160]
+            reason = compare.first_line(trial.reason, "")
             why = f": {reason}" if reason else ""
             found.append(Difference("newly failing", f"{_name(key)} passed and now {_verb(new)}{why}.", True))
         elif old != "passed" and new == "passed":

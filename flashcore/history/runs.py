@@ -12,6 +12,7 @@ from typing import Any
 
 from flashcore.decision.verdict import unfinished
 from flashcore.errors import RecordsError
+from flashcore.paths import absolute
 from flashcore.records import RunFolder, Trial, read_trials
 
 
@@ -69,13 +70,13 @@ def read(run: RunFolder | str | os.PathLike[str]) -> Snapshot:
     RecordsError
         It cannot be read, or a newer FlashCore wrote it.
     """
-    path = run.path if isinstance(run, RunFolder) else Path(run)
+    path = run.path if isinstance(run, RunFolder) else absolute(run)
     if path.is_file() and path.name != "records.jsonl":
         trials, problems = _trials(path)
         return Snapshot(path.stem, trials, {}, problems)
     folder = RunFolder(path.parent if path.is_file() else path)
     trials, problems = _trials(folder.records_path)
-    return Snapshot(folder.path.resolve().name, trials, _environment(folder), problems)
+    return Snapshot(folder.path.resolve().name, trials, folder.environment(), problems)
 
 
 def runs_in(folder: str | os.PathLike[str]) -> tuple[list[Snapshot], list[str]]:
@@ -86,7 +87,7 @@ def runs_in(folder: str | os.PathLike[str]) -> tuple[list[Snapshot], list[str]]:
     RecordsError
         There is no such folder.
     """
-    folder = Path(folder)
+    folder = absolute(folder)
     if not folder.is_dir():
         raise RecordsError(f"There is no folder {folder}; name one that holds run folders, such as reports/runs.")
     found, left_out = [], []
@@ -104,13 +105,13 @@ def previous(run: RunFolder) -> Snapshot | None:
     Of a run without a GPU it is the newest one without a GPU on a CPU of the same name. None when there is none, as for
     a recorded run alone in its folder. Runs that cannot be read are passed over.
     """
-    own = Snapshot(run.name, (), _environment(run))
+    own = Snapshot(run.name, (), run.environment())
     if own.machine is None or not own.date:
         return None
     older: list[tuple[str, Path]] = []
     for path in _run_paths(run.path.resolve().parent):
         try:
-            other = Snapshot(path.name, (), _environment(RunFolder(path)))
+            other = Snapshot(path.name, (), RunFolder(path).environment())
             if (other.gpu, other.machine) == (own.gpu, own.machine) and "" < other.date < own.date:
                 older.append((other.date, path))
         except RecordsError:
@@ -126,15 +127,12 @@ def previous(run: RunFolder) -> Snapshot | None:
 
 
 def _run_paths(folder: Path) -> list[Path]:
-    """Run folders, each once: `latest` is a link to one of them, or a file."""
-    return sorted(p for p in folder.iterdir() if (p / "records.jsonl").is_file() and not p.is_symlink())
-
-
-def _environment(run: RunFolder) -> Mapping[str, Any]:
-    found = run.environment()
-    if not isinstance(found, Mapping):
-        raise RecordsError(f"{run.environment_path} holds no JSON object; restore the file, or remove it.")
-    return found
+    """Run folders, each once: `latest` is a link to one of them, or a file. What may not be looked into is none."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [path for path in inside if os.path.isfile(path / "records.jsonl") and not path.is_symlink()]
 
 
 def _trials(path: Path) -> tuple[tuple[Trial, ...], tuple[str, ...]]:

@@ -220,7 +220,7 @@ def _doubt(run: Snapshot, trial: Trial, when: str) -> str | None:
     then = "then" if when == "before" else "now"
     if trial.status != "ok":
         state = {"failed": "wrong", "error": "not finished"}.get(trial.status, trial.status)
-        return f"it was {state} {then} ({(trial.reason or 'no reason recorded').strip().splitlines()[0][:120]})"
+        return f"it was {state} {then} ({compare.first_line(trial.reason, most=120)})"
     if compare.latency_us(trial) is None:
         return f"its record holds no usable latency {then}"
     known = run.environment.get("id")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from markupsafe import escape
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.decision.gates import load_gates
 from flashcore.drawing import html_tables, plots
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
 from flashcore.errors import FlashCoreError
 from flashcore.history.comparing import Comparison, signed
 from flashcore.history.runs import previous, read
@@ -21,6 +20,9 @@ from flashcore.history.since import Since, since
 from flashcore.history.timings import Row
 from flashcore.history.trend import Point
 from flashcore.records import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_ROWS = 12
 """Lines of a list on the page; the rest are counted."""
@@ -121,6 +123,9 @@ def trend_figure(points: Sequence[Point]) -> Figure:
 
     Runs stand in the order of their dates, evenly spaced, since several of one day would lie on each other.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
     lines: dict[str, list[Point]] = {}
     for point in points:
         lines.setdefault(point.backend, []).append(point)
@@ -128,7 +133,8 @@ def trend_figure(points: Sequence[Point]) -> Figure:
     places = {run: place for place, run in enumerate(runs)}
     with style():
         figure = Figure(figsize=(6.6, 3.9))
-        room = max(0.25, plots.LETTER * (max(map(len, lines)) + len(" 99.9")))  # for the labels at the ends
+        longest = max(len(named(name)) for name in lines)
+        room = max(0.25, plots.LETTER * (longest + len(" 99.9")))  # for the labels at the ends
         axes = figure.add_axes((0.105, 0.135, 0.895 - room, 0.80))
         looks = plots._looks({name: {0: group[0].trial} for name, group in lines.items()})
         ends, greatest = [], 0.0
@@ -146,7 +152,7 @@ def trend_figure(points: Sequence[Point]) -> Figure:
                 xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=2.4 if ours else 1.4,
                 markersize=6 if ours else 5, markerfacecolor=colour if ours else "none", zorder=4 if ours else 3,
             )  # fmt: skip
-            ends.append((xs[-1], ys[-1], f"{name} {number(ys[-1])}", colour, ours))
+            ends.append((xs[-1], ys[-1], f"{named(name)} {number(ys[-1])}", colour, ours))
             greatest = max(greatest, *ys)
         last, limit = len(runs) - 1, 1.08 * greatest
         axes.set_ylim(0, limit)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.errors import PrintError, ToolMissing
+from flashcore.paths import folder_in, home
 from flashcore.records import write_whole
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
@@ -36,8 +37,8 @@ def browser() -> str | None:
         return shutil.which(named) if named else None
     if found := next(filter(None, map(shutil.which, BROWSERS)), None):
         return found
-    home = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
-    return next((str(path) for pattern in PLAYWRIGHT for path in sorted(home.glob(pattern), reverse=True)), None)
+    folder = folder_in("PLAYWRIGHT_BROWSERS_PATH") or home() / ".cache" / "ms-playwright"
+    return next((str(path) for pattern in PLAYWRIGHT for path in sorted(folder.glob(pattern), reverse=True)), None)
 
 
 def print_pdf(page: Path, pdf: Path) -> Path:

@@ -12,10 +12,10 @@ from flashcore.page.headline import banner_html
 from flashcore.page.provenance import provenance_html
 from flashcore.page.variants import Variant
 from flashcore.paths import data_dir
-from flashcore.records import RunFolder
+from flashcore.records import MARK, RunFolder
 
 MOST_RECORD_BYTES = 1_600_000
-"""Of all records in a page, which stays under 3 MB; those of the recorded run give way."""
+"""Of all records in a page, which stays under 3 MB; those of the recorded run give way first."""
 
 
 def resources(
@@ -25,6 +25,7 @@ def resources(
     *,
     variant: Variant | None = None,
     left_out: Sequence[str] = (),
+    damaged: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the template wants under the name `flashcore`.
 
@@ -34,6 +35,8 @@ def resources(
         ``{"title", "html"}`` of each executed notebook, its body through `evidence.html.j2`.
     left_out
         Titles of executed notebooks that would have made the page too large.
+    damaged
+        Names of executed notebooks whose file cannot be read.
     """
     evidence, variant = verdict.gather(run), variant or Variant()
     environment = evidence.environment
@@ -55,9 +58,11 @@ def resources(
         "date": str(environment.get("date") or "")[:16].replace("T", " "),
         "evidence": list(evidence_html) if variant.has("evidence") else None,
         "left_out": list(left_out),
+        "damaged": list(damaged),
         "failed": {n: t.reason or "no reason recorded" for n, t in notebooks.items() if t.status != "ok"},
         "provenance": provenance_html(run.name, decision, evidence) if variant.has("provenance") else None,
         "records": embedded_records(run, evidence),
+        "too_large": None if _size(run.records_path) <= MOST_RECORD_BYTES else f"{_size(run.records_path) / 1e6:,.1f}",
     }
 
 
@@ -67,9 +72,12 @@ def summary(decision: Decision) -> str:
 
 
 def embedded_records(run: RunFolder, evidence: Evidence) -> list[dict[str, str]]:
-    """The records behind the page, each file as the text that it is: of the run, and of the recorded run it shows."""
+    """The records behind the page, each file as the text that it is: of the run, and of the recorded run it shows.
+
+    Those of a run that would make the page too large to be mailed are left out; the page says where they lie.
+    """
     found = []
-    text = _text(run.records_path)
+    text = _text(run.records_path) if _size(run.records_path) <= MOST_RECORD_BYTES else ""
     if text.strip():
         found.append({"id": "fc-records", "file": f"{run.name}-records.jsonl", "label": "the records of this run",
                       "text": _safe(text)})  # fmt: skip
@@ -83,9 +91,18 @@ def embedded_records(run: RunFolder, evidence: Evidence) -> list[dict[str, str]]
     return found
 
 
-def _text(path: Path) -> str:
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _text(path: Path) -> str:
+    """A records file as it is: only a line feed ends its lines."""
+    try:
+        return path.read_bytes().removeprefix(MARK).decode(errors="replace")
     except OSError:
         return ""
 

@@ -1,7 +1,8 @@
 """Make a report: run the notebooks on a run folder, judge the records, render one page.
 
-`reporting` makes a whole report, `redo` measures a part of it again, and `rendering` makes page and PDF from records
-alone. `notebooks` runs one notebook so that its failure is a record. `superseding` keeps what was measured before.
+`folders` finds runs, `reporting` makes a whole report, `redo` measures a part of it again, and `rendering` makes page
+and PDF from records alone. `notebooks` runs one notebook so that its failure is a record. `superseding` keeps what was
+measured before.
 """
 
-__all__ = ["redo", "rendering", "reporting", "workbench"]
+__all__ = ["folders", "redo", "rendering", "reporting", "workbench"]

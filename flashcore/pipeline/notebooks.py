@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
-from flashcore.paths import HOME
+from flashcore.paths import HOME, absolute, absolute_variables, partial_path, set_home, sweep
 from flashcore.records import RunFolder, Trial
 
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+FOLDER = "notebooks"
+"""Where a run keeps its executed notebooks."""
+OUTPUT_S = 30
+"""Seconds that the output of a cell may take to arrive after the cell has ended; what is later is left out."""
 TIMEOUT_S = {"quick": 600.0, "full": 1800.0}
 """Seconds one notebook may take, by profile; past that its kernel is ended."""
 
@@ -34,10 +43,29 @@ class Parameter:
 
 def notebook_path(name: str, notebooks_dir: Path) -> Path:
     """The file of a notebook by its stem; `UnknownName` if there is none."""
-    path = notebooks_dir / f"{name}.ipynb"
+    path = absolute(notebooks_dir) / f"{name}.ipynb"
     if not path.is_file():
         raise UnknownName("notebook", name, sorted(p.stem for p in notebooks_dir.glob("*.ipynb")))
     return path
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """A notebook's file.
+
+    Raises
+    ------
+    NotebookFailed
+        The file is damaged, or no notebook at all.
+    """
+    import nbformat
+
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.cell_type, cell.source, cell.metadata  # noqa: B018 - what everybody here asks of a cell
+        return notebook
+    except Exception as error:  # nbformat raises whatever its parts do: on half a file, a list, bytes that are no text
+        raise NotebookFailed(path.stem, f"its file {path} is damaged ({_one_line(error)})") from error
 
 
 def declared_parameters(path: Path) -> dict[str, Parameter]:
@@ -49,10 +77,10 @@ def declared_parameters(path: Path) -> dict[str, Parameter]:
     ------
     NotebookParameterError
         The cell is not plain Python, or an annotation is not made of builtin types.
+    NotebookFailed
+        The file is damaged.
     """
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read_notebook(path)
     declared: dict[str, Parameter] = {}
     for cell in notebook.cells:
         if cell.cell_type != "code" or "parameters" not in cell.metadata.get("tags", []):
@@ -164,49 +192,72 @@ def execute_notebook(
     NotebookParameterError, UnknownName
         Before anything runs.
     NotebookFailed
-        A cell raised, the kernel died, the time ran out, or the final record is missing. An error record of kind
-        `notebook` and the executed copy as far as it got are on disk before this is raised.
+        The file is damaged, a cell raised, the kernel died, the time ran out, or the final record is missing. Unless
+        it is the file, an error record of kind `notebook` and the executed copy as far as it got are on disk before
+        this is raised.
     """
     path = notebook_path(name, notebooks_dir)
     parameters = {"run_dir": str(run.path), **(parameters or {})}
     check_parameters(path, parameters)
 
-    folder = run.path / "notebooks"
-    partial = folder / f".{name}.partial.ipynb"
+    folder = run.path / FOLDER
     before = _final_records(run, name) if needs_record else 0
     try:
         folder.mkdir(exist_ok=True)
-        reason = _papermill(path, partial, parameters, timeout_s=timeout_s, show_bar=show_bar)
-        if partial.exists():
-            os.replace(partial, folder / f"{name}.ipynb")
+        with _workspace(folder, name) as workspace:
+            partial = workspace / f"{name}.ipynb"
+            reason = _papermill(path, partial, parameters, cwd=folder, timeout_s=timeout_s, show_bar=show_bar)
+            if partial.exists():
+                os.replace(partial, folder / f"{name}.ipynb")
     except OSError as error:
         raise FlashCoreError(
             f"The executed notebook {name} cannot be written to {folder} ({error.strerror}); free the disk or choose "
             "another folder with --out."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     if reason is None and needs_record and _final_records(run, name) == before:
         reason = "it ended without its final record, as a notebook does whose kernel died"
     if reason is not None:
         if needs_record:
-            run.append(Trial(kind="notebook", status="error", reason=reason, data={"name": name}))
+            record_failure(run, name, reason)
         raise NotebookFailed(name, reason)
     return folder / f"{name}.ipynb"
+
+
+def record_failure(run: RunFolder, name: str, reason: str) -> None:
+    """Write down that a notebook did not finish, and why."""
+    run.append(Trial(kind="notebook", status="error", reason=reason, data={"name": name}))
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path, name: str) -> Iterator[Path]:
+    """A folder of one execution's own, for what is not whole yet and for the kernel's keys; gone afterwards.
+
+    What a killed process left of its own is removed first.
+    """
+    sweep(folder)
+    workspace = partial_path(folder / name)
+    workspace.mkdir(mode=0o700)
+    try:
+        yield workspace
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _final_records(run: RunFolder, name: str) -> int:
     return sum(t.data.get("name") == name for t in run.trials(kind="notebook", status="ok"))
 
 
-def _papermill(path: Path, partial: Path, parameters: dict, *, timeout_s: float, show_bar: bool) -> str | None:
+def _papermill(
+    path: Path, partial: Path, parameters: dict, *, cwd: Path, timeout_s: float, show_bar: bool
+) -> str | None:
     """Run papermill; the reason why the notebook did not finish, as a clause, or None."""
+    set_home()
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it says is in the reason below
-    kernels, overran = [], threading.Event()
+    kernels, overran, raised = [], threading.Event(), []
 
     def stop():
         overran.set()
@@ -222,17 +273,28 @@ def _papermill(path: Path, partial: Path, parameters: dict, *, timeout_s: float,
             str(partial).replace("{", "{{").replace("}", "}}"),
             parameters=parameters,
             kernel_name="python3",
-            kernel_manager_class=_kernel_manager(kernels),
+            language="python",  # a notebook need not say so
+            kernel_manager_class=_kernel_manager(kernels, partial.with_name("kernel.json")),
+            # Output that comes late is output that is lost, as when a cell prints faster than anybody reads: the
+            # notebook goes on, and what a cell raised is taken from its reply instead of from its output.
+            iopub_timeout=OUTPUT_S,
+            raise_on_iopub_timeout=False,
+            on_cell_error=lambda cell, cell_index, execute_reply: raised.append(execute_reply["content"]),
             shutdown_kernel="immediate",  # a polite one prints the interrupted cell's traceback
             progress_bar={"desc": f"  {path.stem}", "leave": False, "mininterval": 1.0} if show_bar else False,
-            cwd=str(partial.parent),
+            cwd=str(cwd),
         )
     except PapermillExecutionError as error:
-        reason = f"cell {error.exec_count} raised {error.ename}: {error.evalue}".rstrip(": ")
-    except (DeadKernelError, CellTimeoutError):
+        said = raised[-1] if raised else {"ename": error.ename, "evalue": error.evalue}
+        reason = f"cell {error.exec_count} raised {said.get('ename')}: {said.get('evalue')}".rstrip(": ")
+    except DeadKernelError:
         reason = "its Jupyter kernel died (killed, crashed, or out of memory)"
     except RuntimeError as error:  # nbclient: the kernel did not answer, or died before it answered
-        reason = f"its Jupyter kernel did not start ({error})"
+        reason = f"its Jupyter kernel did not start ({_one_line(error)})"
+    except OSError:
+        raise
+    except Exception as error:  # papermill and its parts raise what they like; the other notebooks are still to run
+        reason = f"papermill could not run it ({type(error).__name__}: {_one_line(error)})"
     else:
         reason = None
     finally:
@@ -240,16 +302,34 @@ def _papermill(path: Path, partial: Path, parameters: dict, *, timeout_s: float,
     return f"it took longer than {timeout_s:.0f} s and was ended" if overran.is_set() else reason
 
 
-def _kernel_manager(started: list) -> type:
-    """A kernel manager class that starts this very interpreter, whatever kernels the machine has registered."""
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
+
+
+def _kernel_environment() -> dict[str, str]:
+    """What a kernel's environment has otherwise than ours: it works in another folder, and draws into its notebook."""
+    variables = absolute_variables()
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), variables.get("PYTHONPATH")]))
+    variables |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    return {name: text.replace("$", "$$") for name, text in variables.items()}  # jupyter_client fills in ${NAME}
+
+
+def _kernel_manager(started: list, connection: Path) -> type:
+    """A kernel manager class that starts this very interpreter, whatever kernels the machine has registered.
+
+    Parameters
+    ----------
+    connection
+        The file that gets the kernel's ports and key.
+    """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
-    search_path = [str(HOME), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = _kernel_environment()  # before papermill changes into the notebook's folder
 
     class KernelOfThisInterpreter(AsyncKernelManager):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **{**kwargs, "connection_file": str(connection)})
             started.append(self)
 
         @property
@@ -258,7 +338,7 @@ def _kernel_manager(started: list) -> type:
                 argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"],
                 display_name="Python 3",
                 language="python",
-                env={"PYTHONPATH": os.pathsep.join(search_path), "PYDEVD_DISABLE_FILE_VALIDATION": "1"},
+                env=environment,
             )
 
     return KernelOfThisInterpreter

@@ -13,7 +13,6 @@ from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.page import Variant
-from flashcore.paths import data_dir
 from flashcore.pipeline import rendering, reporting, superseding
 from flashcore.pipeline.rendering import Progress
 from flashcore.records import RunFolder, write_whole
@@ -76,7 +75,7 @@ def redo(
     RecordsError
         The run was measured on another machine or with other software, or its files cannot be written.
     """
-    folder = notebooks_dir or data_dir("notebooks")
+    folder = reporting.notebooks_folder(notebooks_dir)
     parts = parts_named(only, folder)
     environment = run.environment()
     parameters = environment.get("parameters")
@@ -91,7 +90,7 @@ def redo(
     now = _environment_now()
     _same_machine(run, environment, now)
 
-    planned = [str(name) for name in parameters.get("notebooks") or ()]
+    planned = [str(name) for name in _list(parameters.get("notebooks"))]
     say = progress or (lambda line: None)
     rendering.remove_pages(run)  # they show what the run said before, and this may be killed half way
     earlier = seal.unseal(run)
@@ -105,9 +104,14 @@ def redo(
     _write(run, begun)
     failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress)
     done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
-    _write(run, {**begun, "redone": [*(environment.get("redone") or ()), done]})
+    _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
     return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
                               earlier=earlier)  # fmt: skip
+
+
+def _list(value: Any) -> list[Any]:
+    """A list of the environment's file; nothing where something else stands there."""
+    return value if isinstance(value, list) else []
 
 
 def _environment_now() -> dict[str, Any]:

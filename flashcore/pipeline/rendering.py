@@ -13,7 +13,7 @@ from flashcore import page
 from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, PrintError, RecordsError, ToolMissing
 from flashcore.page import Variant, cleaning, pdf, policy
-from flashcore.paths import data_dir
+from flashcore.paths import absolute, data_dir
 from flashcore.pipeline import notebooks
 from flashcore.records import RunFolder, write_whole
 
@@ -53,7 +53,7 @@ def render(
     executed = notebooks.execute_notebook(
         STATUS_NOTEBOOK,
         run,
-        notebooks_dir=notebooks_dir or data_dir("notebooks"),
+        notebooks_dir=absolute(notebooks_dir) if notebooks_dir is not None else data_dir("notebooks"),
         timeout_s=PAGE_TIMEOUT_S,
         needs_record=False,
         show_bar=progress is not None,
@@ -87,28 +87,36 @@ def print_page(run: RunFolder) -> tuple[Path | None, str]:
 
 def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
     """The executed status report through the project's own template, with the other notebooks as evidence."""
-    import nbformat
-
     decision = verdict.judge(run)
     # An older page beside the records is about to be replaced; whether it was edited says nothing of the new one.
     sealed = verdict.gather(run, gates=verdict.load_gates()).seal.without("pages")
     decision = replace(decision, seal=sealed.sentence)
-    status = page.chosen(nbformat.read(executed, as_version=4), variant)
-    evidence = [
-        {"name": path.stem, "title": _title(path), "html": cleaning.cleaned(_convert(path, "evidence.html.j2", {}))}
-        for path in (sorted((run.path / "notebooks").glob("[0-9][0-9]_*.ipynb")) if variant.has("evidence") else [])
-        if path.stem != STATUS_NOTEBOOK
-    ]
+    status = page.chosen(notebooks.read_notebook(executed), variant)
+    evidence, damaged = _evidence(run) if variant.has("evidence") else ([], [])
 
     def drawn(items: list[dict[str, str]]) -> str:
         left_out = [item["title"] for item in evidence if item not in items]
-        needed = page.resources(run, decision, items, variant=variant, left_out=left_out)
+        needed = page.resources(run, decision, items, variant=variant, left_out=left_out, damaged=damaged)
         return _convert(status, "index.html.j2", {"flashcore": needed})
 
     text = drawn(evidence)
     if len(text.encode()) > MOST_PAGE_BYTES and evidence:
         text = drawn(_fitting(evidence, MOST_PAGE_BYTES - len(drawn([]).encode())))
     return page.opened(text) if variant.audience == "engineering" else text
+
+
+def _evidence(run: RunFolder) -> tuple[list[dict[str, str]], list[str]]:
+    """The executed notebooks as HTML, and the names of those whose file is damaged: a page does without them."""
+    found, damaged = [], []
+    for path in sorted((run.path / notebooks.FOLDER).glob("[0-9][0-9]_*.ipynb")):
+        if path.stem == STATUS_NOTEBOOK:
+            continue
+        try:
+            text = cleaning.cleaned(_convert(path, "evidence.html.j2", {}))
+            found.append({"name": path.stem, "title": _title(path), "html": text})
+        except Exception:  # outputs that are none break the template with whatever error they meet first
+            damaged.append(path.stem)
+    return found, damaged
 
 
 def _fitting(evidence: list[dict[str, str]], room: int) -> list[dict[str, str]]:
@@ -123,23 +131,20 @@ def _fitting(evidence: list[dict[str, str]], room: int) -> list[dict[str, str]]:
 
 def _convert(source: Path | NotebookNode, template: str, resources: dict) -> str:
     """A notebook, or the file of one, through a template."""
-    import nbformat
     from nbconvert import HTMLExporter
 
     folder = data_dir("reports") / "template"
     exporter = HTMLExporter(
         template_name=folder.name, template_file=template, extra_template_basedirs=[str(folder.parent)]
     )
-    notebook = nbformat.read(source, as_version=4) if isinstance(source, Path) else source
+    notebook = notebooks.read_notebook(source) if isinstance(source, Path) else source
     body, _ = exporter.from_notebook_node(notebook, resources=resources)
     return body
 
 
 def _title(path: Path) -> str:
     """The first heading of a notebook, or its name in words."""
-    import nbformat
-
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in notebooks.read_notebook(path).cells:
         if cell.cell_type == "markdown" and (heading := re.match(r"#+\s+(.+)", cell.source)):
             return heading[1].strip()
     return path.stem[3:].replace("_", " ")

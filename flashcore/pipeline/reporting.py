@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
-import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.decision import seal, verdict
-from flashcore.errors import FlashCoreError, NotebookFailed, UnknownName
+from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
 from flashcore.gpu import device
 from flashcore.page import Variant
-from flashcore.paths import HOME, data_dir
+from flashcore.paths import absolute, data_dir, partial_path, sweep
 from flashcore.pipeline import notebooks
+from flashcore.pipeline.folders import LATEST, find_run, new_run, runs_dir
 from flashcore.pipeline.rendering import STATUS_NOTEBOOK, Progress, print_page, render, write_plain_page
 from flashcore.problem import parse_problem
 from flashcore.records import RunFolder
@@ -49,37 +47,17 @@ class ReportResult:
     """Why there is no PDF, in a sentence, when one was wanted."""
 
 
-def runs_dir(out: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds run folders: `out`, else ``reports/runs`` of the checkout, else of the current folder."""
-    if out is not None:
-        return Path(out)
-    home = HOME if (HOME / "pyproject.toml").is_file() else Path.cwd()
-    return home / "reports" / "runs"
+def notebooks_folder(named: Path | None) -> Path:
+    """The folder of notebooks that was named, from the root; else FlashCore's own."""
+    return absolute(named) if named is not None else data_dir("notebooks")
 
 
-def new_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
-    """A fresh run folder, as in ``2026-11-22T18-40-03-h200-3f9a``."""
-    machine = re.sub(r"[^a-z0-9]+", "-", (device.gpu_name() or "cpu").lower().replace("nvidia", "")).strip("-")
-    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    return RunFolder.create(runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}")
-
-
-def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunFolder:
-    """A run by its path, by its id, or by the word ``latest``.
-
-    Raises
-    ------
-    RecordsError
-        There is no such run.
-    """
-    for candidate in (Path(name), runs_dir(out) / name):
-        if candidate.is_dir():
-            return RunFolder(candidate.resolve())
-        if (
-            candidate.is_file() and candidate.name == "latest"
-        ):  # where links are impossible it is a file with the run's id
-            return RunFolder(candidate.parent / candidate.read_text(encoding="utf-8").strip())
-    return RunFolder(name)
+def sweep_runs(folder: Path) -> None:
+    """Remove what killed processes left half-written in the runs of a folder."""
+    sweep(folder)
+    for run in folder.iterdir():
+        sweep(run)
+        sweep(run / notebooks.FOLDER)
 
 
 def planned_notebooks(notebooks_dir: Path) -> list[str]:
@@ -104,7 +82,7 @@ def execute_notebook(
         name,
         run,
         parameters,
-        notebooks_dir=notebooks_dir or data_dir("notebooks"),
+        notebooks_dir=notebooks_folder(notebooks_dir),
         timeout_s=timeout_s,
         show_bar=progress is not None,
     )
@@ -160,10 +138,11 @@ def report(
     say = progress or (lambda line: None)
     common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
     check_request(common)
-    folder = notebooks_dir or data_dir("notebooks")
+    folder = notebooks_folder(notebooks_dir)
     planned = planned_notebooks(folder)
 
     run = new_run(out)
+    sweep_runs(run.path.parent)
     say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
     asked = {**common, "notebooks": planned, "peers": planned_peers(backends)}
     device.record_environment(run, "before", asked)
@@ -211,7 +190,7 @@ def measure(
         say(f"[{number}/{len(names)}] {name} ...")
         started = time.perf_counter()
         try:
-            declared = notebooks.declared_parameters(notebooks.notebook_path(name, folder))
+            declared = _declared(run, name, folder)
             execute_notebook(
                 name,
                 run,
@@ -225,6 +204,16 @@ def measure(
             failed[name] = error.reason
             say(f"[{number}/{len(names)}] {name}: FAILED after {time.perf_counter() - started:.1f} s: {error.reason}")
     return failed
+
+
+def _declared(run: RunFolder, name: str, folder: Path) -> Mapping[str, notebooks.Parameter]:
+    """The parameters of a notebook; one that cannot be read fails as one that runs does, and the others go on."""
+    try:
+        return notebooks.declared_parameters(notebooks.notebook_path(name, folder))
+    except (NotebookFailed, NotebookParameterError) as error:
+        reason = error.reason if isinstance(error, NotebookFailed) else str(error).rstrip(".")
+        notebooks.record_failure(run, name, reason)
+        raise NotebookFailed(name, reason) from error
 
 
 def conclude(
@@ -269,7 +258,8 @@ def judge_and_seal(run: RunFolder, *, earlier: Sequence[Mapping[str, Any]] = ())
 
 def point_latest_at(run: RunFolder) -> None:
     """Make ``latest`` beside the run name it: a link, or a file with the run's id where links are impossible."""
-    latest, partial = run.path.parent / "latest", run.path.parent / f".latest.{os.getpid()}"
+    latest = run.path.parent / LATEST
+    partial = partial_path(latest)
     try:
         try:
             partial.symlink_to(run.name, target_is_directory=True)

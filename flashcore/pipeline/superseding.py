@@ -8,15 +8,15 @@ to the one of another, is its work. A `verdict` record ends what a run had measu
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flashcore.errors import RecordsError
-from flashcore.records import RunFolder, write_whole
+from flashcore.records import RunFolder, parse_json, write_whole
 
+Line = TypeVar("Line", str, bytes)
 REDO = "redo"
 """Key in the data of a `verdict` record: the parts that are measured again after it."""
 
@@ -42,15 +42,17 @@ def set_aside(run: RunFolder, parts: Sequence[str], *, planned: Sequence[str]) -
         A file cannot be written. The records are then all in their place, or in both.
     """
     try:
-        lines = run.records_path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = run.records_path.read_bytes().removesuffix(b"\n").split(b"\n")
         kept, gone = split(lines, parts, planned=planned)
         if gone:
-            with open(superseded_path(run), "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{line}\n" for line in gone)
+            with open(superseded_path(run), "a+b") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read(1) == b"\n" else b"\n")  # a line that a kill cut off
+                file.writelines(line + b"\n" for line in gone)
                 file.flush()
                 os.fsync(file.fileno())
-            text = "".join(f"{line}\n" for line in kept)
-            write_whole(run.records_path, text.encode("utf-8", errors="surrogateescape"))
+            write_whole(run.records_path, b"".join(line + b"\n" for line in kept))
     except OSError as error:
         raise RecordsError(
             f"The records of {run.name} cannot be set aside ({error.strerror}); free the disk. None was lost."
@@ -58,11 +60,11 @@ def set_aside(run: RunFolder, parts: Sequence[str], *, planned: Sequence[str]) -
     return len(gone)
 
 
-def split(lines: Sequence[str], parts: Sequence[str], *, planned: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(lines: Sequence[Line], parts: Sequence[str], *, planned: Sequence[str]) -> tuple[list[Line], list[Line]]:
     """Lines of a records file that stay, and those that these parts wrote; both in their order."""
-    kept: list[str] = []
-    gone: list[str] = []
-    stretch: list[str] = []  # since the last record that ended one
+    kept: list[Line] = []
+    gone: list[Line] = []
+    stretch: list[Line] = []  # since the last record that ended one
     queue = list(planned)  # the parts still to come, so that the first of them wrote an unfinished stretch
     for line in lines:
         kind, data = _kind(line)
@@ -74,16 +76,17 @@ def split(lines: Sequence[str], parts: Sequence[str], *, planned: Sequence[str])
         elif kind == "verdict":
             (gone if queue and queue[0] in parts else kept).extend(stretch)
             kept.append(line)
-            stretch, queue = [], [str(name) for name in data.get(REDO) or ()]
+            again = data.get(REDO)
+            stretch, queue = [], [str(name) for name in again] if isinstance(again, list) else []
         else:
             stretch.append(line)
     (gone if queue and queue[0] in parts else kept).extend(stretch)
     return kept, gone
 
 
-def _kind(line: str) -> tuple[str, dict[str, Any]]:
+def _kind(line: str | bytes) -> tuple[str, dict[str, Any]]:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         data = fields.get("data")
         return str(fields.get("kind")), data if isinstance(data, dict) else {}
     except (ValueError, AttributeError):  # a line cut off: it stays with its stretch

@@ -143,7 +143,7 @@ def name_kernels(found: Sequence[Measured]) -> None:
 
 def _outcome(found: Measured) -> str:
     if found.error:
-        return f"nothing: {found.error.splitlines()[0][:120]}"
+        return f"nothing: {_sentence(found.error)[:120]}"
     times = [t for t in found.times_us if t is not None]
     best = f"the fastest takes {min(times):.2f} µs" if times else "all of them failed"
     return f"{len(found.offered)} candidates, {best}"
@@ -350,4 +350,4 @@ def kernel_in(names: Sequence[str]) -> str | None:
 
 
 def _sentence(text: str | None) -> str:
-    return (text or "no reason was given").splitlines()[0][:200]
+    return next((line.strip() for line in (text or "").split("\n") if line.strip()), "no reason was given")[:200]

@@ -115,6 +115,7 @@ def test_no_false_alarm_on_the_reference_itself(pattern):
     assert bisect("reference", CAUSAL, pattern=pattern, device="cpu").passed
 
 
+@pytest.mark.slow
 def test_the_error_of_right_maths_stays_under_half_of_every_bound():
     """The bounds are twice an error model, and the model holds: so the factor two is real headroom."""
     for pattern in PATTERNS:

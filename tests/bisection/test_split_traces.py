@@ -113,6 +113,7 @@ def test_no_false_alarm(pattern, seed):
     assert result.passed, (problem.label(), backend.previous(problem), result.finding())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [CAUSAL, EMPTY_ROWS], ids=["causal", "empty rows"])
 @pytest.mark.parametrize("make_chains", [
     lambda n: interleaved(n, 2), lambda n: interleaved(n, 6), lambda n: contiguous(n, 2), lambda n: contiguous(n, 4),

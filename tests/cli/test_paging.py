@@ -12,6 +12,7 @@ from flashcore.records import read_trials
 runner = CliRunner()
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_appends_to_the_run(run):
     done = runner.invoke(app, ["paging", "--what", "memory", "--run", str(run.path)])
     assert done.exit_code == 0, done.output

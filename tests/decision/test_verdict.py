@@ -163,6 +163,7 @@ def proves_go(trials: list[Trial], environment: dict, current: dict) -> bool:
 SMALL = [t for t in GOOD if t.problem in (None, REPORT, LATENCY, PRESETS["tiny"])]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(edits=st.lists(st.tuples(st.integers(0, len(SMALL) - 1), MUTATIONS, JUNK), max_size=6))
 def test_no_mutation_of_the_records_says_go_without_complete_fresh_evidence(edits):

@@ -99,6 +99,7 @@ def test_a_real_recorded_run_is_shown_or_said_to_lack_paging(run):
 # --- the notebook ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.notebook
 @pytest.mark.slow
 def test_the_notebook_measures_what_any_machine_can_tell_and_finishes(run):
     from flashcore.pipeline import reporting

@@ -233,6 +233,7 @@ def test_f16_no_glyph_says_anything_anywhere():
     assert [p.name for p in files if glyphs & set(p.read_text(encoding="utf-8", errors="replace"))] == []
 
 
+@pytest.mark.compiler
 @pytest.mark.skipif(build.disassembler() is None, reason="nvdisasm is not installed")
 def test_f16_the_audit_of_the_sass_looks_for_what_is_there(monkeypatch):
     wmma = build.compile_kernel("attention_wmma", head_dim=64, dtype="float16")

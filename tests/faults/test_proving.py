@@ -171,6 +171,7 @@ class OnAnotherDevice(CpuBackend):
         return AVAILABLE
 
 
+@pytest.mark.slow
 def test_a_fault_that_kills_its_process_is_crashed_and_the_rest_goes_on(monkeypatch):
     """For F11 a death is a finding, since it reads out of bounds; for G1 it is not."""
     proved = proving.prove
@@ -200,6 +201,7 @@ def test_a_backend_that_does_not_work_here_is_not_run():
     assert clean.status == "unavailable" and clean.data["runs"] == 0
 
 
+@pytest.mark.slow
 def test_one_hundred_clean_runs_raise_no_alarm(run):
     [trial] = proving.clean_runs(run, [CPU])
     assert trial.status == "ok" and trial.data["runs"] == 100 and trial.data["alarms"] == 0, trial.reason
@@ -254,6 +256,7 @@ def test_a_planted_bug_looked_at_closely_is_no_record_of_the_backend():
     assert [t.status for t in trials] == ["failed", "ok"] and all(t.data["fault"] == "F8" for t in trials)
 
 
+@pytest.mark.compiler
 def test_precompile_leaves_what_does_not_compile_to_the_trial():
     broken = Fault("X5", "no code", "scores", "nothing", {"scalar": Source((("float row_sum = 0.f;", "not code"),))})
     assert proving.precompile([broken, get("F11")], [backends.get("scalar")]) == 2

@@ -30,6 +30,7 @@ def test_one_percent_with_five_percent_of_noise_is_never_called_a_change(faster)
     assert found["too noisy to say"] >= 8
 
 
+@pytest.mark.slow
 def test_unchanged_code_is_hardly_ever_called_changed():
     wrong = total = 0
     for seed in range(20):

@@ -97,7 +97,7 @@ def test_a_cut_off_line_is_told_and_the_rest_is_read(tmp_path):
 def test_an_environment_that_is_no_object_is_an_error_that_names_the_file(tmp_path, text):
     folder = write(tmp_path, snapshot("one"), "2001-02-01T00:00:00+00:00")
     folder.environment_path.write_text(text)
-    with pytest.raises(RecordsError, match="environment.json holds no JSON object"):
+    with pytest.raises(RecordsError, match="environment.json cannot be read"):
         history.read(folder)
     found, left_out = history.runs_in(tmp_path)
     assert found == [] and left_out[0].startswith("The run one was left out: ")

@@ -83,6 +83,7 @@ def python(plugins: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_it_is_registered_hashed_and_in_the_sweeps_list(plugins):
     program = """
 from flashcore import backends
@@ -113,6 +114,7 @@ def test_it_is_compiled_for_real_and_stands_in_the_build_table(plugins):
     assert (again.returncode, again.stdout) == (0, "2 variants are up to date.\n")
 
 
+@pytest.mark.slow
 def test_it_is_in_the_sweep_and_says_why_it_cannot_run_without_a_gpu(plugins, run):
     program = f"""
 import sys

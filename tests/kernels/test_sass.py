@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from pathlib import Path
 
 import pytest
 from support.sampling import sampled
@@ -31,9 +33,15 @@ WITHOUT_TENSOR_CORES = {"attention_scalar", "page_softmax"}
 """Kernels that are meant to compute on plain units."""
 
 
+@functools.cache
+def disassembled(path: Path) -> str:
+    """The SASS of a cubin, which several tests read."""
+    return build.disassemble(path)
+
+
 def instructions(cubin: build.Cubin) -> list[str]:
     """The instructions of a cubin, each with its address."""
-    text = build.disassemble(cubin.path)
+    text = disassembled(cubin.path)
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S.*;", text, flags=re.MULTILINE)
 
 
@@ -75,15 +83,18 @@ def test_there_are_kernels_to_look_at():
     assert len(HOPPER_TILES) == 8
 
 
+TEXTS = [((kernel, ()), head_dim, dtype) for kernel, head_dim, dtype in VARIANTS]
+TEXTS += [((HOPPER, defines), head_dim, dtype) for head_dim, dtype, defines in HOPPER_TILES + PAGED_TILES if defines]
+"""Every kernel with its defines, which have hooks of their own, in every variant."""
+
+
 @pytest.mark.parametrize(
-    ("kernel", "head_dim", "dtype", "defines"),
-    # Of each text that the backends ask for two variants, which have both types and both head_dims.
-    sampled(
-        [(*v, ()) for v in VARIANTS] + [(HOPPER, *tile) for tile in HOPPER_TILES + PAGED_TILES if tile[2]],
-        kind=lambda case: (case[0], tuple(name for name, _ in case[3])),
-    ),
+    ("text", "head_dim", "dtype"),
+    sampled(TEXTS),  # each kernel with its defines once, and over them all both types and both head_dims
+    ids=lambda value: "-".join((value[0], *(name for name, _ in value[1]))) if isinstance(value, tuple) else None,
 )
-def test_production_sass_is_the_same_with_the_hooks_taken_out(kernel, head_dim, dtype, defines):
+def test_production_sass_is_the_same_with_the_hooks_taken_out(text, head_dim, dtype):
+    kernel, defines = text
     variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict(defines)}
     production = instructions(build.compile_kernel(kernel, **variant))
     without = instructions(build.compile_kernel(kernel, **variant, source=stripped(build.kernel_source(kernel))))
@@ -145,7 +156,7 @@ def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_not
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
     assert cubin.spill_bytes == 0 and cubin.sass["LDL"] == cubin.sass["STL"] == 0
     assert cubin.warnings == [], "C75xx says that products were serialised, or that a wait was missing"
-    found = entry_functions(build.disassemble(cubin.path))
+    found = entry_functions(disassembled(cubin.path))
     assert sorted(found) == [HOPPER, f"{HOPPER}_split"]
     for name, entry in found.items():
         opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", entry["sass"])
@@ -159,7 +170,7 @@ def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_not
 def test_the_registers_that_the_producer_gives_are_those_that_the_consumers_take(head_dim, dtype, defines):
     """A warpgroup that asks for registers which nobody gave back waits for ever."""
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    entries = entry_functions(build.disassemble(cubin.path))
+    entries = entry_functions(disassembled(cubin.path))
     entry = entries[HOPPER]
     assert entry["sass"].count("USETMAXREG") == 2 and "USETMAXREG" not in entries[f"{HOPPER}_split"]["sass"]
     changes = re.findall(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\.CTAPOOL (?:UP\d, )?(0x[0-9a-f]+) ;", entry["sass"])
@@ -194,7 +205,7 @@ def test_slots_and_descriptors_stay_in_uniform_registers(head_dim, dtype, define
     A branch that lanes take apart, anywhere between two pages, is enough for the compiler to move them out.
     """
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    page = shortest_loop_with_products(entry_functions(build.disassemble(cubin.path))[HOPPER]["sass"])
+    page = shortest_loop_with_products(entry_functions(disassembled(cubin.path))[HOPPER]["sass"])
     products = sum("HGMMA" in one for one in page)
     assert 8 <= products <= 16 and sum("MUFU.EX2" in one for one in page) >= 64, "this is not the loop over pages"
     assert sum("R2UR" in one for one in page) <= 1

@@ -26,6 +26,7 @@ def program(path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.browser
 def test_a_page_becomes_a_pdf_beside_it(written):
     if pdf.browser() is None:
         pytest.skip("Chromium is not installed")

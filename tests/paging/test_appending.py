@@ -102,6 +102,7 @@ def assert_same(got: dict, expected: dict, what: object = "") -> None:
 # ------------------------------------------------------------------------------------------------ without a GPU
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(("head_dim", "dtype"), VARIANTS)
 def test_it_compiles_without_spills(head_dim, dtype):
     cubin = build.compile_kernel(KERNEL, head_dim=head_dim, dtype=dtype)
@@ -113,6 +114,7 @@ def test_it_compiles_without_spills(head_dim, dtype):
         assert "STG.E.128" in text, "16 bytes a thread"
 
 
+@pytest.mark.compiler
 def test_the_host_packs_what_the_kernel_reads():
     source = build.kernel_source(KERNEL)
     source += f'static_assert(sizeof(AppendParams) == {PARAMS.size}, "the host packs another struct");\n'

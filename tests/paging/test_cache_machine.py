@@ -251,7 +251,7 @@ LONG = settings(
     max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=QUIET, database=None
 )
 CacheMachine.TestCase.settings = LONG
-TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine = pytest.mark.slow(CacheMachine.TestCase)
 
 
 def forget_to_count_the_fork(fork):

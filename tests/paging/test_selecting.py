@@ -121,6 +121,7 @@ def assert_same_but_for_rounding(got: PageSelection, expected: PageSelection, q,
 # ------------------------------------------------------------------------------------------------ without a GPU
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(("head_dim", "dtype"), VARIANTS)
 def test_it_compiles_without_spills(head_dim, dtype):
     cubin = build.compile_kernel(KERNEL, head_dim=head_dim, dtype=dtype)
@@ -131,6 +132,7 @@ def test_it_compiles_without_spills(head_dim, dtype):
         assert "LDG.E.128" in build.disassemble(cubin.path), "16 bytes a lane"
 
 
+@pytest.mark.compiler
 def test_the_host_packs_what_the_kernel_reads():
     source = build.kernel_source(KERNEL)
     source += f'static_assert(sizeof(SelectionParams) == {PARAMS.size}, "the host packs another struct");\n'
@@ -209,6 +211,7 @@ def racy() -> str:
     return Source(RACY_BASE).text(KERNEL)
 
 
+@pytest.mark.compiler
 def test_the_racy_base_can_be_planted():
     cubin = build.compile_kernel(KERNEL, head_dim=64, dtype="float16", source=racy())
     right = build.compile_kernel(KERNEL, head_dim=64, dtype="float16")

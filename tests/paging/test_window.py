@@ -95,12 +95,14 @@ def assert_same(got: PageSelection, expected: PageSelection, what: object = "") 
 # ------------------------------------------------------------------------------------------------ without a GPU
 
 
+@pytest.mark.compiler
 def test_the_host_packs_what_the_kernel_reads():
     source = build.kernel_source(KERNEL)
     source += f'static_assert(sizeof(WindowParams) == {PARAMS.size}, "the host packs another struct");\n'
     build.compile_kernel(KERNEL, head_dim=64, dtype="float16", source=source)
 
 
+@pytest.mark.compiler
 def test_it_is_the_same_in_every_variant():
     """So that it is loaded from one of them, whatever head_dim and dtype the cache has."""
     bodies = set()

@@ -14,6 +14,7 @@ from flashcore.paging_survey.accuracy import SPREAD, _judge, pattern_cache, poli
 from flashcore.paging_survey.trials import Book
 
 
+@pytest.mark.slow
 def test_a_lost_needle_shows_and_a_found_one_too(surveyed):
     at = {(t.data["pattern"], t.data["policy"]): t for t in records(surveyed, "accuracy") if t.data["share"] == 0.3}
     assert facts.verdict_on_needle(at["needle", "sink_window"]) == "LOST"

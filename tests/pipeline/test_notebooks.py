@@ -85,6 +85,7 @@ def test_an_unknown_notebook_lists_those_there_are(tmp_path, run):
         execute_notebook("02_toy", run, notebooks_dir=tmp_path)
 
 
+@pytest.mark.notebook
 def test_a_notebook_runs_with_its_parameters_on_this_interpreter(tmp_path, run):
     cells = ('import sys\nrun.append(Trial(kind="ceiling", data={"value": sizes, "python": sys.executable}))',)
     finishing_notebook(tmp_path, "01_toy", *cells)
@@ -97,6 +98,7 @@ def test_a_notebook_runs_with_its_parameters_on_this_interpreter(tmp_path, run):
     assert nbformat.read(executed, as_version=4).cells[-1].execution_count
 
 
+@pytest.mark.notebook
 def test_a_cell_that_raises_keeps_what_was_measured_and_says_which_cell(tmp_path, run):
     finishing_notebook(tmp_path, "01_toy", measure(1), "1 / 0", measure(2))
     with pytest.raises(NotebookFailed, match="ZeroDivisionError: division by zero"):
@@ -107,6 +109,7 @@ def test_a_cell_that_raises_keeps_what_was_measured_and_says_which_cell(tmp_path
     assert (run.path / "notebooks" / "01_toy.ipynb").is_file()
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize(
     "cells", [(measure(1), KILL, measure(2)), (measure(1), KILL)], ids=["in the middle", "at the end"]
 )
@@ -118,6 +121,7 @@ def test_a_killed_kernel_keeps_what_was_measured_and_is_a_failure(tmp_path, run,
     assert [t.status for t in run.trials(kind="notebook")] == ["error"]
 
 
+@pytest.mark.notebook
 def test_a_notebook_without_its_final_record_did_not_finish_whatever_its_cells_say(tmp_path, run):
     finishing_notebook(tmp_path, "01_toy")
     execute_notebook("01_toy", run, notebooks_dir=tmp_path)
@@ -127,6 +131,7 @@ def test_a_notebook_without_its_final_record_did_not_finish_whatever_its_cells_s
     assert [t.status for t in run.trials(kind="notebook")] == ["ok", "error"]
 
 
+@pytest.mark.notebook
 def test_a_notebook_that_takes_too_long_is_ended_with_everything_it_started(tmp_path, run):
     child = 'import subprocess\nchild = subprocess.Popen(["sleep", "3000"])\n'
     record = 'run.append(Trial(kind="ceiling", data={"value": child.pid}))\n'
@@ -149,6 +154,7 @@ def _state_of(pid: int) -> str | None:
         return None
 
 
+@pytest.mark.notebook
 def test_braces_in_the_folder_are_no_parameters(tmp_path):
     from flashcore.records import RunFolder
 
@@ -158,6 +164,7 @@ def test_braces_in_the_folder_are_no_parameters(tmp_path):
     assert [t.status for t in run.trials()] == ["ok"]
 
 
+@pytest.mark.notebook
 def test_nothing_half_written_is_left(tmp_path, run):
     finishing_notebook(tmp_path, "01_toy", measure(1))
     execute_notebook("01_toy", run, notebooks_dir=tmp_path)

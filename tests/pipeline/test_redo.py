@@ -35,6 +35,7 @@ def ceilings(run: RunFolder) -> list:
     return [t.data["value"] for t in run.trials(kind="ceiling")]
 
 
+@pytest.mark.notebook
 def test_a_part_is_measured_again_and_nothing_is_lost(made, toys):
     before = made.records_path.read_text().splitlines()
     date = made.environment()["date"]
@@ -56,6 +57,7 @@ def test_a_part_is_measured_again_and_nothing_is_lost(made, toys):
     assert values(superseding.superseded_path(made).read_text().splitlines()) == [4, 44]
 
 
+@pytest.mark.notebook
 def test_a_part_that_fails_again_leaves_the_run_inconclusive(made, toys):
     finishing_notebook(toys, "04_tflops_sweep", measure(44), "1 / 0")
     result = redo(made, "sweep", notebooks_dir=toys, pdf=False)
@@ -67,6 +69,7 @@ def test_a_part_that_fails_again_leaves_the_run_inconclusive(made, toys):
     assert values(superseding.superseded_path(made).read_text().splitlines()) == [4, 44]
 
 
+@pytest.mark.notebook
 def test_a_run_of_another_machine_is_refused_before_anything_is_touched(made, toys, monkeypatch):
     records, environment = made.records_path.read_bytes(), made.environment_path.read_bytes()
     snapshot = device.snapshot()
@@ -82,6 +85,7 @@ def test_a_run_that_does_not_say_how_it_was_made_is_refused(run, toys):
         redo(run, "sweep", notebooks_dir=toys)
 
 
+@pytest.mark.notebook
 def test_sources_count_as_current_only_where_no_older_record_stays(made, toys):
     environment = made.environment()
     old = {name: f"old-{name}" for name in environment["kernels"]}

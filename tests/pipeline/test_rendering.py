@@ -15,6 +15,7 @@ from flashcore.errors import NotebookFailed, RecordsError
 from flashcore.pipeline import rendering, reporting
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("cell", ["1 / 0", KILL])
 def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_path, toys, cell):
     write_notebook(toys, "06_status_report", cell)
@@ -25,6 +26,7 @@ def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_pat
     assert not re.search(r"(src|href)\s*=|@import|url\(", page)
 
 
+@pytest.mark.notebook
 def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
     run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs").run
     records, page = run.records_path.read_bytes(), (run.path / "report.html")
@@ -35,6 +37,7 @@ def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
     assert [p.name for p in run.path.iterdir() if "partial" in p.name] == []
 
 
+@pytest.mark.notebook
 def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_names_them(tmp_path, toys, monkeypatch):
     run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
     whole = rendering.render(run, notebooks_dir=toys).read_text()
@@ -117,6 +120,7 @@ def test_a_notebook_is_called_by_its_first_heading_or_by_its_name(tmp_path):
     assert rendering._title(path) == "The title"
 
 
+@pytest.mark.notebook
 def test_a_template_that_breaks_is_a_notebook_that_failed_and_keeps_its_page(tmp_path, run, monkeypatch):
     write_notebook(tmp_path / "toys", "06_status_report", "print('read')")
 

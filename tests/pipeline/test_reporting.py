@@ -23,6 +23,7 @@ from flashcore.pipeline import reporting
 SMALL = "B=1,H=1,S=32,D=64"
 
 
+@pytest.mark.notebook
 def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_path, toys):
     lines = []
     result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", problems=SMALL, seed=3, progress=lines.append)
@@ -49,6 +50,7 @@ def test_a_report_runs_every_notebook_and_ends_with_a_verdict_and_a_page(tmp_pat
     assert {t.environment for t in run.trials()} == {environment["id"]}
 
 
+@pytest.mark.notebook
 def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys):
     finishing_notebook(toys, "01_first", measure(1), "raise RuntimeError('<no> & luck')")
     result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
@@ -60,6 +62,8 @@ def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys)
     assert "01_first" in page and "<no>" not in page
 
 
+@pytest.mark.browser
+@pytest.mark.notebook
 def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, monkeypatch):
     from flashcore.page import pdf
 
@@ -118,6 +122,7 @@ def test_latest_is_replaced_and_can_be_a_file_where_links_are_impossible(tmp_pat
         reporting.find_run("never", tmp_path)
 
 
+@pytest.mark.notebook
 def test_ctrl_c_ends_the_kernel_and_leaves_nothing_half_written(tmp_path, toys):
     wait = 'import time\nrun.append(Trial(kind="ceiling", data={"value": __import__("os").getpid()}))\ntime.sleep(3000)'
     finishing_notebook(toys, "01_first", wait)
@@ -178,6 +183,7 @@ def test_every_notebook_takes_what_the_pipeline_gives():
             assert shared not in declared or declared[shared].type is kind, f"{name}: {shared}"
 
 
+@pytest.mark.notebook
 def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_path):
     folder = tmp_path / "notebooks"
     finishing_notebook(folder, "05_next", measure(5))

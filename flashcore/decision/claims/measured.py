@@ -54,8 +54,9 @@ class Run:
         """Why a measurement may not be held against a claim, as a clause."""
         if doubt := self.source.doubt(trial):
             return doubt
-        checks = [t for t in self.trials if t.kind == "correctness" and t.backend == trial.backend]
-        checks = [t for t in checks if compare.same_problem(t.problem, trial.problem)]
+        checks = self.source.pick("correctness", lambda t: (
+            t.backend == trial.backend and compare.same_problem(t.problem, trial.problem)
+        ))  # fmt: skip
         wrong = any(compare.passed(t) is False for t in checks)
         return f"{trial.backend} computes wrong results on this problem" if wrong else None
 
@@ -93,7 +94,7 @@ def _command(backend: str | None, problem: Problem) -> str:
 def _timed(claim: Claim, problem: Problem, run: Run) -> Finding:
     """A measured time for the workload beside the claimed one."""
     wanted = claim.counterpart or claim.backend
-    timings = [t for t in run.trials if t.kind == "attention_timing" and compare.same_problem(t.problem, problem)]
+    timings = run.source.pick("attention_timing", lambda t: compare.same_problem(t.problem, problem))
     usable = [t for t in timings if compare.latency_us(t) is not None]
     if wanted is None:
         usable = [t for t in usable if compare.role(t) == "ours"]
@@ -108,9 +109,10 @@ def _timed(claim: Claim, problem: Problem, run: Run) -> Finding:
 
 def _why_not(backend: str | None, problem: Problem, run: Run) -> str:
     """What the run's records say of a timing that is not there, as a clause; empty when they say nothing."""
-    for trial in run.trials:
-        concerns = trial.problem is None or compare.same_problem(trial.problem, problem)
-        if backend and trial.backend == backend and trial.reason and trial.status != "ok" and concerns:
+    for trial in run.trials if backend else ():
+        if trial.backend != backend or trial.status == "ok" or not trial.reason:
+            continue
+        if trial.problem is None or compare.same_problem(trial.problem, problem):
             return f"{backend}: {clause(trial.reason.split('; to mend it')[0])}"
     return ""
 
@@ -161,11 +163,9 @@ def _measured_ratio(claim: Claim, claims: Claims, run: Run) -> Finding:
     if slow.quantity == "tflops":
         slow, fast = fast, slow
     names = [c.counterpart or c.backend for c in (fast, slow)]
-    found = [
-        next((t for t in reversed(run.trials) if t.backend == name and t.kind == "attention_timing"
-              and compare.same_problem(t.problem, slow.workload) and compare.latency_us(t) is not None), None)
-        for name in names
-    ]  # fmt: skip
+    timings = run.source.pick("attention_timing", lambda t: compare.same_problem(t.problem, slow.workload))
+    usable = {t.backend: t for t in timings if compare.latency_us(t) is not None}  # of several the last counts
+    found = [usable.get(name) for name in names]
     ratio = compare.ratio(*found) if None not in found else None
     if ratio is None:
         named = all(c.counterpart for c in (fast, slow))
@@ -197,7 +197,7 @@ def _machine(claim: Claim, run: Run) -> Finding:
     # Between notebooks a GPU idles at a fraction of its clock; timings note it under load.
     timings = [t.timing for t in run.trials if t.timing is not None]
     states = [run.source.environment.get(name) for name in ("before", "after")]
-    states += [getattr(t, name, None) for t in timings for name in ("clocks_before", "clocks_after")]
+    states += [(t.model_extra or {}).get(name) for t in timings for name in ("clocks_before", "clocks_after")]
     seen = [s[key] * scale for s in states if isinstance(s, Mapping) and _is_number(s.get(key))]
     if not seen:
         return _not_measured(claim, "", "flashcore report")

@@ -19,6 +19,7 @@ from flashcore.backends import Backend
 from flashcore.errors import UnknownName
 from flashcore.faults.sanitizer.log import ours, parse
 from flashcore.gpu.build import kernel_names, source_hash
+from flashcore.paths import folder_in
 from flashcore.records import RunFolder, Trial
 
 TOOLS = {
@@ -40,7 +41,7 @@ def executable() -> str | None:
     """Path of compute-sanitizer: on PATH, in CUDA_HOME, a toolkit or its wheel; None when it is not installed."""
     if found := shutil.which("compute-sanitizer"):
         return found
-    roots = [Path(h) for h in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if h]
+    roots = [h for h in (folder_in("CUDA_HOME"), folder_in("CUDA_PATH"), Path("/usr/local/cuda")) if h]
     spec = importlib.util.find_spec("nvidia")
     for wheels in spec.submodule_search_locations if spec else []:
         roots += sorted(p for p in Path(wheels).iterdir() if p.is_dir())

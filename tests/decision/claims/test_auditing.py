@@ -132,6 +132,7 @@ def _some_trials() -> list[Trial]:
     return [*broken, *odd, Trial(kind="attention_timing"), Trial(kind="paging"), *TRIALS[:60]]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_claims(), st.sampled_from([(), tuple(_some_trials())]), st.sampled_from([{}, ENVIRONMENT, TOY]))
 def test_any_claims_are_audited_or_refused_in_words(text, trials, environment):

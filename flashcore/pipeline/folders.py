@@ -1,0 +1,62 @@
+"""Where runs lie: the folder that holds them, a new one in it, and the one that a user names."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from datetime import datetime
+from pathlib import Path
+
+from flashcore.errors import RecordsError
+from flashcore.gpu import device
+from flashcore.paths import HOME, absolute
+from flashcore.records import RunFolder
+
+LATEST = "latest"
+"""The word for the newest run: a link beside the runs, or a file with the run's id where links are impossible."""
+
+
+def runs_dir(out: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds run folders: `out`, else ``reports/runs`` of the checkout, else of the current folder."""
+    if out is not None:
+        return absolute(out)
+    home = HOME if (HOME / "pyproject.toml").is_file() else absolute("")
+    return home / "reports" / "runs"
+
+
+def new_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
+    """A fresh run folder, as in ``2026-11-22T18-40-03-h200-3f9a``."""
+    machine = re.sub(r"[^a-z0-9]+", "-", (device.gpu_name() or "cpu").lower().replace("nvidia", "")).strip("-")
+    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return RunFolder.create(runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}")
+
+
+def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunFolder:
+    """A run by its path, by its id, or by the word ``latest``.
+
+    Parameters
+    ----------
+    out
+        The folder that holds the runs. With one, an id and ``latest`` mean the runs in it, whatever lies in the current
+        folder; a path (absolute, or with a slash in it) means itself.
+
+    Raises
+    ------
+    RecordsError
+        There is no such run.
+    """
+    text = os.fspath(name)
+    if not text:
+        raise RecordsError("No run is named; give a run's folder, its id, or the word 'latest'.")
+    bare = os.sep not in text and text not in (os.curdir, os.pardir)
+    places = [runs_dir(out) / text] if bare and out is not None else [absolute(text), runs_dir(out) / text]
+    for place in places:
+        if place.is_dir():
+            return RunFolder(place.resolve())
+        if place.name == LATEST and place.is_file():
+            id_ = place.read_text(encoding="utf-8-sig", errors="replace").strip()
+            if not id_:
+                raise RecordsError(f"{place} names no run; 'flashcore report' makes one, and writes it there.")
+            return RunFolder(place.parent / id_)
+    return RunFolder(places[0])

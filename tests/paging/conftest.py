@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support.paged_caches import DIM, HEADS, LENGTHS, SIZE
-from support.threads import one_thread
 
 from flashcore.paging import PagedKVCache
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -1,19 +1,12 @@
-"""One survey of everything, which several files of this folder read; and one thread for all of them."""
+"""One survey of everything, which several files of this folder read."""
 
 from __future__ import annotations
 
 import pytest
 from support.paging_surveys import PLAN
-from support.threads import one_thread
 
 from flashcore.paging_survey.measuring import WHATS, measure
 from flashcore.records import RunFolder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +14,7 @@ def surveyed(tmp_path_factory) -> RunFolder:
     """Everything, times included, at the CPU's sizes; measured once, for tests that only read it."""
     run = RunFolder.create(tmp_path_factory.mktemp("surveyed") / "run")
     said = []
-    with one_thread():
-        trials = measure(run, PLAN, what=",".join(WHATS), progress=said.append)
+    trials = measure(run, PLAN, what=",".join(WHATS), progress=said.append)
     assert trials == [t for t in run.trials() if t.kind == "paging"]
     assert {line.split(":")[0] for line in said} == set(WHATS)
     return run

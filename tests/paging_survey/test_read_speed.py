@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from flashcore.gpu import build
@@ -55,6 +56,7 @@ def test_the_best_grid_is_the_figure(monkeypatch):
     assert speed == 3.5 and "best of 4 grids (4 blocks of 512 threads an SM)" in method
 
 
+@pytest.mark.compiler
 def test_the_read_kernel_compiles_without_a_warning():
     code, log = build._nvrtc(Path("read_all.cu"), SOURCE, {"FLASHCORE_READ": 1})
     assert b"read_all" in code and "warning" not in log.lower()

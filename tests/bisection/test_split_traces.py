@@ -12,78 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.split_traces import CAUSAL, DTYPES, EMPTY_ROWS, SIX_PAGES, THIRDS, Continues, SplitCpu
 
-from flashcore.backends._traces import TraceBuffers
-from flashcore.backends.cpu import CpuBackend
 from flashcore.bisection.bisecting import bisect, judge
-from flashcore.bisection.zoom import zoom
 from flashcore.errors import FlashCoreError
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import PATTERNS, make_inputs
-from flashcore.numerics.reference import STAGES, contiguous, interleaved
-from flashcore.problem import Problem, square
-
-SIX_PAGES = square(2, 2, 96, 32, page_size=16)
-CAUSAL = SIX_PAGES.with_(causal=True)
-EMPTY_ROWS = CAUSAL.with_(seqlen_q=128)
-DTYPES = ("float16", "bfloat16", "float32")
-
-
-class SplitCpu(CpuBackend):
-    """The page loop of the cpu backend in chains, combined as a split-KV kernel does."""
-
-    id = "split"
-
-    def __init__(self, make_chains=lambda num_pages: interleaved(num_pages, 2)):
-        self.make_chains = make_chains
-
-    def previous(self, problem):
-        return self.make_chains(len(reference.pages(problem, problem.page_size)))
-
-    def continued(self, stage: str, page: int, before: int) -> int:
-        """The page whose `stage` this page starts from, or -1."""
-        return before
-
-    def weights(self, row_max):
-        """``[C, B, Hq, Sq]`` and the reference that they are taken against."""
-        shared = row_max.amax(dim=0)
-        return (row_max - reference.safe(shared)).exp(), shared
-
-    def combine(self, row_max, row_sum, accum):
-        """`out` and `lse` from what every chain holds after its last page; tensors ``[C, B, Hq, Sq, ...]``."""
-        weights, shared = self.weights(row_max)
-        total = (weights * row_sum).sum(dim=0)
-        out = (weights[..., None] * accum).sum(dim=0) / total.masked_fill(total == 0, 1.0)[..., None]
-        return out, shared + total.log()
-
-    def _loop(self, q, k, v, problem, kept):
-        dtype = q.dtype
-        q, k, v = q.float(), self.kv_of_head(k, problem), self.kv_of_head(v, problem)
-        zeros = q.new_zeros(q.shape[:-1])
-        nothing = {"row_max": zeros - math.inf, "row_sum": zeros, "accum": self.initial_accum(q)}
-        columns, chain = reference.pages(problem, problem.page_size), self.previous(problem)
-        states: list[dict] = []
-        for j, page in enumerate(columns):
-            before = {}
-            for stage, value in nothing.items():
-                p = self.continued(stage, j, chain[j])
-                before[stage] = value if p < 0 else states[p][stage]
-            scores = self.scores(q, k[..., page, :], problem, page)
-            row_max = self.row_max(scores, before["row_max"])
-            rescale = self.rescale(before["row_max"], row_max)
-            probs = self.probs(scores, row_max)
-            row_sum = self.row_sum(before["row_sum"], rescale, probs)
-            rounded = probs.to(dtype)
-            accum = self.accum(before["accum"], rescale, rounded, self.page_of_v(v, columns, j))
-            states.append({"row_max": row_max, "row_sum": row_sum, "accum": accum})
-            if kept is not None:
-                kept.append((scores, row_max, rescale, rounded, row_sum, accum))
-        last = [states[p] for p in reference.ends(chain)]
-        out, lse = self.combine(*(torch.stack([state[stage] for state in last]) for stage in nothing))
-        return out.to(dtype), lse
-
-    def trace(self, q, k, v, problem):
-        return replace(super().trace(q, k, v, problem), previous=self.previous(problem))
+from flashcore.numerics.reference import contiguous, interleaved
+from flashcore.problem import Problem
 
 
 def roles(result):
@@ -266,7 +202,6 @@ class IdleChainUnguarded(SplitCpu):
         return (row_max - shared).exp(), shared
 
 
-THIRDS = [lambda n: interleaved(n, 3), lambda n: contiguous(n, 2)]
 # bug, problem, pattern, stages that must be producers
 COMBINING = [
     (WeightsForgotten, SIX_PAGES, "normal", {"out", "lse"}),
@@ -297,15 +232,6 @@ def test_a_bug_where_chains_are_combined_is_found_in_the_results(case, dtype, ma
 
 
 # ------------------------------------------------------------------------------------------ planted: inside of a chain
-
-
-class Continues(SplitCpu):
-    """From its third page on, takes these stages from the page just before, which belongs to another chain."""
-
-    stages: tuple[str, ...] = ()
-
-    def continued(self, stage, page, before):
-        return page - 1 if stage in self.stages and page >= 3 else before
 
 
 class NotReset(SplitCpu):
@@ -382,27 +308,6 @@ def test_a_reference_that_loses_one_chain_of_two_is_found_in_that_chain():
     assert result.stages[1].local.first_bad["page"] == 1
 
 
-def test_the_window_shows_the_chain_that_was_traced():
-    backend = Continues(lambda n: interleaved(n, 3))
-    backend.stages = ("accum",)
-    result = bisect(backend, SIX_PAGES)
-    first = result.stages[STAGES.index("accum")].local.first_bad
-    down, across = result.window["at"]
-    assert result.window["page"] == first["page"] == 3
-    assert result.window["got"][down][across] == pytest.approx(first["got"], rel=1e-4)
-    assert result.window["expected"][down][across] == pytest.approx(first["expected"], rel=1e-4)
-
-
-def test_the_window_from_the_start_follows_the_chains_too():
-    inputs = make_inputs(SIX_PAGES)
-    trace = SplitCpu().trace(*inputs, SIX_PAGES)
-    truth = reference.trace(*inputs, SIX_PAGES, previous=trace.previous)
-    element = {"stage": "row_sum", "page": 4, "batch": 1, "head": 0, "row": 7}
-    window = zoom(trace, *inputs, SIX_PAGES, element, is_local=False)
-    down, across = window["at"]
-    assert window["expected"][down][across] == pytest.approx(float(truth.row_sum[1, 0, 4, 7]), rel=1e-3)
-
-
 def test_chains_of_another_number_of_pages_are_an_error():
     class Short(SplitCpu):
         def trace(self, q, k, v, problem):
@@ -410,50 +315,3 @@ def test_chains_of_another_number_of_pages_are_an_error():
 
     with pytest.raises(FlashCoreError, match="'split' traced chains of 3 pages; .* has 6 pages of 16 keys"):
         bisect(Short(), SIX_PAGES)
-
-
-# -------------------------------------------------------------------------------------- what a kernel rightly skips
-
-
-def stored_by_a_kernel(trace, problem, tile_m: int) -> TraceBuffers:
-    """Buffers as a causal kernel leaves them: a tile of rows stores no page that none of its rows sees."""
-    buffers = TraceBuffers.make(problem, problem.page_size, tile_m, trace.scores.device)
-    for first in range(0, problem.seqlen_q, tile_m):
-        rows = slice(first, min(first + tile_m, problem.seqlen_q))
-        for j, page in enumerate(reference.pages(problem, problem.page_size)):
-            if page.start >= rows.stop + problem.seqlen_k - problem.seqlen_q:
-                continue
-            for stage in ("scores", "probs"):
-                getattr(buffers, stage)[:, :, rows, page] = getattr(trace, stage)[:, :, rows, page].float()
-            for stage in ("row_max", "rescale", "row_sum", "accum"):
-                getattr(buffers, stage)[:, :, j, rows] = getattr(trace, stage)[:, :, j, rows]
-    return buffers
-
-
-@pytest.mark.parametrize("problem", [CAUSAL, EMPTY_ROWS.with_(seqlen_k=90)], ids=["causal", "empty rows"])
-@pytest.mark.parametrize("make_chains", [*THIRDS, lambda n: interleaved(n, 6), lambda n: (-1, *range(n - 1))])
-def test_skipped_pages_carry_over_from_the_page_that_they_continue(problem, make_chains):
-    inputs = make_inputs(problem)
-    backend = SplitCpu(make_chains)
-    trace, previous = backend.trace(*inputs, problem), backend.previous(problem)
-    read = stored_by_a_kernel(trace, problem, 16).trace(problem, 16, trace.out, trace.lse, previous)
-    assert read.previous == previous
-    result = judge(read, *inputs, problem, backend="stored", out=trace.out, lse=trace.lse)
-    assert result.passed, result.finding()
-    if len(reference.ends(previous)) == 1:
-        return
-    unaware = stored_by_a_kernel(trace, problem, 16).trace(problem, 16, trace.out, trace.lse)
-    assert not judge(unaware, *inputs, problem, backend="stored").passed
-
-
-def test_a_page_skipped_wrongly_is_found():
-    inputs = make_inputs(CAUSAL)
-    trace = SplitCpu().trace(*inputs, CAUSAL)
-    buffers = stored_by_a_kernel(trace, CAUSAL, 16)
-    never = TraceBuffers.make(CAUSAL, 16, 16, trace.scores.device)
-    for stage in ("row_max", "rescale", "row_sum", "accum"):
-        getattr(buffers, stage)[:, :, 2] = getattr(never, stage)[:, :, 2]
-    read = buffers.trace(CAUSAL, 16, trace.out, trace.lse, trace.previous)
-    result = judge(read, *inputs, CAUSAL, backend="stored")
-    first = next(row for row in result.stages if row.role == "producer")
-    assert first.stage == "row_max" and first.local.first_bad.items() >= {"page": 2, "row": 32, "kind": "NaN"}.items()

@@ -1,57 +1,30 @@
-"""Backend `hopper`: which entry function it picks, how tiles are dealt out, and the worst for a stale reference."""
+"""Backend `hopper`: which entry function it picks, what it passes, and the worst for a stale reference."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
 import math
-import random
-import shutil
 import struct
-import subprocess
 
 import pytest
 import torch
+from support.hopper_tiles import MULTIPROCESSORS, loaded_for
 
 from flashcore import backends
-from flashcore.backends import _tensor_maps, hopper
+from flashcore.backends import hopper
 from flashcore.backends._cuda import PARAMS
-from flashcore.backends._tensor_maps import MAP_BYTES, tensor_map
-from flashcore.errors import LaunchError
+from flashcore.backends._tensor_maps import MAP_BYTES
 from flashcore.faults import catalogue
 from flashcore.faults.planting import PLAIN
 from flashcore.gpu import build
-from flashcore.gpu.launching import LoadedKernel
 from flashcore.measure import check
 from flashcore.measure.check import check_attention
 from flashcore.numerics import reference
 from flashcore.ops import problem_of
 from flashcore.problem import PRESETS, Problem, square
 
-MULTIPROCESSORS = 132
 BOTH = ("hopper", "hopper-unsplit")
 VARIANTS = list(itertools.product((64, 128), ("float16", "bfloat16")))
-
-
-@pytest.fixture
-def on_an_h200(monkeypatch):
-    """As on a GPU of that many multiprocessors."""
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: MULTIPROCESSORS)
-
-
-def loaded_for(problem: Problem, *, split: bool = False) -> LoadedKernel:
-    """The launch shape that the kernel exports for a problem, without a GPU to load it on."""
-    if split:
-        chains = 4 if problem.head_dim == 64 else 3
-        tile_m, tile_n, threads = 64, 64, 128 * chains
-    else:
-        asked = dict(backends.get("hopper").defines(problem, 0))
-        warpgroups = asked.get("FLASHCORE_NUM_CONSUMERS", 4 if problem.head_dim == 64 else 3)
-        tile_m, tile_n, threads = 64 * warpgroups, asked.get("FLASHCORE_TILE_N", 64), 128 * (warpgroups + 1)
-        chains = 1
-    fields = {"module": None, "tile_m": tile_m, "tile_n": tile_n, "threads": threads, "shared_bytes": 200 * 1024}
-    return LoadedKernel(**fields, num_splits=chains, overlaps_launch=int(split))
 
 
 # ------------------------------------------------------------------------------------------------ which entry function
@@ -88,192 +61,6 @@ def test_tiles_of_two_warpgroups_while_all_of_them_fit_at_once(on_an_h200):
         for many in (square(1, 132, 129, head_dim), square(1, 133, 128, head_dim), square(16, 16, 2048, head_dim)):
             assert chosen.defines(many, 0) == ()
         assert unsplit.defines(square(1, 16, 1024, head_dim), 0) == ()
-
-
-# ------------------------------------------------------------------------------------------------ who gets which tile
-
-
-@functools.lru_cache(maxsize=64)
-def heavy_to_light(first: int, end: int, tiles: int) -> list[int]:
-    """The tiles that `heavy_to_light` of attention_hopper.cu finds at positions 0, 1, ...; here by sorting."""
-    return sorted(range(first, end), key=lambda number: (number % tiles, number // tiles))
-
-
-def deal(problem: Problem, tile_m: int, blocks: int, sections: int, block: int, step: int):
-    """What `deal` of attention_hopper.cu gives a block at a step: flat head, first row and end; None for no more."""
-    warpgroups_a_tile = tile_m // 64
-    tiles, heads = -(-problem.seqlen_q // tile_m), problem.num_heads_q * problem.batch
-    last_round, left = divmod(tiles * heads, blocks)
-    place, piece, piece_rows = block if step % 2 == 0 else blocks - 1 - block, 0, tile_m
-    if step >= last_round:
-        if step > last_round or left == 0:
-            return None
-        warpgroups = -(-warpgroups_a_tile // min(warpgroups_a_tile, blocks // left))
-        place, piece = divmod(place, -(-warpgroups_a_tile // warpgroups))
-        piece_rows = warpgroups * 64
-        if place >= left:
-            return None
-    number = step * blocks + place
-    if sections > 0:
-        section = min(step // 2, sections - 1)
-        first = section * 2 * blocks
-        end = tiles * heads if section == sections - 1 else first + 2 * blocks
-        number = heavy_to_light(first, end, tiles)[number - first]
-    head, nth = divmod(number, tiles)
-    first_row = -(-problem.seqlen_q // 16) * 16 - (nth + 1) * tile_m if problem.causal else nth * tile_m
-    own_row = first_row + piece * piece_rows
-    return head, own_row, min(first_row + tile_m, own_row + piece_rows)
-
-
-@functools.cache
-def hands(problem: Problem) -> list[list[tuple[int, int, int]]]:
-    """The tiles of each block, in the order in which it works on them."""
-    chosen, loaded = backends.get("hopper"), loaded_for(problem)
-    blocks, sections = chosen.blocks(problem, loaded, 0)[0], chosen.sections(problem, loaded, 0)
-
-    def hand(block: int) -> list[tuple[int, int, int]]:
-        tiles = (deal(problem, loaded.tile_m, blocks, sections, block, step) for step in itertools.count())
-        return list(itertools.takewhile(lambda tile: tile is not None, tiles))
-
-    return [hand(block) for block in range(blocks)]
-
-
-def pages_of(problem: Problem, end_row: int) -> int:
-    """Pages that a tile sees whose rows end there: its work."""
-    last = min(end_row, problem.seqlen_q) - 1
-    seen = last + 1 + problem.seqlen_k - problem.seqlen_q if problem.causal else problem.seqlen_k
-    return -(-max(0, min(seen, problem.seqlen_k)) // loaded_for(problem).tile_n)
-
-
-def many_shapes() -> list[Problem]:
-    rng = random.Random(0)
-    lengths = [1, 64, 65, 192, 193, 256, 257, 500, 1000, 2048, 3000]
-    return [
-        square(
-            rng.choice([1, 2, 3, 5, 16]), rng.choice([1, 2, 7, 8, 16, 33]), rng.choice(lengths), rng.choice([64, 128]),
-            causal=rng.random() < 0.6,
-        ).with_(seqlen_k=rng.choice(lengths))
-        for _ in range(200)
-    ] + [square(1, 133, 64, 64), square(1, 132, 64, 64), square(2, 16, 8192, 64), PRESETS["report"]]  # fmt: skip
-
-
-def test_every_row_is_dealt_exactly_once(on_an_h200):
-    for problem in many_shapes():
-        rows: dict[int, list[range]] = {}
-        for head, first_row, end_row in itertools.chain(*hands(problem)):
-            if real := range(max(0, first_row), min(end_row, problem.seqlen_q)):
-                rows.setdefault(head, []).append(real)
-        assert rows.keys() == set(range(problem.batch * problem.num_heads_q)), problem.label()
-        for of_head in rows.values():
-            ordered = sorted(of_head, key=lambda r: r.start)
-            joints = itertools.pairwise([0, *(edge for r in ordered for edge in (r.start, r.stop)), problem.seqlen_q])
-            assert all(end == start for end, start in list(joints)[::2]), problem.label()
-
-
-def test_under_a_causal_mask_what_no_whole_tile_holds_are_the_first_rows(on_an_h200):
-    problem = square(16, 16, 1024, 128, causal=True)
-    firsts = {first_row for _, first_row, _ in itertools.chain(*hands(problem))}
-    assert firsts == {1024 - 192 * tile for tile in range(1, 7)} and min(firsts) == -128
-    whole = square(16, 16, 1024, 128)
-    assert {first_row for _, first_row, _ in itertools.chain(*hands(whole))} == {192 * tile for tile in range(6)}
-
-
-@pytest.mark.parametrize(("left", "rows"), [(1, 64), (44, 64), (45, 128), (66, 128), (67, 192), (131, 192), (132, 192)])
-def test_the_last_round_is_cut_so_that_every_block_gets_something(on_an_h200, left, rows):
-    problem = square(1, MULTIPROCESSORS + left, 192, 128)
-    lasts = [hand[1] for hand in hands(problem) if len(hand) > 1]
-    assert {end - first for _, first, end in lasts} == ({rows, 64} if rows == 128 else {rows})
-    assert len(lasts) == left * -(-192 // rows)
-
-
-def test_a_block_that_has_no_more_tiles_never_gets_another(on_an_h200):
-    """It ends at the first `false`; the turns forth and back must not leave one for later."""
-    for problem in many_shapes()[::10]:
-        chosen, loaded = backends.get("hopper"), loaded_for(problem)
-        blocks, sections = chosen.blocks(problem, loaded, 0)[0], chosen.sections(problem, loaded, 0)
-        for block in range(blocks):
-            given = [deal(problem, loaded.tile_m, blocks, sections, block, step) is not None for step in range(200)]
-            assert given == sorted(given, reverse=True)
-
-
-@pytest.mark.slow
-def test_the_deal_is_even(on_an_h200):
-    """Where no row goes without keys, no block gets more than one heaviest tile above the mean."""
-    for problem in many_shapes():
-        if problem.causal and problem.seqlen_k < problem.seqlen_q:
-            continue
-        loads = [sum(pages_of(problem, end_row) + 1 for _, _, end_row in hand) for hand in hands(problem)]
-        heaviest = pages_of(problem, problem.seqlen_q) + 1
-        assert max(loads) - sum(loads) / len(loads) <= heaviest, problem.label()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_deal_of_the_usual_workloads_is_within_a_twentieth_of_even(on_an_h200, head_dim, causal):
-    for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-        problem = square(min(16, 32768 // seqlen), 16, seqlen, head_dim, causal=causal)
-        loads = [sum((pages_of(problem, end) + 1) * (end - first) for _, first, end in hand) for hand in hands(problem)]
-        assert max(loads) <= 1.05 * sum(loads) / len(loads), problem.label()
-
-
-def test_there_are_no_sections_or_as_many_as_are_about_as_even_as_any(on_an_h200):
-    from flashcore.backends._dealing import AS_EVEN, LAST_SECTION, largest_load, tile_pages
-
-    chosen = backends.get("hopper")
-    for problem in many_shapes():
-        loaded = loaded_for(problem)
-        sections, blocks = chosen.sections(problem, loaded, 0), chosen.blocks(problem, loaded, 0)[0]
-        heads, pages = problem.batch * problem.num_heads_q, tile_pages(problem, loaded.tile_m, loaded.tile_n)
-        rounds = -(-heads * len(pages) // blocks)
-        tried = [n for n in range(1, rounds + 1) if 0 < rounds - 2 * (n - 1) <= LAST_SECTION]
-        loads = {n: largest_load(pages, heads, blocks, n) for n in (0, *tried)}
-        even = [n for n, load in loads.items() if load <= (1 + AS_EVEN) * min(loads.values())]
-        assert sections == (0 if 0 in even or not problem.causal else even[-1])
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the host")
-def test_the_kernel_finds_the_tile_at_each_position(tmp_path):
-    """`heavy_to_light` is plain C++: compiled for the host, beside sorting."""
-    text = build.kernel_source("attention_hopper")
-    start = text.index("__device__ __forceinline__ int heavy_to_light")
-    body = text[start : text.index("\n}\n", start) + 3].replace("__device__ __forceinline__ ", "")
-    cases = [(first, end, tiles) for tiles in (1, 2, 3, 8, 11) for first in range(25) for end in range(first + 1, 60)]
-    calls = "".join(f"show({first}, {end}, {tiles});\n" for first, end, tiles in cases)
-    (tmp_path / "found.cpp").write_text(
-        f"#include <algorithm>\n#include <cstdio>\nusing std::min, std::max;\n{body}"
-        "void show(int first, int end, int tiles) {\n"
-        '  for (int i = 0; i < end - first; ++i) std::printf("%d ", heavy_to_light(i, first, end, tiles));\n'
-        '  std::printf("\\n");\n}\n'
-        f"int main() {{\n{calls}}}\n"
-    )
-    subprocess.run(["c++", "-std=c++17", "-o", tmp_path / "found", tmp_path / "found.cpp"], check=True)
-    found = subprocess.run([tmp_path / "found"], check=True, capture_output=True, text=True).stdout.splitlines()
-    assert [[int(n) for n in line.split()] for line in found] == [heavy_to_light(*case) for case in cases]
-
-
-def test_few_heads_are_under_way_at_a_time(on_an_h200):
-    """What two rounds read of K and V fits in L2; the last section may have up to ten rounds."""
-    problem = square(2, 16, 16384, 128, causal=True)
-    rounds = list(zip(*(hand[:8] for hand in hands(problem)), strict=True))
-    for pair in zip(rounds[::2], rounds[1::2], strict=True):
-        assert len({head for head, _, _ in itertools.chain(*pair)}) <= 5
-
-
-@pytest.mark.slow
-def test_the_model_of_a_load_is_what_the_blocks_get(on_an_h200):
-    from flashcore.backends._dealing import largest_load, tile_pages
-
-    for problem in many_shapes():
-        loaded, dealt = loaded_for(problem), hands(problem)
-        chosen = backends.get("hopper")
-        pages = tile_pages(problem, loaded.tile_m, loaded.tile_n)
-        modelled = largest_load(
-            pages, problem.batch * problem.num_heads_q, len(dealt), chosen.sections(problem, loaded, 0)
-        )
-        loads = [sum(pages_of(problem, end_row) + 1 for _, _, end_row in hand) for hand in dealt]
-        cut = any(end - first < loaded.tile_m for _, first, end in itertools.chain(*dealt))
-        assert max(loads) == modelled if not cut else max(loads) >= modelled - pages.max() - 1, problem.label()
 
 
 # ------------------------------------------------------------------------------------------------ what is passed
@@ -333,74 +120,6 @@ def test_wrong_strides_reach_the_map_of_k_and_no_other(told, name):
     for fault, wrong in (("F11", (2 * 25600, 12800, 64)), ("F12", (25600, 0, 64))):
         catalogue.get(fault).plant(name).arguments(q, k, v, out, lse, problem, loaded_for(problem))
         assert told["k"]["strides"] == wrong and told["v"]["strides"] == (25600, 12800, 64)
-
-
-class FakeMap:
-    def __init__(self):
-        self.bytes = ctypes.create_string_buffer(bytes(range(MAP_BYTES)), MAP_BYTES)
-
-    def getPtr(self):  # noqa: N802  the driver's name
-        return ctypes.addressof(self.bytes)
-
-
-def test_a_tensor_map_is_asked_for_innermost_dimension_first_and_in_bytes(monkeypatch):
-    driver = pytest.importorskip("cuda.bindings.driver")
-    calls = []
-
-    def encode(*arguments):
-        calls.append(arguments)
-        return driver.CUresult.CUDA_SUCCESS, FakeMap()
-
-    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", encode)
-    made = tensor_map(4096, (2, 4, 100, 128), (51200, 128, 512), rows=64, dtype="bfloat16")
-    assert made == bytes(range(MAP_BYTES))
-    kind, rank, address, sizes, steps, box = calls[0][:6]
-    assert kind == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 and (rank, address) == (4, 4096)
-    assert [int(n) for n in sizes] == [128, 100, 4, 2] and [int(n) for n in steps] == [1024, 256, 102400]
-    assert [int(n) for n in box] == [64, 64, 1, 1], "128 bytes of columns, the widest swizzle"
-    # The stride of a dimension of one means nothing, and the driver would refuse one that is no multiple of 16 bytes.
-    tensor_map(4096, (1, 1, 100, 64), (7, 3, 64), rows=64, dtype="float16")
-    assert [int(n) for n in calls[1][4]] == [128, 128, 128]
-
-
-def test_a_map_that_the_driver_refuses_is_an_error_that_names_the_tensor(monkeypatch):
-    driver = pytest.importorskip("cuda.bindings.driver")
-    refused = driver.CUresult.CUDA_ERROR_INVALID_VALUE
-    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", lambda *_: (refused, None))
-    with pytest.raises(LaunchError, match=r"k of shape \(1, 2, 100, 64\) and strides \(12800, 6400, 64\)") as raised:
-        tensor_map(8, (1, 2, 100, 64), (12800, 6400, 64), rows=64, dtype="float16", name="k")
-    assert "CUDA_ERROR_INVALID_VALUE" in str(raised.value)
-
-
-@pytest.fixture
-def driver():
-    """The driver's library, which describes tensors without a GPU as well."""
-    bindings = pytest.importorskip("cuda.bindings.driver")
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        pytest.skip("libcuda is not installed")
-    if int(bindings.cuInit(0)[0]):
-        pytest.skip("the driver does not start here")
-    return bindings
-
-
-def test_what_the_driver_itself_takes_and_refuses(driver):
-    shape, strides = (2, 4, 100, 64), (25600, 6400, 64)
-    right = tensor_map(1 << 20, shape, strides, rows=256, dtype="float16")
-    assert len(right) == MAP_BYTES and right != tensor_map(1 << 20, shape, strides, rows=256, dtype="bfloat16")
-    bshd = tensor_map(1 << 20, shape, (25600, 64, 256), rows=64, dtype="float16")
-    assert len(bshd) == MAP_BYTES, "strides may come in any order of size"
-    wrong = [
-        {"address": (1 << 20) + 8},  # no multiple of 16 bytes
-        {"rows": 257},
-        {"strides": (25600, 6400, 68)},  # rows that start at odd multiples of 8 bytes
-        {"shape": (2, 4, 0, 64)},
-    ]
-    for change in wrong:
-        given = {"address": 1 << 20, "shape": shape, "strides": strides, "rows": 64, "dtype": "float16", **change}
-        with pytest.raises(LaunchError, match="cuTensorMapEncodeTiled"):
-            _tensor_maps.tensor_map(given.pop("address"), given.pop("shape"), given.pop("strides"), **given)
 
 
 # ------------------------------------------------------------------------------------------------ the stale reference

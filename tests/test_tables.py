@@ -5,8 +5,8 @@ import sys
 
 from flashcore import tables
 from flashcore.bisection.bisecting import bisect
-from flashcore.measure.check import check_attention, named_problems
-from flashcore.problem import PRESETS, square
+from flashcore.measure.check import check_attention
+from flashcore.problem import square
 from flashcore.records import RunFolder, Trial
 
 SMALL = square(1, 2, 40, 16, page_size=16)
@@ -39,14 +39,6 @@ def test_styled_is_an_html_table_with_a_caption_and_no_glyphs():
 
 def test_an_empty_run_makes_empty_tables():
     assert tables.correctness_table([]).empty and tables.verdict_grid([]).empty
-
-
-def test_named_problems_join_the_matrix_and_large_ones_need_a_gpu():
-    usual, left_out = named_problems("default", "quick", gpu=False)
-    assert left_out == [] and len(usual) >= 6
-    more, left_out = named_problems("report; B=1,H=1,S=64,D=64", "quick", gpu=False)
-    assert left_out == [PRESETS["report"]] and len(more) == len(usual) + 1
-    assert PRESETS["report"] in named_problems("report", "quick", gpu=True)[0]
 
 
 def test_tables_need_no_torch():

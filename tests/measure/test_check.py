@@ -11,10 +11,10 @@ from flashcore.backends import Availability
 from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import UnknownName
 from flashcore.measure import check
-from flashcore.measure.check import check_attention, compare
+from flashcore.measure.check import check_attention, named_problems
 from flashcore.numerics.inputs import PATTERNS
 from flashcore.numerics.outputs import new_output
-from flashcore.problem import Problem, square
+from flashcore.problem import PRESETS, Problem, square
 from flashcore.records import Trial
 
 SMALL = square(2, 2, 40, 16)
@@ -147,23 +147,6 @@ def test_nan_in_the_inputs_is_not_laid_at_the_backend(monkeypatch):
     assert trial.correctness is None
 
 
-def test_compare_counts_first_and_worst(monkeypatch):
-    monkeypatch.setattr("flashcore.numerics.tolerance.ELEMENTS_AT_ONCE", 5)
-    expected = torch.zeros(3, 4, dtype=torch.float64)
-    expected[0, 0] = -math.inf
-    got = expected.clone()
-    got[0, 3], got[1, 2], got[2, 1] = 0.1, 0.5, 0.3
-    found = compare(got, expected, atol=0.2, rtol=0.0, axes=("row", "column"))
-    assert (found.checked, found.num_bad, found.num_nan, found.num_inf) == (12, 2, 0, 0)
-    assert found.first_bad == {"row": 1, "column": 2, "got": 0.5, "expected": 0.0}
-    assert found.max_abs_error == 0.5 and found.bound == 0.2 and not found.passed
-    assert compare(expected, expected, atol=0.0, rtol=0.0).passed
-    found = compare(torch.full((2,), math.nan), torch.full((2,), math.nan), atol=9.0, rtol=9.0)
-    assert found.num_bad == found.num_nan == 2, "NaN fails even where NaN was expected"
-    found = compare(torch.zeros(2), torch.tensor([math.inf, 0.0]), atol=1.0, rtol=1.0)
-    assert found.num_bad == 1, "an infinite bound lets nothing through"
-
-
 def test_the_bound_is_tight_enough_to_see_one_dropped_key():
     """Leaving out one key of 256 moves `out` by about |v| / 256, eight times the bound of float16."""
 
@@ -184,6 +167,14 @@ def test_the_case_of_one_problem_is_made_once_for_all_backends(monkeypatch):
     for backend in ("reference", "cpu", "sdpa-math"):
         assert check_attention(backend, SMALL, device="cpu").status == "ok"
     assert check.make_case.cache_info().misses == 1
+
+
+def test_named_problems_join_the_matrix_and_large_ones_need_a_gpu():
+    usual, left_out = named_problems("default", "quick", gpu=False)
+    assert left_out == [] and len(usual) >= 6
+    more, left_out = named_problems("report; B=1,H=1,S=64,D=64", "quick", gpu=False)
+    assert left_out == [PRESETS["report"]] and len(more) == len(usual) + 1
+    assert PRESETS["report"] in named_problems("report", "quick", gpu=True)[0]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ from support import synthetic_survey as synthetic
 from flashcore.errors import CublasLtError, FlashCoreError, InvalidProblem, ToolMissing, UnknownName
 from flashcore.gpu import cublaslt
 from flashcore.gpu.cublaslt import Product
-from flashcore.gpu.profiling import split_by_marker
 from flashcore.problem import square
 from flashcore.survey import facts, kernel_names, labels, matmul_heuristics, measuring
 from flashcore.survey.grid import (
@@ -204,12 +203,6 @@ def test_the_kernel_that_multiplies_is_told_from_its_helpers():
     )
     assert kernel_names.main_kernel([]) is None
     assert kernel_names.short("void dot_kernel<float, 128>(cublasDotParams<float>)") == "dot_kernel<float, 128>"
-
-
-def test_the_profilers_kernels_are_split_call_by_call():
-    assert split_by_marker(["add", "add", "a", "b", "add", "add", "c", "add"], 3) == [["a", "b"], [], ["c"]]
-    assert split_by_marker(["add", "add", "a", "add"], 2) == [[], []], "lost events name no kernel at all"
-    assert split_by_marker([], 1) == [[]]
 
 
 def prove(run, stand_in, monkeypatch, runs):

@@ -9,24 +9,41 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Collection
 
 STYLE = re.compile(r"<style\b[^>]*>(.*?)</style>", flags=re.DOTALL | re.IGNORECASE)
 SCRIPT = re.compile(r"<script\b(?P<attributes>[^>]*)>(?P<text>.*?)</script>", flags=re.DOTALL | re.IGNORECASE)
-TAG = re.compile(r"<[a-zA-Z][^<>]*?\sstyle=\"[^\"]*\"[^<>]*>")
-WHOLE = re.compile(r"(<(?:style|script)\b.*?</(?:style|script)>)", flags=re.DOTALL | re.IGNORECASE)
-"""Elements whose text is no markup."""
+_NAME, _VALUE = r"""[^\s"'<>/=]+""", r"""(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)"""
+ATTRIBUTE = re.compile(rf"\s+({_NAME})(?:\s*=\s*({_VALUE}))?")
+MARKUP = re.compile(
+    r"<(?P<whole>style|script)\b.*?</(?P=whole)\s*>|<!--.*?-->|"
+    rf"<[a-z][\w:-]*(?P<attributes>(?:\s+{_NAME}(?:\s*=\s*{_VALUE})?)*+)\s*/?>",
+    flags=re.DOTALL | re.IGNORECASE,
+)
+"""A tag, or first of all an element or a comment whose text is no markup. A value in quotes may hold anything."""
 
 
-def secured(page: str) -> str:
+def secured(page: str, *, scripts: Collection[str] = ()) -> str:
     """A page with its policy in it; styles written at elements become classes, which a hash can cover.
 
     The policy stands behind the character set, or first of all in a page that names none.
+
+    Parameters
+    ----------
+    scripts
+        The page's own programs. One that stands in the page and is none of them gets no hash, and styles get one in
+        the page's head alone: whatever came in below it was not written by the page.
     """
     page = _with_classes(page)
-    styles = " ".join(sorted({_hash(text) for text in STYLE.findall(page)})) or "'none'"
-    runs = {_hash(found["text"]) for found in SCRIPT.finditer(page) if _is_program(found["attributes"])}
+    own = {text.strip() for text in scripts}
+    styles = sorted({_hash(text) for text in STYLE.findall(page.partition("</head>")[0])})
+    runs = sorted({
+        _hash(found["text"])
+        for found in SCRIPT.finditer(page)
+        if _is_program(found["attributes"]) and found["text"].strip() in own
+    })  # fmt: skip
     policy = (
-        f"default-src 'none'; style-src {styles}; script-src {' '.join(sorted(runs)) or chr(39) + 'none' + chr(39)}; "
+        f"default-src 'none'; style-src {_sources(styles)}; script-src {_sources(runs)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -41,6 +58,10 @@ def _is_program(attributes: str) -> bool:
     return found is None or found[1] in ("", "module", "text/javascript", "application/javascript")
 
 
+def _sources(hashes: list[str]) -> str:
+    return " ".join(hashes) or "'none'"
+
+
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -53,26 +74,33 @@ def _with_classes(page: str) -> str:
     names: dict[str, str] = {}
 
     def classed(match: re.Match[str]) -> str:
-        tag = match[0]
-        style = re.search(r'\sstyle="([^"]*)"', tag)
-        rules = style[1].strip()
-        tag = tag.replace(style[0], "", 1)
-        if not rules:
+        tag, given = match[0], match["attributes"]
+        found = {} if given is None else _attributes(given)
+        if "style" not in found:
             return tag
-        name = names.setdefault(rules, f"fc-i{len(names)}")
-        own = re.search(r'\sclass="([^"]*)"', tag)
-        if own:
-            return tag.replace(own[0], f' class="{own[1]} {name}"', 1)
-        end = re.match(r"<[a-zA-Z][\w:-]*", tag).end()
-        return f'{tag[:end]} class="{name}"{tag[end:]}'
+        rules = found.pop("style").strip()
+        if rules:
+            name = names.setdefault(rules, f"fc-i{len(names)}")
+            found = {"class": f"{found.pop('class', '')} {name}".strip(), **found}
+        start, end = (at - match.start() for at in match.span("attributes"))
+        kept = "".join(f" {name}" if value is None else f' {name}="{value}"' for name, value in found.items())
+        return f"{tag[:start]}{kept}{tag[end:]}"
 
-    parts = WHOLE.split(page)
-    parts[::2] = [TAG.sub(classed, part) for part in parts[::2]]
-    page = "".join(parts)
+    page = MARKUP.sub(classed, page)
     if not names:
         return page
     rules = "\n".join(f":is(#fc-none, .{name}) {{ {_unescaped(text)} }}" for text, name in names.items())
     return page.replace("</head>", f"<style>{rules}</style>\n</head>", 1)
+
+
+def _attributes(text: str) -> dict[str, str | None]:
+    """Attributes as written in a tag, with what stands between the quotes; of two by one name the first counts."""
+    found: dict[str, str | None] = {}
+    for name, value in ATTRIBUTE.findall(text):
+        known = name.lower() if name.lower() in ("style", "class") else name
+        inner = value[1:-1] if value[:1] in ("'", '"') else value
+        found.setdefault(known, inner.replace('"', "&quot;") if value else None)
+    return found
 
 
 def _unescaped(text: str) -> str:

@@ -190,7 +190,8 @@ def _write_page(run: RunFolder, text: str) -> Path:
     path = run.path / "report.html"
     try:
         (run.path / "report.pdf").unlink(missing_ok=True)  # of an earlier page, which may have said another verdict
-        write_whole(path, policy.secured(text).encode())
+        own = (data_dir("reports") / "template" / "page.js").read_text(encoding="utf-8")
+        write_whole(path, policy.secured(text, scripts=[own]).encode())
     except OSError as error:
         raise RecordsError(
             f"The report {path} cannot be written ({error.strerror}); free the disk or choose another folder "

@@ -7,27 +7,23 @@ from pathlib import Path
 
 import pytest
 from support import synthetic_records as synthetic
+from support.planted_bugs import run_and_find_all
 
 import flashcore
 from flashcore import backends, tables
 from flashcore.bisection import stagewise
 from flashcore.bisection.bisecting import bisect
 from flashcore.decision import compare, verdict
-from flashcore.errors import FaultError, UnknownName
-from flashcore.faults import catalogue, planting, plants
+from flashcore.errors import UnknownName
+from flashcore.faults import catalogue, plants
 from flashcore.faults.catalogue import FAULTS
-from flashcore.faults.planting import Override, Source
-from flashcore.faults.plants import cublaslt, decode, hopper
+from flashcore.faults.planting import Source
 from flashcore.gpu import build
 from flashcore.measure.check import check_attention
 from flashcore.problem import square
 
-CPU = [f.id for f in FAULTS if "cpu" in f.plants]
 PATCHES = [(f.id, b) for f in FAULTS for b, plant in f.plants.items() if isinstance(plant, Source)]
 IN_KERNELS = [(f.id, b) for f in FAULTS for b in f.plants if b in ("scalar", "wmma")]
-IN_CUBLASLT = [(f.id, b) for f in FAULTS for b in f.plants if b in ("cublaslt", "cublaslt-batched")]
-IN_HOPPER = [(f.id, b) for f in FAULTS for b in f.plants if b in ("hopper", "hopper-unsplit")]
-IN_PAGED = [(f.id, b) for f in FAULTS for b in f.plants if b in ("decode", "hopper-paged", "cublaslt-paged")]
 
 
 def kernel_of(host: str) -> str:
@@ -60,26 +56,6 @@ def test_a_bug_is_planted_where_the_backend_takes_its_problem(name, backend):
 
 
 # ------------------------------------------------------------------------------------------------ on the cpu backend
-
-
-@pytest.mark.parametrize("name", CPU)
-def test_a_bug_of_the_cpu_backend_is_found_at_its_stage(name):
-    fault = catalogue.get(name)
-    assert bisect("cpu", fault.problem, pattern=fault.pattern).passed, "the clean run has to be silent"
-    found = bisect(fault.plant("cpu"), fault.problem, pattern=fault.pattern)
-    assert found.producers[:1] == [fault.stage], found.finding()
-    first = found.first_row[1].first_bad
-    assert first["stage"] == fault.stage and {"batch", "head", "row", "got", "expected"} <= set(first)
-    assert found.window["stage"] == fault.stage and found.coverage["complete"]
-
-
-def test_planting_leaves_the_backend_itself_alone():
-    for fault in FAULTS:
-        for backend in fault.plants if fault.found_by != "selection" else ():
-            planted = fault.plant(backend)
-            assert planted is not backends.get(backend) and planted.id == backend
-    assert bisect("cpu", planting.PLAIN).passed
-    assert backends.get("wmma").source is None
 
 
 # ------------------------------------------------------------------------------------------------ patches of kernels
@@ -131,49 +107,11 @@ def test_the_sample_of_patches_has_some_of_every_kernel():
     assert default == {p.values[:2] for p in parameters} and 30 <= sum(not p.marks for p in parameters) < 60
 
 
-def test_a_patch_that_no_longer_fits_is_an_error():
-    for text in ("no such text stands there", "__syncthreads();"):
-        with pytest.raises(FaultError, match="stands there (0|2) times instead of once"):
-            Source(((text, ""),)).apply(backends.get("scalar"))
-    for plant in (Override({"no_such_method": lambda self: None}), Source((), {"no_such_method": None})):
-        with pytest.raises(FaultError, match="which backend 'wmma' no longer has"):
-            plant.apply(backends.get("wmma"))
-
-
 def test_names_that_do_not_exist():
     with pytest.raises(UnknownName, match="There is no fault 'F99'"):
         catalogue.get("F99")
     with pytest.raises(UnknownName, match="plant G7 in backend 'cpu'; choose one of: cublaslt, cublaslt-batched, deco"):
         catalogue.get("G7").plant("cpu")
-
-
-def test_why_a_bug_is_not_planted_is_said():
-    assert catalogue.get("F3").why_not("cublaslt") is None
-    assert catalogue.get("F4").why_not("cpu") == "makes no sense in cpu"
-    assert catalogue.get("F3").why_not("cublaslt-loop") == "planted in cublaslt, whose code this one runs"
-    assert catalogue.get("G4").why_not("cublaslt-loop") == "makes no sense in cublaslt-loop"
-    assert (
-        catalogue.get("F10").why_not("cpu") == "makes no sense in cpu"
-        and catalogue.get("F10").why_not("decode") is None
-    )
-    assert catalogue.get("F3").why_not("hopper-paged") == "planted in hopper, whose code this one runs"
-    assert catalogue.get("F13").why_not("cpu") == "no bug of a backend: planted in page_selection"
-    assert catalogue.get("F16").why_not("cpu").startswith("no bug of a backend: tests/")
-
-
-def test_the_problem_that_shows_a_bug_may_be_another_in_a_backend():
-    assert catalogue.get("F3").problem_in("cpu") == catalogue.get("F3").problem_in("hopper-paged") == planting.PLAIN
-    assert catalogue.get("F3").problem_in("decode") == decode.PLAIN
-    assert (
-        catalogue.get("G38").problem_in("decode").page_size == catalogue.get("G38").problem_in("hopper-paged").page_size
-    )
-
-
-def test_a_patch_and_a_wrong_method_are_planted_together():
-    planted = catalogue.get("F6").plant("cublaslt")
-    assert planted.alpha(planting.PLAIN) == 1.0 != backends.get("cublaslt").alpha(planting.PLAIN)
-    assert "* params.softmax_scale" in planted.source and backends.get("cublaslt").source is None
-    assert planted.page_size(planting.PLAIN) == 60, "small pages, so that a small problem has several and a tail"
 
 
 # ------------------------------------------------------------------------------------------------ F16: the report
@@ -290,97 +228,8 @@ def test_every_bug_of_the_kernels_is_found_at_its_stage():
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_bug_of_cublaslt_is_found_at_its_stage():
-    trials = run_and_find_all("cublaslt,cublaslt-batched", IN_CUBLASLT)
-    said = {t.variant: t.data["finding"] for t in trials if t.data.get("error")}
-    assert "F5" in said and "8 bytes (int64) for STRIDED_BATCH_OFFSET" in said["F5"]
-    if "F4" in said:  # a cuBLASLt that took the layouts would have given wrong scores, found there as well
-        assert "CUBLAS_STATUS_" in said["F4"] and "n=20" in said["F4"]
-
-
-def run_and_find_all(names, plants):
-    """Every bug of these backends, each found at its stage; the trials."""
-    from flashcore.faults.proving import run_faults
-
-    trials = run_faults(None, backends.select(names))
-    planted = [t for t in trials if t.data["outcome"] != "not applicable"]
-    assert len(planted) == len(plants) + 1, "F13 is planted whichever the backends are"
-    wrong = [(t.variant, t.backend, t.data["outcome"], t.reason) for t in planted if t.status != "ok"]
-    assert wrong == []
-    return trials
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_bug_over_pages_is_found_at_its_stage():
-    trials = run_and_find_all("decode,hopper-paged,cublaslt-paged", IN_PAGED)
-    [selecting] = [t for t in trials if t.variant == "F13"]
-    assert selecting.backend == "page_selection" and "other pages" in selecting.data["finding"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["decode", "hopper-paged", "cublaslt-paged"])
-def test_backends_over_pages_are_clean_where_their_bugs_are_planted(backend):
-    assert_clean_where_bugs_are_planted(backends.get(backend))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["normal", "large"])
-def test_two_heads_a_block_alone_do_no_harm(pattern):
-    """What makes a head's leftovers show in a traced call is no bug by itself."""
-    found = bisect(Override(decode.TWO_HEADS_A_BLOCK).apply(backends.get("decode")), decode.TWO_HEADS, pattern=pattern)
-    assert found.passed, found.finding()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cublaslt", "cublaslt-batched"])
-def test_cublaslt_is_clean_where_its_bugs_are_planted(backend):
-    """In the small pages of the plants."""
-    small = Override({"pages_of": cublaslt.LT_PAGE}).apply(backends.get(backend))
-    assert_clean_where_bugs_are_planted(small)
-
-
-def assert_clean_where_bugs_are_planted(backend):
-    """Every problem and pattern of the bugs that are planted there."""
-    planted = [fault for fault in catalogue.planted_in(backend.id) if fault.stage != "survey"]
-    for problem, pattern in {(f.problem_in(backend.id), f.pattern) for f in planted}:
-        found = bisect(backend, problem, pattern=pattern)
-        assert found.passed, f"{problem.label()}, {pattern}: {found.finding()}"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cublaslt", "cublaslt-batched", "cublaslt-loop"])
-def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
-    from flashcore.survey.labels import wrong_labels
-
-    assert wrong_labels(backends.get(backend), catalogue.get("F14").problem) == []
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("backend", sorted(plants.LATE))
 def test_a_late_copy_alone_does_no_harm(backend):
     """What makes the missing barrier show is no bug by itself."""
     late = Source(plants.LATE[backend]).apply(backends.get(backend))
     assert bisect(late, catalogue.get("G1").problem_in(backend)).passed
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_bug_of_the_hopper_kernel_is_found_at_its_stage():
-    trials = run_and_find_all("hopper,hopper-unsplit", IN_HOPPER)
-    hung = [t for t in trials if t.variant in ("G28", "G32") and t.status == "ok"]
-    assert [t.data["outcome"] for t in hung] == ["crashed"] * 3
-    assert "timeout" not in [t.data["ended"] for t in hung], "the watchdog ends a hang, not the time limit"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("edits", [(), (hopper.TWO_SPLITS,), hopper.WATCHDOG], ids=["as it is", "two", "watchdog"])
-def test_hopper_is_clean_where_its_bugs_are_planted(edits):
-    """With two chains of pages as with four, and with barriers that end a hang."""
-    assert_clean_where_bugs_are_planted(Source(edits).apply(backends.get("hopper")))
-    if hopper.TWO_SPLITS not in edits:
-        assert_clean_where_bugs_are_planted(Source(edits).apply(backends.get("hopper-unsplit")))

@@ -1,0 +1,37 @@
+"""Bugs of the backends over pages: what makes them show is no bug, and they are found on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from support.planted_bugs import assert_clean_where_bugs_are_planted, run_and_find_all
+
+from flashcore import backends
+from flashcore.bisection.bisecting import bisect
+from flashcore.faults.catalogue import FAULTS
+from flashcore.faults.planting import Override
+from flashcore.faults.plants import decode
+
+IN_PAGED = [(f.id, b) for f in FAULTS for b in f.plants if b in ("decode", "hopper-paged", "cublaslt-paged")]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_bug_over_pages_is_found_at_its_stage():
+    trials = run_and_find_all("decode,hopper-paged,cublaslt-paged", IN_PAGED)
+    [selecting] = [t for t in trials if t.variant == "F13"]
+    assert selecting.backend == "page_selection" and "other pages" in selecting.data["finding"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["decode", "hopper-paged", "cublaslt-paged"])
+def test_backends_over_pages_are_clean_where_their_bugs_are_planted(backend):
+    assert_clean_where_bugs_are_planted(backends.get(backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["normal", "large"])
+def test_two_heads_a_block_alone_do_no_harm(pattern):
+    """What makes a head's leftovers show in a traced call is no bug by itself."""
+    found = bisect(Override(decode.TWO_HEADS_A_BLOCK).apply(backends.get("decode")), decode.TWO_HEADS, pattern=pattern)
+    assert found.passed, found.finding()

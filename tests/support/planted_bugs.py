@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+
 from flashcore import backends
 from flashcore.bisection.bisecting import bisect
 from flashcore.faults import catalogue
+from flashcore.faults.planting import Source
+from flashcore.gpu import build
 
 
 def run_and_find_all(names, plants):
@@ -25,3 +29,16 @@ def assert_clean_where_bugs_are_planted(backend):
     for problem, pattern in {(f.problem_in(backend.id), f.pattern) for f in planted}:
         found = bisect(backend, problem, pattern=pattern)
         assert found.passed, f"{problem.label()}, {pattern}: {found.finding()}"
+
+
+def code_lines(text: str) -> list[str]:
+    """Lines of a kernel's source without comments and the spaces around them."""
+    return [line for raw in text.splitlines() if (line := raw.partition("//")[0].strip())]
+
+
+def instructions_apart(kernel: str, plant: Source) -> list[str]:
+    """What a patch takes out (`-`) of a kernel and puts in (`+`), line by line."""
+    before, after = (code_lines(text) for text in (build.kernel_source(kernel), plant.text(kernel)))
+    return [
+        line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
+    ]

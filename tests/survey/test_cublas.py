@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import pytest
 
-from flashcore.errors import CublasLtError
+from flashcore.errors import CublasLtError, ToolMissing
 from flashcore.gpu import cublaslt
 from flashcore.gpu.cublaslt import Product
+from flashcore.survey import cublas
 
 
 def test_cublas_is_called_with_the_transposed_product(monkeypatch):
-    from flashcore.survey import cublas
-
     class Library:
         cuBLASError = RuntimeError
         calls: list = []
@@ -42,3 +44,35 @@ def test_cublas_is_called_with_the_transposed_product(monkeypatch):
     monkeypatch.setattr(library, "gemm_strided_batched_ex", refuse)
     with pytest.raises(CublasLtError, match="cublasGemmStridedBatchedEx gave CUBLAS_STATUS_INVALID_VALUE"):
         cublas.Call(product).run(1, 2, 3, stream=4, workspace=5, workspace_bytes=6)
+
+
+def test_a_product_as_it_lies_is_not_transposed_and_its_scalars_are_handed_over(monkeypatch):
+    seen = {}
+
+    class Library:
+        cuBLASError = RuntimeError
+        set_stream = set_workspace = staticmethod(lambda *arguments: None)
+
+        @staticmethod
+        def gemm_strided_batched_ex(*arguments):
+            seen["operations"], seen["kinds"] = arguments[1:3], (arguments[8], arguments[12], arguments[17])
+            seen["alpha"], seen["beta"] = (
+                ctypes.cast(arguments[at], ctypes.POINTER(ctypes.c_float))[0] for at in (6, 15)
+            )
+            seen["compute"], seen["algorithm"] = arguments[-2:]
+
+    monkeypatch.setattr(cublas, "_library", lambda: (Library, 7))
+    product = Product(2048, 64, 128, dtype="bfloat16", out_dtype="float32")
+    cublas.Call(product, alpha=0.5, beta=1.0).run(1, 2, 3, stream=4, workspace=5, workspace_bytes=6)
+    half, whole = cublaslt.CUDA_TYPE["bfloat16"], cublaslt.CUDA_TYPE["float32"]
+    assert seen == {
+        "operations": (cublaslt.OP_N, cublaslt.OP_N), "kinds": (half, half, whole), "alpha": 0.5, "beta": 1.0,
+        "compute": cublaslt.COMPUTE_32F, "algorithm": cublas.GEMM_DEFAULT,
+    }  # fmt: skip
+
+
+def test_without_the_bindings_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvmath.bindings", None)
+    cublas._library.cache_clear()
+    with pytest.raises(ToolMissing, match=r"cuBLAS .*flashcore\[gpu\]"):
+        cublas.Call(Product(8, 8, 8)).run(1, 2, 3, stream=0, workspace=0, workspace_bytes=0)

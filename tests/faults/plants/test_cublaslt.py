@@ -46,3 +46,29 @@ def test_every_algorithm_that_a_backend_names_is_the_one_that_runs(backend):
     from flashcore.survey.labels import wrong_labels
 
     assert wrong_labels(backends.get(backend), catalogue.get("F14").problem) == []
+
+
+def test_strides_are_wrong_in_the_type_and_the_step_that_is_named():
+    import numpy as np
+    import torch
+
+    k = torch.empty(2, 2, 200, 64)
+    given = {
+        name: cublaslt.CUBLASLT[name].apply(backends.get("cublaslt")).strides("k", k) for name in ("F5", "F11", "F12")
+    }
+    assert type(given["F5"][1]) is np.int32 and given["F5"][1] == 12800
+    assert given["F11"] == [51200, 25600, 64] and given["F12"] == [25600, 0, 64]
+
+
+def test_pages_are_small_and_the_last_one_is_left_out_where_that_is_the_bug():
+    planted = cublaslt.CUBLASLT["G16"].apply(backends.get("cublaslt"))
+    assert planted.pages_of == cublaslt.LT_PAGE and planting.PLAIN.seqlen_k % cublaslt.LT_PAGE == 20
+    assert planted.num_pages(planting.PLAIN, 60) == 3 and cublaslt.LT_PAGE % 8
+
+
+def test_a_tail_in_columns_is_told_the_wrong_way_round():
+    right, wrong = (
+        kind(100, 20, 64, transpose_b=True).matrices() for kind in (cublaslt.cublaslt.Product, cublaslt._TailInColumns)
+    )
+    assert (wrong[1].rows, wrong[1].columns) == (right[1].columns, right[1].rows) != (right[1].rows, right[1].columns)
+    assert wrong[0] == right[0] and wrong[2] == right[2]

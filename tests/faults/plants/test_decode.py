@@ -9,7 +9,7 @@ from flashcore import backends
 from flashcore.bisection.bisecting import bisect
 from flashcore.faults.catalogue import FAULTS
 from flashcore.faults.planting import Override
-from flashcore.faults.plants import decode
+from flashcore.faults.plants import decode, hopper
 
 IN_PAGED = [(f.id, b) for f in FAULTS for b in f.plants if b in ("decode", "hopper-paged", "cublaslt-paged")]
 
@@ -35,3 +35,22 @@ def test_two_heads_a_block_alone_do_no_harm(pattern):
     """What makes a head's leftovers show in a traced call is no bug by itself."""
     found = bisect(Override(decode.TWO_HEADS_A_BLOCK).apply(backends.get("decode")), decode.TWO_HEADS, pattern=pattern)
     assert found.passed, found.finding()
+
+
+def test_the_problems_are_ones_that_the_kernel_takes_and_name_every_bug():
+    assert set(decode.PROBLEMS) == set(decode.DECODE)
+    for name, problem in decode.PROBLEMS.items():
+        assert backends.get("decode").why_not(problem) is None, name
+    assert decode.PROBLEMS["G46"].num_heads_q // decode.PROBLEMS["G46"].num_heads_kv * 8 > 64, "more than a tile"
+    assert decode.PROBLEMS["G27"].seqlen_k % decode.PLAIN.page_size == 0, "a last unit without a tail"
+
+
+def test_the_softmax_is_shared_with_hopper_and_so_are_its_bugs():
+    for name in decode.FROM_THE_HEADERS:
+        assert decode.DECODE[name] is hopper.SHARED[name]
+
+
+def test_whole_tiles_leave_out_the_heads_that_fill_none():
+    problem = decode.PROBLEMS["G46"]  # 9 heads a group, of which 8 fill a tile of 64 rows
+    assert decode._whole_tiles(problem) == 1 and decode._whole_tiles(problem.with_(num_heads_q=32)) == 2
+    assert decode._whole_tiles(decode.PLAIN) == 1

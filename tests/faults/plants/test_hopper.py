@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.planted_bugs import assert_clean_where_bugs_are_planted, run_and_find_all
+from support.planted_bugs import assert_clean_where_bugs_are_planted, instructions_apart, run_and_find_all
 
 from flashcore import backends
 from flashcore.faults.catalogue import FAULTS
@@ -30,3 +30,20 @@ def test_hopper_is_clean_where_its_bugs_are_planted(edits):
     assert_clean_where_bugs_are_planted(Source(edits).apply(backends.get("hopper")))
     if hopper.TWO_SPLITS not in edits:
         assert_clean_where_bugs_are_planted(Source(edits).apply(backends.get("hopper-unsplit")))
+
+
+def test_a_barrier_with_a_watchdog_traps_and_is_otherwise_the_same():
+    apart = instructions_apart(backends.get("hopper").kernel, Source(hopper.WATCHDOG))
+    assert any("trap" in line for line in apart) and any("globaltimer" in line for line in apart)
+
+
+@pytest.mark.parametrize("plants", [hopper.SPLIT, hopper.UNSPLIT], ids=["split", "unsplit"])
+def test_bugs_that_hang_have_the_watchdog_with_them(plants):
+    for name in {"G28", "G32"} & set(plants):
+        assert plants[name].edits[: len(hopper.WATCHDOG)] == hopper.WATCHDOG
+
+
+def test_where_keys_are_split_bugs_of_later_pages_have_two_chains():
+    for name in hopper.LATER_PAGES:
+        assert hopper.SPLIT[name].edits == (hopper.TWO_SPLITS, *hopper.LATER_PAGES[name].edits)
+        assert hopper.UNSPLIT[name] is hopper.LATER_PAGES[name]

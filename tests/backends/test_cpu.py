@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from flashcore import backends
+from flashcore.backends.cpu import CpuBackend
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.reference import STAGES
-from flashcore.problem import Problem
+from flashcore.problem import Problem, square
 
 UNEQUAL = Problem(batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=50, head_dim=24, causal=True)
 
@@ -37,3 +40,59 @@ def test_the_cpu_trace_is_what_it_computed():
     for stage in STAGES:
         assert getattr(trace, stage).shape == getattr(expected, stage).shape
         torch.testing.assert_close(getattr(trace, stage).double(), getattr(expected, stage), rtol=2e-3, atol=2e-3)
+
+
+def test_two_keys_in_two_pages_by_hand():
+    """Scores 1 and 3: the second page moves the maximum, and weighs the first with e^-2."""
+    problem = Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=2, head_dim=1, dtype="float32",
+                      softmax_scale=2.0, page_size=1)  # fmt: skip
+    q, k, v = (torch.tensor(rows).view(1, 1, -1, 1) for rows in ([1.0], [0.5, 1.5], [10.0, 20.0]))
+    trace = backends.get("cpu").trace(q, k, v, problem)
+    weight = math.exp(-2)
+    for stage, expected in {
+        "scores": [1, 3], "row_max": [1, 3], "rescale": [0, weight], "probs": [1, 1], "row_sum": [1, 1 + weight],
+        "accum": [10, 20 + 10 * weight], "out": [(20 + 10 * weight) / (1 + weight)], "lse": [3 + math.log1p(weight)],
+    }.items():  # fmt: skip
+        assert getattr(trace, stage).flatten().tolist() == pytest.approx(expected, rel=1e-6), stage
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_probs_are_rounded_before_they_meet_v_and_sums_are_not(dtype):
+    problem = square(1, 2, 40, 16, dtype=dtype, page_size=64)
+    q, k, v = make_inputs(problem)
+    trace = backends.get("cpu").trace(q, k, v, problem)
+    exact = (trace.scores - trace.row_max[:, :, 0, :, None]).exp()
+    assert trace.probs.dtype == getattr(torch, dtype) and torch.equal(trace.probs, exact.to(trace.probs.dtype))
+    assert trace.accum.dtype == trace.row_sum.dtype == torch.float32
+    torch.testing.assert_close(trace.row_sum[:, :, 0], exact.sum(-1))
+    torch.testing.assert_close(trace.accum[:, :, 0], trace.probs.float() @ v.float())
+    assert not torch.equal(trace.probs.float(), exact), "else nothing was rounded"
+
+
+def test_a_row_without_a_key_is_zero_and_minus_infinity_and_no_nan_on_the_way():
+    problem = UNEQUAL.with_(page_size=16)
+    trace = backends.get("cpu").trace(*make_inputs(problem), problem)
+    empty = problem.seqlen_q - problem.seqlen_k
+    assert bool((trace.out[:, :, :empty] == 0).all()) and bool((trace.lse[:, :, :empty] == -math.inf).all())
+    assert not any(bool(getattr(trace, stage).isnan().any()) for stage in STAGES)
+    assert bool(trace.lse[:, :, empty:].isfinite().all())
+
+
+def test_query_heads_share_k_and_v_in_consecutive_groups():
+    tensor = torch.arange(3.0).view(1, 3, 1, 1)
+    problem = Problem(batch=1, num_heads_q=6, num_heads_kv=3, seqlen_q=1, seqlen_k=1, head_dim=1)
+    assert backends.get("cpu").kv_of_head(tensor.half(), problem).flatten().tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_one_wrong_stage_is_one_overridden_method():
+    """What planted bugs rely on: `run` and `trace` go through the same methods."""
+
+    class Doubled(CpuBackend):
+        def accum(self, accum, rescale, probs, v):
+            return super().accum(accum, rescale, 2 * probs, v)
+
+    problem = square(1, 1, 16, 8, page_size=16)
+    inputs = make_inputs(problem)
+    right, wrong = CpuBackend().run(*inputs, problem), Doubled().run(*inputs, problem)
+    torch.testing.assert_close(wrong[0], 2 * right[0])
+    assert torch.equal(wrong[1], right[1]) and torch.equal(Doubled().trace(*inputs, problem).out, wrong[0])

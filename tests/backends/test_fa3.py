@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from flashcore import backends
+from flashcore.backends import fa3
 from flashcore.numerics.inputs import make_inputs
 from flashcore.ops import problem_of
-from flashcore.problem import Problem
+from flashcore.problem import Problem, square
 
 UNEQUAL = Problem(batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=50, head_dim=24, causal=True)
 
@@ -51,3 +52,51 @@ def test_fa3_calls_both_forms_of_its_interface(monkeypatch, newer):
     fa3._interface.cache_clear()
     expected, expected_lse = backends.get("cpu").run(*inputs, problem)
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """FlashAttention-3 is there; gives what it was called with, and returns `out` alone, as one release did."""
+    calls = []
+
+    def flash(q, k, v, softmax_scale=None, causal=False):
+        calls.append({"shapes": [tuple(t.shape) for t in (q, k, v)], "scale": softmax_scale, "causal": causal})
+        return q
+
+    module = types.SimpleNamespace(flash_attn_func=flash, __spec__=types.SimpleNamespace(name="flash_attn_interface"))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    fa3._interface.cache_clear()
+    yield calls
+    fa3._interface.cache_clear()
+
+
+def test_it_needs_a_hopper_gpu(monkeypatch, installed):
+    backend = backends.get("fa3")
+    for available, capability, ok in ((False, None, False), (True, (8, 0), False), (True, (9, 0), True),
+                                      (True, (10, 0), False)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        state = backend.availability()
+        assert state.ok == ok
+        assert ok or (state.reason, state.fix) == ("FlashAttention-3 needs a Hopper GPU", "run on an H100 or H200")
+
+
+def test_heads_go_in_after_rows_and_come_out_before_them(installed):
+    problem = UNEQUAL.with_(softmax_scale=0.3)
+    q, k, v = make_inputs(problem)
+    out, lse = backends.get("fa3").run(q, k, v, problem)
+    assert installed == [
+        {"shapes": [(1, 70, 4, 24), (1, 50, 2, 24), (1, 50, 2, 24)], "scale": 0.3, "causal": True}
+    ]  # fmt: skip
+    assert torch.equal(out, q) and lse is None, "a release that gives no lse has none"
+
+
+def test_what_it_does_not_take():
+    backend = backends.get("fa3")
+    for head_dim, takes in ((8, True), (64, True), (256, True), (20, False), (264, False)):
+        reason = backend.why_not(square(1, 1, 8, head_dim))
+        assert reason is None if takes else reason == (
+            "FlashAttention-3 takes a head_dim that is a multiple of 8, up to 256"
+        )  # fmt: skip
+    assert backend.why_not(square(1, 1, 8, 20, dtype="float32")).startswith("dtype float32")
+    assert backend.why_not(UNEQUAL) is None, "its causal mask is bottom right, so lengths may differ"

@@ -44,3 +44,76 @@ def test_torch_having_no_kernel_is_unsupported_not_a_crash(monkeypatch):
     problem = square(1, 1, 8, 8)
     with pytest.raises(Unsupported, match="no such kernel"):
         backends.get("sdpa-math").run(*make_inputs(problem), problem)
+
+
+# ------------------------------------------------------------------------------------------------ held to one of them
+
+PINNED = {"sdpa-math": "math", "sdpa-flash": "flash", "sdpa-cudnn": "cudnn"}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_each_is_held_to_its_own_implementation_for_the_call_alone(monkeypatch, name):
+    def enabled() -> dict[str, bool]:
+        settings = torch.backends.cuda
+        return {
+            "math": settings.math_sdp_enabled(), "flash": settings.flash_sdp_enabled(),
+            "cudnn": settings.cudnn_sdp_enabled(), "efficient": settings.mem_efficient_sdp_enabled(),
+        }  # fmt: skip
+
+    seen = []
+
+    def attention(q, k, v, **options):
+        seen.append(({kind for kind, on in enabled().items() if on}, options))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    before, problem = enabled(), square(1, 2, 16, 64, causal=True, softmax_scale=0.5)
+    out, lse = backends.get(name).run(*make_inputs(problem), problem)
+    ((only, options),) = seen
+    assert only == {PINNED[name]} and enabled() == before and lse is None and out.shape == (1, 2, 16, 64)
+    assert options == {"attn_mask": None, "is_causal": True, "scale": 0.5, "enable_gqa": False}
+
+
+def test_grouped_heads_are_asked_for_where_there_are_any(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *_, enable_gqa, **__: seen.append(enable_gqa) or q,
+    )
+    for problem in (UNEQUAL.with_(causal=False), square(1, 2, 16, 8)):
+        backends.get("sdpa-math").run(*make_inputs(problem), problem)
+    assert seen == [True, False]
+
+
+def test_an_error_of_another_kind_goes_on_as_it_is(monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fails)
+    problem = square(1, 1, 8, 8)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        backends.get("sdpa-math").run(*make_inputs(problem), problem)
+
+
+def test_unfused_attention_says_how_much_it_would_store():
+    math = backends.get("sdpa-math")
+    most = square(2, 16, 8192, 64)
+    assert math.why_not(most) is None, "2^31 scores are what it takes at most"
+    assert math.why_not(most.with_(seqlen_q=8193)) == (
+        "it stores every score, 8 GiB of them in float32 and several times over"
+    )
+    assert math.why_not(square(16, 16, 16384, 64)).startswith("it stores every score, 256 GiB")
+    assert math.why_not(square(1, 1, 8, 8, dtype="float32")) is None and math.availability().ok
+
+
+@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa-cudnn"])
+def test_fused_attention_needs_a_gpu_that_is_new_enough(monkeypatch, name):
+    backend = backends.get(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in backend.availability().reason and "flashcore doctor" in backend.availability().fix
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, ok in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert backend.availability().ok == ok
+        assert ok or backend.availability().fix == "use a GPU of compute capability 8.0 or newer"

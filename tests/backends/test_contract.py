@@ -1,0 +1,135 @@
+"""What every backend promises: reasons as clauses, errors as one sentence, and copies that leave the original alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from flashcore.backends import AVAILABLE, Availability, Backend, with_methods
+from flashcore.errors import BackendUnavailable, FaultError, Unsupported
+from flashcore.gpu import build
+from flashcore.problem import square
+
+PROBLEM = square(1, 2, 8, 16)
+
+
+class Twice(Backend):
+    """Gives back twice Q, where somebody asks for it."""
+
+    id = "twice"
+    title = "twice Q"
+    role = "ours"
+    device = "cpu"
+    head_dims = (16, 32)
+
+    def run(self, q, k, v, problem):
+        return q * 2, None
+
+
+def test_a_backend_without_run_is_none():
+    class Empty(Backend):
+        id = "empty"
+
+    with pytest.raises(TypeError, match="run"):
+        Empty()
+
+
+def test_what_a_backend_is_unless_it_says_otherwise():
+    backend = Twice()
+    assert backend.availability() is AVAILABLE and AVAILABLE.ok
+    assert backend.dtypes == ("float16", "bfloat16") and backend.swept and backend.dense
+    assert not (backend.traceable or backend.paged or backend.rounds_scores or backend.variant_of)
+    assert backend.suits(PROBLEM) is PROBLEM
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AVAILABLE.ok = False
+
+
+def test_the_reason_against_a_problem_names_what_it_takes():
+    backend = Twice()
+    assert backend.why_not(PROBLEM) is None and backend.why_not(PROBLEM.with_(head_dim=32)) is None
+    assert backend.why_not(PROBLEM.with_(head_dim=24)) == "head_dim 24 is not among 16, 32"
+    assert backend.why_not(PROBLEM.with_(dtype="float32", head_dim=24)) == (
+        "dtype float32 is not among float16, bfloat16"
+    )
+    backend.head_dims = None
+    assert backend.why_not(PROBLEM.with_(head_dim=24)) is None, "None stands for any"
+
+
+def test_require_names_the_machine_before_the_problem():
+    class Gone(Twice):
+        def availability(self):
+            return Availability(False, "there is no such thing", "wait for it")
+
+    Twice().require()
+    Twice().require(PROBLEM)
+    with pytest.raises(Unsupported, match="^Backend 'twice' cannot run this problem: head_dim 24 is not among 16, 32"):
+        Twice().require(PROBLEM.with_(head_dim=24))
+    for problem in (None, PROBLEM, PROBLEM.with_(head_dim=24)):
+        with pytest.raises(BackendUnavailable, match="there is no such thing. To mend it: wait for it") as raised:
+            Gone().require(problem)
+        assert (raised.value.backend, raised.value.fix) == ("twice", "wait for it")
+
+
+def test_stages_and_pages_that_a_backend_does_not_have_are_unsupported():
+    q = torch.ones(1, 2, 8, 16)
+    with pytest.raises(Unsupported, match="it does not expose its stages, so it cannot be bisected"):
+        Twice().trace(q, q, q, PROBLEM)
+    with pytest.raises(Unsupported, match="it reads no page table"):
+        Twice().run_paged(q, None, PROBLEM)
+    assert Twice().why_not_paged(PROBLEM) == Twice().why_not_paged(PROBLEM, selected=True) == "it reads no page table"
+
+    class Paged(Twice):
+        paged = True
+
+    assert Paged().why_not_paged(PROBLEM) is None
+    assert Paged().why_not_paged(PROBLEM.with_(head_dim=8), selected=True) == "head_dim 8 is not among 16, 32"
+
+
+def test_the_hash_is_that_of_the_kernel_that_is_launched():
+    class WithKernel(Twice):
+        kernel = "attention_scalar"
+
+    assert Twice().source_hash() is None
+    assert WithKernel().source_hash() == build.source_hash("attention_scalar")
+
+
+# ------------------------------------------------------------------------------------------------ other methods
+
+
+def test_a_copy_with_other_methods_leaves_the_original_alone():
+    original = Twice()
+    original.note = "kept"
+    changed = with_methods(original, {"run": lambda self, q, k, v, problem: (q * 3, self.note), "title": "thrice Q"})
+    q = torch.ones(1, 2, 8, 16)
+    out, note = changed.run(q, q, q, PROBLEM)
+    assert bool((out == 3).all()) and note == "kept" and changed.title == "thrice Q"
+    assert changed.id == "twice" and isinstance(changed, Twice)
+    assert bool((original.run(q, q, q, PROBLEM)[0] == 2).all()) and original.title == Twice.title == "twice Q"
+    changed.note = "its own"
+    assert original.note == "kept"
+
+
+def test_another_method_may_use_the_one_that_it_stands_for():
+    def more(self, problem):
+        reason = super(type(self), self).why_not(problem)
+        return reason or "it is planted"
+
+    changed = with_methods(Twice(), {"why_not": more})
+    assert changed.why_not(PROBLEM) == "it is planted"
+    assert changed.why_not(PROBLEM.with_(head_dim=24)) == "head_dim 24 is not among 16, 32"
+
+
+def test_a_method_that_the_backend_no_longer_has_is_an_error():
+    with pytest.raises(FaultError, match="overrides 'scores', which backend 'twice' no longer has"):
+        with_methods(Twice(), {"title": "x", "scores": None})
+
+
+def test_planted_methods_are_kept_from_what_is_set_around_a_call_as_the_backends_own_are():
+    changed = with_methods(Twice(), {"run": lambda self, q, k, v, problem: (q @ q.mT, torch.ones(1))})
+    q = torch.ones(1, 2, 8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product, _ = changed.run(q, q, q, PROBLEM)
+        assert (q @ q.mT).dtype == torch.bfloat16, "autocast is on out here"
+    assert product.dtype == torch.float32

@@ -119,6 +119,7 @@ def test_a_block_that_has_no_more_tiles_never_gets_another(on_an_h200):
             assert given == sorted(given, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_deal_is_even(on_an_h200):
     """Where no row goes without keys, no block gets more than one heaviest tile above the mean."""
     for problem in many_shapes():
@@ -129,6 +130,7 @@ def test_the_deal_is_even(on_an_h200):
         assert max(loads) - sum(loads) / len(loads) <= heaviest, problem.label()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_deal_of_the_usual_workloads_is_within_a_twentieth_of_even(on_an_h200, head_dim, causal):
@@ -181,6 +183,7 @@ def test_few_heads_are_under_way_at_a_time(on_an_h200):
         assert len({head for head, _, _ in itertools.chain(*pair)}) <= 5
 
 
+@pytest.mark.slow
 def test_the_model_of_a_load_is_what_the_blocks_get(on_an_h200):
     from flashcore.backends._dealing import largest_load, tile_pages
 

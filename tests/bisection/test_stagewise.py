@@ -79,6 +79,7 @@ def test_no_false_alarm_when_scores_are_stored_in_16_bits(pattern, dtype):
         assert checked.status == "ok", checked.reason
 
 
+@pytest.mark.slow
 def test_the_error_of_right_maths_stays_under_half_of_every_bound():
     """The bounds are twice an error model, and the model holds: so the factor two is real headroom."""
     for pattern in PATTERNS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import synthetic_records as synthetic
@@ -98,6 +99,7 @@ SPOILS = [{"status": "error"}, {"environment": "env-x"}, {"source_hash": "0" * 1
           {"correctness": None}]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     dropped=st.sets(st.integers(0, len(SMALL) - 1), max_size=8),

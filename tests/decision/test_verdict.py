@@ -185,6 +185,7 @@ def test_no_subset_of_the_records_says_go_without_complete_evidence(kept):
         assert proves_go(left, synthetic.environment(), synthetic.HASHES)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     environment=st.dictionaries(

@@ -92,6 +92,7 @@ def sampled(variants: dict[tuple, list]) -> list:
     ]
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(("kernel", "defines", "text"), sampled(patched()))
 def test_a_patched_kernel_compiles_to_other_code(kernel, defines, text):
     """The traced build holds all the code that the production build does."""

@@ -13,6 +13,7 @@ from flashcore.paging_survey.plan import ModelShape, decode_problem, plan_for
 from flashcore.paging_survey.read_speed import NAME
 
 
+@pytest.mark.slow
 def test_a_whole_survey_on_the_cpu(surveyed):
     trials = facts.paging_trials(surveyed.trials())
     assert {t.status for t in trials} == {"ok"} and {t.data["what"] for t in trials} == set(WHATS)

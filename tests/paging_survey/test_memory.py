@@ -13,6 +13,7 @@ from flashcore.paging_survey import memory
 from flashcore.paging_survey.trials import Book
 
 
+@pytest.mark.slow
 def test_each_record_agrees_with_the_books_of_its_case(run):
     said = []
     memory.measure_memory(Book(run, said.append), PLAN)

@@ -126,6 +126,9 @@ def paged_attention(
     """
     backend, return_lse = plain.word("backend", backend), plain.flag("return_lse", return_lse)
     problem = paged_problem_of(q, cache, causal, softmax_scale)
+    if debugging():
+        cache.check()
+    cache = cache.within_table()
     selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
     if selection is not None:
         if not isinstance(selection, PageSelection):
@@ -133,8 +136,6 @@ def paged_attention(
                 f"The policy returned a {type(selection).__name__}; select() has to return a PageSelection."
             )
         selection.check(cache, contents=debugging())
-    if debugging():
-        cache.check()
     chosen = _choose(problem, q.device, backend, selection is not None)
     with torch.cuda.device(q.device if q.is_cuda else -1):
         out, lse = chosen.run_paged(q, cache, problem, selection)

@@ -76,6 +76,7 @@ class PagedBackend(OverPages, CudaBackend):
 
     def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
         check_pools(cache)
+        cache = cache.within_table()
         out, lse = outputs_for(q)
         self.attend(q, cache, problem, selection, out, lse)
         return out, lse

@@ -65,11 +65,23 @@ class CublasLtPaged(OverPages, CublasLt):
         return replace(traces[0], **stages)
 
     def _sequences(self, cache: PagedKV, problem: Problem, apart: int) -> list[tuple[Problem, list[Page]]]:
-        """Each sequence's problem and resident pages; waits for the device."""
+        """Each sequence's problem and resident pages; waits for the device.
+
+        Raises
+        ------
+        PageTableError
+            The table names a page outside the pool: cuBLASLt would be told of memory that is not the pool's.
+        """
         found = []
-        size = cache.page_size
-        for length, row in zip(cache.lengths.tolist(), self.page_rows(cache), strict=True):
-            used = enumerate(row[: -(-length // size)])
+        size, lengths = cache.page_size, cache.within_table().lengths.tolist()
+        for sequence, (length, row) in enumerate(zip(lengths, self.page_rows(cache), strict=True)):
+            used = list(enumerate(row[: -(-length // size)]))
+            for nth, page in used:
+                if page >= cache.num_pages:
+                    raise PageTableError(
+                        f"page_table[{sequence}, {nth}] is {page} and the pool has pages 0 to {cache.num_pages - 1}; "
+                        "write a page of the pool there, or -1 for a page that was dropped."
+                    )
             pages = [
                 Page(first_key=page * apart, keys=min(size, length - nth * size), position=nth * size)
                 for nth, page in used

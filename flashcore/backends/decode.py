@@ -60,10 +60,11 @@ class Decode(PagedBackend):
         at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
         if problem.batch <= at_once:
             return super().run_paged(q, cache, problem, selection)
-        parts = []
+        parts, cache = [], cache.within_table()
         for first in range(0, problem.batch, at_once):
             rows = slice(first, min(first + at_once, problem.batch))
-            part = PagedKV(cache.k_pool, cache.v_pool, cache.page_table[rows], cache.lengths[rows])
+            table, lengths = cache.page_table[rows], cache.lengths[rows]
+            part = PagedKV(cache.k_pool, cache.v_pool, table, lengths, lengths_fit=True)
             chosen = selection and PageSelection(selection.pages[rows], selection.counts[rows])
             parts.append(super().run_paged(q[rows], part, problem.with_(batch=rows.stop - rows.start), chosen))
         out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

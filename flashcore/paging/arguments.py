@@ -45,6 +45,20 @@ def check_sizes(sizes: dict[str, int], page_size: int, dtype: torch.dtype) -> No
         raise InvalidProblem(f"dtype is {dtype}; a cache holds {' or '.join(map(str, DTYPES))}.")
 
 
+def checked_device(device) -> torch.device:
+    """A device that is here, as torch numbers it; `InvalidProblem` for any other."""
+    try:
+        return torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, TypeError):  # by release and by what is missing
+        named = str(device) if isinstance(device, torch.device) else device
+        if str(named).startswith("cuda") and not torch.cuda.is_available():
+            raise InvalidProblem(
+                f"device is {named!r}, and no CUDA GPU is visible to torch; pass device='cpu', or run on a machine "
+                "with an NVIDIA GPU and a CUDA build of torch."
+            ) from None
+        raise InvalidProblem(f"device is {named!r}, which is not here; pass 'cpu', 'cuda' or 'meta'.") from None
+
+
 def check_new(k, v, kv: Pages, num_sequences: int) -> None:
     """Raise `InvalidProblem` unless k and v are ``[num_sequences, num_heads_kv, tokens, head_dim]`` for these pools."""
     for name, new in (("k", k), ("v", v)):

@@ -9,7 +9,7 @@ import torch
 
 from flashcore.errors import InvalidProblem, PageTableError, PagingError
 from flashcore.numerics import ambient
-from flashcore.paging.arguments import check_new, check_sizes, counts_of, whole
+from flashcore.paging.arguments import check_new, check_sizes, checked_device, counts_of, whole
 from flashcore.paging.bounds import empty_bounds
 from flashcore.paging.checks import can_read_back, debugging
 from flashcore.paging.ledger import DROPPED, Changes, PageLedger, Row, SequenceHandle
@@ -43,9 +43,15 @@ class PagedKVCache(PagedKV):
     dtype
         ``torch.float16`` or ``torch.bfloat16``.
     device
-        Where pools and tables are made. On ``meta`` the books are real and the data is not there.
+        Where pools and tables are made. On ``meta`` the books are real and the data is not there; without a GPU pass
+        ``"cpu"``.
     key_bounds
         Keep each page's key bounds, which `TopK` needs; they take ``1 / page_size`` of the pools' bytes.
+
+    Raises
+    ------
+    InvalidProblem
+        A size, page_size or dtype that no cache has, or a device that is not here.
     """
 
     @ambient.judging
@@ -66,6 +72,7 @@ class PagedKVCache(PagedKV):
         sizes = {"num_pages": num_pages, "batch": batch, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
                  "max_pages": max_pages}  # fmt: skip
         check_sizes(sizes, page_size, dtype)
+        device = checked_device(device)
         pools = [
             torch.zeros(num_pages, num_heads_kv, page_size, head_dim, dtype=dtype, device=device) for _ in range(2)
         ]
@@ -73,7 +80,8 @@ class PagedKVCache(PagedKV):
         device = pools[0].device
         bounds = empty_bounds(num_pages, num_heads_kv, head_dim, dtype, device) if key_bounds else None
         page_table = torch.full((batch, max_pages), DROPPED, dtype=torch.int32, device=device)
-        super().__init__(*pools, page_table, torch.zeros(batch, dtype=torch.int32, device=device), key_bounds=bounds)
+        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        super().__init__(*pools, page_table, lengths, key_bounds=bounds, lengths_fit=True)
         self._ledger = PageLedger(num_pages=num_pages, page_size=page_size, batch=batch, max_pages=max_pages)
         self._rows: tuple[tuple[int, ...], torch.Tensor] | None = None  # the last rows asked for, on the device
 
@@ -254,7 +262,7 @@ class PagedKVCache(PagedKV):
         books = self._books(sequences)
         rows, longest = self._rows_of(books), max(row.length for row in books)
         return PagedKV(self.k_pool, self.v_pool, self.page_table[rows], self.lengths[rows],
-                       key_bounds=self.key_bounds, max_length=longest)  # fmt: skip
+                       key_bounds=self.key_bounds, max_length=longest, lengths_fit=True)  # fmt: skip
 
     def check(self, tokens: int = 0) -> None:
         """As `PagedKV.check`; and the tables on the device say what the books say. Waits for the device."""

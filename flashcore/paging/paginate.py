@@ -38,4 +38,4 @@ def paginate(k: torch.Tensor, v: torch.Tensor, page_size: int) -> PagedKV:
 
     table = order.view(batch, pages).to(torch.int32)
     lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=k.device)
-    return PagedKV(pool(k), pool(v), table, lengths, max_length=seqlen)
+    return PagedKV(pool(k), pool(v), table, lengths, max_length=seqlen, lengths_fit=True)

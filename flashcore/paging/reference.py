@@ -21,15 +21,17 @@ def gather(cache: PagedKV, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     -------
     k, v : ``[num_heads_kv, length, head_dim]`` in the dtype of the cache
     present : ``[length]`` bool
-        False where the page was dropped; k and v are 0 there.
+        False where the page was dropped; k and v are 0 there. They are 0 as well, and present, where the table names a
+        page outside the pool: what the copy engine makes of it.
     """
-    length = int(cache.lengths[row])
+    length = int(cache.within_table().lengths[row])
     table = cache.page_table[row, : -(-length // cache.page_size)].long()
     present = (table >= 0).repeat_interleave(cache.page_size)[:length]
+    in_pool = ((table >= 0) & (table < cache.num_pages)).repeat_interleave(cache.page_size)[:length]
 
     def dense(pool: torch.Tensor) -> torch.Tensor:
-        rows = pool[table.clamp(min=0)].transpose(0, 1).flatten(1, 2)[:, :length]
-        return rows.masked_fill(~present[:, None], 0.0)
+        rows = pool[table.clamp(0, cache.num_pages - 1)].transpose(0, 1).flatten(1, 2)[:, :length]
+        return rows.masked_fill(~in_pool[:, None], 0.0)
 
     return dense(cache.k_pool), dense(cache.v_pool), present
 
@@ -88,6 +90,7 @@ def paged_reference(
     cache.check_query(q)
     if debugging():
         cache.check()
+    cache = cache.within_table()
     if selection is not None:
         selection.check(cache)
     scale = plain.softmax_scale(softmax_scale)

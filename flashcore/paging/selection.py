@@ -126,5 +126,5 @@ class AllPages:
     @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
-        resident = cache.resident_pages()[:, None].expand(-1, cache.num_heads_kv, -1)
+        resident = cache.within_table().resident_pages()[:, None].expand(-1, cache.num_heads_kv, -1)
         return PageSelection.of_mask(resident)

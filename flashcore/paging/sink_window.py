@@ -38,6 +38,7 @@ class SinkWindow:
     @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
+        cache = cache.within_table()
         q_tokens = q.shape[2]
         most = self.sink_pages + self.window_pages - 1 + query_pages(q_tokens, cache.page_size)
         width = min(cache.max_pages, most)

@@ -32,11 +32,17 @@ class PagedKV:
     key_bounds
         None, or ``[num_pages, num_heads_kv, 2, head_dim]`` in the dtype of the keys: elementwise least and largest key
         of each page (see `flashcore.paging.bounds`).
+    lengths_fit
+        Whether its maker vouches that each length fits its row of the table; otherwise see `within_table`.
     """
 
-    def __init__(self, k_pool, v_pool, page_table, lengths, *, key_bounds=None, max_length: int | None = None):
+    def __init__(
+        self, k_pool, v_pool, page_table, lengths, *, key_bounds=None, max_length: int | None = None,
+        lengths_fit: bool = False,
+    ):  # fmt: skip
         self.k_pool, self.v_pool, self.page_table, self.lengths = k_pool, v_pool, page_table, lengths
         self.key_bounds = key_bounds
+        self.lengths_fit = lengths_fit
         self._max_length = max_length
         self.num_pages, self.num_heads_kv, self.page_size, self.head_dim = k_pool.shape
         self.batch, self.max_pages = page_table.shape
@@ -52,6 +58,7 @@ class PagedKV:
         layout: Layout = "hnd",
         key_bounds: torch.Tensor | bool = False,
         max_length: int | None = None,
+        lengths_fit: bool = False,
     ) -> PagedKV:
         """Read pages that another allocator owns (vLLM's and FlashInfer's block tables), without a copy.
 
@@ -72,6 +79,14 @@ class PagedKV:
             elsewhere, or False for none; `TopK` needs them.
         max_length
             A bound on all lengths, for launch shapes; None for what the table can hold. Never read from the device.
+        lengths_fit
+            You vouch that each length is at least 0 and fits its row of the table, now and whenever it changes. That
+            saves each call one small launch, which otherwise sees to it (`within_table`).
+
+        Nothing is read back to be checked, so that a table that is wrong means something, and the same to every
+        backend: an entry outside the pool is a page of zeros, a negative one a page that was dropped, and a length that
+        its row cannot hold is the nearest that it can. `check` says what is wrong. `cublaslt-paged`, which reads
+        the table to the host anyway, refuses an entry outside the pool.
 
         Raises
         ------
@@ -90,7 +105,7 @@ class PagedKV:
             )
         arguments.check_table(page_table, lengths, k_pool.device)
         max_length = None if max_length is None else arguments.whole("max_length", max_length)
-        kv = PagedKV(k_pool, v_pool, page_table, lengths, max_length=max_length)
+        kv = PagedKV(k_pool, v_pool, page_table, lengths, max_length=max_length, lengths_fit=lengths_fit)
         if isinstance(key_bounds, torch.Tensor):
             wanted = (kv.num_pages, kv.num_heads_kv, 2, kv.head_dim)
             if key_bounds.shape != wanted or key_bounds.dtype != kv.dtype or key_bounds.device != kv.device:
@@ -109,6 +124,18 @@ class PagedKV:
     def max_length(self) -> int:
         """A bound on every length, known on the host."""
         return self.max_pages * self.page_size if self._max_length is None else self._max_length
+
+    def within_table(self) -> PagedKV:
+        """The same pages, with a length that its row of the table cannot hold brought to the nearest that it can.
+
+        What whoever reads pages begins with, so that no length leads out of the table: itself where the lengths are
+        known to fit, and otherwise with a copy of them, made on the device without synchronisation.
+        """
+        if self.lengths_fit:
+            return self
+        most = min(self.max_pages * self.page_size, torch.iinfo(torch.int32).max)
+        return PagedKV(self.k_pool, self.v_pool, self.page_table, self.lengths.clamp(0, most),
+                       key_bounds=self.key_bounds, max_length=self._max_length, lengths_fit=True)  # fmt: skip
 
     def used_pages(self) -> torch.Tensor:
         """``[batch]`` int32: logical pages that each sequence's length takes, holes included. No synchronisation."""

@@ -28,6 +28,7 @@ def page_scores(q: torch.Tensor, cache: PagedKV) -> torch.Tensor:
             "This cache keeps no key bounds, by which TopK chooses; make it with key_bounds=True, "
             "or pass key_bounds=True to from_tables()."
         )
+    cache = cache.within_table()
     batch, heads_q, tokens, head_dim = q.shape
     bounds = cache.key_bounds[cache.page_table.clamp(0, cache.num_pages - 1).long()].float()
     bounds = bounds.permute(3, 0, 2, 4, 1)  # [least or largest, batch, num_heads_kv, head_dim, max_pages]
@@ -80,6 +81,7 @@ class TopK:
     @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
+        cache = cache.within_table()
         width = min(cache.max_pages, max(self._most(cache), self.sink_pages + query_pages(q.shape[2], cache.page_size)))
         asked = {"most": self.pages, "share": self.share, "sink_pages": self.sink_pages}
         found = _selecting.selected(q, cache, width, **asked, source=self.source)

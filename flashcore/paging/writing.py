@@ -32,10 +32,10 @@ def append_tokens(
 ) -> None:
     """Write the next tokens of some sequences at positions ``lengths[row]`` and on, then add to `lengths`.
 
-    A row whose tokens do not all have a page in the table (-1, outside the pool, or past the last column) is passed
-    over whole, and its length stays. So rows without a sequence may ride along in a captured graph, and a table that
-    is wrong never harms the pool; ``PagedKV.check(tokens)`` says what is wrong with it, and with FLASHCORE_DEBUG=1 so
-    does this.
+    A row whose tokens do not all have a page in the table (-1, outside the pool, or past the last column), whose length
+    is negative, or which is not in the table, is passed over whole, and its length stays. So rows without a sequence
+    may ride along in a captured graph, and a table that is wrong never harms the pool; ``PagedKV.check(tokens)`` says
+    what is wrong with it, and with FLASHCORE_DEBUG=1 so does this.
 
     On a Hopper GPU, with head_dim 64 or 128 and rows that start at multiples of 16 bytes, a kernel does it. It is
     compiled at its first call; one that a graph captures before that is captured in torch's operations.
@@ -68,14 +68,19 @@ def _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, co
     """`append_tokens` on any device, for any head_dim and strides."""
     num_pages, _, page_size, _ = k_pool.shape
     tokens = k_new.shape[2]
-    table, start = (page_table, lengths) if rows is None else (page_table[rows], lengths[rows])
+    batch = page_table.shape[0]
+    # A row that is not there reads one that is, and writes nothing.
+    at = None if rows is None else rows.long().clamp(0, batch - 1)
+    table, start = (page_table, lengths) if rows is None else (page_table[at], lengths[at])
     nth = torch.arange(tokens, device=k_pool.device)
     position = start[:, None].long() + nth
     column, offset = position // page_size, position % page_size
-    page = table.gather(1, column.clamp(max=page_table.shape[1] - 1)).long()
-    fits = (column < page_table.shape[1]) & (page >= 0) & (page < num_pages)
+    page = table.gather(1, column.clamp(0, page_table.shape[1] - 1)).long()
+    fits = (position >= 0) & (column < page_table.shape[1]) & (page >= 0) & (page < num_pages)
     real = torch.ones_like(fits) if counts is None else nth < counts[:, None]
-    fits = (fits | ~real).all(dim=1)
+    fits = (fits | ~real).all(dim=1) & (start >= 0)
+    if rows is not None:
+        fits &= (rows >= 0) & (rows < batch)
     page, offset, wanted = page.flatten(), offset.flatten(), (real & fits[:, None]).flatten()
     k_flat, v_flat = (t.transpose(1, 2).flatten(0, 1) for t in (k_new, v_new))
 
@@ -94,7 +99,7 @@ def _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, co
     if rows is None:
         lengths += added
     else:
-        lengths[rows] = start + added
+        lengths.index_add_(0, at, added)
 
 
 @ambient.shielded

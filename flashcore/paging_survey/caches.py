@@ -25,6 +25,7 @@ def random_cache(
     return PagedKV.from_tables(
         k_pool, v_pool, order.view(sequences, columns).to(torch.int32).contiguous(),
         torch.full((sequences,), length, dtype=torch.int32, device=device), key_bounds=True, max_length=length,
+        lengths_fit=True,
     )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def rows_of(cache: PagedKV, first: int, count: int) -> PagedKV:
     """Some sequences of a cache, over the same pools."""
     rows = slice(first, first + count)
     return PagedKV(cache.k_pool, cache.v_pool, cache.page_table[rows], cache.lengths[rows],
-                   key_bounds=cache.key_bounds, max_length=cache.max_length)  # fmt: skip
+                   key_bounds=cache.key_bounds, max_length=cache.max_length, lengths_fit=cache.lengths_fit)  # fmt: skip
 
 
 def dense_of(cache: PagedKV, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +62,7 @@ def shuffled_and_poisoned(cache: PagedKV, *, seed: int = 0) -> PagedKV:
     table = table.masked_fill(columns >= cache.used_pages()[:, None], NOWHERE).to(torch.int32)
     bounds = None if cache.key_bounds is None else cache.key_bounds[order].contiguous()
     return PagedKV.from_tables(*pools, table.contiguous(), cache.lengths.clone(), key_bounds=False if bounds is None
-                               else bounds, max_length=cache.max_length)  # fmt: skip
+                               else bounds, max_length=cache.max_length, lengths_fit=cache.lengths_fit)  # fmt: skip
 
 
 def pages_share(cache: PagedKV, selection: PageSelection | None) -> float:

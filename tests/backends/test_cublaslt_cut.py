@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from flashcore.backends._cublaslt_cut import Workspace
+from flashcore.backends._cublaslt_cut import Span, Workspace
 from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
 from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.problem import PRESETS, Problem, square
 
 GROUPED = Problem(batch=3, num_heads_q=8, num_heads_kv=4, seqlen_q=32, seqlen_k=48, head_dim=64)
@@ -93,3 +96,64 @@ def test_two_lanes_never_share_an_algorithms_room():
     assert second.room(1000) != kept
     larger = first.room(5000)
     assert larger != kept and [t.numel() for t in first.rooms] == [1000, 5000], "what is in use is not given back"
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+@pytest.fixture
+def l2(monkeypatch):
+    """A GPU with 50 MB of L2 cache."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50_000_000)
+    )  # fmt: skip
+
+
+def test_a_group_keeps_its_scores_in_its_lanes_share_of_l2(l2):
+    """2048 rows of 1024 scores in 16 bits are 4 MiB a head; 0.55 of 50 MB is shared by two lanes."""
+    backend, cuda = CublasLt(), torch.device("cuda", 0)
+    assert backend.group_of(square(16, 16, 2048, 64), cuda, 1024) == 3 == int(0.55 * 50e6 / 2 / (2048 * 1024 * 2))
+    grouped = Problem(batch=16, num_heads_q=16, num_heads_kv=8, seqlen_q=2048, seqlen_k=2048, head_dim=64)
+    assert backend.group_of(grouped, cuda, 1024) == 1, "a K/V head brings two query heads"
+    assert backend.group_of(square(1, 2, 2048, 64), cuda, 1024) == 2, "no more than there are"
+    assert backend.group_of(square(1, 2, 100_000, 64), cuda, 1024) == 1, "one at least, though it does not fit"
+    backend.wide_scores = True
+    assert backend.group_of(square(16, 16, 2048, 64), cuda, 1024) == 1, "float32 scores, and probs beside them"
+
+
+@pytest.mark.parametrize(("keys", "page", "pages"), [(1, 8, 1), (1000, 1000, 1), (1024, 1024, 1), (1025, 1024, 2)])
+def test_pages_hold_all_keys_and_start_at_16_bytes(keys, page, pages):
+    problem = Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=4, seqlen_k=keys, head_dim=64)
+    backend = CublasLt()
+    assert backend.page_size(problem) == page and backend.num_pages(problem, page) == pages
+    assert page % 8 == 0 and (pages - 1) * page < keys <= pages * page
+
+
+def test_query_heads_of_a_span_by_hand():
+    """Two sequences of four K/V heads, each shared by two query heads: heads 8 to 15 are the second sequence's."""
+    span = Span(batch=1, head_kv=1, count=2)
+    backend = CublasLt()
+    assert backend.heads_of(span, GROUPED) == (8 + 2, 4)
+    assert [backend.queries_of(span, member, GROUPED) for member in (0, 1)] == [(2, 2), (3, 2)]
+    across = Span(batch=0, head_kv=3, count=4)
+    assert backend.heads_of(across, GROUPED) == (6, 8), "from one sequence into the next, where memory is regular"
+
+
+def test_a_workspace_has_rows_at_16_bytes_and_probs_of_their_own_only_beside_wide_scores():
+    problem = GROUPED.with_(dtype="bfloat16")
+    with poisoned_outputs():
+        narrow = Fixed().workspace(problem, torch.device("cpu"), 45)
+        wide = CublasLtLoop().workspace(problem, torch.device("cpu"), 45)
+    assert narrow.row_stride == 48 and narrow.scores.shape == (6, 32, 48) and narrow.scores.dtype == torch.bfloat16
+    assert narrow.probs is narrow.scores and narrow.accum.shape == (6, 32, 64)
+    assert wide.scores.dtype == torch.float32 and wide.probs.dtype == torch.bfloat16
+    assert wide.probs.data_ptr() != wide.scores.data_ptr() and wide.scores.shape == (2, 32, 48)
+    for work in (narrow, wide):
+        for tensor in (work.scores, work.probs, work.row_max, work.row_sum, work.accum):
+            assert bool(tensor.isnan().all()), "what is never written has to show"
+        assert work.row_max.shape == work.row_sum.shape == work.scores.shape[:2]
+
+
+def test_scores_are_stored_with_the_scale_in_them():
+    assert CublasLt().alpha(square(1, 1, 8, 64)) == 0.125
+    assert CublasLt().alpha(square(1, 1, 8, 64, softmax_scale=-2.0)) == -2.0

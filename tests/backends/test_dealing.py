@@ -8,10 +8,12 @@ import random
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from support.hopper_tiles import MULTIPROCESSORS, loaded_for
 
 from flashcore import backends
+from flashcore.backends._dealing import LAST_SECTION, largest_load, sections, tile_pages
 from flashcore.gpu import build
 from flashcore.problem import PRESETS, Problem, square
 
@@ -197,3 +199,46 @@ def test_the_model_of_a_load_is_what_the_blocks_get(on_an_h200):
         loads = [sum(pages_of(problem, end_row) + 1 for _, _, end_row in hand) for hand in dealt]
         cut = any(end - first < loaded.tile_m for _, first, end in itertools.chain(*dealt))
         assert max(loads) == modelled if not cut else max(loads) >= modelled - pages.max() - 1, problem.label()
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+def test_the_pages_of_tiles_by_hand():
+    problem = square(1, 1, 200, 64)
+    assert tile_pages(problem, 64, 64).tolist() == [4, 4, 4, 4]
+    causal = problem.with_(causal=True)
+    # Tiles end at row 208, a multiple of 16, and lie 64 rows apart: the last rows are 199, 143, 79 and 15.
+    assert tile_pages(causal, 64, 64).tolist() == [4, 3, 2, 1]
+    assert tile_pages(causal.with_(seqlen_k=500), 64, 64).tolist() == [8, 7, 6, 5], "300 keys more for every row"
+    assert tile_pages(causal.with_(seqlen_k=100), 64, 64).tolist() == [2, 1, 0, 0], "the first 100 rows see no key"
+    assert tile_pages(square(1, 1, 1, 64, causal=True), 128, 64).tolist() == [1]
+
+
+def test_loads_by_hand():
+    """Three heads of tiles with 3 and 1 pages, on two blocks, forth and back: a tile costs one page more."""
+    pages = np.array([3, 1])
+    # Head by head: rounds 4 2 | 4 2 | 4 2, each second one backwards: 4 + 2 + 4 and 2 + 4 + 2.
+    assert largest_load(pages, 3, 2, 0) == 10
+    # One section, heavy to light: 4 4 | 4 2 | 2 2 gives 4 + 2 + 2 and 4 + 4 + 2.
+    assert largest_load(pages, 3, 2, 1) == 10
+    # Two sections of the six: 4 4 2 2 in the first two rounds, then 4 2.
+    assert largest_load(pages, 3, 2, 2) == 10
+    assert largest_load(pages, 3, 6, 0) == 4, "one tile a block"
+    assert largest_load(pages, 3, 1, 0) == 18, "one block gets it all"
+    assert largest_load(np.array([5]), 4, 3, 0) == 12, "the fourth tile goes to a block that has one"
+
+
+def test_without_a_mask_all_tiles_are_alike_and_need_no_sections():
+    for seqlen in (64, 1000, 16384):
+        assert sections(square(2, 16, seqlen, 64), 256, 64, MULTIPROCESSORS) == 0
+
+
+@pytest.mark.parametrize("seqlen", [512, 2048, 8192])
+def test_sections_never_make_the_deal_of_a_causal_mask_less_even(seqlen):
+    problem = square(4, 16, seqlen, 128, causal=True)
+    chosen, pages = sections(problem, 192, 64, MULTIPROCESSORS), tile_pages(problem, 192, 64)
+    loads = {n: largest_load(pages, 64, MULTIPROCESSORS, n) for n in (0, chosen)}
+    assert loads[chosen] <= 1.005 * loads[0]
+    rounds = -(-len(pages) * 64 // MULTIPROCESSORS)
+    assert chosen == 0 or 0 < rounds - 2 * (chosen - 1) <= LAST_SECTION, "every section has rounds"

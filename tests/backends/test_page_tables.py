@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from flashcore import backends
+from flashcore.errors import PageTableError
 from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import square
 
 
 @pytest.mark.gpu
 def test_a_table_on_the_gpu_cannot_be_captured_and_one_on_the_host_can():
-    from flashcore.errors import PageTableError
-
     problem = square(2, 2, 256, 64, page_size=64)
     q, k, v = make_inputs(problem, device="cuda")
     chosen = backends.get("cublaslt")

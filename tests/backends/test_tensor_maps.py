@@ -77,3 +77,37 @@ def test_what_the_driver_itself_takes_and_refuses(driver):
         given = {"address": 1 << 20, "shape": shape, "strides": strides, "rows": 64, "dtype": "float16", **change}
         with pytest.raises(LaunchError, match="cuTensorMapEncodeTiled"):
             _tensor_maps.tensor_map(given.pop("address"), given.pop("shape"), given.pop("strides"), **given)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the driver is asked for, call by call."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    calls = []
+
+    def encode(*arguments):
+        calls.append(arguments)
+        return bindings.CUresult.CUDA_SUCCESS, FakeMap()
+
+    monkeypatch.setattr(bindings, "cuTensorMapEncodeTiled", encode)
+    return calls
+
+
+def test_a_box_may_hold_rows_of_several_heads(asked):
+    tensor_map(4096, (2, 8, 3, 128), (3072, 384, 128), rows=3, heads=8, dtype="float16")
+    assert [int(n) for n in asked[0][5]] == [64, 3, 8, 1] and [int(n) for n in asked[0][6]] == [1, 1, 1, 1]
+
+
+def test_swizzle_fill_and_promotion_are_what_kernels_read_by(asked):
+    from cuda.bindings import driver as bindings
+
+    for promote in (True, False):
+        tensor_map(4096, (1, 1, 8, 64), (512, 512, 64), rows=8, dtype="float16", promote=promote)
+    for call, promotion in zip(asked, ("L2_256B", "NONE"), strict=True):
+        kind, interleave, swizzle, promoted, filled = call[0], *call[7:]
+        assert kind == bindings.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+        assert interleave == bindings.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
+        assert swizzle == bindings.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+        assert promoted == getattr(bindings.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_{promotion}")
+        zeros = bindings.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+        assert filled == zeros, "what lies outside is read as zeros, which a row of V past the end has to be"

@@ -54,3 +54,60 @@ def test_a_page_skipped_wrongly_is_found():
     result = judge(read, *inputs, CAUSAL, backend="stored")
     first = next(row for row in result.stages if row.role == "producer")
     assert first.stage == "row_max" and first.local.first_bad.items() >= {"page": 2, "row": 32, "kind": "NaN"}.items()
+
+
+# ------------------------------------------------------------------------------------------------ room for stages
+
+TWO_TILES = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=50, head_dim=64, causal=True)
+CPU = torch.device("cpu")
+
+
+def test_buffers_are_declared_as_the_kernels_take_them():
+    letters = launch_structs.declared("attention_scalar", "TraceBuffers")
+    assert letters == launch_structs.packed(TRACE) == "QQQQQQii" and TRACE.size == launch_structs.size_in_c(letters)
+
+
+def test_room_is_made_for_whole_tiles_and_told_in_order():
+    buffers = TraceBuffers.make(TWO_TILES, 16, 32, CPU)
+    assert buffers.scores.shape == buffers.probs.shape == (2, 4, 70, 50)
+    assert buffers.row_max.shape == buffers.rescale.shape == buffers.row_sum.shape == (2, 4, 4, 70)
+    assert buffers.accum.shape == (2, 4, 4, 96, 64), "70 rows are rounded up to three tiles of 32"
+    stages = [buffers.scores, buffers.row_max, buffers.rescale, buffers.probs, buffers.row_sum, buffers.accum]
+    assert TRACE.unpack(buffers.packed()) == (*(stage.data_ptr() for stage in stages), 4, 96)
+    assert len({stage.data_ptr() for stage in stages}) == 6
+    for stage in stages:
+        assert stage.is_contiguous() and bool(stage.isnan().all())
+        assert bool((stage.view(torch.int32) == NOT_WRITTEN).all())
+
+
+def test_what_was_not_written_is_told_from_a_nan_that_was_computed():
+    """A kernel's own NaN in a page that it might have skipped stays, so that it is found."""
+    problem = TWO_TILES.with_(seqlen_q=50)
+    buffers = TraceBuffers.make(problem, 16, 1, CPU)
+    buffers.row_max[0, 0, 3, 5] = math.nan
+    out, lse = torch.zeros(2, 4, 50, 64), torch.zeros(2, 4, 50)
+    trace = buffers.trace(problem, 16, out, lse)
+    assert torch.isnan(trace.row_max[0, 0, 3, 5]) and torch.isnan(trace.row_max[0, 0, 2, 40])
+    assert trace.rescale[0, 0, 3, 5] == 1 and trace.scores[0, 0, 5, 48] == -math.inf and trace.probs[0, 0, 5, 48] == 0
+    assert trace.out is out and trace.lse is lse and trace.page_size == 16
+
+
+def test_a_skipped_page_carries_over_and_the_first_one_begins_with_nothing():
+    """Rows 0 to 19 of 70 see none of the 50 keys; row 20 sees key 0, and so no page but the first."""
+    buffers = TraceBuffers.make(TWO_TILES, 16, 32, CPU)
+    for stage, value in ((buffers.row_max, 3.0), (buffers.row_sum, 2.0), (buffers.accum, 7.0), (buffers.rescale, 0.0)):
+        stage[:, :, 0, 20] = value
+    trace = buffers.trace(TWO_TILES, 16, torch.zeros(2, 4, 70, 64), torch.zeros(2, 4, 70))
+    assert trace.accum.shape == (2, 4, 4, 70, 64), "rows that fill up a tile are left out"
+    for stage, carried, empty in (("row_max", 3.0, -math.inf), ("row_sum", 2.0, 0.0), ("accum", 7.0, 0.0)):
+        assert bool((getattr(trace, stage)[:, :, :, 20] == carried).all())
+        assert bool((getattr(trace, stage)[:, :, :, :20] == empty).all())
+    assert bool((trace.rescale[:, :, 1:, 20] == 1).all()) and bool((trace.rescale[:, :, :, :20] == 1).all())
+    assert bool(trace.row_max[:, :, 0, 21:].isnan().all()), "a page that is seen and was not written"
+
+
+def test_without_a_mask_no_page_may_be_skipped():
+    problem = TWO_TILES.with_(causal=False)
+    trace = TraceBuffers.make(problem, 16, 32, CPU).trace(problem, 16, torch.zeros(1), torch.zeros(1))
+    for stage in ("scores", "row_max", "rescale", "probs", "row_sum", "accum"):
+        assert bool(getattr(trace, stage).isnan().all())

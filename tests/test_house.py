@@ -235,3 +235,13 @@ def test_a_recorded_run_is_whole_or_says_that_it_is_not(folder):
     assert environment["gpu"] in page and (folder / "report.pdf").stat().st_size
     if unfinished:
         assert "INCONCLUSIVE" in page and all(f"no record that notebook {name} finished" in page for name in unfinished)
+
+
+# --- tests ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_a_test_file_of_its_name():
+    package, tests = ROOT / "flashcore", ROOT / "tests"
+    modules = [path.relative_to(package) for path in package.rglob("*.py") if not path.stem.startswith("__")]
+    wanted = {m: tests / m.parent / f"test_{m.stem.removeprefix('_')}.py" for m in modules}
+    assert sorted(str(m) for m, path in wanted.items() if not path.is_file()) == []

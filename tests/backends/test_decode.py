@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.paged_tables import queries
+from support import launch_structs
+from support.hopper_tiles import MULTIPROCESSORS
+from support.paged_tables import cache_of, queries, two_selections
+from support.recorded_driver import loaded
 
 import flashcore
 from flashcore import backends
-from flashcore.paging import paged_reference, paginate
+from flashcore.backends import _paged, with_methods
+from flashcore.backends import decode as module
+from flashcore.backends._cuda import PARAMS
+from flashcore.backends._paged import PAGED
+from flashcore.backends.decode import DECODE, MOST_TOKENS
+from flashcore.paged_ops import paged_problem_of
+from flashcore.paging import PagedKV, PageSelection, paged_reference, paginate
 from flashcore.problem import Problem
 
 
@@ -29,3 +38,162 @@ def test_more_heads_than_one_launch_lays_out():
     q = queries(cache, 8, 1)
     out = flashcore.paged_attention(q, cache, backend="decode")
     assert float((out.double() - paged_reference(q, cache)[0]).abs().max()) < 4e-3
+
+
+# ------------------------------------------------------------------------------------------------ what it takes
+
+PROBLEM = Problem(
+    batch=3, num_heads_q=8, num_heads_kv=2, seqlen_q=2, seqlen_k=500, head_dim=64, causal=True, page_size=64
+)
+
+
+def test_it_takes_a_few_tokens_and_says_how_many():
+    decode = backends.get("decode")
+    for tokens in range(1, MOST_TOKENS + 1):
+        assert decode.why_not(PROBLEM.with_(seqlen_q=tokens)) is None
+    assert decode.why_not(PROBLEM.with_(seqlen_q=9)) == "it takes up to 8 query tokens (got 9)"
+    assert decode.why_not(PROBLEM.with_(seqlen_q=9, page_size=48)).startswith("page_size 48 is not among 16, ")
+    assert decode.why_not(PROBLEM.with_(seqlen_q=9, head_dim=96)) == "head_dim 96 is not among 64, 128"
+    assert decode.suits(PROBLEM.with_(seqlen_q=300)) == PROBLEM.with_(seqlen_q=8) and decode.suits(PROBLEM) == PROBLEM
+    assert decode.why_not_paged(PROBLEM, selected=True) is None, "it attends to selections"
+
+
+# ------------------------------------------------------------------------------------------------ how work is cut
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("group", [1, 2, 5, 8, 16, 40, 64, 100])
+def test_tiles_of_64_rows_hold_every_head_of_a_group_and_no_empty_tile(group, tokens):
+    problem = PROBLEM.with_(num_heads_q=2 * group, seqlen_q=tokens)
+    heads, tiles = backends.get("decode").tiling(problem)
+    assert heads * tokens <= 64 and heads * tiles >= group > heads * (tiles - 1)
+    assert heads == group or (heads + 1) * tokens > 64, "another head would have fitted"
+
+
+@pytest.mark.parametrize("seqlen", [1, 128, 129, 256, 300, 640, 1100, 1664, 8192])
+def test_parts_of_a_traced_head_are_two_or_more_and_of_the_same_size(seqlen):
+    units = -(-seqlen // 128)
+    parts = backends.get("decode").traced_parts(PROBLEM.with_(seqlen_k=seqlen), 128)
+    assert units % parts == 0 and parts >= min(2, units)
+    assert not any(units % fewer == 0 for fewer in range(2, parts))
+
+
+def test_chains_begin_anew_in_each_part():
+    """12 units in two parts, and two consumers: units 0 and 1, 6 and 7 begin chains."""
+    before = backends.get("decode").chains(PROBLEM.with_(seqlen_k=12 * 128), loaded(tile_n=128, num_splits=2))
+    assert before == (-1, -1, 0, 1, 2, 3, -1, -1, 4 + 2, 5 + 2, 6 + 2, 7 + 2)
+
+
+# ------------------------------------------------------------------------------------------------ what is told
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Its arguments for one call; a tensor map is the name of its tensor."""
+    maps = {}
+
+    def tensor_map(address, shape, strides, *, name, **options):
+        maps[name] = {"address": address, "shape": tuple(shape), **options}
+        return name.encode()
+
+    monkeypatch.setattr(_paged, "tensor_map", tensor_map)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(module, "capture_id", lambda stream: 0)
+    module._room.cache_clear()
+
+    def call(q, cache, selection=None, *, stream=0, traced=False, by=None):
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+        shape = loaded(tile_m=64, tile_n=128, num_splits=2)
+        problem = paged_problem_of(q, cache)
+        decode = by or backends.get("decode")
+        return decode.paged_arguments(q, cache, problem, selection, out, lse, shape, stream, traced)
+
+    call.maps = maps
+    yield call
+    module._room.cache_clear()
+
+
+def test_the_host_packs_the_struct_that_the_kernel_declares():
+    letters = launch_structs.declared("attention_decode", "DecodeParams")
+    assert letters == launch_structs.packed(DECODE) and DECODE.size == launch_structs.size_in_c(letters)
+
+
+def test_the_kernel_is_told_of_pools_pages_and_room_for_parts(told):
+    cache = cache_of((40, 300), 2, 64, 32, torch.float16, "cpu")
+    q = queries(cache, 24, 7)
+    (params, k_map, v_map, paged, own), blocks, room = told(q, cache)
+    assert PARAMS.unpack(params)[:3] == (q.data_ptr(), cache.k_pool.data_ptr(), cache.v_pool.data_ptr())
+    assert (k_map, v_map, blocks) == (b"k_pool", b"v_pool", MULTIPROCESSORS)
+    for name, pool in (("k_pool", cache.k_pool), ("v_pool", cache.v_pool)):
+        assert told.maps[name] == {"address": pool.data_ptr(), "shape": tuple(pool.shape), "rows": 32,
+                                   "dtype": "float16", "promote": False}, "pages are read once"  # fmt: skip
+    assert PAGED.unpack(paged)[:2] == (cache.page_table.data_ptr(), cache.lengths.data_ptr())
+    *addresses, heads_a_tile, tiles = DECODE.unpack(own)
+    assert addresses == [t.data_ptr() for t in (room.accum, room.softmax, room.accounted)]
+    assert (heads_a_tile, tiles) == (9, 2), "of 12 heads with 7 tokens each, 9 make 63 rows"
+    heads = 2 * 2 * tiles
+    parts = (heads + MULTIPROCESSORS) * heads_a_tile * 7
+    assert (room.accum.numel(), room.softmax.numel()) == (parts * 64, parts * 2)
+    assert room.accounted.numel() == heads and not room.accounted.any(), "counters start at zero"
+
+
+def test_a_selection_is_told_by_its_address_and_width(told):
+    cache = cache_of((500,), 2, 64, 64, torch.float16, "cpu")
+    wide, narrow = two_selections("cpu")
+    for selection, width in ((wide, 4), (narrow, 2)):
+        arguments, _, _ = told(queries(cache, 4, 1), cache, selection)
+        assert PAGED.unpack(arguments[3])[2:] == (
+            selection.pages.data_ptr(), selection.counts.data_ptr(), cache.page_table.stride(0), width, 6
+        )  # fmt: skip
+
+
+def test_a_traced_call_gives_each_head_blocks_of_its_own(told):
+    cache = cache_of((40, 300), 2, 64, 32, torch.float16, "cpu")
+    q = queries(cache, 4, 2)
+    units = -(-paged_problem_of(q, cache).seqlen_k // 128)
+    _, blocks, _ = told(q, cache, traced=True)
+    assert units == 3 and blocks == 2 * 2 * 3, "three units can only be shared out in three parts"
+
+
+def test_room_is_used_again_on_one_stream_by_one_kernel_alone(told):
+    cache = cache_of((40, 300), 2, 64, 32, torch.float16, "cpu")
+    q = queries(cache, 4, 2)
+    first = told(q, cache)[2]
+    assert told(q, cache)[2] is first
+    assert told(q, cache, stream=1)[2] is not first, "calls on two streams run at the same time"
+    planted = with_methods(backends.get("decode"), {"source": "another"})
+    assert told(q, cache, by=planted)[2] is not first, "what a planted bug leaves behind stays with it"
+    assert told(queries(cache, 4, 3), cache)[2] is not first
+
+
+# ------------------------------------------------------------------------------------------------ large batches
+
+
+def test_more_heads_than_one_launch_takes_are_several_launches(monkeypatch):
+    """Each with its own rows of the table, the lengths and the selection, and the results end to end."""
+    calls = []
+
+    def attend(self, q, cache, problem, selection, out, lse, buffers=None):
+        calls.append((problem.batch, cache.lengths.tolist(), selection and selection.counts.flatten().tolist()))
+        out.copy_(q)
+        lse.copy_(cache.lengths[:, None, None].expand_as(lse))
+
+    monkeypatch.setattr(module, "MOST_HEADS", 4)
+    monkeypatch.setattr(type(backends.get("decode")), "attend", attend)
+    lengths = (10, 20, 30, 40, 50)
+    cache = cache_of(lengths, 2, 64, 16, torch.float16, "cpu")
+    q = queries(cache, 4, 1)
+    problem = paged_problem_of(q, cache)
+    counts = torch.arange(1, 11, dtype=torch.int32).view(5, 2)
+    selection = PageSelection(torch.zeros(5, 2, 10, dtype=torch.int32), counts)
+    for chosen in (None, selection):
+        calls.clear()
+        out, lse = backends.get("decode").run_paged(q, cache, problem, chosen)
+        assert [batch for batch, _, _ in calls] == [2, 2, 1]
+        assert [told for _, told, _ in calls] == [[10, 20], [30, 40], [50]]
+        assert torch.equal(out, q) and lse[:, 0, 0].tolist() == list(lengths)
+    assert [told for _, _, told in calls] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    calls.clear()
+    backends.get("decode").run_paged(q[:2], PagedKV(cache.k_pool, cache.v_pool, cache.page_table[:2],
+                                                    cache.lengths[:2]), problem.with_(batch=2))  # fmt: skip
+    assert len(calls) == 1

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from support import launch_structs
 from support.split_traces import CAUSAL, EMPTY_ROWS, THIRDS, SplitCpu
 
-from flashcore.backends._traces import TraceBuffers
+from flashcore.backends._traces import NOT_WRITTEN, TRACE, TraceBuffers
 from flashcore.bisection.bisecting import judge
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.reference import interleaved
+from flashcore.problem import Problem
 
 
 def stored_by_a_kernel(trace, problem, tile_m: int) -> TraceBuffers:

@@ -56,13 +56,16 @@ def seen(stage: str, is_local: bool = True, change: float = 1.0, **place) -> dic
 
 ELEMENTS = {
     "scores": {"page": 1, "batch": 1, "head": 2, "row": 20, "column": 18},
-    "row_sum": {"page": 1, "batch": 1, "head": 2, "row": 20},
+    "row_sum": {"page": 2, "batch": 1, "head": 2, "row": 20},
     "probs": {"page": 2, "batch": 0, "head": 1, "row": 39, "column": 39},
     "accum": {"page": 2, "batch": 1, "head": 0, "row": 0, "column": 0},
     "out": {"batch": 1, "head": 2, "row": 7, "column": 15},
     "lse": {"batch": 1, "head": 2, "row": 38},
 }
-"""Inside, at the last row and column, at the first ones, and at one edge alone."""
+"""Inside, at the last row and column, at the first ones, and at one edge alone.
+
+Sums are changed on the last page: a later one is judged from the sums before it, so that it would differ too.
+"""
 
 
 @pytest.mark.parametrize("stage", ELEMENTS)

@@ -27,7 +27,10 @@ def adding_to(path: Path | None) -> Iterator[RunFolder | None]:
     if path is None:
         yield None
         return
+    from flashcore.pipeline.folders import refuse_recorded
+
     run = RunFolder.create(path)
+    refuse_recorded(run)
     before = run.records_path.stat().st_size
     try:
         with seal.additions(run, verdict.load_gates()):

@@ -117,9 +117,10 @@ def verify(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
 def seal(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
     """Judge a run by today's gates and sources and seal it anew; what was changed before stays named in the seal."""
     from flashcore.decision import seal as seals
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders, reporting
 
     found = reporting.find_run(run, out_dir)
+    folders.refuse_recorded(found)
     printing.print_decision(reporting.judge_and_seal(found, earlier=seals.unseal(found)))
     _say(f"The page still shows what it showed; 'flashcore render {escape(run)}' draws it again.")
 

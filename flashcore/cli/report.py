@@ -111,23 +111,31 @@ def render(
     logo: LogoOption = None,
     sections: SectionsOption = None,
     pdf: PdfOption = True,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Write the page there, and leave the run as it is.")
+    ] = None,
     out_dir: OutOption = None,
 ) -> None:
     """Make a run's page and PDF again from its records; needs no GPU and measures nothing."""
     from flashcore.decision import seal
     from flashcore.errors import NotebookFailed
-    from flashcore.pipeline import reporting
+    from flashcore.pipeline import folders, rendering, reporting
 
     variant = _variant(audience, title, organisation, logo, sections)
     found = reporting.find_run(run, out_dir)
+    if to is None:
+        folders.refuse_recorded(found)
     try:
-        page = reporting.render(found, variant=variant)
+        if to is not None:
+            page, printed, why = rendering.render_to(found, to, variant=variant, pdf=pdf)
+        else:
+            page = reporting.render(found, variant=variant)
+            printed, why = reporting.print_page(found) if pdf else (None, "")
+            seal.seal_pages(found)
     except NotebookFailed as error:
         errors().print(escape(str(error)))
         raise typer.Exit(1) from None
-    if pdf:
-        _say_pdf(*reporting.print_page(found))
-    seal.seal_pages(found)
+    _say_pdf(printed, why)
     say(seal.check(found).sentence)
     say(f"Report: {escape(shown(page))}")
 

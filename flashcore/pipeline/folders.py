@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flashcore.errors import RecordsError
 from flashcore.gpu import device
-from flashcore.paths import HOME, absolute
+from flashcore.paths import HOME, absolute, data_dir
 from flashcore.records import RunFolder
 
 LATEST = "latest"
@@ -60,3 +60,12 @@ def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
                 raise RecordsError(f"{place} names no run; 'flashcore report' makes one, and writes it there.")
             return RunFolder(place.parent / id_)
     return RunFolder(places[0])
+
+
+def refuse_recorded(run: RunFolder) -> None:
+    """Raise `RecordsError` for a run under ``reports/recorded``: it is what was measured, and is never written to."""
+    if absolute(run.path).resolve().is_relative_to((data_dir("reports") / "recorded").resolve()):
+        raise RecordsError(
+            f"{run.name} is a recorded run, and those are never written to; 'flashcore render {run.path} --to FOLDER' "
+            "draws its page elsewhere."
+        )

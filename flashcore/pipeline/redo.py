@@ -13,7 +13,7 @@ from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.page import Variant
-from flashcore.pipeline import rendering, reporting, superseding
+from flashcore.pipeline import folders, rendering, reporting, superseding
 from flashcore.pipeline.rendering import Progress
 from flashcore.records import RunFolder, write_whole
 
@@ -75,6 +75,7 @@ def redo(
     RecordsError
         The run was measured on another machine or with other software, or its files cannot be written.
     """
+    folders.refuse_recorded(run)
     folder = reporting.notebooks_folder(notebooks_dir)
     parts = parts_named(only, folder)
     environment = run.environment()

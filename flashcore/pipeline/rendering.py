@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +69,41 @@ def render(
             STATUS_NOTEBOOK, f"its page could not be drawn ({type(error).__name__}: {error})"
         ) from error
     return _write_page(run, text)
+
+
+def render_to(
+    run: RunFolder, folder: Path, *, variant: Variant | None = None, pdf: bool = True
+) -> tuple[Path, Path | None, str]:
+    """Make the page of a run in another folder, and leave the run as it is.
+
+    Returns
+    -------
+    page, pdf, why
+        The page; the PDF, or None and a sentence on why there is none.
+
+    Raises
+    ------
+    NotebookFailed, RecordsError
+        As `render`.
+    """
+    folder = absolute(folder)
+    with tempfile.TemporaryDirectory(prefix="flashcore-render-") as place:
+        copy = RunFolder(shutil.copytree(run.path, Path(place) / run.name))
+        page = render(copy, variant=variant)
+        printed, why = print_page(copy) if pdf else (None, "")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.pdf").unlink(missing_ok=True)  # of an earlier page
+            made = [write_copy(path, folder) for path in (page, printed) if path is not None]
+        except OSError as error:
+            raise RecordsError(f"The page cannot be written to {folder} ({error.strerror}); choose another.") from error
+    return made[0], made[1] if printed is not None else None, why
+
+
+def write_copy(path: Path, folder: Path) -> Path:
+    """Copy a file into a folder, in one piece."""
+    write_whole(folder / path.name, path.read_bytes())
+    return folder / path.name
 
 
 def print_page(run: RunFolder) -> tuple[Path | None, str]:

@@ -30,6 +30,11 @@ __all__ = [
 ]  # fmt: skip
 
 PROFILES = ("quick", "full")
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "02_correctness_bisection": {"backend": "auto", "pattern": "normal", "fault": "", "sanitize": "auto"},
+    "05_sparse_paging": {"report_layers": 1},
+}
+"""Parameters that one notebook alone has, as a report states them: what somebody saved in its cell is not asked."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def measure(
             execute_notebook(
                 name,
                 run,
-                {key: value for key, value in common.items() if key in declared},
+                {key: value for key, value in {**common, **OWN.get(name, {})}.items() if key in declared},
                 notebooks_dir=folder,
                 timeout_s=timeout_s or notebooks.TIMEOUT_S[common["profile"]],
                 progress=progress,

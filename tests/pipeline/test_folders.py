@@ -376,3 +376,39 @@ def test_a_neighbour_that_may_not_be_looked_into_is_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "stat", stat)
     assert [run.name for run in history.runs_in(tmp_path)[0]] == ["run1"]
+
+
+# ---------------------------------------------------------------------------------------------------- recorded runs
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A recorded run, where FlashCore keeps those."""
+    run = synthetic.write_run(
+        tmp_path / "reports" / "recorded" / "h100", synthetic.gpu_trials(), synthetic.environment()
+    )
+    own = folders.data_dir
+    monkeypatch.setattr(folders, "data_dir", lambda name: tmp_path / name if name == "reports" else own(name))
+    return run
+
+
+def test_a_recorded_run_is_never_written_to(recorded, tmp_path):
+    from typer.testing import CliRunner
+
+    from flashcore.cli.program import app
+
+    before = {path.name: path.read_bytes() for path in recorded.path.iterdir()}
+    for line in (["render"], ["seal"], ["report", "--only", "sweep", "--run"], ["bisect", "--backend", "cpu", "--run"]):
+        done = CliRunner().invoke(app, [*line, str(recorded.path)])
+        assert done.exit_code == 2 and "is a recorded run, and those are never written to" in done.output, done.output
+    assert {path.name: path.read_bytes() for path in recorded.path.iterdir()} == before
+
+
+def test_the_page_of_a_recorded_run_is_drawn_elsewhere(recorded, tmp_path):
+    before = {path.name: path.read_bytes() for path in recorded.path.iterdir()}
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "report.pdf").write_bytes(b"%PDF- of an earlier page")
+    page, pdf, why = rendering.render_to(recorded, tmp_path / "there", pdf=False)
+    assert page == tmp_path / "there" / "report.html" and "NO-GO" in page.read_text() and pdf is None and why == ""
+    assert not (tmp_path / "there" / "report.pdf").exists()
+    assert {path.name: path.read_bytes() for path in recorded.path.iterdir()} == before

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from support.notebook_tools import KILL, finishing_notebook, measure
+from support.notebook_tools import KILL, final, finishing_notebook, measure, write_notebook
 
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
 from flashcore.paths import data_dir
 from flashcore.pipeline import reporting
+from flashcore.pipeline.notebooks import declared_parameters
 
 SMALL = "B=1,H=1,S=32,D=64"
 
@@ -220,3 +221,22 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
         [sys.executable, "-m", "flashcore", "verdict", str(run.path)], capture_output=True, text=True
     )
     assert again.returncode == 4
+
+
+def test_a_report_states_every_parameter_of_every_notebook_of_its_own():
+    """Whatever somebody saved in a parameters cell in JupyterLab, such as a planted bug, is not what a report runs."""
+    folder = data_dir("notebooks")
+    common = {"profile", "backends", "problems", "seed"}
+    for name in reporting.planned_notebooks(folder):
+        declared = set(declared_parameters(folder / f"{name}.ipynb"))
+        assert declared == {"run_dir"} | common | set(reporting.OWN.get(name, {})), name
+
+
+@pytest.mark.notebook
+def test_what_was_saved_in_a_parameters_cell_goes_into_no_report(tmp_path, toys, monkeypatch):
+    saved = 'run_dir: str = ""  # the run\nfault: str = "F8"  # a bug that somebody saved here\n'
+    cell = 'run.append(Trial(kind="ceiling", data={"value": fault}))'
+    write_notebook(toys, "01_first", cell, final("01_first"), parameters=saved)
+    monkeypatch.setattr(reporting, "OWN", {"01_first": {"fault": ""}})
+    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+    assert "F8" not in [t.data["value"] for t in run.trials(kind="ceiling")]

@@ -26,11 +26,13 @@ MENDED = "docs/house.svg does not show the package as it is; draw it again: pyth
 LINES = re.compile(r"[\d,]+(?= lines)")
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_rooms_their_purposes_and_what_they_use_as_they_are():
     kept, now = house.PICTURE.read_text(encoding="utf-8"), house.draw(house.read_rooms())
     assert LINES.sub("some", kept) == LINES.sub("some", now), MENDED
 
 
+@pytest.mark.slow
 def test_the_numbers_of_lines_in_the_picture_are_off_by_a_fifth_at_most():
     """They may lag behind, so that not every change of the code has to draw the house again."""
     kept, now = (
@@ -41,6 +43,7 @@ def test_the_numbers_of_lines_in_the_picture_are_off_by_a_fifth_at_most():
     assert [(a, b) for a, b in zip(kept, now, strict=True) if abs(a - b) > max(100, b / 5)] == [], MENDED
 
 
+@pytest.mark.slow
 def test_every_room_stands_above_those_that_it_uses_and_as_low_as_it_can():
     rooms = house.read_rooms()
     floor = {room.name: number for number, storey in enumerate(house.floors(rooms)) for room in storey}
@@ -92,6 +95,7 @@ def test_a_circle_is_named(toy):
         house.floors(house.read_rooms(toy))
 
 
+@pytest.mark.slow
 def test_the_count_adds_up():
     done = subprocess.run([sys.executable, str(SCRIPT), "--count"], capture_output=True, text=True)
     rows = {name: int(lines.replace(",", "")) for name, _, lines in map(str.split, done.stdout.splitlines()[1:])}

@@ -142,6 +142,7 @@ def _append_many(path, backend):
         append_trials(path, [timing(backend)])
 
 
+@pytest.mark.slow
 def test_several_processes_may_append_at_once(run):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append_many, args=(run.records_path, name)) for name in ("scalar", "wmma")]

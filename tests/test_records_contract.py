@@ -306,6 +306,7 @@ def slowness() -> float:
 SIMPLE_WORK_S = 0.125
 
 
+@pytest.mark.slow
 def test_20_000_records_are_judged_in_seconds_and_little_memory(tmp_path):
     from support.large_runs import write_large_run
 

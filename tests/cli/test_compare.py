@@ -50,6 +50,7 @@ def test_strict_by_exit_code(folder, before, now, code):
     assert ("settles nothing" in strict.stdout) == (code == 4)
 
 
+@pytest.mark.slow
 def test_runs_by_name_folder_file_and_latest(folder):
     for name in ("slow", str(folder / "slow"), str(folder / "slow" / "records.jsonl"), "latest"):
         done = runner.invoke(app, ["compare", "a", name, "--out", str(folder), "--json"])
@@ -74,6 +75,7 @@ def test_the_table_says_it_in_words(folder):
     assert "Intervals are widened by how far unchanged code moved" in text
 
 
+@pytest.mark.slow
 def test_the_trend_of_a_folder(folder):
     done = runner.invoke(app, ["trend", str(folder)])
     assert done.exit_code == 0 and "first measured" in done.stdout and "SYNTHETIC H100" in done.stdout

@@ -125,6 +125,7 @@ def test_exit_codes_of_sanitize(app, monkeypatch, statuses, code):
     assert ("not available" in done.stdout) == ("unavailable" in statuses)
 
 
+@pytest.mark.slow
 def test_the_modules_load_without_torch():
     import subprocess
     import sys

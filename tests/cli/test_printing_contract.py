@@ -33,6 +33,7 @@ def shell(command: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", [
     {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}, {"MPLBACKEND": "x"}, {"MPLBACKEND": ""},
     {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
@@ -43,6 +44,7 @@ def test_the_environment_of_a_terminal_changes_no_exit_code(run, variables):
     assert "Verdict: NO-GO" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", ["| head -0", "| true", ">/dev/full", ">&-", ">&- 2>&-", "2>/dev/full", "</dev/null >/dev/full"]
 )
@@ -52,12 +54,14 @@ def test_a_reader_that_is_gone_changes_no_exit_code(run, where):
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_without_a_reader_is_still_an_error(tmp_path):
     done = shell(f"FLASHCORE verdict {tmp_path}/none 2>/dev/full")
     assert done.returncode == 2
     assert shell("FLASHCORE --help | head -0").returncode == 0
 
 
+@pytest.mark.slow
 def test_json_is_json_in_every_encoding(run):
     found = [
         json.loads(shell(f"FLASHCORE compare --json {run.path} {run.path}", PYTHONIOENCODING=encoding).stdout)
@@ -75,6 +79,7 @@ def test_a_letter_that_an_encoding_lacks_is_written_as_json_has_it():
         assert json.loads(f'"{written}"') == text and end == len(text) and written.isascii()
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_whatever_backend_a_shell_names(tmp_path):
     code = (
         "import os, flashcore.history.views, flashcore.page, matplotlib; "
@@ -87,6 +92,7 @@ def test_figures_are_drawn_whatever_backend_a_shell_names(tmp_path):
         assert done.stdout.split() == [name, backend], done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("out", "code", "says"), [("here", 2, "the current folder is gone"), ("{run}/..", 3, "")])
 def test_the_folder_that_one_stands_in_may_be_gone(run, tmp_path, out, code, says):
     program = (

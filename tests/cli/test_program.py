@@ -29,6 +29,7 @@ def test_the_version():
     assert (done.exit_code, done.stdout.strip()) == (0, f"flashcore {flashcore.__version__}")
 
 
+@pytest.mark.slow
 def test_help_needs_neither_torch_nor_cuda():
     program = (
         "import sys; from flashcore.cli.program import app; "

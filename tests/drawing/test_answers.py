@@ -25,6 +25,7 @@ def test_the_seven_questions_are_answered_in_two_sentences_with_a_figure():
     assert html.count("<li>") == 7 and "<svg" in html and "<svg" not in answers_html(found, figures=False)
 
 
+@pytest.mark.slow
 def test_the_figures_in_the_sentences_are_those_of_the_records():
     said = of(synthetic.everything())
     assert "cuBLASLt 130100 offers 4 candidates for it, 0 of which ask for workspace, and 4 of 4 run" in said[0]
@@ -60,6 +61,7 @@ def test_without_tensor_cores_the_answer_says_so():
     assert "0 of 4 run on Tensor Cores" in said[0] and "None of the 72 shapes" in said[1]
 
 
+@pytest.mark.slow
 def test_workspace_that_buys_nothing_but_splitting_is_not_claimed_when_it_is_otherwise():
     trials = synthetic.everything()
     unsplit = change(trials, lambda t: t.data.get("split_k", 0) > 1, split_k=1)
@@ -68,6 +70,7 @@ def test_workspace_that_buys_nothing_but_splitting_is_not_claimed_when_it_is_oth
     assert "no product of the survey was offered a kilobyte" in of(none)[0]
 
 
+@pytest.mark.slow
 def test_a_transpose_that_costs_is_said_to_matter():
     slow = []
     for trial in synthetic.everything():
@@ -77,11 +80,13 @@ def test_a_transpose_that_costs_is_said_to_matter():
     assert "times as slow as the latter" in of(slow)[2] and "the transpose matters there" in of(slow)[2]
 
 
+@pytest.mark.slow
 def test_nan_in_a_check_is_reported_where_it_is():
     trials = [*synthetic.everything(), synthetic.check("cublaslt", passed=False, num_bad=7, num_nan=5, num_inf=2)]
     assert "1 of 3 checks hold NaN or Inf, most in cublaslt" in of(trials)[5] and "5 NaN and 2 Inf" in of(trials)[5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("outcome", "count"), [("found", 1), ("missed", 0)])
 def test_planted_bugs_back_the_answer_on_nan(outcome, count):
     data = {"fault": "F2", "expected_stage": "probs", "outcome": outcome}

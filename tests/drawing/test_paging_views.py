@@ -79,6 +79,7 @@ def test_a_wrong_kernel_shows_in_the_matrix():
     assert "WRONG in 3" in paging_views.correctness_html([*synthetic.correctness(), bad])
 
 
+@pytest.mark.slow
 def test_without_a_gpu_a_run_shows_its_own_where_any_machine_can_tell():
     own = [*synthetic.memory(), *synthetic.accuracy()]
     html = paging_views.paging_html(evidence(own, recorded=[]))

@@ -54,6 +54,7 @@ def test_many_pages_share_cells_and_none_is_lost():
     assert "pages of keys, 4 a cell" in words_of(stage_plots.error_html(recorded(found)))
 
 
+@pytest.mark.slow
 def test_the_zoom_shows_got_expected_and_difference_around_the_first_bad_element(planted):
     html = stage_plots.zoom_html(planted)
     assert "values around the first bad element at row 0, column 16, got 2.35, expected 1.66" in html
@@ -67,6 +68,7 @@ def test_the_zoom_shows_got_expected_and_difference_around_the_first_bad_element
     assert window["got"][down][across - 1] == pytest.approx(window["expected"][down][across - 1], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["F1", "F2", "F3", "G10", "G13", "G14", "G15", "G2"])
 def test_every_stage_can_be_drawn_also_with_nan(name):
     fault = get(name)

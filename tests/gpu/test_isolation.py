@@ -133,6 +133,7 @@ def test_a_worker_killed_between_calls_is_noticed(worker):
     assert worker.call(add, 1).value == 2
 
 
+@pytest.mark.slow
 def test_a_trial_comes_back_or_is_made_of_the_death():
     done = isolated_trial(measured, fields=FIELDS)
     assert done.status == "ok" and done.data["pid"] != os.getpid()

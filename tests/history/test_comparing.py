@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import synthetic_records as synthetic
@@ -76,6 +77,7 @@ ENVIRONMENTS = [synthetic.environment(), synthetic.environment(gpu="SYNTHETIC H1
                 {}, {"before": 3, "kernels": [], "parameters": "x", "date": "yesterday", "gpu": 7}]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_two_sets_of_records_compare_without_an_error(data):
@@ -115,6 +117,7 @@ def limits(before, now) -> str:
     return " ".join(history.compare_runs(before, now).limits)
 
 
+@pytest.mark.slow
 def test_how_far_a_comparison_is_honest():
     same = snapshot("a")
     assert "Both are the same records." in limits(same, Snapshot("b", same.trials, same.environment))

@@ -40,6 +40,7 @@ def test_unchanged_code_is_hardly_ever_called_changed():
     assert total == 240 and wrong <= 1
 
 
+@pytest.mark.slow
 def test_an_interval_holds_the_median_about_as_often_as_it_says():
     rng, held = random.Random(1), 0
     for _ in range(400):

@@ -7,6 +7,7 @@ import pytest
 from flashcore.measure import ceilings
 
 
+@pytest.mark.slow
 def test_a_cpus_ceilings_are_recorded_with_unit_and_method(run, monkeypatch):
     monkeypatch.setattr(ceilings, "has_gpu", lambda: False)
     trials = ceilings.ceilings(run)

@@ -295,6 +295,7 @@ def take_pages_before_counting_them(reserve):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name", "plant"), [
     (PageLedger, "fork", forget_to_count_the_fork),
     (PageLedger, "drop", give_the_dropped_page_back_twice),

@@ -10,6 +10,7 @@ from flashcore.paging.memory import mixed_lengths, no_sharing, shared_prefix
 SMALL = KVShape(num_heads_kv=1, head_dim=4, page_size=16)
 
 
+@pytest.mark.slow
 def test_the_three_cases():
     shared, mixed, alone = memory_cases()
     assert [case.name for case in (shared, mixed, alone)] == ["shared_prefix", "mixed_lengths", "no_sharing"]

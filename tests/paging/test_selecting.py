@@ -182,6 +182,7 @@ def test_what_is_left_to_torch(change):
     assert not takes(q, cache)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_torch_does_it():
     for seed in range(10):
         q, cache, policy = case(seed, "cpu", whole=True)
@@ -189,6 +190,7 @@ def test_without_a_gpu_torch_does_it():
         policy.select(q, cache).check(cache)
 
 
+@pytest.mark.slow
 def test_of_pages_with_the_same_score_the_first_are_selected():
     q, cache, _ = case(2, "cpu", whole=True, head_dim=64, heads=2, batch=2, max_pages=100, tokens=1, page_size=16,
                        holes=False, odd_keys=False)  # fmt: skip

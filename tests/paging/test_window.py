@@ -148,6 +148,7 @@ def test_what_is_left_to_torch(change):
     assert not takes(cache)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_torch_does_it():
     for seed in range(100):
         q, cache, policy = case(seed, "cpu")

@@ -119,6 +119,7 @@ def check_only(run, monkeypatch, backend):
     return records(run, "correctness")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("each_case_once")
 def test_a_right_backend_passes_the_whole_matrix(run, monkeypatch):
     trials = check_only(run, monkeypatch, Paged())

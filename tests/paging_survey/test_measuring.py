@@ -37,6 +37,7 @@ def test_a_whole_survey_on_the_cpu(surveyed):
     assert tokens.data["stated"] is True and tokens.data["definition"].startswith("attention only, batch 2, 2 layers")
 
 
+@pytest.mark.slow
 def test_the_records_are_compact(surveyed):
     sizes = [len(line) for line in surveyed.records_path.read_text().splitlines()]
     assert max(sizes) < 1000 and sum(sizes) < 50_000
@@ -50,6 +51,7 @@ def test_all_leaves_out_on_the_cpu_what_says_nothing_there():
         measuring.chosen("speed", True)
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_breaks_is_a_record_and_the_rest_goes_on(run, monkeypatch):
     from dataclasses import replace
 

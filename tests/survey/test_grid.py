@@ -52,6 +52,7 @@ def test_a_product_is_read_back_from_its_text():
         read_product("2048x128 f16")
 
 
+@pytest.mark.slow
 def test_what_most_candidates_have_is_left_out_of_a_record_and_put_back_by_readers():
     trials = synthetic.survey_trials("full")
     small = [t for t in trials if t.backend == "cublaslt" and t.data.get("rank") is not None]

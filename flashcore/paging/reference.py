@@ -53,7 +53,6 @@ def seen_keys(
     return seen
 
 
-@ambient.judging
 def paged_reference(
     q: torch.Tensor,
     cache: PagedKV,
@@ -87,14 +86,22 @@ def paged_reference(
     InvalidProblem, PageTableError
         `q` or the selection does not fit the cache.
     """
+    # Before anything is shielded: inside, gradients would be off, and a scale that asks for them would look plain.
+    scale, causal = plain.softmax_scale(softmax_scale), plain.flag("causal", causal)
+    return _reference(q, cache, selection, scale, causal)
+
+
+@ambient.judging
+def _reference(
+    q: torch.Tensor, cache: PagedKV, selection: PageSelection | None, scale: float | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     cache.check_query(q)
     if debugging():
         cache.check()
     cache = cache.within_table()
+    scale = 1.0 / math.sqrt(cache.head_dim) if scale is None else scale
     if selection is not None:
         selection.check(cache)
-    scale = plain.softmax_scale(softmax_scale)
-    scale, causal = 1.0 / math.sqrt(cache.head_dim) if scale is None else scale, plain.flag("causal", causal)
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
     chosen = None if selection is None else selection.mask(cache.max_pages)

@@ -134,8 +134,10 @@ class PagedKV:
         if self.lengths_fit:
             return self
         most = min(self.max_pages * self.page_size, torch.iinfo(torch.int32).max)
-        return PagedKV(self.k_pool, self.v_pool, self.page_table, self.lengths.clamp(0, most),
-                       key_bounds=self.key_bounds, max_length=self._max_length, lengths_fit=True)  # fmt: skip
+        fitting = PagedKV(self.k_pool, self.v_pool, self.page_table, self.lengths.clamp(0, most),
+                          key_bounds=self.key_bounds, max_length=self._max_length, lengths_fit=True)  # fmt: skip
+        fitting.device = self.device
+        return fitting
 
     def used_pages(self) -> torch.Tensor:
         """``[batch]`` int32: logical pages that each sequence's length takes, holes included. No synchronisation."""

@@ -11,6 +11,10 @@ Scores go through memory, and but for `cublaslt-loop` they do so in the problem'
 float16 a scaled score above 65504 is therefore stored as infinity, and its row of `out` and `lse` comes out as NaN:
 nothing hides it. Below -65504 a score counts as masked. Where such scores may occur (large activations, or a scale of
 1), take bfloat16, `cublaslt-loop`, whose scores are float32, or a fused kernel.
+
+The same rounding is in `lse`: where a fused kernel is off by a millionth, these are by up to half a step of the largest
+scores, by some 3e-4 at float16 scores of a few units. The bound of a check has that rounding in it for a backend that
+says so (`rounds_scores`).
 """
 
 from __future__ import annotations

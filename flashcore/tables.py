@@ -91,6 +91,23 @@ def fault_matrix(trials: Iterable[Trial]) -> pandas.DataFrame:
     return pandas.DataFrame(list(rows.values()))
 
 
+def diagnosis_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a planted bug and backend: its stage, what the outputs alone told, and how long it took."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind != "diagnosis" or trial.variant in (None, "clean"):
+            continue
+        data = trial.data
+        names = ", ".join(h["name"] for h in data.get("hypotheses", [])) or str(data.get("finding", trial.reason or ""))
+        rows.append({"fault": trial.variant, "backend": trial.backend, "stage": data.get("expected"),
+                     "outcome": data.get("outcome"), "told": ", ".join(data.get("stages", [])),
+                     "hypothesis or finding": names[:80], "seconds": f"{data.get('seconds', 0):.1f}"})  # fmt: skip
+    columns = ["fault", "backend", "stage", "outcome", "told", "hypothesis or finding", "seconds"]
+    return pandas.DataFrame(rows, columns=columns)
+
+
 def _outcome(trial: Trial) -> str:
     outcome = str(trial.data.get("outcome", WORDS[trial.status]))
     if outcome == "found elsewhere":

@@ -14,7 +14,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flashcore import __version__
-from flashcore.cli import claims, compare, debug, lab, paging, printing, report, survey
+from flashcore.cli import claims, compare, debug, diagnose, lab, paging, printing, report, survey
 from flashcore.errors import FlashCoreError
 from flashcore.paths import set_home
 
@@ -204,6 +204,7 @@ def doctor() -> None:
 
 report.add_to(app)
 debug.add_to(app)
+diagnose.add_to(app)
 survey.add_to(app)
 paging.add_to(app)
 claims.add_to(app)

@@ -128,6 +128,10 @@ class PageError(FlashCoreError, ValueError):
     """The page was asked for in a way that it cannot be made: a logo that is no picture, or too large."""
 
 
+class InvalidLink(FlashCoreError, ValueError):
+    """A link was given that cannot stand in a page, a message or a workflow command."""
+
+
 class PrintError(FlashCoreError, RuntimeError):
     """A browser is there and did not make the PDF; the page itself is not touched."""
 

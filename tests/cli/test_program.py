@@ -11,17 +11,12 @@ from typer.testing import CliRunner
 
 import flashcore
 from flashcore.cli.program import app
-from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import device
 from flashcore.pipeline import reporting
 from flashcore.records import Trial
 
 runner = CliRunner()
-
-
-def decision(word: str) -> verdict.Decision:
-    return verdict.Decision(verdict=word, reason="Because.", gates=())
 
 
 def test_the_version():
@@ -67,36 +62,6 @@ def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
     assert (done.exit_code, done.stdout, done.stderr) == (2, "", "It broke [here]. Mend it so.\n")
     done = runner.invoke(app, ["--debug", "report"])
     assert isinstance(done.exception, FlashCoreError)
-
-
-@pytest.mark.parametrize(("word", "code"), [("GO", 0), ("NO-GO", 3), ("INCONCLUSIVE", 4)])
-def test_verdict_by_exit_code(monkeypatch, run, word, code):
-    monkeypatch.setattr(verdict, "judge", lambda found: decision(word) if found.path == run.path else None)
-    done = runner.invoke(app, ["verdict", str(run.path)])
-    assert done.exit_code == code and f"Verdict: {word}. Because." in done.stdout
-
-
-def test_the_verdict_of_an_empty_run_is_inconclusive(run):
-    assert runner.invoke(app, ["verdict", str(run.path)]).exit_code == 4
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"schema_version": 99, "kind": "ceiling"}', "install a newer FlashCore"),
-        ('{"schema_version": 1, "kind": "ceil', None),
-    ],
-)
-def test_damaged_records_and_a_newer_schema(run, line, said):
-    run.append(Trial(kind="ceiling"))
-    with run.records_path.open("a") as file:
-        file.write(line)
-    done = runner.invoke(app, ["verdict", str(run.path)])
-    assert "Traceback" not in done.output
-    if said:
-        assert done.exit_code == 2 and said in done.stderr
-    else:
-        assert done.exit_code == 4 and "line 2" in done.stdout
 
 
 def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypatch):

@@ -41,6 +41,29 @@ class BackendUnavailable(FlashCoreError, RuntimeError):
         super().__init__(f"Backend '{backend}' is not available here: {reason}. To mend it: {fix}.")
 
 
+class JudgeTampered(FlashCoreError, RuntimeError):
+    """Something that FlashCore judges or times with was changed, or work goes on behind it; `names` says what."""
+
+    def __init__(self, backend: str | None, names: list[str], thread: str | None = None):
+        self.backend, self.names, self.thread = backend, list(names), thread
+        while_ = f"while '{backend}' ran" if backend else "before this backend was called"
+        what = ", ".join(self.names[:3]) + (f" and {len(self.names) - 3} more" if len(self.names) > 3 else "")
+        parts = [f"{what} {'was' if len(self.names) == 1 else 'were'} changed {while_}"] if self.names else []
+        parts += [f"a thread started by '{backend}' ({thread}) goes on after the call"] if thread else []
+        super().__init__(f"{' and '.join(parts)}, so what was measured there counts for nothing.")
+
+
+class WrongWhenTimed(FlashCoreError, RuntimeError):
+    """A backend gave other results in its timed calls than attention has.
+
+    `found` is the comparison that shows it, and `timing` what was measured all the same; either may be None.
+    """
+
+    def __init__(self, reason: str, found: object = None, timing: object = None):
+        self.reason, self.found, self.timing = reason, found, timing
+        super().__init__(f"What it returned while it was timed is wrong, so its speed counts for nothing: {reason}.")
+
+
 class CompileError(FlashCoreError):
     """NVRTC refused a kernel; `log` is its own text, with file and line of the kernel source."""
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flashcore import __version__
-from flashcore.cli import claims, compare, debug, lab, paging, printing, report, survey, verdict
+from flashcore.cli import claims, compare, debug, exploits, lab, paging, printing, report, survey, verdict
 from flashcore.cli.printing import console, errors, say
 from flashcore.errors import FlashCoreError
 from flashcore.paths import set_home
@@ -145,6 +145,7 @@ def doctor() -> None:
 report.add_to(app)
 verdict.add_to(app)
 debug.add_to(app)
+exploits.add_to(app)
 survey.add_to(app)
 paging.add_to(app)
 claims.add_to(app)

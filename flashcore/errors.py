@@ -53,6 +53,14 @@ class JudgeTampered(FlashCoreError, RuntimeError):
         super().__init__(f"{' and '.join(parts)}, so what was measured there counts for nothing.")
 
 
+class InvalidTiming(FlashCoreError, RuntimeError):
+    """A call took no time at all, so nothing ran."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+        super().__init__(f"The calls of '{backend}' took no time at all, so nothing ran in them.")
+
+
 class WrongWhenTimed(FlashCoreError, RuntimeError):
     """A backend gave other results in its timed calls than attention has.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flashcore.errors import WrongWhenTimed
+from flashcore.errors import InvalidTiming, WrongWhenTimed
 from flashcore.measure.proof import Proof
 from flashcore.numerics import ambient, instruments
 from flashcore.problem import Problem
@@ -115,6 +115,9 @@ def time_on_gpu(
 
     round_id = uuid.uuid4().hex[:12]
     for name, captured in graphs.items():
+        if statistics.median(samples[name]) <= 0:  # a graph without a kernel, shorter than the clock can tell
+            results[name] = InvalidTiming(name)
+            continue
         results[name] = summarise(
             samples[name], problem, method="graph_replay", round_id=round_id, l2=l2,
             launch_us=captured.launch_us, calls=captured.calls, input_sets=sets,
@@ -122,6 +125,8 @@ def time_on_gpu(
     if proof is not None:
         with torch.cuda.stream(stream):
             for name, captured in graphs.items():
+                if isinstance(results[name], Exception):
+                    continue
                 try:
                     _replay_proof(proof, name, captured, sets, stream)
                 except Exception as error:  # such as too little memory: what is not proved does not count

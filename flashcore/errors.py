@@ -5,6 +5,27 @@ A message is one or two sentences: what was wrong, and what to do about it.
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
+MOST_MEANT, CLOSE = 2, 0.7
+"""Names that a suggestion holds at most, and how much alike they have to be (`difflib`'s ratio, 1 for the same)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names what was probably meant, such as "Did you mean 'wmma'?"; empty where nothing is alike.
+
+    Capital letters do not count, and a name is also alike by its last part: `cudnn` means `sdpa-cudnn`.
+    """
+    meant: dict[str, str] = {}
+    for one in known:
+        for form in (one, re.split(r"[-_]", one)[-1], re.split(r"[-_]", one, maxsplit=1)[-1]):
+            meant.setdefault(form.lower(), one)
+    alike = difflib.get_close_matches(name.strip().lower(), meant, n=MOST_MEANT, cutoff=CLOSE)
+    found = dict.fromkeys(f"'{meant[form]}'" for form in alike)
+    return f"Did you mean {' or '.join(found)}?" if found else ""
+
 
 class FlashCoreError(Exception):
     """Base of every error raised on purpose; the command line prints it as one sentence."""
@@ -22,7 +43,8 @@ class UnknownName(FlashCoreError, LookupError):
 
     def __init__(self, what: str, name: str, known: list[str]):
         self.what, self.name, self.known = what, name, list(known)
-        super().__init__(f"There is no {what} '{name}'; choose one of: {', '.join(self.known) or '(none)'}.")
+        told = f"There is no {what} '{name}'; choose one of: {', '.join(self.known) or '(none)'}."
+        super().__init__(f"{told} {did_you_mean(name, self.known)}".rstrip())
 
 
 class Unsupported(FlashCoreError, ValueError):

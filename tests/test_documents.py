@@ -88,6 +88,18 @@ def test_these_tests_see_what_is_not_there():
     assert "flashcore.paging" in names_named(text)
 
 
+def test_the_snippets_of_the_readme_run_one_after_the_other_without_a_gpu(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert len(snippets) == 3 and names["lse"].shape == (1, 8, 512) and names["out"].shape == (2, 32, 1, 128)
+    assert "row_max" in capsys.readouterr().out
+
+
 def test_the_documents_name_enough_for_these_tests_to_mean_something():
     text = (ROOT / "docs/architecture.md").read_text()
     assert len(list(paths_named(text))) > 15 and len(list(names_named(text))) > 5

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import printing
+from flashcore.cli import completing, printing
 from flashcore.errors import RecordsError
 from flashcore.records import RunFolder
 
@@ -30,7 +30,10 @@ def claims(
     run: Annotated[
         str | None,
         typer.Option(
-            "--run", metavar="RUN", help="The run to compare with; left out, the latest, or the recorded one."
+            "--run",
+            metavar="RUN",
+            help="The run to compare with; left out, the latest, or the recorded one.",
+            autocompletion=completing.run,
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON lines, and nothing else.")] = False,

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import printing
+from flashcore.cli import completing, printing
 from flashcore.decision.compare import number
 from flashcore.problem import parse_problem
 
@@ -31,8 +31,12 @@ OutOption = Annotated[
 
 
 def compare(
-    run_a: Annotated[str, typer.Argument(metavar="RUN_A", help=f"The run before. {RUN_HELP}")],
-    run_b: Annotated[str, typer.Argument(metavar="RUN_B", help=f"The run now. {RUN_HELP}")] = "latest",
+    run_a: Annotated[
+        str, typer.Argument(metavar="RUN_A", help=f"The run before. {RUN_HELP}", autocompletion=completing.run)
+    ],
+    run_b: Annotated[
+        str, typer.Argument(metavar="RUN_B", help=f"The run now. {RUN_HELP}", autocompletion=completing.run)
+    ] = "latest",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3 on a regression, 4 when nothing of ours could be compared.")
     ] = False,
@@ -68,7 +72,10 @@ def trend(
     folder: Annotated[
         Path | None, typer.Argument(metavar="FOLDER", help="Folder that holds run folders.  [default: reports/runs]")
     ] = None,
-    problem: Annotated[str, typer.Option(help="A preset, or a label such as B=1,H=8,S=512,D=64.")] = "report",
+    problem: Annotated[
+        str,
+        typer.Option(help="A preset, or a label such as B=1,H=8,S=512,D=64.", autocompletion=completing.problem),
+    ] = "report",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a point, and no table.")] = False,
 ) -> None:
     """Show latency, TFLOPS and ratio of every backend over the runs of a folder, by date, for one problem.

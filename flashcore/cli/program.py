@@ -11,16 +11,27 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flashcore import __version__
-from flashcore.cli import claims, compare, debug, exploits, lab, paging, printing, report, survey, verdict
+from flashcore.cli import claims, compare, completing, debug, exploits, lab, paging, printing, report, survey, verdict
 from flashcore.cli.printing import console, errors, say
-from flashcore.errors import FlashCoreError
+from flashcore.errors import FlashCoreError, did_you_mean
 from flashcore.paths import set_home
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+_UsageError = typer.BadParameter.__bases__[0]
+"""Click's, which newer releases of typer bring themselves."""
 
 
 class _Group(TyperGroup):
     """Turns an error made on purpose into one sentence on stderr, without a traceback, and an exit code."""
+
+    def resolve_command(self, ctx, args):
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            hint = did_you_mean(args[0], self.list_commands(ctx)) if args else ""
+            if hint and "Did you mean" not in error.message:  # newer releases of typer ask it themselves
+                error.message = f"{error.message} {hint}"
+            raise
 
     def invoke(self, ctx):
         try:
@@ -40,7 +51,6 @@ app = typer.Typer(
     cls=_Group,
     help="Check, time and judge attention kernels for Hopper GPUs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -67,7 +77,12 @@ def _options(
 @app.command()
 def build(
     kernel: Annotated[
-        str | None, typer.Option("--kernel", help="Kernels to compile, separated by commas.  [default: all]")
+        str | None,
+        typer.Option(
+            "--kernel",
+            help="Kernels to compile, separated by commas.  [default: all]",
+            autocompletion=completing.kernels,
+        ),
     ] = None,
     cached: Annotated[
         bool, typer.Option("--cached", help="Show also the variants that were compiled before and are up to date.")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flashcore.cli import printing
+from flashcore.cli import completing, printing
 from flashcore.cli.report import OutOption, RunArgument
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 
@@ -23,7 +23,8 @@ def verdict(
     format_: Annotated[
         str | None,
         typer.Option("--format", metavar="FORMAT", help="text, json, markdown (ten lines for chat or a pull request), "
-                                                        "github (annotations) or junit.  [default: text]"),
+                                                        "github (annotations) or junit.  [default: text]",
+                     autocompletion=completing.format_),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     link: Annotated[

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import flashcore
+from flashcore.cli import program
 from flashcore.cli.program import app
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import device
@@ -51,6 +53,30 @@ def test_usage_errors_are_exit_code_2_without_a_traceback(tmp_path, arguments):
     assert done.exit_code == 2
     assert "Traceback" not in done.output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["verdct", "x"], "verdict"), (["report", "--backend", "wmm"], "wmma"),
+        (["report", "--problem", "latenci"], "latency"), (["bisect", "--backend", "cudnn"], "sdpa-cudnn"),
+        (["bisect", "--backend", "cpu", "--fault", "F88"], "F8"), (["verdict", "--format", "markdwon"], "markdown"),
+        (["bisect", "--backend", "cpu", "--pattern", "larg"], "large"),
+        (["bisect", "--backend", "cpu", "--problem", "B=1,hq=2"], "Hq"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_what_was_probably_meant_is_asked(arguments, meant):
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 2 and f"Did you mean '{meant}'" in done.output
+
+
+def test_the_question_is_asked_with_any_release_of_typer(monkeypatch):
+    group = typer.main.get_command(app)
+    monkeypatch.setattr(typer.core.TyperGroup, "resolve_command", lambda self, ctx, args: (_ for _ in ()).throw(
+        program._UsageError(f"No such command '{args[0]}'.")))  # fmt: skip
+    with pytest.raises(program._UsageError, match="No such command 'verdct'. Did you mean 'verdict'?"):
+        group.resolve_command(group.context_class(group), ["verdct"])
 
 
 def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):

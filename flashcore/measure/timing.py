@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import statistics
 import sys
 import time
@@ -72,9 +73,9 @@ def time_on_gpu(
     Parameters
     ----------
     proof
-        Over the buffers that the calls read. Each graph is then replayed once more, on other values, with its outputs
-        full of NaN: a graph runs no code of the host, so what it does then is what it did when it was timed. A backend
-        whose results are wrong gets the exception `WrongWhenTimed`.
+        Over the buffers that the calls read. Each graph is then replayed once more, on other values, with the outputs
+        of one call in it, drawn by lot, full of NaN: a graph runs no code of the host, so what it does then is what it
+        did when it was timed. A backend whose results are wrong gets the exception `WrongWhenTimed`.
 
     Returns
     -------
@@ -91,8 +92,9 @@ def time_on_gpu(
             with torch.cuda.stream(stream), instruments.watched(candidate.name):
                 graphs[candidate.name] = _capture(candidate.call, sets, stream)
         except Exception as error:  # whatever a backend raises is its result, and the others go on
-            torch.cuda.synchronize()
             results[candidate.name] = error
+        # On every stream: what a backend leaves running would slow down those that are timed with it.
+        torch.cuda.synchronize()
 
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     order = list(graphs)
@@ -137,15 +139,16 @@ def time_on_gpu(
 
 
 def _replay_proof(proof: Proof, name: str, captured: _Captured, sets: int, stream: torch.cuda.Stream) -> None:
-    """Replay a graph on values that it has not seen, and keep what its last call returns."""
-    number, turn = (captured.calls - 1) % sets, proof.next_turn()
-    proof.lay(turn, number)
+    """Replay a graph on values that it has not seen, and keep what one of its calls returns."""
+    turn = proof.next_turn()
+    for number in range(sets):  # all alike, so that it does not matter which call wrote last where several write
+        proof.lay(turn, number)
     for tensor in captured.results if isinstance(captured.results, tuple | list) else ():
         if type(tensor) is torch.Tensor and tensor.is_floating_point():
             tensor.fill_(math.nan)
     captured.graph.replay()
     stream.synchronize()
-    proof.take(name, turn, captured.results, number)
+    proof.take(name, turn, captured.results, captured.kept % sets)
 
 
 def _add_proof(results: dict[str, Timing | Exception], proof: Proof, candidates: Sequence[Candidate]) -> None:
@@ -249,7 +252,9 @@ class _Captured:
     launch_us: float
     """Host time of one eager call."""
     results: Any
-    """What the last call in it returned: tensors that each replay writes again."""
+    """What one call in it returned, drawn by lot: tensors that each replay writes again."""
+    kept: int
+    """The number of that call."""
 
 
 def _capture(call: Call, sets: int, stream: torch.cuda.Stream) -> _Captured:
@@ -276,12 +281,16 @@ def _capture(call: Call, sets: int, stream: torch.cuda.Stream) -> _Captured:
         calls = max(sets, calls // sets * sets)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for number in range(calls - 1):
-            call(number % sets)
-        results = call((calls - 1) % sets)
+        kept, results = secrets.randbelow(calls), None
+        for number in range(calls):
+            # The results of all other calls are dropped at once, so that each call writes where the one before it did.
+            if number == kept:
+                results = call(number % sets)
+            else:
+                call(number % sets)
     graph.replay()
     stream.synchronize()
-    return _Captured(graph, calls, estimate_us, launch_us, results)
+    return _Captured(graph, calls, estimate_us, launch_us, results, kept)
 
 
 instruments.trust(sys.modules[__name__], ("_clock", "_host_us", "summarise", "time_on_cpu", "time_on_gpu"))

@@ -21,7 +21,7 @@ from flashcore.errors import JudgeTampered
 
 _NOTHING = object()
 """Stands for a name that is not there."""
-CLOCKS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "time_ns")
+CLOCKS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns")
 TORCH = (
     "allclose", "argmax", "empty", "empty_like", "equal", "exp", "full_like", "isclose", "isfinite", "isnan", "log",
     "matmul", "rand", "randn", "softmax", "where", "zeros", "zeros_like",
@@ -47,14 +47,22 @@ _torch_is_kept = False
 def trust(owner: Any, names: Sequence[str], where: str = "") -> None:
     """Remember what these names of a module or a class stand for now; one that was remembered before stays as it was.
 
+    Only a module that trusts its own names while it is executed renews them, as when somebody reloads it.
+
     Parameters
     ----------
     where
         What the owner is called in a sentence; its own name when empty.
     """
     where = where or getattr(owner, "__qualname__", "") or owner.__name__
+    caller = sys._getframe(1)
+    renewed = caller.f_code.co_name == "<module>" and caller.f_globals is vars(owner)
     for name in names:
-        _kept.setdefault((id(owner), name), (owner, f"{where}.{name}", vars(owner).get(name, _NOTHING)))
+        kept = (owner, f"{where}.{name}", vars(owner).get(name, _NOTHING))
+        if renewed:
+            _kept[id(owner), name] = kept
+        else:
+            _kept.setdefault((id(owner), name), kept)
 
 
 def remember() -> None:

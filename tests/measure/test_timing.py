@@ -1,5 +1,6 @@
 """Timing: medians and spread by arithmetic, interleaving on the CPU, and graph replay on a GPU."""
 
+import contextlib
 import math
 import warnings
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ def test_candidates_on_the_cpu_are_interleaved_and_a_failure_stays_its_own(monke
     order, now = [], [0.0]
     monkeypatch.setattr(timing, "_clock", lambda: now[0])
     monkeypatch.setattr(timing.instruments, "_kept", {})
+    monkeypatch.setattr(timing.instruments, "_torch_is_kept", True)
 
     def call(name, seconds):
         def run(_):
@@ -99,11 +101,11 @@ class Empty(Graph):
     ],
 )  # fmt: skip
 def test_a_graph_is_replayed_once_more_on_values_that_it_has_not_seen(make, wrong):
-    """Emulated: the second of two input sets is what the last of six calls reads."""
+    """Emulated: the second of two input sets is what the fourth of six calls reads."""
     problem = square(1, 2, 128, 64)
     sets = [make_inputs(problem, seed=i) for i in range(2)]
     graph, proof = make(sets[1], problem), Proof(problem, sets)
-    captured = timing._Captured(graph, calls=6, estimate_us=1.0, launch_us=1.0, results=graph.results)
+    captured = timing._Captured(graph, calls=6, estimate_us=1.0, launch_us=1.0, results=graph.results, kept=3)
     stream = SimpleNamespace(synchronize=lambda: None)
     timing._replay_proof(proof, "x", captured, 2, stream)
     results = {"x": summarise([1.0, 2.0], problem, method="graph_replay", round_id="r", l2="rotating"),
@@ -114,6 +116,128 @@ def test_a_graph_is_replayed_once_more_on_values_that_it_has_not_seen(make, wron
         assert results["x"].proved and results["x"].proof_seed == proof.seed
     else:
         assert isinstance(results["x"], WrongWhenTimed) and wrong in str(results["x"])
+
+
+class Emulated:
+    """What timing asks of CUDA, on the CPU: a graph is a list of functions, and each call takes 50 µs."""
+
+    capturing: list | None = None
+    now_ms = 0.0
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+        def synchronize(self):
+            pass
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self, stream):
+            self.at = Emulated.now_ms
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class CUDAGraph:
+        def __init__(self):
+            self.nodes = []
+
+        def replay(self):
+            Emulated.now_ms += 0.001
+            for node in self.nodes:
+                node()
+
+    @classmethod
+    @contextlib.contextmanager
+    def graph(cls, graph, stream):
+        cls.capturing = graph.nodes
+        yield
+        cls.capturing = None
+
+    @classmethod
+    def launch(cls, kernel):
+        """Run now, or in each replay of the graph that is being captured."""
+        if cls.capturing is None:
+            kernel()
+        else:
+            cls.capturing.append(kernel)
+
+    @classmethod
+    def backend(cls, inputs, problem):
+        """Results in fresh tensors, which a kernel fills that takes 50 µs."""
+        q = inputs[0]
+        results = torch.empty_like(q), torch.empty(q.shape[:-1])
+
+        def kernel():
+            cls.now_ms += 0.05
+            for result, value in zip(results, backends.get("cpu").run(*inputs, problem), strict=True):
+                result.copy_(value)
+
+        cls.launch(kernel)
+        return results
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(timing.instruments, "_kept", {})  # CUDA is replaced here, and that is no cheating
+    monkeypatch.setattr(timing.instruments, "_torch_is_kept", True)
+    for name in ("Stream", "Event", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(Emulated, name))
+    for name, value in (("synchronize", lambda: None), ("current_stream", Emulated.Stream),
+                        ("stream", lambda stream: contextlib.nullcontext())):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return Emulated
+
+
+@pytest.mark.parametrize("sets", [1, 3])
+def test_the_whole_way_of_a_timing_on_a_gpu_emulated(emulated, sets):
+    problem = square(1, 2, 32, 16)
+    buffers = [make_inputs(problem, seed=i) for i in range(sets)]
+    memory, own = {}, emulated.backend(buffers[0], problem)
+
+    def honest(number):
+        return emulated.backend(buffers[number], problem)
+
+    def cached(number):
+        if number not in memory:
+            memory[number] = emulated.backend(buffers[number], problem)
+        return memory[number]
+
+    def one_buffer(number):
+        emulated.launch(lambda: [to.copy_(t) for to, t in zip(own, honest(number), strict=True)])
+        return own
+
+    def rarely(number):
+        memory["calls"] = memory.get("calls", 0) + 1
+        return honest(number) if emulated.capturing is None or memory["calls"] % 1000 == 0 else memory[number]
+
+    def slightly_off(number):
+        out, lse = honest(number)
+        emulated.launch(lambda: out.mul_(1.05))
+        return out, lse
+
+    def broken(number):
+        raise RuntimeError("no")
+
+    calls = [Candidate(one.__name__, one) for one in (honest, cached, one_buffer, rarely, slightly_off, broken)]
+    found = time_on_gpu(calls, problem, sets=sets, rounds=3, proof=Proof(problem, buffers))
+    assert found["honest"].proved and found["honest"].latency_us == pytest.approx(50, rel=0.01)
+    assert found["honest"].calls % sets == 0 and found["one_buffer"].proved
+    for name in ("cached", "rarely", "slightly_off"):
+        assert isinstance(found[name], WrongWhenTimed), name
+    assert "NaN" in str(found["cached"]) and "(0 NaN" in str(found["slightly_off"])
+    assert isinstance(found["broken"], RuntimeError)
+    without = time_on_gpu(calls[:2], problem, sets=sets, rounds=3)
+    assert without["cached"].latency_us < 1 and "proved" not in without["cached"].model_dump()
+
+
+def test_calls_that_take_no_time_at_all_are_no_timing(emulated, monkeypatch):
+    monkeypatch.setattr(emulated.CUDAGraph, "replay", lambda self: None)
+    found = time_on_gpu([Candidate("nothing", lambda number: None)], SMALL, rounds=3)
+    assert isinstance(found["nothing"], InvalidTiming)
 
 
 @pytest.mark.gpu

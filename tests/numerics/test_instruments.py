@@ -48,10 +48,10 @@ def test_a_change_is_named_and_put_back(owner, name):
 
 
 def test_what_was_changed_before_is_not_laid_at_the_backend(monkeypatch):
-    monkeypatch.setattr(time, "time_ns", lie)
+    monkeypatch.setattr(time, "monotonic_ns", lie)
     with pytest.raises(JudgeTampered, match="before this backend was called") as raised, watched("innocent"):
         pytest.fail("it is not even called")
-    assert raised.value.backend is None and time.time_ns is not lie
+    assert raised.value.backend is None and time.monotonic_ns is not lie
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,17 @@ def test_a_name_is_trusted_as_it_was_first_and_one_that_was_not_there_is_taken_a
     assert instruments.changed() == ["toy.there", "toy.not_there"]
     instruments.put_back()
     assert module.there is len and not hasattr(module, "not_there")
+
+
+def test_a_module_that_is_reloaded_renews_its_own_names(monkeypatch):
+    monkeypatch.setattr(instruments, "_kept", {})
+    module = ModuleType("toy")
+    body = "from flashcore.numerics import instruments\ndef judge(): pass\ninstruments.trust(me, ('judge',))"
+    module.me = module
+    exec(body, vars(module))
+    first = module.judge
+    exec(body, vars(module))
+    assert module.judge is not first and instruments.changed() == []
 
 
 @pytest.mark.slow

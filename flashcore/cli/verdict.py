@@ -46,7 +46,9 @@ def verdict(
         if link:
             printing.say(f"Page: {escape(link)}")
     else:
-        sys.stdout.write(formats.FORMATS[chosen](decision, run=found.name, link=link))
+        page = found.path / "report.html"
+        lies = printing.shown(page) if page.is_file() else None
+        sys.stdout.write(formats.FORMATS[chosen](decision, run=found.name, link=link, page=lies))
     raise typer.Exit(decision.exit_code)
 
 

@@ -32,7 +32,7 @@ LABEL_COLOUR = "#3d444d"
 # ---------------------------------------------------------------------------------------------------- facts
 
 
-def facts(decision: Decision, *, run: str, link: str | None = None) -> dict[str, Any]:
+def facts(decision: Decision, *, run: str, link: str | None = None, page: str | None = None) -> dict[str, Any]:
     """A decision as plain data that JSON can hold: the schema that `docs/ci.md` explains.
 
     Parameters
@@ -41,6 +41,8 @@ def facts(decision: Decision, *, run: str, link: str | None = None) -> dict[str,
         The run's id.
     link
         Where its page can be read (see `checked_link`); None where nobody said.
+    page
+        Where the page lies, as a path; None where there is none.
     """
     evidence = decision.based_on
     environment = evidence.environment if evidence else {}
@@ -62,6 +64,7 @@ def facts(decision: Decision, *, run: str, link: str | None = None) -> dict[str,
         "ratio_to_best_peer": None if ratio is None else _gate(ratio),
         "gates": [_gate(gate) for gate in decision.gates],
         "link": link,
+        "page": page,
     })  # fmt: skip
 
 
@@ -196,9 +199,9 @@ def _run_words(found: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------- formats
 
 
-def as_json(decision: Decision, *, run: str, link: str | None = None) -> str:
+def as_json(decision: Decision, *, run: str, link: str | None = None, page: str | None = None) -> str:
     """The facts as one JSON object; strict JSON, so that every reader takes it."""
-    found = facts(decision, run=run, link=link)
+    found = facts(decision, run=run, link=link, page=page)
     return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -220,10 +223,10 @@ def _escaped_mark(found: re.Match) -> str:
     return f"{found[0][:-1]}\\{found[0][-1]}"  # 1. is escaped at its point
 
 
-def markdown(decision: Decision, *, run: str, link: str | None = None) -> str:
+def markdown(decision: Decision, *, run: str, link: str | None = None, page: str | None = None) -> str:
     """Ten lines for a chat, a mail or a pull request: verdict, reason, ratio, gates, evidence, run and link."""
-    found = facts(decision, run=run, link=link)
-    page = f"[{_markdown(link)}]({link})" if link else f"`flashcore render` draws it from the run {_markdown(run)}"
+    found = facts(decision, run=run, link=link, page=page)
+    where = f"[{_markdown(link)}]({link})" if link else _markdown(page or "none yet; 'flashcore render' draws it")
     would = decision.stored or decision.flip or decision.recommendation or "not known"
     lines = [
         f"**FlashCore: {decision.verdict}**",
@@ -235,7 +238,7 @@ def markdown(decision: Decision, *, run: str, link: str | None = None) -> str:
         f"- What would change it: {_markdown(would)}",
         f"- Evidence: {_markdown(_measured_on(decision))}",
         f"- Run: {_markdown(_run_words(found))}",
-        f"- Page: {page}",
+        f"- Page: {where}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -254,13 +257,13 @@ def _property(text: str) -> str:
 LEVELS = {"GO": "notice", "NO-GO": "error", "INCONCLUSIVE": "warning", "PASS": "notice", "FAIL": "error"}
 
 
-def github(decision: Decision, *, run: str, link: str | None = None) -> str:
+def github(decision: Decision, *, run: str, link: str | None = None, page: str | None = None) -> str:
     """Workflow commands that GitHub shows as annotations: the verdict, then each gate that did not pass.
 
     GitHub takes a line that begins with ``::`` as a command, so each line here is one, and what is in it is escaped.
     """
     said = f"{decision.reason}\nAgainst the best peer: {_ratio_words(decision)}.\n{_measured_on(decision)}\nRun: {run}"
-    said += f"\nPage: {link}" if link else ""
+    said += f"\nPage: {link or page}" if link or page else ""
     lines = [f"::{LEVELS[decision.verdict]} title={_property(f'FlashCore: {decision.verdict}')}::{_data(said)}"]
     for gate in sorted((g for g in decision.gates if g.state != "PASS"), key=lambda g: not g.required):
         level = LEVELS[gate.state] if gate.required else "notice"
@@ -275,14 +278,14 @@ def _xml(text: str) -> str:
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(text))
 
 
-def junit(decision: Decision, *, run: str, link: str | None = None) -> str:
+def junit(decision: Decision, *, run: str, link: str | None = None, page: str | None = None) -> str:
     """JUnit's XML: a test case for the verdict and one for each gate.
 
     FAIL is a `failure` and INCONCLUSIVE an `error`. A gate that is not required is `skipped` where it did not pass, so
     that what decides nothing turns nothing red. Letters beyond ASCII are written as references, which holds in whatever
     encoding the output is.
     """
-    found = facts(decision, run=run, link=link)
+    found = facts(decision, run=run, link=link, page=page)
     cases = [("flashcore.verdict", f"the verdict is {decision.verdict}", True,
               {"GO": "PASS", "NO-GO": "FAIL"}.get(decision.verdict, "INCONCLUSIVE"), decision.reason)]  # fmt: skip
     cases += [("flashcore.gates", f"{g.id}: {g.title}", g.required, g.state, g.reason) for g in decision.gates]
@@ -294,7 +297,7 @@ def junit(decision: Decision, *, run: str, link: str | None = None) -> str:
     suite = ElementTree.SubElement(root, "testsuite", name="FlashCore verdict", time="0", **counts)
     properties = ElementTree.SubElement(suite, "properties")
     told = {"run": run, "commit": found["evidence"]["commit"], "gpu": found["evidence"]["gpu"],
-            "evidence": _measured_on(decision), "ratio_to_best_peer": _ratio_words(decision), "page": link}  # fmt: skip
+            "evidence": _measured_on(decision), "ratio_to_best_peer": _ratio_words(decision), "page": link or page}  # fmt: skip
     for name, value in told.items():
         if value:
             ElementTree.SubElement(properties, "property", name=name, value=_xml(value))
@@ -354,4 +357,4 @@ def badge(decision: Decision, *, run: str) -> str:
 
 Writer = Callable[..., str]
 FORMATS: dict[str, Writer] = {"json": as_json, "markdown": markdown, "github": github, "junit": junit}
-"""What writes a decision in each format; each takes the decision, `run` and `link`."""
+"""What writes a decision in each format; each takes the decision, `run`, `link` and `page`."""

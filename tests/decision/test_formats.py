@@ -105,6 +105,14 @@ def test_the_recommended_option_answers_for_the_ratio():
     assert found["ratio_to_best_peer"]["value"] > 1
 
 
+def test_without_a_link_the_page_is_told_by_its_path_and_without_a_page_what_draws_it():
+    found = text("markdown", decision(), page="runs/a_b/report.html").splitlines()
+    assert found[-1] == r"- Page: runs/a\_b/report.html" and len(found) == 10
+    assert "'flashcore render' draws it" in text("markdown", decision())
+    assert json.loads(text("json", decision(), page="p"))["page"] == "p"
+    assert "Page: p" in text("github", decision(), page="p") and 'value="p"' in text("junit", decision(), page="p")
+
+
 def test_markdown_is_ten_lines_and_nothing_in_it_formats_calls_or_opens():
     found = text("markdown", nasty(), link="a/b_c.html")
     assert len(found.split("\n")) == 11 and found.endswith("\n")

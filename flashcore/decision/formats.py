@@ -297,7 +297,8 @@ def junit(decision: Decision, *, run: str, link: str | None = None, page: str | 
     suite = ElementTree.SubElement(root, "testsuite", name="FlashCore verdict", time="0", **counts)
     properties = ElementTree.SubElement(suite, "properties")
     told = {"run": run, "commit": found["evidence"]["commit"], "gpu": found["evidence"]["gpu"],
-            "evidence": _measured_on(decision), "ratio_to_best_peer": _ratio_words(decision), "page": link or page}  # fmt: skip
+            "evidence": _measured_on(decision), "ratio_to_best_peer": _ratio_words(decision),
+            "page": link or page}  # fmt: skip
     for name, value in told.items():
         if value:
             ElementTree.SubElement(properties, "property", name=name, value=_xml(value))

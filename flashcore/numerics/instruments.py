@@ -38,6 +38,7 @@ _INSTALLED = tuple(
     os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 _OURS = str(Path(__file__).resolve().parent.parent) + os.sep
+_JUDGES = f"{_OURS}measure{os.sep}"
 
 _kept: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 """By owner and name: the owner, the name in words, and what it stood for. The owners live as long as the process."""
@@ -120,17 +121,19 @@ def _settings() -> dict[str, Any]:
 def _working_behind(before: set[threading.Thread]) -> list[str]:
     """Names of threads that run now, did not run before, and run code of somebody's own.
 
-    What an installed package starts for itself, such as a pool that compiles, is not meant.
+    What an installed package starts for itself, such as a pool that compiles, is not meant; nor is another judge, where
+    somebody checks backends in several threads.
     """
     found = []
     for thread in threading.enumerate():
         frame = sys._current_frames().get(thread.ident) if thread not in before else None
+        paths = []
         while frame is not None:
-            path = os.path.realpath(frame.f_code.co_filename)
-            if not path.startswith(_INSTALLED) or path.startswith(_OURS):
-                found.append(thread.name)
-                break
+            paths.append(os.path.realpath(frame.f_code.co_filename))
             frame = frame.f_back
+        own = any(not path.startswith(_INSTALLED) or path.startswith(_OURS) for path in paths)
+        if own and not any(path.startswith(_JUDGES) for path in paths):
+            found.append(thread.name)
     return found
 
 

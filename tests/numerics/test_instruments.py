@@ -86,6 +86,16 @@ def test_a_thread_of_its_own_is_a_finding_and_one_of_a_package_is_not():
     thread.join()
 
 
+def test_backends_that_are_judged_in_several_threads_accuse_nobody():
+    from flashcore.measure.check import check_attention
+    from flashcore.problem import square
+
+    problem = square(1, 2, 64, 16)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: check_attention("cpu", problem, seed=seed), range(12)))
+    assert {trial.status for trial in found} == {"ok"}, [trial.reason for trial in found]
+
+
 def test_a_thread_that_has_ended_is_none():
     with watched("honest"):
         thread = threading.Thread(target=lambda: None)

@@ -35,7 +35,7 @@ MARK = b"\xef\xbb\xbf"
 
 Kind = Literal[
     "ceiling", "build", "correctness", "attention_timing", "bisection", "fault", "gemm_candidate", "paging",
-    "sanitizer", "claim", "verdict", "notebook", "diagnosis",
+    "sanitizer", "claim", "verdict", "notebook", "exploit", "diagnosis",
 ]  # fmt: skip
 Status = Literal["ok", "failed", "error", "unsupported", "unavailable"]
 

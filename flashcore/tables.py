@@ -147,6 +147,32 @@ def faults_sentence(trials: Iterable[Trial]) -> str:
     return "; ".join(parts) or "no fault was planted"
 
 
+def exploits_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row an exploit and the place where it was played: how it cheats, what caught it, and what the judge said."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind == "exploit":
+            data = trial.data
+            rows.append({
+                "exploit": str(data.get("exploit", "")), "what it does": f"{data.get('title')}: it {data.get('how')}",
+                "played on": str(data.get("place", "")), "outcome": str(data.get("outcome", "")),
+                "caught by": str(data.get("by") or "nothing"), "what the judge said": str(data.get("said", "")),
+            })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def exploits_sentence(trials: Iterable[Trial]) -> str:
+    """How many exploits were planted and caught, and which were not, as one line."""
+    tried = [t for t in trials if t.kind == "exploit" and t.status != "unavailable"]
+    if not tried:
+        return "no exploit was planted"
+    missed = [f"{t.data.get('exploit')} on {t.data.get('place')}" for t in tried if t.status != "ok"]
+    count = f"{len(tried) - len(missed)} of {len(tried)} were caught by what should catch them"
+    return f"{count}; these got through: {', '.join(missed)}" if missed else count
+
+
 def clean_runs_table(trials: Iterable[Trial]) -> pandas.DataFrame:
     """One row a backend: runs with nothing planted, and how many of them raised an alarm."""
     import pandas

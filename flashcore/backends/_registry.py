@@ -11,8 +11,9 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from flashcore.backends._contract import Backend
+from flashcore.backends._contract import COMPUTES, Backend
 from flashcore.errors import FlashCoreError, UnknownName
+from flashcore.numerics import instruments
 from flashcore.paths import plugin_folders
 
 _REGISTRY: dict[str, Backend] = {}
@@ -25,6 +26,9 @@ def register(cls: type[Backend]) -> type[Backend]:
     if known is not None and type(known).__qualname__ != cls.__qualname__:
         raise FlashCoreError(f"Two backends are called '{cls.id}'; give the newer one another id.")
     _REGISTRY[cls.id] = cls()
+    for base in cls.__mro__:
+        if issubclass(base, Backend):
+            instruments.trust(base, COMPUTES)
     return cls
 
 
@@ -33,6 +37,7 @@ def _discover() -> None:
         if not info.name.startswith("_"):
             importlib.import_module(f"{__package__}.{info.name}")
     for folder in plugin_folders():
+        instruments.remember()  # what judges, as it is before code of somebody else's runs
         for path in sorted(folder.glob("*.py")):
             if str(path) not in _discovered:
                 _discovered.add(str(path))

@@ -231,8 +231,9 @@ class _Peeling:
         off = (~((counts / usual - 1).abs() < 0.01)) & seen
         place = self._place(off.flatten().to(torch.uint8).argmax().item(), counts.shape)
         one = float((counts / usual).flatten()[off.flatten().to(torch.uint8).argmax()])
-        return Suspicion(("scores", "probs", "accum"), f"{int(off.sum()):,} of {int(seen.sum()):,} keys get another "
-                         f"weight than the keys of equal score beside them, the first {one:.3g} times", place)  # fmt: skip
+        words = (f"{int(off.sum()):,} of {int(seen.sum()):,} keys have another weight than the keys of equal score beside "
+                 f"them, the first {one:.3g} times theirs")  # fmt: skip
+        return Suspicion(("scores", "probs", "accum"), words, place)
 
     def phantoms(self) -> str | None:
         if self.state.extra is not None or self.state.counts is not None:

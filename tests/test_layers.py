@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import subprocess
@@ -40,6 +41,7 @@ def place(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@functools.cache
 def imports(text: str, *, typing_too: bool = False) -> list[tuple[str, str]]:
     """(module, name) of each import of ours in a source; the name is empty where a whole module is meant.
 

@@ -6,6 +6,7 @@ emulation reads and writes memory at the addresses that cuBLASLt and the kernel 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -87,17 +88,24 @@ def test_a_wrong_host_side_argument_is_found_at_its_stage(name):
     fault = catalogue.get(name)
     for backend in ("cublaslt", "cublaslt-batched"):
         methods = dict(fault.plants[backend].methods)
-        clean = type("Clean", (Emulated, type(backends.get(backend))), {"pages_of": methods["pages_of"]})()
-        planted = type("Planted", (type(clean),), methods)()
-        q, k, v = make_inputs(fault.problem, seed=0)
-        room = torch.randn(4 * k.numel(), dtype=torch.float16)
-        k = room[: k.numel()].view(k.shape).copy_(k)
-        assert bisected(clean, q, k, v, fault.problem).passed, "the clean run has to be silent"
-        found = bisected(planted, q, k, v, fault.problem)
+        clean = clean_class(backend, methods["pages_of"])
+        assert bisected(clean, fault.problem).passed, "the clean run has to be silent"
+        found = bisected(type("Planted", (clean,), methods), fault.problem)
         assert found.producers[:1] == [fault.stage], f"{name} in {backend}: {found.finding()}"
 
 
-def bisected(backend, q, k, v, problem):
+@functools.cache
+def clean_class(backend: str, pages_of: int | None) -> type:
+    return type("Clean", (Emulated, type(backends.get(backend))), {"pages_of": pages_of})
+
+
+@functools.cache
+def bisected(kind: type, problem: Problem):
+    """The bisection of a backend of this class; bugs of one problem share what is right beside them."""
+    backend = kind()
+    q, k, v = make_inputs(problem, seed=0)
+    room = torch.randn(4 * k.numel(), dtype=torch.float16)
+    k = room[: k.numel()].view(k.shape).copy_(k)
     with poisoned_outputs():
         trace = backend.trace(q, k, v, problem)
         out, lse = backend.run(q, k, v, problem)

@@ -24,6 +24,15 @@ from flashcore.numerics.inputs import PATTERNS, make_inputs
 from flashcore.numerics.reference import contiguous, interleaved
 from flashcore.problem import Problem
 
+PROBLEMS = {"causal": CAUSAL, "empty rows": EMPTY_ROWS}
+EVERY_CHAINS = {
+    "two, interleaved": lambda n: interleaved(n, 2),
+    "six, interleaved": lambda n: interleaved(n, 6),
+    "two, contiguous": lambda n: contiguous(n, 2),
+    "four, contiguous": lambda n: contiguous(n, 4),
+    "of odd lengths": lambda n: (-1, 0, -1, 1, 2, -1),
+}
+
 
 def roles(result):
     return {row.stage: row.role for row in result.stages}
@@ -53,16 +62,12 @@ def test_no_false_alarm(pattern, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", [CAUSAL, EMPTY_ROWS], ids=["causal", "empty rows"])
-@pytest.mark.parametrize("make_chains", [
-    lambda n: interleaved(n, 2), lambda n: interleaved(n, 6), lambda n: contiguous(n, 2), lambda n: contiguous(n, 4),
-    lambda n: (-1, 0, -1, 1, 2, -1),
-])  # fmt: skip
-def test_the_error_of_right_maths_stays_under_half_of_every_bound(problem, make_chains):
+@pytest.mark.parametrize(("problem", "chains"), sampled(itertools.product(PROBLEMS, EVERY_CHAINS)))
+def test_the_error_of_right_maths_stays_under_half_of_every_bound(problem, chains):
     """Whole chains see no key of the first rows here. The bounds are twice an error model, and the model holds."""
     for pattern in PATTERNS:
         for dtype in DTYPES:
-            result = bisect(SplitCpu(make_chains), problem.with_(dtype=dtype), pattern=pattern)
+            result = bisect(SplitCpu(EVERY_CHAINS[chains]), PROBLEMS[problem].with_(dtype=dtype), pattern=pattern)
             assert result.passed, (pattern, dtype, result.finding())
             for row in result.stages:
                 for judgement in (row.local, row.overall):
@@ -129,7 +134,6 @@ class ReferenceNotReset(SplitCpu):
 
 LEGAL = (CombinesByLse, ZeroWhenIdle, WholeRowsMaximum, StaysBehind, ReferenceNotReset)
 CHAINS = {"interleaved": lambda n: interleaved(n, 3), "contiguous": lambda n: contiguous(n, 2)}
-PROBLEMS = {"causal": CAUSAL, "empty rows": EMPTY_ROWS}
 
 
 @pytest.mark.parametrize(

@@ -439,14 +439,17 @@ class _Seen:
 
     def __init__(self):
         self._first: dict[str | None, Trial] = {}
-        self._more: dict[str | None, set[str]] = {}  # by time, where several records share one
+        self._others: dict[tuple[str | None, str | None], Trial] = {}  # of the time of a first one, by time and id
+        self._more: dict[tuple[str | None, str | None], set[str]] = {}  # where several records share time and id
 
     def is_new(self, trial: Trial) -> bool:
         when = trial.time
         first = self._first.setdefault(when, trial)
+        if first is not trial and first.id != trial.id:
+            first = self._others.setdefault((when, trial.id), trial)
         if first is trial:
             return True
-        known = self._more.setdefault(when, {self._content(first)})
+        known = self._more.setdefault((when, trial.id), {self._content(first)})
         content = self._content(trial)
         if content in known:
             return False

@@ -5,6 +5,7 @@ A module puts a backend into it by decorating a `Backend` subclass with `registe
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -32,10 +33,15 @@ def register(cls: type[Backend]) -> type[Backend]:
     return cls
 
 
-def _discover() -> None:
+@functools.cache  # a plug-in may come later; our own folder stays as it is
+def _import_our_own() -> None:
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not info.name.startswith("_"):
             importlib.import_module(f"{__package__}.{info.name}")
+
+
+def _discover() -> None:
+    _import_our_own()
     for folder in plugin_folders():
         instruments.remember()  # what judges, as it is before code of somebody else's runs
         for path in sorted(folder.glob("*.py")):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 
 import pytest
 from support import synthetic_records as synthetic
+from support.sampling import sampled
 
 from flashcore.decision import seal, verdict
 from flashcore.decision.gates import Gates, load_gates
@@ -209,8 +211,10 @@ def test_an_edit_is_named(run, what):
     assert "does not hold" in trials.sentence
 
 
-@pytest.mark.parametrize("what", [what for what, (part, _) in EDITS.items() if part in seal.EVIDENCE])
-@pytest.mark.parametrize("before", ["GO", "NO-GO"])
+@pytest.mark.parametrize(
+    ("what", "before"),  # each edit of one of the two runs
+    sampled(itertools.product((w for w, (part, _) in EDITS.items() if part in seal.EVIDENCE), ["GO", "NO-GO"])),
+)
 def test_a_run_whose_evidence_was_edited_is_never_go(good, bad, tmp_path, before, what):
     run = RunFolder(shutil.copytree((good if before == "GO" else bad).path, tmp_path / "run"))
     EDITS[what][1](run)

@@ -30,6 +30,8 @@ from flashcore.paths import absolute, partial_path
 from flashcore.problem import Problem
 
 SCHEMA_VERSION = 1
+MOST_FLOPS = 10**30
+"""Of a problem that was measured: the fastest machine would take a hundred thousand years."""
 MARK = b"\xef\xbb\xbf"
 """A byte-order mark, which some editors put before a text, and `cat` between two."""
 
@@ -490,9 +492,6 @@ class _Plan:
         for name, factory in self.factories:
             if name not in content:
                 content[name] = factory()
-        for name, words in self.words:
-            if content.get(name) not in words:
-                return None
         for name, usual in self.bound:
             if content[name] != usual:
                 return None
@@ -502,6 +501,9 @@ class _Plan:
             if type(value) not in types:
                 return None
             put(made, name, value)
+        for name, words in self.words:  # after the types, since a list or a dict is in no set
+            if content[name] not in words:
+                return None
         for name in self.floats:
             if not {float}.issuperset(map(type, content[name])):
                 return None
@@ -578,6 +580,13 @@ class _Parts:
         try:
             return self._problems[key]
         except KeyError:
-            return self._problems.setdefault(key, Problem(**fields))
+            return self._problems.setdefault(key, _measurable(Problem(**fields)))
         except TypeError:  # a value that is a list or a dict: no problem has one
             return Problem(**fields)
+
+
+def _measurable(problem: Problem) -> Problem:
+    """The problem, if anybody can have measured it; others would overflow whatever reckons with their work."""
+    if problem.flops() > MOST_FLOPS:
+        raise InvalidProblem("The problem is larger than anything that a machine computes.")
+    return problem

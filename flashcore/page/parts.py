@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +51,3 @@ def signed(value: float, digits: int | None = None) -> str:
 def short(unit: str) -> str:
     """The unit as it stands behind a figure: a share of whatever is a percentage."""
     return "%" if unit.startswith("%") else unit
-
-
-def is_figure(value: Any) -> bool:
-    """Whether a value from a record is a number that can be shown."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

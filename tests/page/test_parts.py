@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from flashcore.page.parts import fold, frame_html, is_figure, short, signed
+from flashcore.page.parts import fold, frame_html, short, signed
 
 
 def test_backends_keep_their_names_and_counts_have_thousands():
@@ -49,11 +47,3 @@ def test_a_difference_has_its_sign(value, digits, text):
 @pytest.mark.parametrize(("unit", "text"), [("% of checks", "%"), ("%", "%"), ("TFLOPS", "TFLOPS"), ("", "")])
 def test_a_share_of_whatever_is_a_percentage(unit, text):
     assert short(unit) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "can"), [(3, True), (2.5, True), (True, False), ("3", False), (None, False), (math.nan, False),
-                       (math.inf, False)]
-)  # fmt: skip
-def test_a_figure_is_a_number_that_can_be_shown(value, can):
-    assert is_figure(value) is can

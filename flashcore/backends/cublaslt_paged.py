@@ -13,7 +13,7 @@ from flashcore.backends.cublaslt import LARGEST_PAGE, CublasLt, takeable
 from flashcore.errors import PageTableError
 from flashcore.gpu.launching import outputs_for
 from flashcore.numerics.reference import STAGES, Trace
-from flashcore.paging import PAGE_SIZES, PagedKV, paginate
+from flashcore.paging import PAGE_SIZES, PagedKV, among_others
 from flashcore.problem import Problem
 
 
@@ -47,7 +47,8 @@ class CublasLtPaged(OverPages, CublasLt):
     def run(self, q, k, v, problem: Problem, page_table=None):
         if page_table is not None:
             return super().run(q, k, v, problem, page_table)
-        return self.run_paged(q, paginate(k, v, problem.page_size), problem)
+        out, lse = self.run_paged(*among_others(q, k, v, problem))
+        return out[1:], lse[1:]
 
     def run_paged(self, q, cache: PagedKV, problem: Problem, selection=None):
         out, lse = outputs_for(q)
@@ -60,12 +61,12 @@ class CublasLtPaged(OverPages, CublasLt):
     def trace(self, q, k, v, problem: Problem, page_table=None) -> Trace:
         if page_table is not None:
             return super().trace(q, k, v, problem, page_table)
-        cache = paginate(k, v, problem.page_size)
+        q, cache, problem = among_others(q, k, v, problem)
         (k, k_apart), (v, v_apart) = _as_one(cache.k_pool), _as_one(cache.v_pool)
         traces = [
             self._trace(q[row : row + 1], k, v, part, cache.page_size, pages)
             for row, (part, pages) in enumerate(self._sequences(cache, problem, k_apart, v_apart))
-        ]
+        ][1:]
         stages = {stage: torch.cat([getattr(trace, stage) for trace in traces]) for stage in STAGES}
         return replace(traces[0], **stages)
 

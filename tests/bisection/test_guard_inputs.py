@@ -12,6 +12,7 @@ import torch
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
 from flashcore.bisection import bisect
+from flashcore.measure import check
 from flashcore.measure.check import check_attention
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import LAYOUTS, PATTERNS, make_inputs
@@ -140,6 +141,16 @@ def test_tensors_lie_apart(dtype):
     assert inspect.signature(bisect).parameters["layout"].default == "apart"
 
 
+def test_the_quick_matrix_has_scales_of_every_kind():
+    problems = check.check_problems("quick", gpu=False)
+    for takes in (lambda p: p.seqlen_q <= 8, lambda p: p.seqlen_q > 8):
+        some = [p for p in problems if takes(p)]
+        assert any(p.scale < 0 for p in some)
+        q, k, _ = make_inputs(max(some, key=lambda p: p.scale))
+        assert float((max(p.scale for p in some) * q.float() @ k.float().mT.repeat_interleave(
+            q.shape[1] // k.shape[1], dim=1)).abs().max()) > 100  # fmt: skip
+
+
 def test_every_backend_of_ours_takes_a_scale_below_zero():
     for backend in backends.all_backends():
         if backend.role == "ours":
@@ -162,3 +173,12 @@ def test_our_kernels_are_right_on_the_inputs_that_guards_are_for(name, dtype, pa
             assert found.passed, (problem.label(), found.finding())
             trial = check_attention(backend, problem.with_(seqlen_k=1100), pattern=pattern)
             assert trial.status == "ok", trial.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", check.check_problems("quick", gpu=True)[-4:], ids=lambda p: p.label())
+def test_our_kernels_are_right_at_scales_of_every_kind(problem):
+    for backend in backends.all_backends():
+        if backend.role == "ours" and backend.device == "cuda" and backend.why_not(problem) is None:
+            trial = check_attention(backend, problem)
+            assert trial.status == "ok", (backend.id, trial.reason)

@@ -12,6 +12,7 @@ import torch
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
 from flashcore.bisection import bisect
+from flashcore.faults import catalogue
 from flashcore.measure import check
 from flashcore.measure.check import check_attention
 from flashcore.numerics import reference
@@ -139,6 +140,12 @@ def test_tensors_lie_apart(dtype):
     assert len({t.stride() for t in apart}) == 3 and "apart" in LAYOUTS
     assert all(step * t.element_size() % 16 == 0 for t in apart for step in t.stride()[:3])
     assert inspect.signature(bisect).parameters["layout"].default == "apart"
+
+
+def test_v_by_the_strides_of_k_is_found_where_they_lie_apart():
+    planted = catalogue.get("G50").plant("cpu")
+    assert bisect(planted, PLAIN).producers[0] == "accum"
+    assert bisect(planted, PLAIN, layout="bhsd").passed, "which inputs that lie alike let pass"
 
 
 def test_the_quick_matrix_has_scales_of_every_kind():

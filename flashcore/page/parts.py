@@ -1,8 +1,10 @@
-"""Small pieces that the page's modules share: folded content, tables from data frames, signed figures."""
+"""Small pieces that the page's modules share: folded content, tables from data frames, parts that stand alone."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
@@ -14,9 +16,33 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+MOST_OF_A_CAUSE = 200
+"""Letters of what a foreign error says that fit into a sentence."""
+
+
 def fold(summary: str, content: str) -> str:
     """Content that shows only its summary until the reader asks for it."""
     return f'<details class="fc-fold inline"><summary>{escape(summary)}</summary>{content}</details>'
+
+
+def drawn(what: str, draw: Callable[[], str]) -> str:
+    """One part of the page, or a sentence on why there is none: a record that makes no sense costs no other part.
+
+    Parameters
+    ----------
+    what
+        Names the part in that sentence.
+    draw
+        Makes the part's HTML.
+    """
+    try:
+        return draw()
+    except Exception as error:  # whatever a view meets first in a record that holds something else than it should
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_OF_A_CAUSE]
+        return html_tables.nothing(
+            f"{what} could not be drawn from these records ({cause}, {Path(at.filename).name}, line {at.lineno})."
+        )
 
 
 def frame_html(frame: DataFrame, caption: str, *, ids: Collection[str | None] = ()) -> str:

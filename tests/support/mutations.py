@@ -84,7 +84,8 @@ def value_changed(rng: random.Random, whole: Any) -> tuple[str, Any, str | None]
     return f"{where}: twice", whole, None
 
 
-def _written(value: Any, raw: str | None, **options) -> bytes:
+def written(value: Any, raw: str | None, **options) -> bytes:
+    """A value that `value_changed` gave, as JSON."""
     text = json.dumps(value, **options)
     return (text if raw is None else text.replace('"@raw"', raw)).encode()
 
@@ -166,7 +167,7 @@ def lines_changed(rng: random.Random, content: bytes) -> Change:
         how = f"line {at} joined with the next"
     else:
         what, value, raw = value_changed(rng, json.loads(lines[at]))
-        lines[at] = _written(value, raw)
+        lines[at] = written(value, raw)
         how = f"line {at}: {what}"
     return how, b"".join(line + b"\n" for line in lines)
 
@@ -174,7 +175,7 @@ def lines_changed(rng: random.Random, content: bytes) -> Change:
 def object_changed(rng: random.Random, content: bytes) -> Change:
     """A file of one JSON value, such as an environment, a seal or a notebook."""
     what, value, raw = value_changed(rng, json.loads(content))
-    return what, _written(value, raw, indent=1)
+    return what, written(value, raw, indent=1)
 
 
 TOML_VALUES = (

@@ -231,8 +231,8 @@ class _Peeling:
         off = (~((counts / usual - 1).abs() < 0.01)) & seen
         place = self._place(off.flatten().to(torch.uint8).argmax().item(), counts.shape)
         one = float((counts / usual).flatten()[off.flatten().to(torch.uint8).argmax()])
-        words = (f"{int(off.sum()):,} of {int(seen.sum()):,} keys have another weight than the keys of equal score beside "
-                 f"them, the first {one:.3g} times theirs")  # fmt: skip
+        words = (f"{int(off.sum()):,} of {int(seen.sum()):,} keys have another weight than the keys of equal score "
+                 f"beside them, the first {one:.3g} times theirs")  # fmt: skip
         return Suspicion(("scores", "probs", "accum"), words, place)
 
     def phantoms(self) -> str | None:

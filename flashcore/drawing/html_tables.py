@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import escape
 
 from flashcore.decision import compare
-from flashcore.decision.compare import number
+from flashcore.decision.compare import is_figure, number
 from flashcore.records import Trial
 
 
@@ -254,7 +254,7 @@ def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine 
     rows = [
         {
             "Ceiling": str(t.data.get("name", "–")).replace("_", " "),
-            "Measured": number(t.data["value"]) if isinstance(t.data.get("value"), int | float) else "not a number",
+            "Measured": number(t.data["value"]) if is_figure(t.data.get("value")) else "not a number",
             "Unit": "µs" if t.data.get("unit") == "us" else str(t.data.get("unit", "–")),
             "How": t.data.get("method", "not recorded"),
         }

@@ -269,7 +269,8 @@ def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[P
 
     The test suite's matrix is larger; this one has each kind of shape once, and grows with ``profile="full"``. Three of
     them are a decode step, which is all that a backend for a few query tokens takes: one token, several, and more than
-    there are keys; pages of the usual size, of the smallest and of the largest.
+    there are keys; pages of the usual size, of the smallest and of the largest. The last four have scales that are not
+    the usual one, a decode step and a longer one each: below zero, and so large that scores run to some hundreds.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     shapes = [
@@ -287,6 +288,19 @@ def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[P
         Problem(
             batch=3, num_heads_q=6, num_heads_kv=2, seqlen_q=7, seqlen_k=5, head_dim=64, causal=True, page_size=256,
         ),
+        Problem(
+            batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=100, seqlen_k=200, head_dim=64, causal=True,
+            softmax_scale=-0.125,
+        ),
+        Problem(
+            batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=130, seqlen_k=300, head_dim=128, dtype="bfloat16",
+            softmax_scale=4.0,
+        ),
+        Problem(
+            batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=3, seqlen_k=333, head_dim=128, causal=True, page_size=32,
+            softmax_scale=-0.5,
+        ),
+        Problem(batch=1, num_heads_q=8, num_heads_kv=2, seqlen_q=2, seqlen_k=700, head_dim=64, softmax_scale=8.0),
     ]  # fmt: skip
     if profile == "full":
         length = 2048 if gpu else 512

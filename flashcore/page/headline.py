@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from markupsafe import escape
 
-from flashcore.decision.compare import number
+from flashcore.decision.compare import is_figure, number
 from flashcore.decision.verdict import Decision, Evidence, GateResult
 from flashcore.drawing import paging_views
 from flashcore.history.since import Since
-from flashcore.page.parts import is_figure
 from flashcore.paging_survey import facts
 from flashcore.problem import parse_problem
 from flashcore.records import Trial

@@ -42,10 +42,13 @@ def place(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+parsed = functools.cache(ast.parse)
+
+
 @functools.cache
 def nodes(text: str, typing_too: bool) -> list[ast.AST]:
     """All nodes of a source; without `typing_too` those that a type checker alone reads are left out."""
-    found, left = [], collections.deque([ast.parse(text)])
+    found, left = [], collections.deque([parsed(text)])
     while left:
         node = left.popleft()
         if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

@@ -66,7 +66,12 @@ class OptionResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and for the page."""
         conditions = [
-            {**asdict(c), "state": WORDS[c.state], "spread": c.spread and list(c.spread), "confidence": c.confidence}
+            {
+                **asdict(c),
+                "state": WORDS[c.state],
+                "interval": c.interval and list(c.interval),
+                "confidence": c.confidence,
+            }
             for c in self.conditions
         ]
         names = ("id", "title", "means", "effort", "risk", "backend", "result", "recommended", "reason")
@@ -106,7 +111,7 @@ def weigh(
     shipping = [o for o in ranked if o.result == "SHIP"]
     if not shipping:
         return tuple(ranked)
-    # A difference inside the spread is no difference: of those on a par with the first, the file's order decides.
+    # Where the intervals overlap there is no difference: of those on a par with the first, the file's order decides.
     best = min((o for o in shipping if _on_a_par(o, shipping[0])), key=found.index)
     return (replace(best, recommended=True), *(o for o in ranked if o is not best))
 
@@ -129,7 +134,7 @@ def _weigh_one(option: Option, gates: Gates, conditions, required, complete: boo
 def _reason(state: State, conditions: Sequence[GateResult], others: Sequence[GateResult]) -> str:
     n = len(conditions)
     if state == "PASS":
-        timed = [c for c in conditions if c.spread is not None and c.margin_percent is not None]
+        timed = [c for c in conditions if c.interval is not None and c.margin_percent is not None]
         tight = min(timed, key=lambda c: c.margin_percent, default=None)
         all_hold = f"All {n} conditions hold" if n > 1 else "Its only condition holds"
         return all_hold + (f"; the narrowest is '{tight.title}', by {tight.margin_percent:.1f} %." if tight else ".")
@@ -149,8 +154,8 @@ def _margin(option: OptionResult) -> float:
 
 
 def _on_a_par(option: OptionResult, best: OptionResult) -> bool:
-    """Whether the two do not differ at the gate that ranks them, by more than their spreads."""
+    """Whether the two do not differ at the gate that ranks them, by more than the intervals of their medians."""
     if _margin(option) == _margin(best):
         return True
-    spreads = [o.rank.spread for o in (option, best) if o.rank is not None and o.rank.spread]
-    return len(spreads) == 2 and max(low for low, _ in spreads) <= min(high for _, high in spreads)
+    found = [o.rank.interval for o in (option, best) if o.rank is not None and o.rank.interval]
+    return len(found) == 2 and max(low for low, _ in found) <= min(high for _, high in found)

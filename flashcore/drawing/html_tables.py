@@ -86,15 +86,15 @@ def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
 
 
 def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend against the best peer, by problem") -> str:
-    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its spread."""
+    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its interval."""
     rows = []
     for problem, group in by_problem(trials).items():
-        mine = [t for t in group if compare.role(t) == "ours" and compare.latency_us(t) is not None]
+        mine = [t for t in group if compare.contends(t) and compare.latency_us(t) is not None]
         if not mine:
             continue
         ours = min(mine, key=compare.latency_us)
         found = compare.ratio_to_best_peer(ours, group)
-        bounds = found.spread if found else None
+        bounds = found.interval if found else None
         rows.append(
             {
                 "Problem": problem,
@@ -105,33 +105,33 @@ def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend aga
                 "Peer µs": number(compare.latency_us(found.other)) if found else "–",
                 "Peer TFLOPS": number(compare.tflops(found.other)) if found else "–",
                 "Ratio": f"{number(found.value)} ×" if found else "–",
-                "5th–95th": f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "not known",
+                "Within": compare.between(bounds) if bounds else "not known",
                 "In words": found.in_words() if found else "not compared",
             }
         )
     if not rows:
         return nothing("No timing of ours is in these records.")
-    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "5th–95th"]
+    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "Within"]
     note = (
         "Medians. Ratio: the peer's latency over ours, sample by sample in the same round; above 1 ours is faster. "
-        "A ratio whose 5th to 95th percentile includes 1 is no difference."
+        f"Within: holds the true ratio in {compare.CONFIDENCE:g} of 100 cases; where it includes 1 there is no difference."
     )
     return table_html(rows, caption, numeric=numeric, note=note)
 
 
 def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, every backend") -> str:
-    """One row a problem and backend: median, spread, samples, and the host time of one eager call."""
+    """One row a problem and backend: median, its interval, samples, and the host time of one eager call."""
     rows = []
     for problem, group in by_problem(trials).items():
         for trial in sorted((t for t in group if compare.latency_us(t) is not None), key=compare.latency_us):
-            bounds = compare.spread(compare.samples_us(trial))
+            bounds = compare.interval_us(trial)
             launch = (trial.timing.model_extra or {}).get("launch_us")
             rows.append(
                 {
                     "Problem": problem,
                     "Backend": trial.backend,
                     "µs a call": number(compare.latency_us(trial)),
-                    "5th–95th, µs": f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "not known",
+                    "Median within, µs": compare.between(bounds) if bounds else "not known",
                     "Samples": len(compare.samples_us(trial)),
                     "Eager call, host µs": number(launch) if isinstance(launch, int | float) else "not measured",
                     "Method": f"{trial.timing.method}, L2 {trial.timing.l2 or 'not stated'}".replace("_", " "),
@@ -139,7 +139,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, ev
             )
     if not rows:
         return nothing("No timing of a small problem is in these records.")
-    numeric = ["µs a call", "5th–95th, µs", "Samples", "Eager call, host µs"]
+    numeric = ["µs a call", "Median within, µs", "Samples", "Eager call, host µs"]
     return table_html(rows, caption, numeric=numeric)
 
 

@@ -146,7 +146,7 @@ def tflops_message(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[
     """What one panel says, in words and numbers."""
     last = max(s for points in lines.values() for s in points)
     at_end = {b: compare.tflops(points[last]) for b, points in lines.items() if last in points}
-    ours = {b: v for b, v in at_end.items() if compare.role(lines[b][last]) == "ours"}
+    ours = {b: v for b, v in at_end.items() if compare.contends(lines[b][last])}
     peers = {b: v for b, v in at_end.items() if compare.role(lines[b][last]) == "peer"}
     parts = []
     if ours:
@@ -166,7 +166,7 @@ def tflops_message(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[
 
 
 def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) -> Figure:
-    """A dot a backend on a logarithmic axis of µs, a bar from the 5th to the 95th percentile, the target as a line."""
+    """A dot a backend on a logarithmic axis of µs, a bar over the middle 90 % of samples, the target as a line."""
     trials = sorted((t for t in group if compare.latency_us(t) is not None), key=compare.latency_us)
     with style():
         figure = Figure(figsize=(6.6, 0.95 + 0.42 * len(trials)))
@@ -222,7 +222,7 @@ def latency_html(
         target = target_us if compare.same_problem(group[0].problem, target_problem) else None
         best = min(group, key=compare.latency_us)
         message = f"{best.backend} is fastest with {number(compare.latency_us(best))} µs"
-        ours = [t for t in group if compare.role(t) == "ours"]
+        ours = [t for t in group if compare.contends(t)]
         if ours and compare.role(best) != "ours":
             mine = min(ours, key=compare.latency_us)
             message += f"; of ours {mine.backend} takes {number(compare.latency_us(mine))} µs"

@@ -119,7 +119,7 @@ def rows_table(comparison: Comparison, *, caption: str = "Timings of ours, then 
 
 
 def trend_figure(points: Sequence[Point]) -> Figure:
-    """TFLOPS of each backend from run to run, a bar from the 5th to the 95th percentile of its samples.
+    """TFLOPS of each backend from run to run, a bar over the middle 90 % of its samples.
 
     Runs stand in the order of their dates, evenly spaced, since several of one day would lie on each other.
     """

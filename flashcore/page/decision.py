@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup, escape
 
-from flashcore.decision import advice
+from flashcore.decision import advice, compare
 from flashcore.decision.compare import number
 from flashcore.decision.verdict import Decision, GateResult
 from flashcore.drawing import html_tables
@@ -45,7 +45,7 @@ def options_html(decision: Decision) -> str:
 
 
 def gates_html(decision: Decision) -> str:
-    """Every gate: result, measured, threshold, margin, samples, spread, and where the evidence comes from."""
+    """Every gate: result, measured, threshold, margin, samples, interval of the median, and where the evidence comes from."""
     rows = []
     for gate in decision.gates:
         margin = "–"
@@ -66,16 +66,17 @@ def gates_html(decision: Decision) -> str:
                 "Threshold": f"{gate.comparison} {gate.threshold:g} {short(gate.unit)}",
                 "Margin": margin,
                 "n": gate.n or "0",
-                "5th–95th": f"{number(gate.spread[0])} to {number(gate.spread[1])}" if gate.spread else "–",
+                "Median within": compare.between(gate.interval) if gate.interval else "–",
                 "Evidence": _evidence(gate),
             }
         )
     return html_tables.table_html(
         rows,
         "Gates: what was required, and what was measured",
-        numeric=["Measured", "Threshold", "Margin", "n", "5th–95th"],
-        note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side. "
-        "5th–95th: percentiles of the samples; a threshold between them settles nothing.",
+        numeric=["Measured", "Threshold", "Margin", "n", "Median within"],
+        note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side, and in "
+        "% of the threshold. Median within: holds the true median in "
+        f"{compare.CONFIDENCE:g} of 100 cases; a threshold inside it settles nothing.",
         stack=True,
         css="fc-gates",
     )

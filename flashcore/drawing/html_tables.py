@@ -114,7 +114,7 @@ def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend aga
     numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "Within"]
     note = (
         "Medians. Ratio: the peer's latency over ours, sample by sample in the same round; above 1 ours is faster. "
-        f"Within: holds the true ratio in {compare.CONFIDENCE:g} of 100 cases; where it includes 1 there is no difference."
+        f"Within: holds the true ratio in {compare.CONFIDENCE:g} of 100 cases; one that includes 1 is no difference."
     )
     return table_html(rows, caption, numeric=numeric, note=note)
 

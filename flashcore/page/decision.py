@@ -45,7 +45,7 @@ def options_html(decision: Decision) -> str:
 
 
 def gates_html(decision: Decision) -> str:
-    """Every gate: result, measured, threshold, margin, samples, interval of the median, and where the evidence comes from."""
+    """Every gate: result, measured, threshold, margin, samples, interval, and where the evidence comes from."""
     rows = []
     for gate in decision.gates:
         margin = "–"
@@ -74,8 +74,8 @@ def gates_html(decision: Decision) -> str:
         rows,
         "Gates: what was required, and what was measured",
         numeric=["Measured", "Threshold", "Margin", "n", "Median within"],
-        note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side, and in "
-        "% of the threshold. Median within: holds the true median in "
+        note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side, "
+        "and in % of the threshold. Median within: holds the true median in "
         f"{compare.CONFIDENCE:g} of 100 cases; a threshold inside it settles nothing.",
         stack=True,
         css="fc-gates",

@@ -42,6 +42,8 @@ class OptionResult:
     recommended: bool = False
     rank: GateResult | None = None
     """Its own result at the gate that options are ranked by."""
+    judged_by: str = ""
+    """Who judged effort and risk, and when."""
 
     @property
     def holding(self) -> int:
@@ -74,7 +76,7 @@ class OptionResult:
             }
             for c in self.conditions
         ]
-        names = ("id", "title", "means", "effort", "risk", "backend", "result", "recommended", "reason")
+        names = ("id", "title", "means", "effort", "risk", "judged_by", "backend", "result", "recommended", "reason")
         more = {"changes": [asdict(c) for c in self.changes], "measure": list(self.commands), "conditions": conditions}
         return {**{name: getattr(self, name) for name in names}, **more}
 
@@ -127,7 +129,7 @@ def _weigh_one(option: Option, gates: Gates, conditions, required, complete: boo
         option.id, option.title, option.means, option.effort, option.risk, option.backend, RESULTS[state],
         conditions=conditions, gates=others,
         reason=_reason(state, conditions, others) if complete else _INCOMPLETE, complete=complete,
-        rank=next((c for c in conditions if c.id == gates.rank_options_by), None),
+        rank=next((c for c in conditions if c.id == gates.rank_options_by), None), judged_by=gates.options_judged_by,
     )  # fmt: skip
 
 

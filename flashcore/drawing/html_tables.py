@@ -39,7 +39,7 @@ def table_html(
     """
     names = ("table", "rowgroup", "row", "cell", "rowheader", "columnheader")
     role = {name: f' role="{name}"' if stack else "" for name in names}  # a table laid out as blocks loses its own
-    columns = list(rows[0])
+    columns = _filled(rows)
     align = {c: ' class="num"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{role["columnheader"]}{align[c]}>{escape(c)}</th>' for c in columns)
     lines = []
@@ -58,6 +58,11 @@ def table_html(
     focus = "" if stack else f' tabindex="0" role="group" aria-label="{escape(caption)}"'
     below = f'<p class="fc-note">{escape(note)}</p>' if note else ""
     return f'<div class="{classes}"{focus}>{table}</div>{below}'
+
+
+def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that say something in at least one row; the first one names the rows and stays."""
+    return [c for i, c in enumerate(rows[0]) if i == 0 or any(_cell(row[c]) not in ("", "–") for row in rows)]
 
 
 def nothing(sentence: str) -> str:
@@ -144,7 +149,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, ev
 
 
 def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with the float64 reference") -> str:
-    """One row a backend: how many checks passed, failed, did not finish, and how near its bound the worst came."""
+    """One row a backend: how many checks passed, the error nearest its bound with its share, and the largest."""
     by_backend: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         if trial.kind == "correctness" and trial.backend:
@@ -152,9 +157,10 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with
     rows = [_correctness_row(backend, group) for backend, group in by_backend.items()]
     if not rows:
         return nothing("No correctness check is in these records.")
-    numeric = ["Checks passed", "Not supported", "Elements compared", "Worst error", "Its bound"]
+    numeric = ["Checks passed", "Not supported", "Elements compared", NEAREST, "Share of its bound", LARGEST]
     note = (
-        "Every element of out and lse is compared. The bound: twice the error the same maths makes in torch at that "
+        "Every element of out and lse is compared. Each problem has its own bound, so the error nearest its bound and "
+        "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at that "
         "precision, plus a rounding term. A NaN fails."
     )
     return table_html(rows, caption, numeric=numeric, note=note)
@@ -165,7 +171,8 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
     right, wrong = outcomes.count(True), outcomes.count(False)
     broken = sum(t.status == "error" for t in group)
     judged = [t for t in group if compare.passed(t) is not None and t.correctness is not None]
-    worst = max(judged, key=_share_of_bound, default=None)
+    nearest = max(judged, key=_share_of_bound, default=None)
+    largest = max(judged, key=_error, default=None)
     if wrong:
         result = f"WRONG in {wrong} of {right + wrong}"
     elif broken:
@@ -180,10 +187,24 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
         "Checks passed": f"{right} of {right + wrong + broken}",
         "Not supported": sum(t.status == "unsupported" for t in group),
         "Elements compared": f"{sum(t.correctness.checked for t in judged):,}",
-        "Worst error": number(worst.correctness.max_abs_error) if worst else "–",
-        "Its bound": number(worst.correctness.bound) if worst else "–",
-        "At": spaced(worst.problem) if worst and worst.problem else "–",
+        NEAREST: number(nearest.correctness.max_abs_error) if nearest else "–",
+        "Share of its bound": _percent(_share_of_bound(nearest)) if nearest else "–",
+        "At": spaced(nearest.problem) if nearest and nearest.problem else "–",
+        LARGEST: number(largest.correctness.max_abs_error) if largest else "–",
+        "Its place": spaced(largest.problem) if largest and largest.problem else "–",
     }
+
+
+NEAREST, LARGEST = "Error nearest its bound", "Largest error"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if math.isfinite(share) else "beyond any"
+
+
+def _error(trial: Trial) -> float:
+    error = trial.correctness.max_abs_error
+    return math.inf if math.isnan(error) else error
 
 
 def _share_of_bound(trial: Trial) -> float:
@@ -249,11 +270,11 @@ def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -
     return table_html(rows, caption, numeric=numeric, note=note)
 
 
-def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine can do at best, measured") -> str:
+def ceilings_table(trials: Sequence[Trial], *, caption: str = "What plain kernels reached on this machine") -> str:
     """One row a ceiling: copy bandwidth, matrix products, launch overhead."""
     rows = [
         {
-            "Ceiling": str(t.data.get("name", "–")).replace("_", " "),
+            "Plain kernel": str(t.data.get("name", "–")).replace("_", " "),
             "Measured": number(t.data["value"]) if isinstance(t.data.get("value"), int | float) else "not a number",
             "Unit": "µs" if t.data.get("unit") == "us" else str(t.data.get("unit", "–")),
             "How": t.data.get("method", "not recorded"),
@@ -262,7 +283,7 @@ def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine 
         if t.kind == "ceiling" and t.status == "ok"
     ]
     if not rows:
-        return nothing("No ceiling was measured in these records.")
+        return nothing("No plain kernel was measured in these records.")
     return table_html(rows, caption, numeric=["Measured"])
 
 

@@ -257,7 +257,12 @@ def report_html(trials: Sequence[Trial], *, gpu: str | None = None) -> str:
             speed = f"{number(compare.tflops(timed[backend]))} TFLOPS"
             then = f"{PRINTED_TFLOPS} TFLOPS" if backend == "cublaslt-loop" else "not built"
             rows.append({"Product": "attention", "What": backend, "The report, 2025-10-27": then, gpu or "Here": speed})
-    return table_html(rows, "The report's own case, then and now", note="Then: H100 SXM, CUDA 12.4.", stack=True)
+    return table_html(
+        rows,
+        "The case that the October 2025 report measured, then and now",
+        note="Then: H100 SXM, CUDA 12.4.",
+        stack=True,
+    )
 
 
 def cublas_html(trials: Sequence[Trial]) -> str:
@@ -304,7 +309,7 @@ def labels_html(trials: Sequence[Trial]) -> str:
 
 
 def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Problem = PRESETS["report"]) -> str:
-    """The limit of the unfused design against what was measured: a dot plot and a table with the terms."""
+    """What a model gives the unfused design against what was measured: a dot plot and a table with the terms."""
     found = limits(trials, l2_bytes=l2_bytes, problem=problem)
     if not found:
         return nothing("The machine's ceilings are not in these records; run 'flashcore survey' on a GPU.")
@@ -315,7 +320,7 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
     rows.append(_limit_row("best cut, scores in L2", best, None))
     rows.append(_limit_row("best cut, scores through memory", far, None))
     message = (
-        f"At best {number(best.tflops)} TFLOPS, with {unfused_model.cut_in_words(cut)}, "
+        f"By this model {number(best.tflops)} TFLOPS, with {unfused_model.cut_in_words(cut)}, "
         f"bound by {unfused_model.in_words(best)}; {number(far.tflops)} TFLOPS when scores go through device memory."
     )
     fused = [
@@ -344,20 +349,20 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.yaxis.grid(False)
-        axes.set_xlabel("TFLOPS, logarithmic: dot measured, bar the limit")
+        axes.set_xlabel("TFLOPS, logarithmic: dot measured, bar the model")
     where = problem.label().replace(",", ", ")
     said = "; ".join(
         f"{name} reaches {number(reached)} of {number(limit)}" for name, limit, reached in entries if reached
     )
-    alt = f"Dot plot, TFLOPS measured against the limit at {where}. {message} {said or 'Nothing was measured'}."
+    alt = f"Dot plot, TFLOPS measured against the model at {where}. {message} {said or 'Nothing was measured'}."
     note = (
-        "Limit: the kernels of a group and page run one after the other; each takes at least the longest of its bytes "
+        "Model: the kernels of a group and page run one after the other; each takes at least the longest of its bytes "
         "over the measured bandwidth, its operations over the measured product speed, and one graph node. "
-        "Exponentials are left out."
+        "Exponentials are left out. Bandwidths and product speeds are those that plain kernels reached in this run."
     )
-    numeric = ["Limit, TFLOPS", "Measured, TFLOPS", "Share of the limit", "Launches", "Device memory, GB", "L2, GB"]
-    table = table_html(rows, f"The limit of the unfused design at {where}", numeric=numeric, note=note)
-    return _figure(figure, "What this design can reach", message, alt) + table
+    numeric = ["Model, TFLOPS", "Measured, TFLOPS", "Share of the model", "Launches", "Device memory, GB", "L2, GB"]
+    table = table_html(rows, f"The unfused design at {where}, by a model and measured", numeric=numeric, note=note)
+    return _figure(figure, "What a model gives this design", message, alt) + table
 
 
 def _limit_row(name: str, prediction: unfused_model.Prediction, reached: float | None) -> dict[str, Any]:
@@ -366,9 +371,9 @@ def _limit_row(name: str, prediction: unfused_model.Prediction, reached: float |
     return {
         "Cut": name, "Page": prediction.page_size, "Heads at once": prediction.heads, "Launches": prediction.launches,
         "Device memory, GB": number(prediction.memory_bytes / 1e9), "L2, GB": number(prediction.l2_bytes / 1e9),
-        "Limit, TFLOPS": number(prediction.tflops), "What binds": binds,
+        "Model, TFLOPS": number(prediction.tflops), "What binds": binds,
         "Measured, TFLOPS": number(reached) if reached else "not measured",
-        "Share of the limit": f"{100 * reached / prediction.tflops:.0f} %" if reached else "–",
+        "Share of the model": f"{100 * reached / prediction.tflops:.0f} %" if reached else "–",
     }  # fmt: skip
 
 

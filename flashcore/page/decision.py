@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from markupsafe import Markup, escape
 
 from flashcore.decision import advice, compare
@@ -24,24 +26,37 @@ def options_html(decision: Decision) -> str:
         return ""
     rows, told = [], advice.matrix_rows(decision.options)
     for option, row in zip(decision.options, told, strict=True):
-        name = Markup('<span class="fc-gate">{}</span><span class="fc-why">Effort: {}. Risk: {}.</span>')
+        name = Markup('<span class="fc-gate">{}</span>')
         result = Markup('<strong class="{}">{}</strong><br><span class="fc-why">{}</span>')
         css = {"SHIP": "pass", "DO NOT SHIP": "fail"}.get(option.result, "inconclusive")
         rows.append(
             {
-                "Option": name.format(row["Option"], option.effort, option.risk),
+                "Option": name.format(row["Option"]),
                 "Result": result.format(css, row["Result"], row["Conditions"]),
                 "What decides": advice.nearest(option),
             }
         )
     table = html_tables.table_html(rows, "Options: what could be shipped", stack=True, css="fc-options")
     kept = ("Option", "What shipping it means", "What would change it")
-    meanings = [{name: row[name] for name in kept} for row in told]
+    meanings = [
+        {
+            **{name: row[name] for name in kept},
+            **_judged(row),
+        }
+        for row in told
+    ]
     numeric = ["Measured", "Threshold", "Margin"]
     conditions = advice.condition_rows(decision.options)
     details = html_tables.table_html(meanings, "What each option means, and what would change the decision", stack=True)
     details += html_tables.table_html(conditions, "Every condition of every option", numeric=numeric, stack=True)
     return table + fold("What each option means, what would change the decision, and every condition", details)
+
+
+def _judged(row: Mapping[str, str]) -> dict[str, str]:
+    """Effort and risk under a heading that says whose words they are; nothing where nobody stands for them."""
+    if "Judged by" not in row:
+        return {}
+    return {f"Effort and risk, as {row['Judged by']} judged them": f"{row['Effort']}; {row['Risk'].lower()} risk"}
 
 
 def gates_html(decision: Decision) -> str:
@@ -60,7 +75,8 @@ def gates_html(decision: Decision) -> str:
             {
                 "Gate": name.format(
                     gate.title, kind, f"{'Required' if gate.required else 'An aim, not required'}. ", _detail(gate)
-                ),
+                )
+                + (Markup('<span class="fc-why fc-origin">{}</span>').format(gate.why) if gate.why else ""),
                 "Result": Markup('<strong class="{}">{}</strong>').format(gate.state.lower(), gate.state),
                 "Measured": "none" if gate.measured is None else f"{number(gate.measured)} {short(gate.unit)}",
                 "Threshold": f"{gate.comparison} {gate.threshold:g} {short(gate.unit)}",

@@ -50,7 +50,7 @@ def resources(
         "page_title": ", ".join(filter(None, [f"{decision.verdict}: {variant.title}", gpu, variant.organisation])),
         "summary": summary(decision),
         "decision": decision.as_dict(),
-        "banner": banner_html(decision),
+        "banner": banner_html(decision, run=run.name),
         "gpu": gpu,
         "recorded": None
         if evidence.recorded is None

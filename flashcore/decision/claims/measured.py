@@ -18,7 +18,7 @@ from flashcore.records import Trial
 RUN_TO_RUN = 0.03
 """By how much two runs of one kernel on one GPU may differ in median without contradicting each other."""
 CEILING_SLACK = 0.05
-"""By how much a claim may exceed a ceiling measured on the same GPU: other shapes and clocks reach a little more."""
+"""By how much a claim may exceed the fastest measured on the same GPU: other shapes and clocks reach a little more."""
 CEILING_OF = {"float16": "matmul_fp16", "bfloat16": "matmul_bf16"}
 """The ceiling record that bounds a workload's speed, by dtype."""
 
@@ -233,20 +233,27 @@ def _as_recorded(claim: Claim, trial: Trial, run: Run) -> Finding:
 
 
 def measured_roof(claim: Claim, run: Run) -> list[Finding]:
-    """A claim of speed against the run's own ceilings; they refute one about the same GPU only."""
-    rate_roof, floor = _ceiling(run, CEILING_OF.get(dtype_of(claim))), _ceiling(run, "graph_node")
+    """A claim of speed against the fastest that the run measured; it refutes one about the same GPU only."""
+    rate_roof, floor = _fastest(run, dtype_of(claim)), _ceiling(run, "graph_node")
     outcome = "contradicted" if run.is_of(claim) else "beside"
     found = []
     interval = latency_us(claim, claim.workload) if claim.family == "speed" else None
     if interval and claim.workload and rate_roof and interval[1] > 0:
         rate = work(claim.workload, claim.share) / interval[1] / 1e6
         if rate > rate_roof * (1 + CEILING_SLACK):
-            sentence = f"The best matrix product measured{run.where} has {number(rate_roof)} TFLOPS, which is less."
+            sentence = f"The fastest kernel measured{run.where} reached {number(rate_roof)} TFLOPS, which is less."
             found.append(Finding("physics", outcome, sentence, rate, rate_roof, "TFLOPS"))
     if interval and floor and interval[1] < floor * (1 - CEILING_SLACK):
         sentence = f"An empty kernel in a CUDA graph was measured to take {number(floor)} µs{run.where}, which is more."
         found.append(Finding("physics", outcome, sentence, interval[1], floor, "µs"))
     return found
+
+
+def _fastest(run: Run, dtype: str) -> float | None:
+    """TFLOPS of the fastest kernel of a dtype that the run measured: a plain matrix product, or attention itself."""
+    timed = run.source.pick("attention_timing", lambda t: t.problem is not None and t.problem.dtype == dtype)
+    rates = [rate for t in timed if (rate := compare.tflops(t)) is not None and run.doubt(t) is None]
+    return max(filter(None, [*rates, _ceiling(run, CEILING_OF.get(dtype))]), default=None)
 
 
 def _ceiling(run: Run, name: str | None) -> float | None:

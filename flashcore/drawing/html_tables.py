@@ -149,7 +149,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, ev
 
 
 def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with the float64 reference") -> str:
-    """One row a backend: how many checks passed, the error nearest its bound with its share, and the largest."""
+    """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one."""
     by_backend: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         if trial.kind == "correctness" and trial.backend:
@@ -160,8 +160,8 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with
     numeric = ["Checks passed", "Not supported", "Elements compared", NEAREST, "Share of its bound", LARGEST]
     note = (
         "Every element of out and lse is compared. Each problem has its own bound, so the error nearest its bound and "
-        "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at that "
-        "precision, plus a rounding term. A NaN fails."
+        "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at "
+        "that precision, plus a rounding term. A NaN fails."
     )
     return table_html(rows, caption, numeric=numeric, note=note)
 

@@ -22,7 +22,8 @@ def drawn(evidence: verdict.Evidence, decision: verdict.Decision) -> str:
     parts = [
         page.banner_html(decision), page.headline_html(decision, evidence), page.options_html(decision),
         page.gates_html(decision), page.blockers_html(decision), plots.tflops_html(trials),
-        html_tables.times_table(trials), plots.latency_html(trials), html_tables.latency_table(plots.small_trials(trials)),
+        html_tables.times_table(trials), plots.latency_html(trials),
+        html_tables.latency_table(plots.small_trials(trials)),
         page.correctness_html(evidence), page.proof_html(evidence), page.machine_html(evidence),
         answers.answers_html(answers.answers(trials, environment=machine), figures=True),
         survey_views.limit_html(trials, l2_bytes=(machine.get("before") or {}).get("l2_bytes")),

@@ -56,7 +56,11 @@ def _words(soup) -> Iterator[str]:
 def _limits(soup, trials: Sequence[Trial]) -> Iterator[str]:
     """A speed called a limit, below a speed that was measured and right."""
     speeds = [rate for t in trials if t.kind == "attention_timing" and (rate := compare.tflops(t)) is not None]
-    blocks = soup.find_all(["p", "li", "td", "th", "figcaption", "caption"])
+    quoted = [table for table in soup.select("table") if table.find("th", string="Claim")]  # what others have claimed
+    blocks = [
+        block for block in soup.find_all(["p", "li", "td", "th", "figcaption", "caption"])
+        if not any(parent in quoted for parent in block.parents if parent.name == "table")
+    ]  # fmt: skip
     texts = (" ".join(block.get_text(" ").split()) for block in blocks)  # a sentence never goes on in another block
     for found in (match for text in texts for match in LIMIT.finditer(text)):
         if speeds and _number(found["value"]) < max(speeds) * (1 - DIGITS):

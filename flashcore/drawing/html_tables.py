@@ -13,6 +13,11 @@ from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.records import Trial
 
+AGAINST_PEERS = "Our best backend against the best peer, by problem"
+SMALL = "Small problems, every backend"
+AGREEMENT = "Agreement with the float64 reference"
+"""Captions of tables whose rows are linked to."""
+
 
 def table_html(
     rows: Sequence[Mapping[str, Any]],
@@ -90,7 +95,7 @@ def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     return {label: list(group.values()) for label, group in groups.items()}
 
 
-def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend against the best peer, by problem") -> str:
+def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str:
     """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its interval."""
     rows = []
     for problem, group in by_problem(trials).items():
@@ -124,7 +129,7 @@ def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend aga
     return table_html(rows, caption, numeric=numeric, note=note)
 
 
-def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, every backend") -> str:
+def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
     """One row a problem and backend: median, its interval, samples, and the host time of one eager call."""
     rows = []
     for problem, group in by_problem(trials).items():
@@ -148,7 +153,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, ev
     return table_html(rows, caption, numeric=numeric)
 
 
-def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with the float64 reference") -> str:
+def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> str:
     """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one."""
     by_backend: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
@@ -191,7 +196,6 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
         "Share of its bound": _percent(_share_of_bound(nearest)) if nearest else "–",
         "At": spaced(nearest.problem) if nearest and nearest.problem else "–",
         LARGEST: number(largest.correctness.max_abs_error) if largest else "–",
-        "Its place": spaced(largest.problem) if largest and largest.problem else "–",
     }
 
 

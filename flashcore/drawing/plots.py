@@ -12,11 +12,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import by_problem, nothing
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
-__all__ = ["figure_html", "latency_figure", "latency_html", "panels", "tflops_figure", "tflops_html"]
+__all__ = ["figure_html", "latency_figure", "latency_html", "panels", "point_words", "tflops_figure", "tflops_html"]
 
 MARKERS = ("o", "s", "D", "^", "v", "P")
 PEER_DASHES = ((0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -58,6 +58,16 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
     return {key: found[key] for key in sorted(found)}
 
 
+def point_words(trial: Trial) -> str:
+    """What a plotted timing is, in words: backend, median with its interval, speed, middle of the samples, count."""
+    within, middle = compare.interval_us(trial), compare.spread(compare.samples_us(trial))
+    parts = [f"{trial.backend or 'unnamed'}: {number(compare.latency_us(trial))} µs"]
+    parts += [f"{number(compare.tflops(trial))} TFLOPS"]
+    parts += [f"the median within {compare.between(within)} µs"] if within else ["too few samples for an interval"]
+    parts += [f"9 of 10 samples within {compare.between(middle)} µs"] if middle else []
+    return f"{', '.join(parts)}; n {len(compare.samples_us(trial))}"
+
+
 def tflops_figure(
     lines: Mapping[str, Mapping[int, Trial]], *, ceilings: Sequence[Trial] = (), top: float | None = None
 ) -> Figure:
@@ -84,10 +94,11 @@ def tflops_figure(
             ours, colour, marker, dashes = looks[backend]
             xs = sorted(points)
             ys = [compare.tflops(points[s]) for s in xs]
-            axes.plot(
+            (line,) = axes.plot(
                 xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=2.4 if ours else 1.4,
                 markersize=6 if ours else 5, markerfacecolor=colour if ours else "none", zorder=4 if ours else 3,
             )  # fmt: skip
+            with_tips(line, [f"S={s}, {point_words(points[s])}" for s in xs])
             ends.append((ys[-1], f"{named(backend)} {number(ys[-1])}", colour, ours))
         plain = _plain(lines, ceilings)
         if plain:
@@ -186,9 +197,10 @@ def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) ->
             low, high = compare.spread(compare.samples_us(trial)) or (value, value)
             values += [low, high, value]
             axes.plot([low, high], [row, row], color=colour, linewidth=2.5, solid_capstyle="round")
-            axes.plot(
+            (dot,) = axes.plot(
                 [value], [row], color=colour, marker=marker, markersize=8, markerfacecolor=colour if ours else "none"
             )
+            with_tips(dot, [point_words(trial)])
             axes.annotate(
                 number(value), xy=(high, row), xytext=(9, 0), textcoords="offset points", va="center", ha="left",
                 color=colour, fontweight="bold" if ours else "normal", annotation_clip=False,

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import nothing, table_html
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Trial
 from flashcore.survey import unfused_model
@@ -66,10 +66,11 @@ def workspace_html(trials: Sequence[Trial]) -> str:
         for split, words, colour, marker in looks:
             chosen = [p for p in points if (p[2] > 1) == split]
             if chosen:
-                axes.plot(
+                (dots,) = axes.plot(
                     [p[0] for p in chosen], [p[1] for p in chosen], marker, color=COLOURS[colour], markersize=6,
                     markerfacecolor="none" if split else COLOURS[colour], label=f"{words}: {len(chosen)} candidates",
                 )  # fmt: skip
+                with_tips(dots, [f"{p[0]:g} KB of workspace, {p[1]:.2f} times the fastest, {words}" for p in chosen])
         axes.set_xscale("symlog", linthresh=1, base=4)
         axes.set_xlim(-0.3, max(4.0, 3 * max(p[0] for p in points)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -97,7 +98,10 @@ def regret_html(trials: Sequence[Trial]) -> str:
         for place, (policy, colour, marker) in enumerate((("first", "s1", "o"), ("largest-workspace", "s2", "^"))):
             ratios = sorted(r.ratio for r in found if r.policy == policy)
             jitter = 0.28 * (np.arange(len(ratios)) % 7 - 3) / 3
-            axes.plot(ratios, place + jitter, marker, color=COLOURS[colour], markersize=5, markerfacecolor="none")
+            (dots,) = axes.plot(
+                ratios, place + jitter, marker, color=COLOURS[colour], markersize=5, markerfacecolor="none"
+            )
+            with_tips(dots, [f"{POLICY_WORDS[policy]}: {ratio:.2f} times the best" for ratio in ratios])
             middle = mean(ratios)
             axes.plot([middle, middle], [place - 0.4, place + 0.4], color=COLOURS["ink"], linewidth=2)
         axes.set_yticks(range(2), list(POLICY_WORDS.values()))
@@ -336,7 +340,10 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
             axes.plot([limit], [place], "|", color=COLOURS["ink"], markersize=20, markeredgewidth=2.4)
             if reached:
                 axes.plot([reached, limit], [place, place], color=COLOURS["muted"], linewidth=1.2)
-                axes.plot([reached], [place], "o", color=COLOURS["s1"], markersize=8)
+                (dot,) = axes.plot([reached], [place], "o", color=COLOURS["s1"], markersize=8)
+                with_tips(
+                    dot, [f"{entries[place][0]}: {number(reached)} TFLOPS measured, {number(limit)} by the model"]
+                )
         if fused:
             axes.axvline(max(fused), color=COLOURS["p1"], linewidth=1.4, linestyle=(0, (4, 2)))
             axes.annotate("best fused peer", xy=(max(fused), 1), xycoords=("data", "axes fraction"), xytext=(0, 3),

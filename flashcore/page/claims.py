@@ -55,7 +55,13 @@ def audit_html(audits: Sequence[claims.Audit]) -> str:
     meanings = " ".join(
         f"{WORDS.get(word, word).capitalize()}: {claims.VERDICTS[word]}." for word in worst if counts[word]
     )
-    table = html_tables.table_html(rows, "Claims, audited", note=meanings, stack=True, css="fc-claims")
+    fallen = sum(counts[word] for word in worst[:3])
+    parts = (("Claims that do not stand", rows[:fallen]), ("The other claims", rows[fallen:]))
+    shown, rest = (
+        html_tables.table_html(part, caption, stack=True, css="fc-claims")
+        if part else "" for caption, part in parts
+    )  # fmt: skip
+    table = f'{shown}<p class="fc-note">{escape(meanings)}</p>{fold("The other claims", rest) if rest else ""}'
     checks = [
         {"Claim": f"{one.claim.text} ({one.claim.figure})", "Check": f.check,
          "Outcome": WORDS.get(f.outcome, f.outcome), "Found": f.sentence, "Source": one.claim.source}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from markupsafe import Markup, escape
 
 from flashcore.decision import advice, compare
 from flashcore.decision.compare import number
 from flashcore.decision.verdict import Decision, GateResult
-from flashcore.drawing import html_tables
+from flashcore.drawing import html_tables, paging_views
+from flashcore.page.anchors import row_id
 from flashcore.page.parts import fold, short, signed
+from flashcore.paging_survey import facts
 from flashcore.problem import parse_problem
 
 EVIDENCE_AT = {
@@ -70,32 +73,38 @@ def gates_html(decision: Decision) -> str:
             if gate.metric == "correct_percent":
                 margin = "none needed" if gate.margin == 0 else f"{signed(gate.margin)} %"
         kind = "" if gate.required else " fc-aim"
-        name = Markup('<span class="fc-gate">{}</span><span class="fc-kind{}">{}</span><span class="fc-why">{}</span>')
+        name = Markup('<span class="fc-gate">{}</span><span class="fc-kind{}">{}</span>')
         rows.append(
             {
-                "Gate": name.format(
-                    gate.title, kind, f"{'Required' if gate.required else 'An aim, not required'}. ", _detail(gate)
-                )
-                + (Markup('<span class="fc-why fc-origin">{}</span>').format(gate.why) if gate.why else ""),
+                "Gate": name.format(gate.title, kind, "Required" if gate.required else "An aim, not required"),
                 "Result": Markup('<strong class="{}">{}</strong>').format(gate.state.lower(), gate.state),
-                "Measured": "none" if gate.measured is None else f"{number(gate.measured)} {short(gate.unit)}",
+                "Measured": _measured(gate),
                 "Threshold": f"{gate.comparison} {gate.threshold:g} {short(gate.unit)}",
                 "Margin": margin,
-                "n": gate.n or "0",
-                "Median within": compare.between(gate.interval) if gate.interval else "–",
                 "Evidence": _evidence(gate),
+                "On what, and where the threshold comes from": Markup(
+                    '<span class="fc-detail">{}</span> <span class="fc-why">{}</span>'
+                ).format(_detail(gate), gate.why),
             }
         )
     return html_tables.table_html(
         rows,
         "Gates: what was required, and what was measured",
-        numeric=["Measured", "Threshold", "Margin", "n", "Median within"],
-        note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side, "
-        "and in % of the threshold. Median within: holds the true median in "
-        f"{compare.CONFIDENCE:g} of 100 cases; a threshold inside it settles nothing.",
+        numeric=["Measured", "Threshold", "Margin"],
+        note="Small, under a figure: the interval that holds the true median in "
+        f"{compare.CONFIDENCE:g} of 100 cases, and the number of samples. A threshold inside it settles nothing. "
+        "Margin: distance to the threshold, positive on the passing side, and in % of the threshold.",
         stack=True,
         css="fc-gates",
     )
+
+
+def _measured(gate: GateResult) -> Any:
+    """The figure, and below it what stands behind: samples with the interval of the median, or checks."""
+    if gate.measured is None:
+        return "none"
+    behind = f"{compare.between(gate.interval)}, n {gate.n}" if gate.interval else gate.confidence
+    return Markup('{} {} <span class="fc-behind">{}</span>').format(number(gate.measured), short(gate.unit), behind)
 
 
 def _detail(gate: GateResult) -> str:
@@ -112,7 +121,21 @@ def _evidence(gate: GateResult) -> str:
     if gate.evidence == "none" or gate.metric not in EVIDENCE_AT:
         return word
     section, heading = EVIDENCE_AT[gate.metric]
-    return Markup('<a href="#{}">{}<span class="fc-unseen">, shown under {}</span></a>').format(section, word, heading)
+    link = '<a href="#{}" data-row="{}"{}>{}<span class="fc-unseen">, shown under {}</span></a>'
+    last = Markup(" data-last") if gate.evidence == "recorded" else ""
+    return Markup(link).format(section, _row(gate), last, word, heading)
+
+
+def _row(gate: GateResult) -> str:
+    """The id of the row that holds the figure; `anchors` leads to the section instead where there is none."""
+    where = "" if gate.problem in ("", "any") else html_tables.spaced(parse_problem(gate.problem))
+    if gate.metric == "correct_percent":
+        return row_id(html_tables.AGREEMENT, gate.backend or "")
+    if gate.metric == "latency_us":
+        return row_id(html_tables.SMALL, where)
+    if gate.metric in ("tflops", "ratio_to_best_peer"):
+        return row_id(html_tables.AGAINST_PEERS, where)
+    return row_id(paging_views.MEMORY, facts.MEMORY_WORDS["shared_prefix"])
 
 
 def blockers_html(decision: Decision) -> str:

@@ -115,7 +115,7 @@ def recorded(pages, shared_folder) -> str:
         draw(folder)
 
     pages["recorded"] = RunFolder(made_once(shared_folder / "recorded" / source.name, copy_and_draw))
-    assert (pages["recorded"].path / "report.html").stat().st_size < 3_000_000
+    assert (pages["recorded"].path / "report.html").stat().st_size < 2_000_000
     return "recorded"
 
 
@@ -316,7 +316,7 @@ def test_the_executive_part_fits_one_printed_page(opened, name):
 
 def test_the_file_is_small(pages):
     for name in RUNS:
-        assert (pages[name].path / "report.html").stat().st_size < 3_000_000
+        assert (pages[name].path / "report.html").stat().st_size < 2_000_000
 
 
 # --- what is on it -------------------------------------------------------------------------------------------------

@@ -204,7 +204,9 @@ def trend_beside(run: RunFolder) -> str:
     own = Snapshot(run.name, (), run.environment())
     try:
         runs = [
-            s for s in newest(run.path.resolve().parent, MOST_RUNS) if s.machine == own.machine and s.date <= own.date
+            s
+            for s in newest(run.path.resolve().parent, MOST_RUNS)
+            if s.machine == own.machine and (s.date < own.date or s.name == own.name)
         ]
     except FlashCoreError:  # as for the run before
         return ""

@@ -181,6 +181,5 @@ def _unblocked(decision: Decision) -> str:
         return f"<h3>What blocks</h3>{said}"
     return (
         f"<h3>What blocks</h3>{said}<h3>What to do next</h3>"
-        f'<p class="fc-lead">Ship option {escape(best.id)}, {escape(best.title)}. {escape(best.means)} '
-        f"What would change this: {escape(decision.flip)}</p>"
+        f'<p class="fc-lead">Ship option {escape(best.id)}, {escape(best.title)}. {escape(best.means)}</p>'
     )

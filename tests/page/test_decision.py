@@ -33,13 +33,14 @@ def test_an_incomplete_run_says_so_where_nothing_else_blocks():
     assert "the run does" in page.blockers_html(decide(good))
 
 
-def test_go_says_what_to_ship_and_what_would_change_it(tmp_path):
+def test_go_says_what_to_ship_and_what_that_means(tmp_path):
     trials = [t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"] + paging.everything()
     run = synthetic.write_run(tmp_path / "run", trials, synthetic.environment())
     decision = verdict.judge(run)
     html = page.blockers_html(decision)
     assert decision.verdict == "GO"
-    assert "Nothing blocks" in html and "Ship option" in html and "What would change this" in html
+    assert "Nothing blocks" in html and "Ship option" in html
+    assert decision.flip not in html, "the banner says it"
 
 
 def test_every_option_stands_with_its_result_and_the_details_are_folded():
@@ -62,9 +63,8 @@ def test_an_option_that_fails_says_how_far_it_is():
 
 def test_a_gate_links_to_the_section_that_shows_its_records():
     html = page.gates_html(decide(TRIALS))
-    assert re.search(
-        r'<a href="#correctness" data-row="[a-z0-9-]+">live<span class="fc-unseen">, shown under Corr', html
-    )
+    unseen = '<span class="fc-unseen">, shown under Correctness</span></a>'
+    assert re.search(rf'<a href="#correctness" data-row="[a-z0-9-]+">live{unseen}', html)
     assert re.search(r'<a href="#speed" data-row="[a-z0-9-]+">live', html)
     nothing = page.gates_html(decide([]))
     assert "<a " not in nothing and {r[4] for r in Cells(nothing).rows[1:]} == {"none"}

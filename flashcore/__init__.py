@@ -17,6 +17,7 @@ _HOMES = {
     "FlashCoreError": "flashcore.errors",
     "check_attention": "flashcore.measure.check",
     "bisect": "flashcore.bisection",
+    "diagnose": "flashcore.diagnosis",
     "report": "flashcore.pipeline.reporting",
 }
 

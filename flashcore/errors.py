@@ -5,6 +5,27 @@ A message is one or two sentences: what was wrong, and what to do about it.
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
+MOST_MEANT, CLOSE = 2, 0.7
+"""Names that a suggestion holds at most, and how much alike they have to be (`difflib`'s ratio, 1 for the same)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names what was probably meant, such as "Did you mean 'wmma'?"; empty where nothing is alike.
+
+    Capital letters do not count, and a name is also alike by its last part: `cudnn` means `sdpa-cudnn`.
+    """
+    meant: dict[str, str] = {}
+    for one in known:
+        for form in (one, re.split(r"[-_]", one)[-1], re.split(r"[-_]", one, maxsplit=1)[-1]):
+            meant.setdefault(form.lower(), one)
+    alike = difflib.get_close_matches(name.strip().lower(), meant, n=MOST_MEANT, cutoff=CLOSE)
+    found = dict.fromkeys(f"'{meant[form]}'" for form in alike)
+    return f"Did you mean {' or '.join(found)}?" if found else ""
+
 
 class FlashCoreError(Exception):
     """Base of every error raised on purpose; the command line prints it as one sentence."""
@@ -22,7 +43,8 @@ class UnknownName(FlashCoreError, LookupError):
 
     def __init__(self, what: str, name: str, known: list[str]):
         self.what, self.name, self.known = what, name, list(known)
-        super().__init__(f"There is no {what} '{name}'; choose one of: {', '.join(self.known) or '(none)'}.")
+        told = f"There is no {what} '{name}'; choose one of: {', '.join(self.known) or '(none)'}."
+        super().__init__(f"{told} {did_you_mean(name, self.known)}".rstrip())
 
 
 class Unsupported(FlashCoreError, ValueError):
@@ -39,6 +61,37 @@ class BackendUnavailable(FlashCoreError, RuntimeError):
     def __init__(self, backend: str, reason: str, fix: str):
         self.backend, self.reason, self.fix = backend, reason, fix
         super().__init__(f"Backend '{backend}' is not available here: {reason}. To mend it: {fix}.")
+
+
+class JudgeTampered(FlashCoreError, RuntimeError):
+    """Something that FlashCore judges or times with was changed, or work goes on behind it; `names` says what."""
+
+    def __init__(self, backend: str | None, names: list[str], thread: str | None = None):
+        self.backend, self.names, self.thread = backend, list(names), thread
+        while_ = f"while '{backend}' ran" if backend else "before this backend was called"
+        what = ", ".join(self.names[:3]) + (f" and {len(self.names) - 3} more" if len(self.names) > 3 else "")
+        parts = [f"{what} {'was' if len(self.names) == 1 else 'were'} changed {while_}"] if self.names else []
+        parts += [f"a thread started by '{backend}' ({thread}) goes on after the call"] if thread else []
+        super().__init__(f"{' and '.join(parts)}, so what was measured there counts for nothing.")
+
+
+class InvalidTiming(FlashCoreError, RuntimeError):
+    """A call took no time at all, so nothing ran."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+        super().__init__(f"The calls of '{backend}' took no time at all, so nothing ran in them.")
+
+
+class WrongWhenTimed(FlashCoreError, RuntimeError):
+    """A backend gave other results in its timed calls than attention has.
+
+    `found` is the comparison that shows it, and `timing` what was measured all the same; either may be None.
+    """
+
+    def __init__(self, reason: str, found: object = None, timing: object = None):
+        self.reason, self.found, self.timing = reason, found, timing
+        super().__init__(f"What it returned while it was timed is wrong, so its speed counts for nothing: {reason}.")
 
 
 class CompileError(FlashCoreError):
@@ -126,6 +179,10 @@ class ClaimsError(FlashCoreError, ValueError):
 
 class PageError(FlashCoreError, ValueError):
     """The page was asked for in a way that it cannot be made: a logo that is no picture, or too large."""
+
+
+class InvalidLink(FlashCoreError, ValueError):
+    """A link was given that cannot stand in a page, a message or a workflow command."""
 
 
 class PrintError(FlashCoreError, RuntimeError):

@@ -129,7 +129,10 @@ def paged_attention(
     if debugging():
         cache.check()
     cache = cache.within_table()
-    selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
+    if policy is None or isinstance(policy, PageSelection):
+        selection = policy
+    else:  # a policy looks for the highest ``q k^T``, and below zero the scale makes them the lowest scores
+        selection = policy.select(-q if problem.scale < 0 else q, cache)
     if selection is not None:
         if not isinstance(selection, PageSelection):
             raise PageTableError(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.errors import InvalidProblem, UnknownName, did_you_mean
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -180,10 +180,13 @@ def parse_problem(text: str) -> Problem:
             elif word in DTYPE_BYTES:
                 fields["dtype"] = word
             else:
-                raise InvalidProblem(f"'{part}' in '{text}' is neither a dtype, nor 'causal', nor a key=value pair.")
+                hint = did_you_mean(part, ["causal", *DTYPE_BYTES, *_DTYPE_WORDS])
+                told = f"'{part}' in '{text}' is neither a dtype, nor 'causal', nor a key=value pair."
+                raise InvalidProblem(f"{told} {hint}".rstrip())
             continue
         if key not in _SHORT:
-            raise InvalidProblem(f"'{key}' in '{text}' is no key of a problem; use one of {', '.join(_SHORT)}.")
+            told = f"'{key}' in '{text}' is no key of a problem; use one of {', '.join(_SHORT)}."
+            raise InvalidProblem(f"{told} {did_you_mean(key, _SHORT)}".rstrip())
         try:
             number = float(value) if key == "scale" else int(value)
         except ValueError:

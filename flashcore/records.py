@@ -30,12 +30,14 @@ from flashcore.paths import absolute, partial_path
 from flashcore.problem import Problem
 
 SCHEMA_VERSION = 1
+MOST_FLOPS = 10**30
+"""Of a problem that was measured: the fastest machine would take a hundred thousand years."""
 MARK = b"\xef\xbb\xbf"
 """A byte-order mark, which some editors put before a text, and `cat` between two."""
 
 Kind = Literal[
     "ceiling", "build", "correctness", "attention_timing", "bisection", "fault", "gemm_candidate", "paging",
-    "sanitizer", "claim", "verdict", "notebook",
+    "sanitizer", "claim", "verdict", "notebook", "exploit", "diagnosis",
 ]  # fmt: skip
 Status = Literal["ok", "failed", "error", "unsupported", "unavailable"]
 
@@ -439,14 +441,17 @@ class _Seen:
 
     def __init__(self):
         self._first: dict[str | None, Trial] = {}
-        self._more: dict[str | None, set[str]] = {}  # by time, where several records share one
+        self._others: dict[tuple[str | None, str | None], Trial] = {}  # of the time of a first one, by time and id
+        self._more: dict[tuple[str | None, str | None], set[str]] = {}  # where several records share time and id
 
     def is_new(self, trial: Trial) -> bool:
         when = trial.time
         first = self._first.setdefault(when, trial)
+        if first is not trial and first.id != trial.id:
+            first = self._others.setdefault((when, trial.id), trial)
         if first is trial:
             return True
-        known = self._more.setdefault(when, {self._content(first)})
+        known = self._more.setdefault((when, trial.id), {self._content(first)})
         content = self._content(trial)
         if content in known:
             return False
@@ -467,45 +472,43 @@ class _Plan:
 
     def __init__(self, model: type[BaseModel]):
         fields = model.model_fields
-        self.model = model
-        self.types = tuple((name, _types(field.annotation)) for name, field in fields.items())
-        self.words = tuple((n, frozenset(get_args(f.annotation))) for n, f in fields.items() if _is_literal(f))
-        self.bound = tuple((name, field.default) for name, field in fields.items() if field.metadata)
-        self.floats = tuple(name for name, field in fields.items() if field.annotation == list[float])
-        self.factories = tuple((name, field.default_factory) for name, field in fields.items() if field.default_factory)
-        made = {name for name, _ in self.factories}
-        self.defaults = {n: f.default for n, f in fields.items() if n not in made and not f.is_required()}
-        self._given: dict[tuple[str, ...], tuple[set[str], list[str]]] = {}
+        self.model, self.fields = model, fields
+        self.types = {name: _types(field.annotation) for name, field in fields.items()}
+        self.words = {n: frozenset(get_args(f.annotation)) for n, f in fields.items() if _is_literal(f)}
+        self.bound = {name: field.default for name, field in fields.items() if field.metadata}
+        self.floats = [name for name, field in fields.items() if field.annotation == list[float]]
+        self._shapes: dict[tuple[str, ...], _Shape] = {}
 
-    def given(self, names: tuple[str, ...]) -> tuple[set[str], list[str]]:
-        """The keys of a record as a set, and those that are no field; one object for all records of these keys."""
-        if names not in self._given:
-            known = self.model.model_fields
-            self._given[names] = set(names), [name for name in names if name not in known]
-        return self._given[names]
+    def shape(self, names: tuple[str, ...]) -> _Shape:
+        """What to do with a record of these keys; one object for all of them."""
+        if names not in self._shapes:
+            self._shapes[names] = _Shape(self, names)
+        return self._shapes[names]
 
     def make(self, given: dict[str, Any]) -> BaseModel | None:
         """The model, or None for what has to be validated."""
-        content = {**self.defaults, **given}
-        for name, factory in self.factories:
-            if name not in content:
-                content[name] = factory()
-        for name, words in self.words:
-            if content.get(name) not in words:
-                return None
-        for name, usual in self.bound:
-            if content[name] != usual:
-                return None
+        shape = self.shape(tuple(given))
+        if shape.lacks:
+            return None
         made, put = object.__new__(self.model), object.__setattr__
-        for name, types in self.types:
-            value = content.get(name, put)  # `put` stands for nothing: no field has its type
-            if type(value) not in types:
-                return None
+        for name, types, usual in shape.rows:
+            if types:
+                value = given[name]
+                if type(value) not in types:
+                    return None
+            else:
+                value = usual() if types is _ANEW else usual
             put(made, name, value)
-        for name in self.floats:
-            if not {float}.issuperset(map(type, content[name])):
+        for name, words in shape.words:  # after the types, since a list or a dict is in no set
+            if given[name] not in words:
                 return None
-        self._finish(made, given)
+        for name, usual in shape.bound:
+            if given[name] != usual:
+                return None
+        for name in shape.floats:
+            if not {float}.issuperset(map(type, given[name])):
+                return None
+        self._finish(made, given, shape)
         return made
 
     def pack(self, model: BaseModel, given: dict[str, Any]) -> BaseModel:
@@ -513,15 +516,38 @@ class _Plan:
         made, put = object.__new__(self.model), object.__setattr__
         for name, value in model.__dict__.items():
             put(made, name, value)
-        self._finish(made, given)
+        self._finish(made, given, self.shape(tuple(given)))
         return made
 
-    def _finish(self, made: BaseModel, given: dict[str, Any]) -> None:
-        names, extra = self.given(tuple(given))
+    def _finish(self, made: BaseModel, given: dict[str, Any], shape: _Shape) -> None:
         put = object.__setattr__
-        put(made, "__pydantic_fields_set__", names)
-        put(made, "__pydantic_extra__", {name: given[name] for name in extra} if extra else _NO_EXTRA)
+        put(made, "__pydantic_fields_set__", shape.names)
+        put(made, "__pydantic_extra__", {name: given[name] for name in shape.extra} if shape.extra else _NO_EXTRA)
         put(made, "__pydantic_private__", None)
+
+
+class _Shape:
+    """What all records of the same keys have in common: fields given and left out, and keys that are no field."""
+
+    def __init__(self, plan: _Plan, names: tuple[str, ...]):
+        fields, self.names = plan.fields, set(names)
+        self.extra = [name for name in names if name not in fields]
+        self.lacks = any(name not in self.names and field.is_required() for name, field in fields.items())
+        self.rows = [_row(n, field, plan.types[n] if n in self.names else None) for n, field in fields.items()]
+        """Of each field its name, the types of a value given (`_ANEW` or None where none is), and the usual value."""
+        self.words = [(name, words) for name, words in plan.words.items() if name in self.names]
+        self.bound = [(name, usual) for name, usual in plan.bound.items() if name in self.names]
+        self.floats = [name for name in plan.floats if name in self.names]
+
+
+_ANEW: frozenset[type] = frozenset()
+"""Marks a field that is left out and whose default is made anew for each record."""
+
+
+def _row(name: str, field: Any, types: frozenset[type] | None) -> tuple[str, frozenset[type] | None, Any]:
+    if types is None and field.default_factory:
+        return name, _ANEW, field.default_factory
+    return name, types, field.default
 
 
 _NO_EXTRA: dict[str, Any] = {}
@@ -578,6 +604,13 @@ class _Parts:
         try:
             return self._problems[key]
         except KeyError:
-            return self._problems.setdefault(key, Problem(**fields))
+            return self._problems.setdefault(key, _measurable(Problem(**fields)))
         except TypeError:  # a value that is a list or a dict: no problem has one
             return Problem(**fields)
+
+
+def _measurable(problem: Problem) -> Problem:
+    """The problem, if anybody can have measured it; others would overflow whatever reckons with their work."""
+    if problem.flops() > MOST_FLOPS:
+        raise InvalidProblem("The problem is larger than anything that a machine computes.")
+    return problem

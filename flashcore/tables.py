@@ -91,6 +91,23 @@ def fault_matrix(trials: Iterable[Trial]) -> pandas.DataFrame:
     return pandas.DataFrame(list(rows.values()))
 
 
+def diagnosis_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a planted bug and backend: its stage, what the outputs alone told, and how long it took."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind != "diagnosis" or trial.variant in (None, "clean"):
+            continue
+        data = trial.data
+        names = ", ".join(h["name"] for h in data.get("hypotheses", [])) or str(data.get("finding", trial.reason or ""))
+        rows.append({"fault": trial.variant, "backend": trial.backend, "stage": data.get("expected"),
+                     "outcome": data.get("outcome"), "told": ", ".join(data.get("stages", [])),
+                     "hypothesis or finding": names[:80], "seconds": f"{data.get('seconds', 0):.1f}"})  # fmt: skip
+    columns = ["fault", "backend", "stage", "outcome", "told", "hypothesis or finding", "seconds"]
+    return pandas.DataFrame(rows, columns=columns)
+
+
 def _outcome(trial: Trial) -> str:
     outcome = str(trial.data.get("outcome", WORDS[trial.status]))
     if outcome == "found elsewhere":
@@ -128,6 +145,32 @@ def faults_sentence(trials: Iterable[Trial]) -> str:
         found = f"{backend}: {outcomes.get('found', 0)} of {total} found at their stage"
         parts.append(f"{found}, {rest}" if rest else found)
     return "; ".join(parts) or "no fault was planted"
+
+
+def exploits_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row an exploit and the place where it was played: how it cheats, what caught it, and what the judge said."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind == "exploit":
+            data = trial.data
+            rows.append({
+                "exploit": str(data.get("exploit", "")), "what it does": f"{data.get('title')}: it {data.get('how')}",
+                "played on": str(data.get("place", "")), "outcome": str(data.get("outcome", "")),
+                "caught by": str(data.get("by") or "nothing"), "what the judge said": str(data.get("said", "")),
+            })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def exploits_sentence(trials: Iterable[Trial]) -> str:
+    """How many exploits were planted and caught, and which were not, as one line."""
+    tried = [t for t in trials if t.kind == "exploit" and t.status != "unavailable"]
+    if not tried:
+        return "no exploit was planted"
+    missed = [f"{t.data.get('exploit')} on {t.data.get('place')}" for t in tried if t.status != "ok"]
+    count = f"{len(tried) - len(missed)} of {len(tried)} were caught by what should catch them"
+    return f"{count}; these got through: {', '.join(missed)}" if missed else count
 
 
 def clean_runs_table(trials: Iterable[Trial]) -> pandas.DataFrame:

@@ -6,6 +6,7 @@ without it the test fails, so that `make test-fast` stays what it says. `gpu` st
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -22,8 +23,21 @@ import pytest
 from flashcore.gpu import build, device
 from flashcore.records import RunFolder
 
+# pytest rewrites each test module for its assertions, which takes a worker six seconds. What it made is kept beside the
+# modules, also where a shell tells Python to keep nothing.
+_keeps_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+
 STARTS = {"compiler": "the CUDA compiler", "browser": "a browser", "notebook": "a Jupyter kernel"}
 """What a test may start only under the marker of that name. A test with a fixture of that name has the marker."""
+
+SLOW_FILES = (
+    "page/test_in_a_browser.py", "kernels/test_sass.py", "pipeline/test_reporting.py", "pipeline/test_folders.py",
+    "faults/test_catalogue.py", "gpu/test_build.py", "pipeline/test_redo.py", "pipeline/test_notebooks.py",
+    "pipeline/test_rendering.py", "kernels/test_new_kernel.py", "page/test_random_runs.py", "faults/test_proving.py",
+    "cli/test_printing_contract.py", "drawing/test_paging_views.py", "paging/test_selecting.py",
+    "paging/test_appending.py", "paging/test_cache_machine.py", "bisection/test_split_traces.py",
+)  # fmt: skip
+"""What takes longest begins first, where several workers share the tests: at the end none waits for another."""
 
 
 # --- which tests run -------------------------------------------------------------------------------------------------
@@ -45,10 +59,19 @@ def pytest_collection_modifyitems(config, items):
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        place = {Path(__file__).parent / name: number for number, name in enumerate(SLOW_FILES)}
+        items.sort(key=lambda item: place.get(item.path, len(place)))
+
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not device.has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="this machine has no NVIDIA GPU that torch can use"))
+
+
+def pytest_collection_finish():
+    sys.dont_write_bytecode = _keeps_nothing
+    gc.freeze()  # what collection made stays to the end, so no search for garbage has to walk through it
 
 
 # --- what a test may start -------------------------------------------------------------------------------------------
@@ -161,12 +184,13 @@ def _browsers(request, _no_browser):
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same random state."""
-    random.seed(0)
     import numpy
     import torch
 
+    random.seed(0)
     numpy.random.seed(0)
-    torch.manual_seed(0)
+    # Where there is no GPU, `torch.manual_seed` keeps a stack trace each time for the GPU that may come.
+    (torch if device.has_gpu() else torch.default_generator).manual_seed(0)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ ROOT = Path(flashcore.__file__).parent.parent
 if not (ROOT / "docs").is_dir():
     pytest.skip("these tests read the checkout, and FlashCore runs from an install here", allow_module_level=True)
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "kernels/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/ci.md", "kernels/README.md"]
 HOMES = ["", "flashcore", "kernels", "kernels/include"]
 """Folders from which a document may name a file."""
 SUFFIXES = ("py", "cu", "cuh", "toml", "ipynb", "svg", "md")
@@ -86,6 +86,18 @@ def test_these_tests_see_what_is_not_there():
     missing = [word for word in names_named(text) if not resolves(word)]
     assert missing == ["flashcore.cli.x", "flashcore.gpu.build.no_such"]
     assert "flashcore.paging" in names_named(text)
+
+
+def test_the_snippets_of_the_readme_run_one_after_the_other_without_a_gpu(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert len(snippets) == 3 and names["lse"].shape == (1, 8, 512) and names["out"].shape == (2, 32, 1, 128)
+    assert "row_max" in capsys.readouterr().out
 
 
 def test_the_documents_name_enough_for_these_tests_to_mean_something():

@@ -25,6 +25,8 @@ EXAMPLES = [
     errors.SequenceGone("Sequence 4"),
     errors.SequenceTooLong(2, 300, 256, "give the cache more pages a sequence"),
     errors.PagesOverlap(2, 17, 3),
+    errors.JudgeTampered("wmma", ["torch.isnan"], "busy"),
+    errors.InvalidTiming("wmma"),
     errors.NotebookFailed("04_tflops_sweep", "its kernel died"),
 ]
 
@@ -52,6 +54,25 @@ def test_kinds_a_caller_would_expect():
     assert issubclass(errors.InvalidProblem, ValueError)
     assert issubclass(errors.UnknownName, LookupError)
     assert issubclass(errors.BackendUnavailable, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wmm", "Did you mean 'wmma'?"), ("cudnn", "Did you mean 'sdpa-cudnn'?"), ("HOPPER", "Did you mean 'hopper'?"),
+        ("sdpa_cudnn", "Did you mean 'sdpa-cudnn'?"), ("decdoe", "Did you mean 'attention_decode'?"), ("cuda", ""),
+        ("", ""), ("x", ""),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_nearly_one_is_asked_about(name, said):
+    known = ["wmma", "hopper", "sdpa-cudnn", "attention_decode"]
+    assert errors.did_you_mean(name, known) == said
+    assert str(errors.UnknownName("backend", name, known)).endswith(f"attention_decode. {said}".rstrip())
+
+
+def test_at_most_two_names_are_meant():
+    asked = errors.did_you_mean("attention_", ["attention_a", "attention_b", "attention_c"])
+    assert asked.count("attention_") == errors.MOST_MEANT and " or " in asked
 
 
 def test_an_error_from_a_lookup_prints_as_a_sentence():

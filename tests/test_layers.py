@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import collections
+import functools
 import graphlib
 import importlib
 import subprocess
@@ -22,7 +24,7 @@ MOST_ROOT_MODULES = 8
 DECIDES_AND_DRAWS = ("decision", "drawing", "history", "page", "errors", "problem", "records", "tables", "paths")
 """Records in, words and pictures out: torch has no business there, not even inside a function."""
 LOADS_TORCH = ("backends", "bisection", "measure", "numerics", "paging", "paging_survey", "ops", "paged_ops", "gpu",
-               "faults")  # fmt: skip
+               "faults", "exploits")  # fmt: skip
 """What computes. Everything else loads, and `flashcore --help` answers, without the seconds that torch takes."""
 
 
@@ -40,20 +42,27 @@ def place(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@functools.cache
+def nodes(text: str, typing_too: bool) -> list[ast.AST]:
+    """All nodes of a source; without `typing_too` those that a type checker alone reads are left out."""
+    found, left = [], collections.deque([ast.parse(text)])
+    while left:
+        node = left.popleft()
+        if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        found.append(node)
+        left.extend(ast.iter_child_nodes(node))
+    return found
+
+
+@functools.cache
 def imports(text: str, *, typing_too: bool = False) -> list[tuple[str, str]]:
     """(module, name) of each import of ours in a source; the name is empty where a whole module is meant.
 
     What is imported inside a function counts. What only a type checker imports counts with `typing_too`.
     """
-    tree = ast.parse(text)
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped.update(ast.walk(node))
     found = []
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+    for node in nodes(text, typing_too):
         if isinstance(node, ast.Import):
             found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "flashcore"]
         elif isinstance(node, ast.ImportFrom):

@@ -252,15 +252,20 @@ def test_a_trial_is_the_same_whether_it_was_validated_or_taken_as_it_is(run):
     assert first.model_extra == {"shade": 1} and second.model_extra == {}, "trials share what one may change"
 
 
+HUGE = {"batch": 10**200, "num_heads_q": 1, "num_heads_kv": 1, "seqlen_q": 10**200, "seqlen_k": 1, "head_dim": 64}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"kind": "no such kind"}, {"status": "fine"}, {"data": [1]}, {"time": 7}, {"backend": 1}, {"id": 5},
         {"timing": {"method": "host"}}, {"timing": {"method": "host", "latency_us": None}}, {"timing": [1]},
         {"timing": {"method": "host", "latency_us": 1.0, "samples_us": ["x"]}}, {"correctness": {"passed": True}},
-        {"problem": {"batch": 1}}, {"problem": "report"}, {"problem": {"batch": [1]}},
+        {"problem": {"batch": 1}}, {"problem": "report"}, {"problem": {"batch": [1]}}, {"status": [[]]},
+        {"problem": HUGE}, {"problem": {**HUGE, "seqlen_q": 1}},
+        {"kind": ["ceiling"]}, {"kind": {"ceiling": 1}}, {"status": None},
     ],
-    ids=str,
+    ids=lambda fields: str(fields)[:50],
 )  # fmt: skip
 def test_what_the_model_refuses_is_refused(run, fields):
     write(run, raw(**fields))

@@ -12,6 +12,21 @@ from flashcore.records import RunFolder, Trial
 SMALL = square(1, 2, 40, 16, page_size=16)
 
 
+def test_exploits_are_told_with_what_caught_each():
+    caught, missed, away = (
+        Trial(kind="exploit", variant=name, status=status, reason=None if status == "ok" else "Said.",
+              data={"exploit": name, "title": "T", "how": "cheats", "place": "cpu", "by": by, "said": "Said.",
+                    "outcome": status})
+        for name, status, by in (("X1", "ok", "check"), ("X2", "failed", None), ("X3", "unavailable", None))
+    )  # fmt: skip
+    table = tables.exploits_table([caught, missed, Trial(kind="ceiling")]).set_index("exploit")
+    assert table.loc["X1", "what it does"] == "T: it cheats" and table.loc["X1", "caught by"] == "check"
+    assert table.loc["X2", "caught by"] == "nothing"
+    assert tables.exploits_sentence([caught, away]) == "1 of 1 were caught by what should catch them"
+    assert tables.exploits_sentence([caught, missed]).endswith("these got through: X2 on cpu")
+    assert tables.exploits_table([]).empty and tables.exploits_sentence([]) == "no exploit was planted"
+
+
 def test_correctness_and_grid(tmp_path):
     run = RunFolder.create(tmp_path)
     run.append(check_attention("cpu", SMALL))

@@ -21,10 +21,12 @@ class Page(NamedTuple):
     """A piece of K and V that one step of the page loop takes."""
 
     first_key: int
-    """The row of K and V that it begins with."""
+    """The row of K that it begins with, and of V unless `first_value` says otherwise."""
     keys: int
     position: int
     """Of its first key among the keys that the causal mask and a trace count."""
+    first_value: int | None = None
+    """The row of V that it begins with, where V's pages lie in another order than K's."""
 
 
 class Part(NamedTuple):

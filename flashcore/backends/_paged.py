@@ -1,4 +1,7 @@
-"""A backend that reads K and V through a page table; dense ones it copies into pages first, for the checks."""
+"""A backend that reads K and V through a page table; dense ones it copies into pages first, for the checks.
+
+They go there among others (`flashcore.paging.among_others`): after a sequence that is passed over in the results.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from flashcore.gpu.launching import (
     outputs_for,
 )
 from flashcore.numerics.reference import Trace
-from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, paginate
+from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, among_others
 from flashcore.problem import Problem
 
 PAGED = struct.Struct("4Q 3i 4x")
@@ -65,14 +68,17 @@ class PagedBackend(OverPages, CudaBackend):
     """A backend whose work is one launch of a kernel that takes `AttentionParams` and `PagedParams`."""
 
     def run(self, q, k, v, problem: Problem):
-        return self.run_paged(q, paginate(k, v, problem.page_size), problem)
+        out, lse = self.run_paged(*among_others(q, k, v, problem))
+        return out[1:], lse[1:]
 
     def trace(self, q, k, v, problem: Problem) -> Trace:
+        q, cache, problem = among_others(q, k, v, problem)
         loaded = self.load(problem, q.device, trace=True)
         buffers = TraceBuffers.make(problem, loaded.tile_n, self.traced_rows(loaded), q.device)
         out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q))
-        self.attend(q, paginate(k, v, problem.page_size), problem, None, out, lse, buffers)
-        return buffers.trace(problem, loaded.tile_n, out, lse, self.chains(problem, loaded))
+        self.attend(q, cache, problem, None, out, lse, buffers)
+        trace = buffers.trace(problem, loaded.tile_n, out, lse, self.chains(problem, loaded))
+        return trace.map(lambda stage: stage[1:])
 
     def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
         check_pools(cache)

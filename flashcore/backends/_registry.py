@@ -5,14 +5,16 @@ A module puts a backend into it by decorating a `Backend` subclass with `registe
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
 import sys
 from pathlib import Path
 
-from flashcore.backends._contract import Backend
+from flashcore.backends._contract import COMPUTES, Backend
 from flashcore.errors import FlashCoreError, UnknownName
+from flashcore.numerics import instruments
 from flashcore.paths import plugin_folders
 
 _REGISTRY: dict[str, Backend] = {}
@@ -25,14 +27,23 @@ def register(cls: type[Backend]) -> type[Backend]:
     if known is not None and type(known).__qualname__ != cls.__qualname__:
         raise FlashCoreError(f"Two backends are called '{cls.id}'; give the newer one another id.")
     _REGISTRY[cls.id] = cls()
+    for base in cls.__mro__:
+        if issubclass(base, Backend):
+            instruments.trust(base, COMPUTES)
     return cls
 
 
-def _discover() -> None:
+@functools.cache  # a plug-in may come later; our own folder stays as it is
+def _import_our_own() -> None:
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not info.name.startswith("_"):
             importlib.import_module(f"{__package__}.{info.name}")
+
+
+def _discover() -> None:
+    _import_our_own()
     for folder in plugin_folders():
+        instruments.remember()  # what judges, as it is before code of somebody else's runs
         for path in sorted(folder.glob("*.py")):
             if str(path) not in _discovered:
                 _discovered.add(str(path))

@@ -67,8 +67,9 @@ def _side_streams(device: int, count: int) -> tuple[torch.cuda.Stream, ...]:
     return tuple(torch.cuda.Stream(torch.device("cuda", device)) for _ in range(count))
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy where its rows overlap (an expanded view): cuBLASLt takes no such matrix."""
+def takeable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy where cuBLASLt cannot take it: rows that start at odd places or overlap."""
+    tensor = aligned(tensor)
     if tensor.stride(2) >= tensor.shape[3]:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -201,7 +202,7 @@ class CublasLt(Cut):
             out.zero_()
             lse.fill_(float("-inf"))
             return
-        q, k, v = (_apart(aligned(tensor)) for tensor in (q, k, v))
+        q, k, v = (takeable(tensor) for tensor in (q, k, v))
         call = _Call(
             q=q, k=k, v=v, problem=problem, device=q.device.index or 0, buffers=buffers,
             loaded=self.load(problem, q.device, trace=buffers is not None),
@@ -317,7 +318,7 @@ class CublasLt(Cut):
 
     def first_value(self, page: Page) -> int:
         """The row of V that belongs to a page's first key."""
-        return page.first_key
+        return page.first_key if page.first_value is None else page.first_value
 
     def beta(self, number: int) -> float:
         """What the product with V is added to: nothing on the first page, what is there after it."""

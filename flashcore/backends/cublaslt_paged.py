@@ -9,16 +9,21 @@ import torch
 from flashcore.backends._page_tables import Page
 from flashcore.backends._paged import OverPages
 from flashcore.backends._registry import register
-from flashcore.backends.cublaslt import LARGEST_PAGE, CublasLt
+from flashcore.backends.cublaslt import LARGEST_PAGE, CublasLt, takeable
 from flashcore.errors import PageTableError
 from flashcore.gpu.launching import outputs_for
 from flashcore.numerics.reference import STAGES, Trace
-from flashcore.paging import PAGE_SIZES, PagedKV, paginate
+from flashcore.paging import PAGE_SIZES, PagedKV, among_others
 from flashcore.problem import Problem
 
 
 def _as_one(pool: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A pool ``[pages, heads, page_size, head_dim]`` as ``[1, heads, rows, head_dim]``; rows from page to page."""
+    """A pool ``[pages, heads, page_size, head_dim]`` as ``[1, heads, rows, head_dim]``; rows from page to page.
+
+    The pool is copied first where cuBLASLt cannot take it: its view as one may not be, since it ends before the rows of
+    the last page do.
+    """
+    pool = takeable(pool)
     page, head, row, _ = pool.stride()
     if page % row:
         raise PageTableError(
@@ -42,12 +47,13 @@ class CublasLtPaged(OverPages, CublasLt):
     def run(self, q, k, v, problem: Problem, page_table=None):
         if page_table is not None:
             return super().run(q, k, v, problem, page_table)
-        return self.run_paged(q, paginate(k, v, problem.page_size), problem)
+        out, lse = self.run_paged(*among_others(q, k, v, problem))
+        return out[1:], lse[1:]
 
     def run_paged(self, q, cache: PagedKV, problem: Problem, selection=None):
         out, lse = outputs_for(q)
-        (k, apart), (v, _) = _as_one(cache.k_pool), _as_one(cache.v_pool)
-        for row, (part, pages) in enumerate(self._sequences(cache, problem, apart)):
+        (k, k_apart), (v, v_apart) = _as_one(cache.k_pool), _as_one(cache.v_pool)
+        for row, (part, pages) in enumerate(self._sequences(cache, problem, k_apart, v_apart)):
             one = slice(row, row + 1)
             self._compute(q[one], k, v, out[one], lse[one], part, cache.page_size, pages)
         return out, lse
@@ -55,17 +61,24 @@ class CublasLtPaged(OverPages, CublasLt):
     def trace(self, q, k, v, problem: Problem, page_table=None) -> Trace:
         if page_table is not None:
             return super().trace(q, k, v, problem, page_table)
-        cache = paginate(k, v, problem.page_size)
-        (k, apart), (v, _) = _as_one(cache.k_pool), _as_one(cache.v_pool)
+        q, cache, problem = among_others(q, k, v, problem)
+        (k, k_apart), (v, v_apart) = _as_one(cache.k_pool), _as_one(cache.v_pool)
         traces = [
             self._trace(q[row : row + 1], k, v, part, cache.page_size, pages)
-            for row, (part, pages) in enumerate(self._sequences(cache, problem, apart))
-        ]
+            for row, (part, pages) in enumerate(self._sequences(cache, problem, k_apart, v_apart))
+        ][1:]
         stages = {stage: torch.cat([getattr(trace, stage) for trace in traces]) for stage in STAGES}
         return replace(traces[0], **stages)
 
-    def _sequences(self, cache: PagedKV, problem: Problem, apart: int) -> list[tuple[Problem, list[Page]]]:
+    def _sequences(
+        self, cache: PagedKV, problem: Problem, k_apart: int, v_apart: int
+    ) -> list[tuple[Problem, list[Page]]]:
         """Each sequence's problem and resident pages; waits for the device.
+
+        Parameters
+        ----------
+        k_apart, v_apart
+            Rows from one page to the next, in K's pool and in V's, which may lie in another order.
 
         Raises
         ------
@@ -83,7 +96,7 @@ class CublasLtPaged(OverPages, CublasLt):
                         "write a page of the pool there, or -1 for a page that was dropped."
                     )
             pages = [
-                Page(first_key=page * apart, keys=min(size, length - nth * size), position=nth * size)
+                Page(page * k_apart, min(size, length - nth * size), nth * size, first_value=page * v_apart)
                 for nth, page in used
                 if page >= 0
             ]

@@ -141,12 +141,13 @@ def bisect(
     *,
     seed: int = 0,
     pattern: str = "normal",
-    layout: str = "bhsd",
+    layout: str = "apart",
     device: str | None = None,
 ) -> Bisection:
     """Trace a backend on one problem and judge every element of every stage, locally and globally.
 
-    The backend's buffers start out full of NaN. Judging runs on the trace's device, a few heads at a time.
+    The inputs lie in different memory orders unless `layout` says otherwise. The backend's buffers start out full of
+    NaN. Judging runs on the trace's device, a few heads at a time.
 
     Raises
     ------

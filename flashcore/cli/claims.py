@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import printing
+from flashcore.cli import completing, printing
 from flashcore.errors import RecordsError
 from flashcore.records import RunFolder
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from flashcore.decision.evidence import Evidence
 
 LATEST = "latest"
-WIDTH_OF_A_FILE = 120
-"""Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
 
 
 def claims(
@@ -33,7 +30,10 @@ def claims(
     run: Annotated[
         str | None,
         typer.Option(
-            "--run", metavar="RUN", help="The run to compare with; left out, the latest, or the recorded one."
+            "--run",
+            metavar="RUN",
+            help="The run to compare with; left out, the latest, or the recorded one.",
+            autocompletion=completing.run,
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON lines, and nothing else.")] = False,
@@ -76,11 +76,6 @@ def _evidence(run: str | None) -> Evidence:
 # ------------------------------------------------------------------------------------------------ printing
 
 
-def _console(*, wrap: bool = False) -> Console:
-    width = None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE
-    return Console(highlight=False, soft_wrap=not wrap, width=width)
-
-
 def _print_table(audits: list[Audit]) -> None:
     table = Table(title="Claims, audited", show_lines=True, expand=True)
     for column, ratio in (("Claim", 4), ("Figure", 2), ("Verdict", None), ("Why", 8)):
@@ -88,11 +83,11 @@ def _print_table(audits: list[Audit]) -> None:
     for one in audits:
         note = f"\nNote: {one.claim.note}" if one.claim.note else ""
         table.add_row(*map(escape, (one.claim.text, one.claim.figure, one.verdict, one.reason + note)))
-    _console(wrap=True).print(table)
+    printing.console().print(table)
 
 
 def _print_findings(audits: list[Audit]) -> None:
-    out = _console()
+    out = printing.console(soft_wrap=True)
     out.print("What each check found:")
     for one in audits:
         out.print(f"\n{escape(one.claim.id)}: {escape(one.claim.figure)}, {one.verdict}")
@@ -106,7 +101,7 @@ def _print_findings(audits: list[Audit]) -> None:
 def _print_summary(audits: list[Audit], evidence: Evidence) -> None:
     from flashcore.decision.claims import VERDICTS
 
-    out, counts = _console(), Counter(one.verdict for one in audits)
+    out, counts = printing.console(soft_wrap=True), Counter(one.verdict for one in audits)
     out.print(f"\n{len(audits)} claims:")
     for verdict, meaning in VERDICTS.items():
         if counts[verdict]:

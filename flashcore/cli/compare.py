@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import printing
+from flashcore.cli import completing, printing
 from flashcore.decision.compare import number
 from flashcore.problem import parse_problem
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from flashcore.history.timings import Row
 
 REGRESSION, NOTHING_COMPARED = 3, 4
-WIDTH_OF_A_FILE = 120
-"""Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
 MOST_LINES = 20
 """Of what else changed; `--all` prints every line."""
 
@@ -34,8 +31,12 @@ OutOption = Annotated[
 
 
 def compare(
-    run_a: Annotated[str, typer.Argument(metavar="RUN_A", help=f"The run before. {RUN_HELP}")],
-    run_b: Annotated[str, typer.Argument(metavar="RUN_B", help=f"The run now. {RUN_HELP}")] = "latest",
+    run_a: Annotated[
+        str, typer.Argument(metavar="RUN_A", help=f"The run before. {RUN_HELP}", autocompletion=completing.run)
+    ],
+    run_b: Annotated[
+        str, typer.Argument(metavar="RUN_B", help=f"The run now. {RUN_HELP}", autocompletion=completing.run)
+    ] = "latest",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3 on a regression, 4 when nothing of ours could be compared.")
     ] = False,
@@ -71,7 +72,10 @@ def trend(
     folder: Annotated[
         Path | None, typer.Argument(metavar="FOLDER", help="Folder that holds run folders.  [default: reports/runs]")
     ] = None,
-    problem: Annotated[str, typer.Option(help="A preset, or a label such as B=1,H=8,S=512,D=64.")] = "report",
+    problem: Annotated[
+        str,
+        typer.Option(help="A preset, or a label such as B=1,H=8,S=512,D=64.", autocompletion=completing.problem),
+    ] = "report",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a point, and no table.")] = False,
 ) -> None:
     """Show latency, TFLOPS and ratio of every backend over the runs of a folder, by date, for one problem.
@@ -89,7 +93,7 @@ def trend(
         for point in (p for points in machines.values() for p in points):
             _print_json(point.as_dict(), indent=None)
         return
-    out = _console()
+    out = printing.console()
     for machine, points in machines.items():
         table = Table(title=f"{escape(machine)}, {escape(wanted.label().replace(',', ', '))}")
         table.add_column("Backend", no_wrap=True)
@@ -125,10 +129,6 @@ def _snapshot(run: str, out_dir: Path | None) -> Snapshot:
 # ------------------------------------------------------------------------------------------------ printing
 
 
-def _console() -> Console:
-    return Console(highlight=False, width=None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
-
-
 def _print_json(data: dict, *, indent: int | None = 1) -> None:
     """JSON proper: what is no number is null, since NaN is none of JSON's."""
     sys.stdout.write(json_.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
@@ -143,7 +143,7 @@ def _finite(value):
 
 
 def _print_comparison(found: Comparison, every: bool) -> None:
-    out = _console()
+    out = printing.console()
     out.print(f"Before: {escape(found.before.title)}\nNow:    {escape(found.now.title)}")
     if found.rows:
         out.print(_overview(found))
@@ -207,7 +207,7 @@ def _percent(value: float | None) -> str:
 
 
 def _print_end(found: Comparison, regressions: list[str], strict: bool) -> None:
-    out = _console()
+    out = printing.console()
     drift = ", ".join(f"{value:.1f} % ({basis})" for basis, value in found.drift_percent.items())
     if drift:
         out.print(f"\nIntervals are widened by how far unchanged code moved between the runs: {drift}.", soft_wrap=True)

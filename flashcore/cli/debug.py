@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import printing
+from flashcore.cli import completing, printing
 from flashcore.cli.adding import adding_to
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.problem import parse_problem, square
@@ -27,17 +27,34 @@ SMALL = square(1, 2, 256, 64, page_size=64)
 _PLAIN_WIDTH = 4000
 """Columns of output that goes to a file or a pipe: no line of a table is folded there."""
 
-BackendOption = Annotated[str, typer.Option("--backend", help="Id of the backend, such as cpu or wmma.")]
-BackendsOption = Annotated[str, typer.Option("--backend", "--backends", help="Ids separated by commas, or 'all'.")]
+BackendOption = Annotated[
+    str,
+    typer.Option("--backend", help="Id of the backend, such as cpu or wmma.", autocompletion=completing.backend),
+]
+BackendsOption = Annotated[
+    str,
+    typer.Option(
+        "--backend", "--backends", help="Ids separated by commas, or 'all'.", autocompletion=completing.backends
+    ),
+]
+FaultOption = Annotated[
+    str | None, typer.Option(help="Plant this bug first, such as F8.", autocompletion=completing.fault)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the records as JSON lines, and nothing else.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Also append the records to this run folder.")]
 
 
 def bisect(
     backend: BackendOption,
-    fault: Annotated[str | None, typer.Option(help="Plant this bug first, such as F8.")] = None,
-    problem: Annotated[str | None, typer.Option(help="A preset or a label such as B=1,H=8,S=512,D=64,causal.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="What the inputs look like: normal, large, rising ...")] = None,
+    fault: FaultOption = None,
+    problem: Annotated[
+        str | None,
+        typer.Option(help="A preset or a label such as B=1,H=8,S=512,D=64,causal.", autocompletion=completing.problem),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="What the inputs look like: normal, large, rising ...", autocompletion=completing.pattern),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     repeat: Annotated[int, typer.Option(help="Also compare the bits of this many repeats.", min=0)] = 0,
     json: JsonOption = False,
@@ -119,7 +136,7 @@ def _provable(selected: list, names: str) -> list:
 def sanitize(
     backend: BackendsOption = "all",
     tool: Annotated[str, typer.Option(help="memcheck, racecheck, initcheck, synccheck, or all.")] = "all",
-    fault: Annotated[str | None, typer.Option(help="Plant this bug first, to see that the tool finds it.")] = None,
+    fault: FaultOption = None,
     json: JsonOption = False,
     run: RunOption = None,
 ) -> None:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 DONE, WRONG = 0, 3
 """Exit codes: measured; something measured is wrong, or did not finish. 2 is a usage error."""
-WIDTH_OF_A_FILE = 120
-"""Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
 
 
 def paging(
@@ -67,7 +65,7 @@ def paging(
 
 def _print(trials: list[Trial], folder: RunFolder) -> None:
     """A table for each thing measured, with the figures that its records hold."""
-    out = Console(highlight=False, width=None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
+    out = printing.console()
     for what in dict.fromkeys(str(t.data.get("what")) for t in trials):
         rows = [(t, row) for t in trials if t.data.get("what") == what for row in [_row(t)]]
         table = Table(title=f"Paging: {what}")

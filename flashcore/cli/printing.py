@@ -86,9 +86,10 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def console() -> Console:
-    """Where results go."""
-    return Console(highlight=False, width=None if is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
+def console(*, soft_wrap: bool = False) -> Console:
+    """Where results go; with `soft_wrap` no line is folded."""
+    width = None if is_terminal(sys.stdout) else WIDTH_OF_A_FILE
+    return Console(highlight=False, soft_wrap=soft_wrap, width=width)
 
 
 def errors() -> Console:

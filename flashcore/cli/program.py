@@ -1,39 +1,50 @@
-"""Put the command line together, and hold `flashcore verdict`, `build` and `doctor`; the work is done elsewhere."""
+"""Put the command line together, and hold `flashcore build` and `doctor`; the work is done elsewhere."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
 from flashcore import __version__
-from flashcore.cli import claims, compare, debug, lab, paging, printing, report, survey
-from flashcore.errors import FlashCoreError
+from flashcore.cli import (
+    claims,
+    compare,
+    completing,
+    debug,
+    diagnose,
+    exploits,
+    lab,
+    paging,
+    printing,
+    report,
+    survey,
+    verdict,
+)  # fmt: skip
+from flashcore.cli.printing import console, errors, say
+from flashcore.errors import FlashCoreError, did_you_mean
 from flashcore.paths import set_home
 
 USAGE_ERROR, INTERRUPTED = 2, 130
-SEAL_BROKEN, NO_SEAL = 3, 4
-WIDTH_OF_A_FILE = 120
-"""Columns of a table that goes to a file or a pipe, where there is no terminal to measure."""
-
-out = Console(highlight=False, width=None if printing.is_terminal(sys.stdout) else WIDTH_OF_A_FILE)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def _say(line: str) -> None:
-    """One line of output, however long: a wrapped path could not be copied."""
-    out.print(line, soft_wrap=True)
+_UsageError = typer.BadParameter.__bases__[0]
+"""Click's, which newer releases of typer bring themselves."""
 
 
 class _Group(TyperGroup):
     """Turns an error made on purpose into one sentence on stderr, without a traceback, and an exit code."""
+
+    def resolve_command(self, ctx, args):
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            hint = did_you_mean(args[0], self.list_commands(ctx)) if args else ""
+            if hint and "Did you mean" not in error.message:  # newer releases of typer ask it themselves
+                error.message = f"{error.message} {hint}"
+            raise
 
     def invoke(self, ctx):
         try:
@@ -41,10 +52,10 @@ class _Group(TyperGroup):
         except FlashCoreError as error:
             if os.environ.get("FLASHCORE_DEBUG"):
                 raise
-            err.print(escape(str(error)))
+            errors().print(escape(str(error)))
             raise typer.Exit(USAGE_ERROR) from None
         except KeyboardInterrupt:
-            err.print("Interrupted; records written so far are kept in the run's folder.")
+            errors().print("Interrupted; records written so far are kept in the run's folder.")
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -53,20 +64,13 @@ app = typer.Typer(
     cls=_Group,
     help="Check, time and judge attention kernels for Hopper GPUs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, its id, or the word 'latest'.")]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Folder that holds the run folders.  [default: reports/runs]")
-]
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
-        _say(f"flashcore {__version__}")
+        say(f"flashcore {__version__}")
         raise typer.Exit
 
 
@@ -84,51 +88,14 @@ def _options(
 
 
 @app.command()
-def verdict(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
-    """Print a run's verdict. Exit code 0: GO; 3: NO-GO; 4: INCONCLUSIVE."""
-    from flashcore.decision import verdict as verdicts
-    from flashcore.pipeline import folders
-
-    decision = verdicts.judge(folders.find_run(run, out_dir))
-    printing.print_decision(decision)
-    raise typer.Exit(verdicts.EXIT_CODES[decision.verdict])
-
-
-@app.command()
-def verify(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
-    """Say whether a run is still what was judged, and name what was changed. Exit code 0: yes; 3: no; 4: no seal."""
-    from flashcore.decision import seal
-    from flashcore.decision import verdict as verdicts
-    from flashcore.pipeline import folders
-
-    found = folders.find_run(run, out_dir)
-    decision, state = verdicts.judge(found), verdicts.gather(found, gates=verdicts.load_gates()).seal
-    _say(escape(state.sentence))
-    for change in state.changes:
-        _say(f"  {escape(change.part)}: {escape(change.sentence)}")
-    for entry in seal.earlier(found):
-        _say(f"  {escape(entry)}")
-    if decision.stored:
-        _say(escape(decision.stored))
-    raise typer.Exit(0 if state.holds else SEAL_BROKEN if state.digest or state.changes else NO_SEAL)
-
-
-@app.command()
-def seal(run: RunArgument = "latest", out_dir: OutOption = None) -> None:
-    """Judge a run by today's gates and sources and seal it anew; what was changed before stays named in the seal."""
-    from flashcore.decision import seal as seals
-    from flashcore.pipeline import folders, reporting
-
-    found = reporting.find_run(run, out_dir)
-    folders.refuse_recorded(found)
-    printing.print_decision(reporting.judge_and_seal(found, earlier=seals.unseal(found)))
-    _say(f"The page still shows what it showed; 'flashcore render {escape(run)}' draws it again.")
-
-
-@app.command()
 def build(
     kernel: Annotated[
-        str | None, typer.Option("--kernel", help="Kernels to compile, separated by commas.  [default: all]")
+        str | None,
+        typer.Option(
+            "--kernel",
+            help="Kernels to compile, separated by commas.  [default: all]",
+            autocompletion=completing.kernels,
+        ),
     ] = None,
     cached: Annotated[
         bool, typer.Option("--cached", help="Show also the variants that were compiled before and are up to date.")
@@ -138,6 +105,7 @@ def build(
     from flashcore.gpu.build import build_all
 
     kernels = None if kernel is None else [name.strip() for name in kernel.split(",")]
+    err = errors()
     with err.status("Compiling ...") as status:
         if err.is_terminal:
             trials = build_all(lambda what: status.update(f"Compiling {escape(what)} ..."), kernels=kernels)
@@ -145,7 +113,7 @@ def build(
             trials = build_all(lambda what: err.print(f"Compiled {escape(what)}"), kernels=kernels)
     told = [trial for trial in trials if cached or not trial.data.get("cached")]
     if not told:
-        _say(f"{len(trials)} variants are up to date.")
+        say(f"{len(trials)} variants are up to date.")
         return
     table = Table(title="Kernels, compiled for sm_90a")
     table.add_column("Kernel", no_wrap=True)
@@ -163,7 +131,7 @@ def build(
         else:
             figures = ["", "", "", "did not compile", ""]
         table.add_row(*names, *figures)
-    out.print(table)
+    console().print(table)
     broken = [trial for trial in trials if trial.status != "ok"]
     for reason in dict.fromkeys(trial.reason for trial in broken):
         err.print(escape(reason or "A kernel did not compile."))
@@ -191,19 +159,22 @@ def doctor() -> None:
     for check in found:
         state = "works" if check.ok else ("MISSING" if check.needed else "not here")
         table.add_row(escape(check.name), state, escape(check.detail), "" if check.ok else escape(check.fix))
-    out.print(table)
+    console().print(table)
     missing = [check.name for check in found if check.needed and not check.ok]
     if missing:
-        _say(f"Reports cannot be made here until this is mended: {escape(', '.join(missing))}.")
+        say(f"Reports cannot be made here until this is mended: {escape(', '.join(missing))}.")
         raise typer.Exit(1)
     if any(check.name == "GPU" and check.ok for check in found):
-        _say("Reports can be made here, with live GPU figures.")
+        say("Reports can be made here, with live GPU figures.")
     else:
-        _say("Reports can be made here on the CPU; GPU evidence comes from recorded runs, labelled so.")
+        say("Reports can be made here on the CPU; GPU evidence comes from recorded runs, labelled so.")
 
 
 report.add_to(app)
+verdict.add_to(app)
 debug.add_to(app)
+diagnose.add_to(app)
+exploits.add_to(app)
 survey.add_to(app)
 paging.add_to(app)
 claims.add_to(app)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from flashcore.cli import completing
 from flashcore.cli.printing import errors, print_decision, say, shown
 
 
@@ -26,7 +27,10 @@ class Audience(StrEnum):
     engineering = "engineering"
 
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, its id, or the word 'latest'.")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run's folder, its id, or the word 'latest'.", autocompletion=completing.run),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Folder that holds the run folders.  [default: reports/runs]")
 ]
@@ -41,7 +45,8 @@ LogoOption = Annotated[Path | None, typer.Option(help="A PNG, JPEG, WebP or SVG 
 SectionsOption = Annotated[
     str | None,
     typer.Option(metavar="A,B,...", help="Sections to show, out of decision, since, speed, correctness, questions, "
-                                         "survey, paging, claims, evidence, provenance.  [default: all]"),
+                                         "survey, paging, claims, evidence, provenance.  [default: all]",
+                 autocompletion=completing.sections),
 ]  # fmt: skip
 PdfOption = Annotated[bool, typer.Option("--pdf/--no-pdf", help="Print the page to report.pdf by Chromium.")]
 
@@ -52,11 +57,13 @@ def report(
     ] = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="Backends to measure: 'all', or ids separated by commas, such as wmma,sdpa-cudnn."),
+        typer.Option(help="Backends to measure: 'all', or ids separated by commas, such as wmma,sdpa-cudnn.",
+                     autocompletion=completing.backends),
     ] = None,
     problem: Annotated[
         list[str] | None,
-        typer.Option(help="A preset or a label such as B=1,H=8,S=512,D=64; may be repeated.  [default: the profile's]"),
+        typer.Option(help="A preset or a label such as B=1,H=8,S=512,D=64; may be repeated.  [default: the profile's]",
+                     autocompletion=completing.problem),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random input.  [default: 0]")] = None,
     only: Annotated[
@@ -65,7 +72,8 @@ def report(
                                               "bisection, survey, sweep, paging, or names of notebooks."),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="RUN", help="The run that --only is about.  [default: latest]")
+        str | None, typer.Option("--run", metavar="RUN", help="The run that --only is about.  [default: latest]",
+                                 autocompletion=completing.run)
     ] = None,
     audience: AudienceOption = None,
     title: TitleOption = None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -235,9 +236,14 @@ def contradiction(trial: Trial) -> str | None:
     return None
 
 
+def is_figure(value: Any) -> bool:
+    """Whether a value from a record is a number to reckon with: no NaN, and nothing beyond what a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure with sensible digits for a table: three significant ones, more only left of the point."""
-    if value is None or not math.isfinite(value):
+    if value is None or not is_figure(value):
         return "not known"
     if value == 0:
         return "0"

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from flashcore.decision import compare
 from flashcore.decision.toml_tables import TomlFile, read_toml
-from flashcore.errors import FlashCoreError, GatesError
+from flashcore.errors import FlashCoreError, GatesError, did_you_mean
 from flashcore.problem import parse_problem
 from flashcore.records import Kind, Trial
 
@@ -63,7 +63,8 @@ class Gate(BaseModel):
     @classmethod
     def _metric_exists(cls, value: str) -> str:
         if value not in METRIC_KIND and not re.fullmatch(r"data\.\w+", value):
-            raise ValueError(f"there is no metric '{value}'; use one of {', '.join(METRIC_KIND)} or data.<key>")
+            told = f"there is no metric '{value}'; use one of {', '.join(METRIC_KIND)} or data.<key>"
+            raise ValueError(f"{told}. {did_you_mean(value, METRIC_KIND)}".removesuffix(". "))
         return value
 
     @model_validator(mode="after")
@@ -226,16 +227,20 @@ def load_gates(path: str | Path | None = None) -> Gates:
 
 def _check_names(file: TomlFile, found: Gates) -> None:
     """Refuse a name of a gate that leads nowhere, and one condition asked twice."""
-    known = ", ".join(gate.id for gate in found)
+    ids_known = [gate.id for gate in found]
+    known = ", ".join(ids_known)
     ranking = found.rank_options_by
     if ranking is not None and (not isinstance(ranking, str) or found.get(ranking) is None):
-        raise file.wrong(f"there is no gate '{ranking}' to rank options by; use one of {known}.", (), "rank_options_by")
+        hint = did_you_mean(str(ranking), ids_known)
+        told = f"there is no gate '{ranking}' to rank options by; use one of {known}. {hint}".rstrip()
+        raise file.wrong(told, (), "rank_options_by")
     for index, option in enumerate(found.options):
         place = (("option", index),)
         for name in option.conditions:
             if found.get(name) is None:
                 reason = f"option '{option.id}': there is no gate '{name}'; use one of {known}, or write it below as an"
-                raise file.wrong(f"{reason} [[option.condition]].", place, "conditions", name)
+                told = f"{reason} [[option.condition]]. {did_you_mean(name, ids_known)}".rstrip()
+                raise file.wrong(told, place, "conditions", name)
             if option.conditions.count(name) > 1:
                 raise file.wrong(f"option '{option.id}': the gate '{name}' is named twice.", place, "conditions", name)
         ids = [condition.id for condition in option.condition]

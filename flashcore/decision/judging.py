@@ -360,7 +360,7 @@ def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
         doubt = source.doubt(trial)
         if trial.status != "ok" or doubt:
             doubts.append(doubt or f"a record did not succeed ({clause(trial.reason or 'no reason recorded')})")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif not compare.is_figure(value):
             doubts.append(f"a record holds no number under '{key}'")
         else:
             values.append(float(value))

@@ -195,10 +195,21 @@ def seal_pages(run: RunFolder) -> None:
 
 
 def unseal(run: RunFolder) -> list[dict[str, Any]]:
-    """Take the seal off a run that is about to be changed; gives the `earlier` entries of the seal to come."""
-    state, found = check(run), _read(run)
-    before = list(found.get("earlier") or ()) if isinstance(found, dict) else []
-    (run.path / FILE).unlink(missing_ok=True)
+    """Take the seal off a run that is about to be changed; gives the `earlier` entries of the seal to come.
+
+    Raises
+    ------
+    RecordsError
+        The seal cannot be removed, as a folder of its name cannot.
+    """
+    state, before = check(run), _earlier(_read(run))
+    try:
+        (run.path / FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordsError(
+            f"The seal {run.path / FILE} cannot be removed ({error.strerror}); remove it by hand, and make the folder "
+            "writable."
+        ) from error
     return [*before, _entry(state)] if state.digest is not None or state.changes else before
 
 
@@ -206,16 +217,21 @@ def _entry(state: State) -> dict[str, Any]:
     return {"digest": state.digest, "date": state.date, "changes": [change.sentence for change in state.changes]}
 
 
+def _earlier(found: dict[str, Any] | str | None) -> list[dict[str, Any]]:
+    """The entries on earlier seals in a seal as read; what is no entry is none."""
+    entries = found.get("earlier") if isinstance(found, dict) else None
+    return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+
+
 def earlier(run: RunFolder) -> list[str]:
     """Sentences on the seals that this one took the place of, the oldest first."""
-    found = _read(run)
     said = []
-    for one in (found.get("earlier") or ()) if isinstance(found, dict) else ():
-        if isinstance(one, Mapping):
-            changes = [str(change) for change in one.get("changes") or ()]
-            after = "records were added by FlashCore" if one.get("added") else "it was sealed anew"
-            held = f"did not hold: {' '.join(changes)}" if changes else "held"
-            said.append(f"Before: seal {one.get('digest')} of {str(one.get('date'))[:10]}, which {held}; then {after}.")
+    for one in _earlier(_read(run)):
+        changes = one.get("changes")
+        changes = [str(change) for change in changes] if isinstance(changes, list) else []
+        after = "records were added by FlashCore" if one.get("added") else "it was sealed anew"
+        held = f"did not hold: {' '.join(changes)}" if changes else "held"
+        said.append(f"Before: seal {one.get('digest')} of {str(one.get('date'))[:10]}, which {held}; then {after}.")
     return said
 
 
@@ -233,8 +249,8 @@ def additions(run: RunFolder, gates: Gates) -> Iterator[None]:
             _seal_again(run, gates, state, found)
 
 
-def _seal_again(run: RunFolder, gates: Gates, state: State, found: Mapping[str, Any]) -> None:
-    earlier = [*(found.get("earlier") or ()), {**_entry(state), "added": True}]
+def _seal_again(run: RunFolder, gates: Gates, state: State, found: dict[str, Any]) -> None:
+    earlier = [*_earlier(found), {**_entry(state), "added": True}]
     made = make(run, gates, verdict=str(found.get("verdict")), earlier=earlier)
     made["gates"] = found["gates"]  # those that its verdict was judged by
     _write(run, {**made, "digest": _digest(made)})
@@ -282,7 +298,7 @@ def check(run: RunFolder, gates: Gates | None = None, *, sealed_before: bool = F
     digest, date = str(found.get("digest")), str(found.get("date"))[:10]
     try:
         changes = tuple(_changes(run, found, gates))
-    except (TypeError, AttributeError, ValueError, RecursionError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         changes = (Change("seal", f"{FILE} holds what no seal holds."),)
     return State(digest, date, changes)
 

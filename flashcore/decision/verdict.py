@@ -7,7 +7,7 @@ other source, on another machine, or has the threshold within the interval of it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from flashcore.decision.evidence import Evidence, Recorded, gather, label
 from flashcore.decision.gates import Gate, Gates, load_gates
 from flashcore.decision.judging import GateResult, Source, clause, judge_gate
 from flashcore.decision.options import OptionResult, weigh
+from flashcore.decision.seal import State
 from flashcore.records import RunFolder, Trial
 
 __all__ = [
@@ -40,10 +41,19 @@ class Decision:
     """Where the GPU figures come from, in words."""
     options: tuple[OptionResult, ...] = ()
     """The file's options, the recommended one first; empty for a file without any."""
-    seal: str = ""
-    """Whether the run is still what was judged, in one sentence; empty where that was not asked."""
     stored: str = ""
     """How the verdict that was recorded differs from this one, in one sentence; empty where it does not."""
+    based_on: Evidence | None = field(default=None, compare=False, repr=False)
+    """All that it was judged from, the state of the run's seal included; None where no run was judged."""
+
+    @property
+    def seal(self) -> str:
+        """Whether the run is still what was judged, in one sentence; empty where that was not asked."""
+        return self.based_on.seal.sentence if self.based_on else ""
+
+    def with_seal(self, state: State) -> Decision:
+        """The decision with another state of the run's seal, which says nothing about the verdict."""
+        return replace(self, based_on=replace(self.based_on, seal=state))
 
     @property
     def recommended(self) -> OptionResult | None:
@@ -99,7 +109,7 @@ def judge(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Pat
         problems=evidence.problems,
     )
     stored = _stored(evidence.trials, decision.verdict)
-    return replace(decision, seal=evidence.seal.sentence, stored=stored)
+    return replace(decision, based_on=evidence, stored=stored)
 
 
 def _stored(trials: Sequence[Trial], today: str) -> str:

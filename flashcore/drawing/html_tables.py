@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import escape
 
 from flashcore.decision import compare
-from flashcore.decision.compare import number
+from flashcore.decision.compare import is_figure, number
 from flashcore.records import Trial
 
 AGAINST_PEERS = "Our best backend against the best peer, by problem"
@@ -279,7 +279,7 @@ def ceilings_table(trials: Sequence[Trial], *, caption: str = "What plain kernel
     rows = [
         {
             "Plain kernel": str(t.data.get("name", "–")).replace("_", " "),
-            "Measured": number(t.data["value"]) if isinstance(t.data.get("value"), int | float) else "not a number",
+            "Measured": number(t.data["value"]) if is_figure(t.data.get("value")) else "not a number",
             "Unit": "µs" if t.data.get("unit") == "us" else str(t.data.get("unit", "–")),
             "How": t.data.get("method", "not recorded"),
         }

@@ -290,7 +290,7 @@ def _looks(lines: Mapping[str, Mapping[int, Trial]]) -> dict[str, tuple[bool, st
 
 def _plain(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[Trial]) -> dict[int, float]:
     """TFLOPS of plain kernels, by length: the lower of the matrix product and bandwidth times FLOPs a byte."""
-    values = {t.data.get("name"): t.data for t in ceilings if isinstance(t.data.get("value"), int | float)}
+    values = {str(t.data.get("name")): t.data for t in ceilings if compare.is_figure(t.data.get("value"))}
     problems = {s: t.problem for points in lines.values() for s, t in points.items()}
     kind = {"float16": "matmul_fp16", "bfloat16": "matmul_bf16", "float32": "matmul_fp32"}
     product = values.get(kind[next(iter(problems.values())).dtype])

@@ -145,6 +145,14 @@ FAULTS: tuple[Fault, ...] = (
     _fault("G44", "units of a part miscounted: the parts of a head are never all there", "out", "stale memory"),
     _fault("G46", "query heads of a group past the last whole tile left out", "scores", "stale memory in some heads"),
     _fault("G47", "half of a part added as it is, whatever maximum it was taken against", "out", "finite, wrong"),
+    _fault("G48", "the guard of bfloat16 in float16's place: probs past float16's largest number", "row_max",
+           "NaN or Inf where scores climb", pattern="steep"),
+    _fault("G49", "a chain that saw no key of a row counts with a reference of 0", "out",
+           "zeros where all scores lie far below zero", pattern="sunken", problem=CAUSAL),
+    _fault("G50", "V addressed by K's strides", "accum", "right while K and V lie in one order, wrong otherwise"),
+    _fault("G51", "the first sequence's length taken for all", "scores", "right while all are of one length"),
+    _fault("G52", "rows of the page table found by their columns, not by their stride", "scores",
+           "right while the table has no room to spare, another sequence's keys otherwise"),
 )  # fmt: skip
 
 

@@ -249,7 +249,7 @@ def bisect_planted(
     pattern: str | None = None,
     seed: int = 0,
     repeat: int = 0,
-    layout: str = "bhsd",
+    layout: str = "apart",
 ) -> list[Trial]:
     """Look closely at one planted bug: its bisection and, with `repeat`, that many repeats compared bit by bit.
 

@@ -88,11 +88,15 @@ def figure(samples: Sequence[float], *, side: Side) -> Figure | None:
     side
         Each run draws its own resamples, the same ones each time, so that a comparison never depends on its company.
     """
-    samples = samples[:MOST_SAMPLES]
-    n = len(samples)
-    if n < FEWEST_SAMPLES or not all(math.isfinite(s) and s > 0 for s in samples):
+    samples = tuple(samples[:MOST_SAMPLES])
+    if len(samples) < FEWEST_SAMPLES or not all(math.isfinite(s) and s > 0 for s in samples):
         return None
-    taken = np.asarray(samples, dtype=float)
+    return _figure(samples, side)
+
+
+@functools.lru_cache(maxsize=1024)  # a page compares the same two runs for each of its parts
+def _figure(samples: tuple[float, ...], side: Side) -> Figure:
+    taken, n = np.asarray(samples, dtype=float), len(samples)
     tail = (100.0 - CONFIDENCE) / 2
     medians = np.median(taken[_picks(n, side)], axis=1)
     low, high = np.percentile(medians, [tail, 100.0 - tail])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from flashcore import backends
 from flashcore.errors import BackendUnavailable, Unsupported
-from flashcore.numerics import ambient, reference
+from flashcore.numerics import ambient, instruments, reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.numerics.tolerance import UNIT_FLOAT32, Comparison, compare
@@ -43,7 +44,13 @@ class Case:
 @functools.lru_cache(maxsize=1)
 @ambient.judging
 def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False) -> Case:
-    """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another.
+    """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another."""
+    q, k, v = make_inputs(problem, seed=seed, device=device, pattern=pattern, layout=layout)
+    return expected(q, k, v, problem, round_scores=round_scores)
+
+
+def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, *, round_scores: bool) -> Case:
+    """What attention gives for these inputs, in float64, and how far off a backend may be.
 
     Bound of `out`: twice the largest error that the same maths makes at this precision, and of rounding
     ``eps(dtype) * |expected|`` and what a rounding of the scores does: they are sums in float32 with partial sums up to
@@ -52,7 +59,6 @@ def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: st
     `delta` and a rounding to float32. A backend that stores its scores in 16 bits (`rounds_scores`) is held to the same
     maths with that rounding in it.
     """
-    q, k, v = make_inputs(problem, seed=seed, device=device, pattern=pattern, layout=layout)
     out, lse = reference.attention(q, k, v, problem)
     near_out, near_lse = reference.attention_same_precision(q, k, v, problem, round_scores=round_scores)
     longest = [float(t.float().norm(dim=-1).max()) for t in (q, k)]
@@ -146,9 +152,14 @@ def check_attention(
         common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash())
         if case.bad_inputs:
             return Trial(status="error", reason=case.bad_inputs, data=data, **common)
-        with poisoned_outputs():
-            out, lse = chosen.run(case.q, case.k, case.v, problem)
-        wrong = _wrong_form(out, lse, case)
+        given = _given(case)
+        with instruments.watched(chosen.id), poisoned_outputs():
+            results = chosen.run(*given, problem)
+            wrong = wrong_form(results, problem, case.q.device)
+            # A copy before anything else runs: what is written later, or elsewhere, is not in it.
+            out, lse = (None, None) if wrong else (None if t is None else t.clone() for t in results)
+        if not wrong and (names := changed_inputs(given, _inputs(case))):
+            wrong = f"it changed its inputs ({names}), which belong to whoever calls it"
         if wrong:
             return Trial(status="failed", reason=wrong, data=data, **common)
         found = compare(out, case.out, atol=case.out_atol, rtol=case.out_rtol)
@@ -167,18 +178,68 @@ def check_attention(
     return guarded("correctness", chosen, problem, measure, data=data)
 
 
-def _wrong_form(out, lse, case: Case) -> str | None:
-    """What is wrong with the shape, dtype or device of the results, or None."""
-    wanted = {"out": (out, case.out.shape, case.q.dtype), "lse": (lse, case.lse.shape, torch.float32)}
-    for name, (tensor, shape, dtype) in wanted.items():
+OFFSET_BYTES = 256
+"""What memory blocks of CUDA are aligned to: no kernel reads slower from here."""
+DELAY_CYCLES = 2_000_000
+"""Of a GPU's clock, about a millisecond: so long do inputs arrive after a call was made."""
+
+
+def _given(case: Case) -> tuple[torch.Tensor, ...]:
+    """The inputs of a check as tensors of the backend's own, with the strides of the case.
+
+    So nothing that it writes into them reaches the reference, or the backend that is checked next. They begin inside a
+    block of memory, and not where those of a timing do, so being right at one address is not enough. On a GPU they are
+    filled on the current stream after a delay: work on a stream that does not wait for that one reads NaN.
+    """
+    given = tuple(map(_room_like, _inputs(case)))
+    if case.q.device.type == "cuda":
+        for tensor in given:
+            tensor.fill_(float("nan"))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(DELAY_CYCLES)
+    for tensor, values in zip(given, _inputs(case), strict=True):
+        tensor.copy_(values)
+    return given
+
+
+def _room_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory for a tensor of these strides, `OFFSET_BYTES` into a block of its own."""
+    offset = OFFSET_BYTES // tensor.element_size()
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.new_empty(offset + span).as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _inputs(case: Case) -> tuple[torch.Tensor, ...]:
+    return case.q, case.k, case.v
+
+
+def wrong_form(results, problem: Problem, device: torch.device) -> str | None:
+    """What is wrong with the kind, shape, dtype or device of what a backend returned, as a clause; None for nothing.
+
+    Plain tensors alone count: one of a class of its own may answer as it likes when it is compared.
+    """
+    if not isinstance(results, tuple | list) or len(results) != 2:
+        return f"it returned {type(results).__name__}; expected out and lse"
+    shape = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim)
+    wanted = (("out", shape, getattr(torch, problem.dtype)), ("lse", shape[:-1], torch.float32))
+    for tensor, (name, shape, dtype) in zip(results, wanted, strict=True):
         if tensor is None and name == "lse":
             continue
-        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, case.q.device):
+        if type(tensor) is not torch.Tensor:
+            return (
+                f"{name} is no plain tensor but of class {type(tensor).__name__}, whose word for itself proves nothing"
+            )
+        if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device):
             return (
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
-                f"expected {dtype} {tuple(shape)} on {case.q.device}"
+                f"expected {dtype} {shape} on {device}"
             )
     return None
+
+
+def changed_inputs(now: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> str:
+    """Which of Q, K and V are not what they were, by name; empty when all are. They hold no NaN."""
+    return ", ".join(n for n, a, b in zip("qkv", now, before, strict=True) if not torch.equal(a, b))
 
 
 def correctness_of(found: Comparison, found_lse: Comparison | None) -> Correctness:
@@ -208,7 +269,8 @@ def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[P
 
     The test suite's matrix is larger; this one has each kind of shape once, and grows with ``profile="full"``. Three of
     them are a decode step, which is all that a backend for a few query tokens takes: one token, several, and more than
-    there are keys; pages of the usual size, of the smallest and of the largest.
+    there are keys; pages of the usual size, of the smallest and of the largest. The last four have scales that are not
+    the usual one, a decode step and a longer one each: below zero, and so large that scores run to some hundreds.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     shapes = [
@@ -226,6 +288,19 @@ def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[P
         Problem(
             batch=3, num_heads_q=6, num_heads_kv=2, seqlen_q=7, seqlen_k=5, head_dim=64, causal=True, page_size=256,
         ),
+        Problem(
+            batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=100, seqlen_k=200, head_dim=64, causal=True,
+            softmax_scale=-0.125,
+        ),
+        Problem(
+            batch=1, num_heads_q=2, num_heads_kv=2, seqlen_q=130, seqlen_k=300, head_dim=128, dtype="bfloat16",
+            softmax_scale=4.0,
+        ),
+        Problem(
+            batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=3, seqlen_k=333, head_dim=128, causal=True, page_size=32,
+            softmax_scale=-0.5,
+        ),
+        Problem(batch=1, num_heads_q=8, num_heads_kv=2, seqlen_q=2, seqlen_k=700, head_dim=64, softmax_scale=8.0),
     ]  # fmt: skip
     if profile == "full":
         length = 2048 if gpu else 512
@@ -265,3 +340,6 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
         for one in chosen
         if one.variant_of is None or number % 6 == 0
     ]
+
+
+instruments.trust(sys.modules[__name__], ("compare", "expected", "wrong_form", "changed_inputs"))

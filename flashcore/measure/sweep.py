@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from flashcore.backends import Backend
+from flashcore.errors import WrongWhenTimed
 from flashcore.gpu import device
-from flashcore.measure.check import check_attention
+from flashcore.measure.check import check_attention, correctness_of
+from flashcore.measure.proof import Proof
 from flashcore.measure.timing import Candidate, input_sets, time_on_cpu, time_on_gpu
 from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import PRESETS, Problem, parse_problem, square
@@ -58,6 +60,7 @@ def sweep(
     backends: Sequence[Backend],
     *,
     seed: int = 0,
+    gpu: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Trial]:
     """Check, then time every backend on every problem; each trial is on disk before the next one starts.
@@ -65,8 +68,14 @@ def sweep(
     A backend that is not available here, or does not take a problem, gets one trial that says so. A wrong backend is
     timed too, but its timing says `failed`, and no gate accepts that. The float64 reference is left out: it is what the
     others are checked against, and its speed interests nobody.
+
+    Parameters
+    ----------
+    gpu
+        Whether to measure on the GPU; None for wherever there is one. False takes backends that run on the CPU alone.
     """
     trials: list[Trial] = []
+    on_gpu = device.has_gpu() if gpu is None else gpu
 
     def record(trial: Trial) -> Trial:
         trials.append(run.append(trial))
@@ -94,21 +103,35 @@ def sweep(
             if reason:
                 record(_timing_trial(backend, problem, status="unsupported", reason=reason))
                 continue
-            checked = record(check_attention(backend, problem, seed=seed))
+            checked = record(check_attention(backend, problem, seed=seed, device="cpu" if gpu is False else None))
             if checked.status in ("ok", "failed"):
                 candidates.append((backend, checked))
-        for (backend, checked), timing in zip(candidates, _time(candidates, problem, seed), strict=True):
-            if isinstance(timing, Exception):
+        for (backend, checked), timing in zip(candidates, _time(candidates, problem, seed, on_gpu), strict=True):
+            late = isinstance(timing, WrongWhenTimed)
+            if isinstance(timing, Exception) and not late:
                 reason = f"{type(timing).__name__}: {timing}"
                 record(_timing_trial(backend, problem, status="error", reason=reason))
             elif checked.status == "failed":
                 reason = f"its result is wrong, so its speed counts for nothing ({checked.reason})"
-                record(_timing_trial(backend, problem, status="failed", reason=reason, timing=timing))
+                measured = timing.timing if late else timing
+                record(_timing_trial(backend, problem, status="failed", reason=reason, timing=measured))
+            elif late:
+                record(_wrong_when_timed(backend, problem, timing))
+                record(_timing_trial(backend, problem, status="failed", reason=str(timing), timing=timing.timing))
             else:
                 record(_timing_trial(backend, problem, timing=timing))
-        if device.has_gpu():
+        if on_gpu:
             torch.cuda.empty_cache()  # the next problem may need the memory in other pieces
     return trials
+
+
+def _wrong_when_timed(backend: Backend, problem: Problem, error: WrongWhenTimed) -> Trial:
+    """The record of a check that the timing made: what a backend returned in a timed call was wrong."""
+    found = None if error.found is None else correctness_of(error.found, None)
+    return Trial(
+        kind="correctness", backend=backend.id, problem=problem, status="failed", reason=error.reason,
+        correctness=found, data={"role": backend.role, "timed": True}, source_hash=backend.source_hash(),
+    )  # fmt: skip
 
 
 def _timing_trial(backend: Backend, problem: Problem, **fields) -> Trial:
@@ -117,21 +140,24 @@ def _timing_trial(backend: Backend, problem: Problem, **fields) -> Trial:
     )
 
 
-def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int) -> list[Timing | Exception]:
+def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int, gpu: bool) -> list[Timing | Exception]:
     """Time all backends of one problem together, so that their figures share a round."""
     if not candidates:
         return []
-    gpu = device.has_gpu()
     l2 = "warm" if problem in LATENCY_PROBLEMS or not gpu else "rotating"
     sets = input_sets(problem, l2=l2, l2_bytes=device.l2_bytes()) if gpu else 1
     tensors = [make_inputs(problem, seed=seed + i, device="cuda" if gpu else "cpu") for i in range(sets)]
 
     def call_of(backend: Backend) -> Candidate:
-        return Candidate(backend.id, lambda i: backend.run(*tensors[i], problem))
+        return Candidate(backend.id, lambda i: backend.run(*tensors[i], problem), backend.rounds_scores)
 
     chosen = [call_of(backend) for backend, _ in candidates]
     before = _clocks()
-    timings = time_on_gpu(chosen, problem, sets=sets, l2=l2) if gpu else time_on_cpu(chosen, problem)
+    proof = Proof(problem, tensors)
+    if gpu:
+        timings = time_on_gpu(chosen, problem, sets=sets, l2=l2, proof=proof)
+    else:
+        timings = time_on_cpu(chosen, problem, proof=proof)
     after = _clocks()
     for name, timing in timings.items():
         if isinstance(timing, Timing) and gpu:

@@ -3,7 +3,7 @@
 `reference` is attention stage by stage in float64, `inputs` makes tensors in known patterns and layouts, and
 `tolerance` says how large an error may be and counts the values beyond it. `ambient` keeps what is set around a call
 out of it, `plain` turns its arguments into plain values, and `transforms` refuses what a forward pass would lose.
-Nothing here knows a backend, a kernel or a GPU.
+`instruments` watches that nothing of what judges is replaced. Nothing here knows a backend, a kernel or a GPU.
 """
 
-__all__ = ["ambient", "inputs", "outputs", "plain", "reference", "tolerance", "transforms"]
+__all__ = ["ambient", "inputs", "instruments", "outputs", "plain", "reference", "tolerance", "transforms"]

@@ -11,9 +11,11 @@ from flashcore.problem import Problem
 if TYPE_CHECKING:
     import torch
 
-Pattern = Literal["normal", "uniform", "large", "constant", "outlier", "alternating", "tiny", "rising", "falling"]
+Pattern = Literal[
+    "normal", "uniform", "large", "constant", "outlier", "alternating", "tiny", "rising", "falling", "steep", "sunken",
+]  # fmt: skip
 PATTERNS: tuple[str, ...] = get_args(Pattern)
-LAYOUTS = ("bhsd", "bshd")
+LAYOUTS = ("bhsd", "bshd", "apart")
 
 LARGE = 64.0
 """Standard deviation of Q and K under `large`: at head_dim 64 an unscaled product then passes float16's 65504."""
@@ -23,6 +25,14 @@ OUTLIER_SHARE = 1 / 512
 TINY = 1e-3
 RAMP = 4.0
 """Under `rising` and `falling` the mean score runs over about 16 units, so every page has a new maximum, or none."""
+STEEP = 8.0
+"""Under `steep` it rises by about 64, so that a few pages on a prob against the first page's maximum is past float16's
+largest number, e^11, and still far below bfloat16's, e^88: a guard for the one dtype is none for the other."""
+SUNKEN = 200.0
+"""Under `sunken` all scores lie about so far below zero. Whatever is weighed against a reference of 0, as one that no
+key has set may be, is then gone: float32 ends at e^-87."""
+SPARE = 8
+"""Elements between the rows of Q under `apart`."""
 
 
 @ambient.judging
@@ -32,7 +42,7 @@ def make_inputs(
     seed: int = 0,
     device: str | torch.device = "cpu",
     pattern: Pattern = "normal",
-    layout: Literal["bhsd", "bshd"] = "bhsd",
+    layout: Literal["bhsd", "bshd", "apart"] = "bhsd",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q, K and V for one problem, in its dtype, with fixed numbers for a seed, pattern and kind of device.
 
@@ -49,9 +59,12 @@ def make_inputs(
         ``constant``: every key scores alike, so `out` is the mean of V. ``outlier``: one element in 512 is 50 times the
         rest. ``alternating``: the sign of the keys flips from one to the next, as a swapped column would show.
         ``tiny``: scores near zero. ``rising``: later keys score higher, so the running maximum moves on every page.
-        ``falling``: the first page holds the maximum of the row.
+        ``falling``: the first page holds the maximum of the row. ``steep``: as ``rising``, past what float16 holds.
+        ``sunken``: every score lies far below zero.
     layout
         ``bhsd``: contiguous ``[B, H, S, D]``. ``bshd``: the same shape as a strided view of ``[B, S, H, D]`` memory.
+        ``apart``: each in an order of its own, so that strides of one are wrong for the others: K as ``bhsd``, V as
+        ``bshd``, and Q with room between its rows.
 
     Returns
     -------
@@ -100,13 +113,27 @@ def make_inputs(
         q = q.abs()
     elif pattern == "tiny":
         q, k = q * TINY, k * TINY
-    elif pattern in ("rising", "falling"):
-        # One column carries the ramp; it is divided by the scale so that the scores move whatever the scale is.
-        ramp = position if pattern == "rising" else 1.0 - position
-        q[..., 0] = RAMP
-        k[..., 0] = RAMP * ramp / (abs(problem.scale) or 1.0)
+    elif pattern in ("rising", "falling", "steep", "sunken"):
+        # One column carries the level; it is divided by the scale so that the scores move whatever the scale is.
+        level = {
+            "rising": RAMP * position, "falling": RAMP * (1.0 - position), "steep": STEEP * position,
+            "sunken": torch.full_like(position, -SUNKEN / STEEP),
+        }[pattern]  # fmt: skip
+        # The last column carries a large one: were it the first, all that a sum adds to it would be rounded at its
+        # size, and right kernels would be off by more than the error model of a sum, which takes terms that grow it.
+        column, size = (-1, STEEP) if pattern in ("steep", "sunken") else (0, RAMP)
+        q[..., column] = size
+        k[..., column] = level / (problem.scale or 1.0)
 
-    tensors = (q.to(dtype), k.to(dtype), v.to(dtype))
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if layout == "bhsd":
+        return q, k, v
     if layout == "bshd":
-        tensors = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
-    return tensors
+        return _rows_first(q), _rows_first(k), _rows_first(v)
+    padded = torch.empty(*q.shape[:3], q.shape[3] + SPARE, dtype=dtype, device=device)
+    return padded[..., : q.shape[3]].copy_(q), k, _rows_first(v)
+
+
+def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers and shape, in the memory order ``[B, S, H, D]``."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)

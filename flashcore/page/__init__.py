@@ -11,7 +11,7 @@ from flashcore.page.changes import since_html
 from flashcore.page.claims import claims_html
 from flashcore.page.decision import blockers_html, gates_html, options_html
 from flashcore.page.headline import banner_html, headline_html
-from flashcore.page.parts import fold
+from flashcore.page.parts import drawn, fold
 from flashcore.page.proof import correctness_html, machine_html, proof_html
 from flashcore.page.resources import resources
 from flashcore.page.sections import chosen, opened
@@ -19,6 +19,6 @@ from flashcore.page.variants import AUDIENCES, SECTIONS, Variant, variant
 
 __all__ = [
     "AUDIENCES", "SECTIONS", "Variant", "anchored", "banner_html", "blockers_html", "chosen", "claims_html", "cleaning",
-    "correctness_html", "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf",
+    "correctness_html", "drawn", "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf",
     "policy", "proof_html", "resources", "since_html", "variant",
 ]  # fmt: skip

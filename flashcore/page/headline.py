@@ -8,11 +8,10 @@ from markupsafe import Markup, escape
 
 from flashcore import tables
 from flashcore.decision import compare
-from flashcore.decision.compare import number
+from flashcore.decision.compare import is_figure, number
 from flashcore.decision.verdict import Decision, Evidence, GateResult
 from flashcore.drawing import paging_views
 from flashcore.history.since import Since
-from flashcore.page.parts import is_figure
 from flashcore.paging_survey import facts
 from flashcore.problem import parse_problem
 from flashcore.records import Trial

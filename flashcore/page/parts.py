@@ -1,9 +1,10 @@
-"""Small pieces that the page's modules share: folded content, tables from data frames, signed figures."""
+"""Small pieces that the page's modules share: folded content, tables from data frames, parts that stand alone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
@@ -15,9 +16,33 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+MOST_OF_A_CAUSE = 200
+"""Letters of what a foreign error says that fit into a sentence."""
+
+
 def fold(summary: str, content: str) -> str:
     """Content that shows only its summary until the reader asks for it."""
     return f'<details class="fc-fold inline"><summary>{escape(summary)}</summary>{content}</details>'
+
+
+def drawn(what: str, draw: Callable[[], str]) -> str:
+    """One part of the page, or a sentence on why there is none: a record that makes no sense costs no other part.
+
+    Parameters
+    ----------
+    what
+        Names the part in that sentence.
+    draw
+        Makes the part's HTML.
+    """
+    try:
+        return draw()
+    except Exception as error:  # whatever a view meets first in a record that holds something else than it should
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_OF_A_CAUSE]
+        return html_tables.nothing(
+            f"{what} could not be drawn from these records ({cause}, {Path(at.filename).name}, line {at.lineno})."
+        )
 
 
 def frame_html(frame: DataFrame, caption: str, *, ids: Collection[str | None] = ()) -> str:
@@ -52,8 +77,3 @@ def signed(value: float, digits: int | None = None) -> str:
 def short(unit: str) -> str:
     """The unit as it stands behind a figure: a share of whatever is a percentage."""
     return "%" if unit.startswith("%") else unit
-
-
-def is_figure(value: Any) -> bool:
-    """Whether a value from a record is a number that can be shown."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

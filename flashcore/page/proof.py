@@ -32,10 +32,21 @@ def proof_html(evidence: Evidence) -> str:
         parts.append(frame_html(clean.drop(columns=["dtypes", "seeds"], errors="ignore"), "Runs with nothing planted"))
         found = frame_html(tables.fault_matrix(trials), "Planted bugs, and where bisection found them", ids=ids)
         parts.append(fold("Every planted bug", found))
+        parts.append(_exploits_html(trials))
         repeats = frame_html(tables.determinism_table(trials), "The same inputs again: the same bits or not")
         memory = frame_html(tables.sanitizer_table(trials), "compute-sanitizer")
         parts.append(fold("Repeated runs, and compute-sanitizer", repeats + memory))
     return "".join(parts) or html_tables.nothing("No planted bug is in these records; notebook 02 plants them.")
+
+
+def _exploits_html(trials: Sequence[Trial]) -> str:
+    """Ways to look fast or right without being so, and what saw through each; empty for a run that planted none."""
+    if not any(t.kind == "exploit" for t in trials):
+        return ""
+    said = Markup("<p><strong>Exploits.</strong> {}.</p>").format(tables.exploits_sentence(trials))
+    return str(said) + fold(
+        "Every exploit", frame_html(tables.exploits_table(trials), "Exploits, and what caught them")
+    )
 
 
 def machine_html(evidence: Evidence) -> str:

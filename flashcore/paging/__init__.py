@@ -10,7 +10,7 @@ from flashcore.paging.bounds import bounds_of_pool
 from flashcore.paging.cache import PagedKVCache
 from flashcore.paging.ledger import DROPPED, SequenceHandle
 from flashcore.paging.memory import KVShape, MemoryCase, memory_cases
-from flashcore.paging.paginate import paginate
+from flashcore.paging.paginate import among_others, paginate
 from flashcore.paging.patterns import ATTENTION_PATTERNS, make_attention
 from flashcore.paging.reference import gather, paged_reference
 from flashcore.paging.selection import AllPages, PageSelection, Policy
@@ -23,7 +23,7 @@ from flashcore.paging.writing import append_tokens, copy_pages
 __all__ = [
     "ATTENTION_PATTERNS", "DROPPED", "PAGE_SIZES", "AllPages", "CacheStats", "KVShape", "MemoryCase", "PageSelection",
     "PagedKV", "PagedKVCache", "Policy", "SelectionAccuracy", "SequenceHandle", "SinkWindow", "TopK", "append_tokens",
-    "bounds_of_pool", "copy_pages", "gather", "make_attention", "memory_cases", "page_scores", "paged_reference",
-    "paginate", "recalled", "selection_accuracy",
+    "among_others", "bounds_of_pool", "copy_pages", "gather", "make_attention", "memory_cases", "page_scores",
+    "paged_reference", "paginate", "recalled", "selection_accuracy",
     "bounds", "checks", "ledger", "memory", "reference", "stability",
 ]  # fmt: skip

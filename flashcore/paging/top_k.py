@@ -21,7 +21,7 @@ def page_scores(q: torch.Tensor, cache: PagedKV) -> torch.Tensor:
     """An upper bound of ``q . k`` over the keys of each page, float32 ``[batch, num_heads_kv, max_pages]``.
 
     The largest over the query heads of the group and over the query tokens; -inf for a page without keys. A softmax
-    scale above 0 does not change the order of pages.
+    scale above 0 does not change the order of pages; for one below 0 pass ``-q``, as `paged_attention` does.
     """
     if cache.key_bounds is None:
         raise PageTableError(

@@ -7,7 +7,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,8 +125,7 @@ def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
     """The executed status report through the project's own template, with the other notebooks as evidence."""
     decision = verdict.judge(run)
     # An older page beside the records is about to be replaced; whether it was edited says nothing of the new one.
-    sealed = verdict.gather(run, gates=verdict.load_gates()).seal.without("pages")
-    decision = replace(decision, seal=sealed.sentence)
+    decision = decision.with_seal(decision.based_on.seal.without("pages"))
     status = page.chosen(notebooks.read_notebook(executed), variant)
     evidence, damaged = _evidence(run) if variant.has("evidence") else ([], [])
 

@@ -258,7 +258,7 @@ def judge_and_seal(run: RunFolder, *, earlier: Sequence[Mapping[str, Any]] = ())
     decision = verdict.judge(run, gates=gates)
     run.append(decision.to_trial(sealed=True))
     seal.seal(run, gates, verdict=decision.verdict, earlier=earlier)
-    return replace(decision, seal=seal.check(run, gates).sentence, stored="")
+    return replace(decision.with_seal(seal.check(run, gates)), stored="")
 
 
 def point_latest_at(run: RunFolder) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from flashcore.decision.compare import is_figure
 from flashcore.problem import DTYPE_BYTES, Problem
 from flashcore.records import Trial
 
@@ -111,7 +112,7 @@ def ceilings_of(trials: Iterable[Trial], dtype: str = "float16") -> Ceilings | N
         str(t.data.get("name")): float(t.data["value"])
         for t in trials
         if t.kind == "ceiling" and t.status == "ok" and t.data.get("unit") == units.get(str(t.data.get("name")))
-        and isinstance(t.data.get("value"), int | float) and t.data["value"] > 0
+        and is_figure(t.data.get("value")) and t.data["value"] > 0
     }  # fmt: skip
     if "copy_bandwidth" not in values or product not in values:
         return None

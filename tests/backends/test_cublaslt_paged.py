@@ -14,7 +14,7 @@ from support.paged_tables import cache_of, queries
 
 from flashcore import backends
 from flashcore.backends._page_tables import Page
-from flashcore.backends.cublaslt_paged import CublasLtPaged
+from flashcore.backends.cublaslt_paged import CublasLtPaged, _as_one
 from flashcore.bisection.bisecting import bisect
 from flashcore.errors import PageTableError
 from flashcore.measure.check import check_attention
@@ -93,11 +93,14 @@ def test_pages_are_given_by_the_row_of_the_pool_and_the_position_of_their_first_
     cache = cache_of((100, 17), 2, 64, 32, torch.float16, "cpu")
     cache.page_table[0, 1] = -1
     problem = paged_problem_of(queries(cache, 4, 1), cache)
-    (long, pages), (short, others) = Paged()._sequences(cache, problem, 32)
+    (long, pages), (short, others) = Paged()._sequences(cache, problem, 32, 64)
     assert (long.batch, long.seqlen_k, short.batch, short.seqlen_k) == (1, 100, 1, 17)
     first, _, third, last = cache.page_table[0, :4].tolist()
-    assert pages == [Page(32 * first, 32, 0), Page(32 * third, 32, 64), Page(32 * last, 4, 96)]
-    assert others == [Page(32 * int(cache.page_table[1, 0]), 17, 0)]
+    assert pages == [
+        Page(32 * first, 32, 0, 64 * first), Page(32 * third, 32, 64, 64 * third), Page(32 * last, 4, 96, 64 * last),
+    ]  # fmt: skip
+    other = int(cache.page_table[1, 0])
+    assert others == [Page(32 * other, 17, 0, 64 * other)]
 
 
 def test_rows_of_a_pool_that_lie_apart_are_reached_where_they_are():
@@ -108,6 +111,40 @@ def test_rows_of_a_pool_that_lie_apart_are_reached_where_they_are():
     shared = PagedKV.from_tables(k_pool, v_pool, cache.page_table, cache.lengths)
     q = queries(cache, 4, 2)
     assert_right(q, shared, True)
+
+
+def by_tokens(pool):
+    """The same pool, whose pages hold all heads of a token side by side."""
+    return pool.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("of_k", [by_tokens, torch.clone])
+def test_pools_of_k_and_v_may_lie_in_different_orders(of_k):
+    """From page to page there are as many rows as tokens in one order, and heads times as many in the other."""
+    of_v = torch.clone if of_k is by_tokens else by_tokens
+    cache = cache_of((100, 40, 64), 2, 64, 32, torch.float16, "cpu")
+    apart = PagedKV.from_tables(of_k(cache.k_pool), of_v(cache.v_pool), cache.page_table, cache.lengths)
+    assert _as_one(apart.k_pool)[1] != _as_one(apart.v_pool)[1]
+    assert_right(queries(cache, 4, 2), apart, True)
+
+
+def at_an_odd_place(pool):
+    return torch.empty(pool.numel() + 1, dtype=pool.dtype)[1:].view(pool.shape).copy_(pool)
+
+
+@pytest.mark.parametrize("page_last", range(5))
+def test_a_pool_that_cublaslt_cannot_take_is_copied_whole(page_last):
+    """The rows of the last page too, whichever sequence it belongs to."""
+    cache = cache_of((40, 30), 2, 64, 32, torch.float16, "cpu")
+    turned = cache.page_table.where(cache.page_table > 100, (cache.page_table + page_last) % cache.num_pages)
+    pools = (at_an_odd_place(pool.roll(page_last, 0)) for pool in (cache.k_pool, cache.v_pool))
+    assert_right(queries(cache, 4, 2), PagedKV.from_tables(*pools, turned, cache.lengths), True)
+
+
+def test_pages_whose_tokens_are_one_row_expanded():
+    cache = cache_of((40, 30), 2, 64, 32, torch.float16, "cpu")
+    row = torch.randn(cache.num_pages, 2, 1, 64, dtype=torch.float16).expand(cache.k_pool.shape)
+    assert_right(queries(cache, 4, 2), PagedKV.from_tables(row, row, cache.page_table, cache.lengths), False)
 
 
 def test_pages_at_a_distance_that_is_no_whole_number_of_rows_are_an_error():

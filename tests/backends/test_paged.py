@@ -8,7 +8,7 @@ from support.paged_tables import LENGTHS, cache_of, queries, two_selections
 
 from flashcore import backends
 from flashcore.paged_ops import paged_problem_of
-from flashcore.paging import SinkWindow, paged_reference
+from flashcore.paging import PagedKV, SinkWindow, paged_reference
 
 
 @pytest.mark.gpu
@@ -41,6 +41,20 @@ def test_paged_backends_against_float64(name, heads_q, heads_kv, tokens, page_si
             assert not empty.all() and float((lse - expected_lse)[~empty].abs().max()) < lse_room
             again = backend.run_paged(q, cache, problem, selection)
             assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decode", "hopper-paged", "cublaslt-paged"])
+@pytest.mark.parametrize("by_tokens", ["k", "v"])
+def test_pools_of_k_and_v_that_lie_in_different_orders(by_tokens, name):
+    cache = cache_of(LENGTHS, 2, 64, 32, torch.float16, "cuda")
+    pools = {"k": cache.k_pool, "v": cache.v_pool}
+    pools[by_tokens] = pools[by_tokens].transpose(1, 2).contiguous().transpose(1, 2)
+    apart = PagedKV.from_tables(*pools.values(), cache.page_table, cache.lengths)
+    q = queries(cache, 4, 3)
+    out, _ = backends.get(name).run_paged(q, apart, paged_problem_of(q, apart, True))
+    expected, _ = paged_reference(q, cache, causal=True)
+    assert float((out.double() - expected).abs().max()) < 6e-3
 
 
 def test_launches_are_kept_apart_by_all_that_they_take_from_a_selection(monkeypatch):

@@ -3,11 +3,13 @@
 A bug is planted by overriding one method of the cpu backend; the checker is told nothing of it.
 """
 
+import functools
 import math
 import random
 
 import pytest
 import torch
+from support.sampling import first
 
 from flashcore import backends
 from flashcore.backends import Availability
@@ -46,7 +48,7 @@ def random_problem(rng: random.Random) -> Problem:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", first(range(12), 6))
 def test_no_false_alarm(pattern, seed):
     rng = random.Random(f"{pattern}{seed}")
     problem = random_problem(rng)
@@ -221,12 +223,18 @@ BUGS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def clean_run(problem: Problem, pattern: str, chunk: int):
+    """What is right, beside which several bugs are planted; the chunk is the one that is set."""
+    return bisect("cpu", problem, pattern=pattern)
+
+
 @pytest.mark.parametrize("case", BUGS, ids=lambda case: case[0].__name__)
 @pytest.mark.parametrize("chunk", [1 << 20, 1])
 def test_a_planted_bug_is_found_where_it_was_made(case, chunk, monkeypatch):
     bug, problem, pattern, producers, propagators, place = case
     monkeypatch.setattr("flashcore.bisection.bisecting.CHUNK_ELEMENTS", {"cpu": chunk})
-    assert bisect("cpu", problem, pattern=pattern).passed, "the clean run has to be silent"
+    assert clean_run(problem, pattern, chunk).passed, "the clean run has to be silent"
     backend = bug()
     backend.id = "planted"
     result = bisect(backend, problem, pattern=pattern)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from support.sampling import sampled
 
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
@@ -43,8 +45,10 @@ class KeyByKey(CpuBackend):
         return total
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("pattern", ["normal", "falling", "outlier"])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    sampled(itertools.product(["normal", "falling", "outlier"], ["float16", "bfloat16", "float32"])),
+)
 def test_no_false_alarm_when_small_terms_are_rounded_away_one_by_one(pattern, dtype):
     problem = square(1, 1, 640, 64, dtype=dtype).with_(seqlen_q=40, page_size=32)
     for seed in range(3):
@@ -66,8 +70,7 @@ class RoundedScores(CpuBackend):
         return replace(trace, scores=trace.scores.to(q.dtype))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("pattern", "dtype"), sampled(itertools.product(PATTERNS, ["float16", "bfloat16"])))
 def test_no_false_alarm_when_scores_are_stored_in_16_bits(pattern, dtype):
     for seed, scale in enumerate([None, -0.3, 1.0]):
         problem = square(1, 2, 200, 64, dtype=dtype, causal=seed == 1, softmax_scale=scale).with_(page_size=64)

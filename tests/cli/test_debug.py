@@ -19,12 +19,7 @@ SMALL = ["--problem", "B=1,H=2,S=64,D=32,page=32"]
 
 
 @pytest.fixture
-def app(monkeypatch):
-    from rich.console import Console
-
-    monkeypatch.setattr(program, "err", Console(stderr=True, highlight=False, soft_wrap=True))
-    monkeypatch.setenv("FLASHCORE_DEBUG", "")  # so that it is put back, whatever a command sets
-    monkeypatch.delenv("FLASHCORE_DEBUG")
+def app():
     small = typer.Typer(cls=program._Group, pretty_exceptions_enable=False)
     debug.add_to(small)
     return small

@@ -8,6 +8,7 @@ from support.decisions import GOOD, decide, gate
 
 from flashcore.cli import printing
 from flashcore.decision import verdict
+from flashcore.decision.seal import State
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,10 @@ def test_a_gate_that_is_not_required_says_so_and_states_are_words(capsys):
 
 
 def test_without_options_there_is_no_matrix_and_what_was_recorded_before_is_told(capsys):
-    text = printed(capsys, verdict.Decision("NO-GO", "Because.", (), seal="The seal holds.", stored="It was GO."))
+    sealed = verdict.Evidence((), {}, {}, seal=State("abc", "2001-02-03"))
+    text = printed(capsys, verdict.Decision("NO-GO", "Because.", (), based_on=sealed, stored="It was GO."))
     assert "Options" not in text and "What would change it" not in text
-    assert text.endswith("Verdict: NO-GO. Because. It was GO. The seal holds.")
+    assert text.endswith("Verdict: NO-GO. Because. It was GO. Seal abc of 2001-02-03 holds.")
 
 
 def test_words_in_brackets_are_text_and_no_markup(capsys):

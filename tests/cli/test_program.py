@@ -7,21 +7,18 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import flashcore
+from flashcore.cli import program
 from flashcore.cli.program import app
-from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import device
 from flashcore.pipeline import reporting
 from flashcore.records import Trial
 
 runner = CliRunner()
-
-
-def decision(word: str) -> verdict.Decision:
-    return verdict.Decision(verdict=word, reason="Because.", gates=())
 
 
 def test_the_version():
@@ -58,6 +55,30 @@ def test_usage_errors_are_exit_code_2_without_a_traceback(tmp_path, arguments):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["verdct", "x"], "verdict"), (["report", "--backend", "wmm"], "wmma"),
+        (["report", "--problem", "latenci"], "latency"), (["bisect", "--backend", "cudnn"], "sdpa-cudnn"),
+        (["bisect", "--backend", "cpu", "--fault", "F88"], "F8"), (["verdict", "--format", "markdwon"], "markdown"),
+        (["bisect", "--backend", "cpu", "--pattern", "larg"], "large"),
+        (["bisect", "--backend", "cpu", "--problem", "B=1,hq=2"], "Hq"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_what_was_probably_meant_is_asked(arguments, meant):
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 2 and f"Did you mean '{meant}'" in done.output
+
+
+def test_the_question_is_asked_with_any_release_of_typer(monkeypatch):
+    group = typer.main.get_command(app)
+    monkeypatch.setattr(typer.core.TyperGroup, "resolve_command", lambda self, ctx, args: (_ for _ in ()).throw(
+        program._UsageError(f"No such command '{args[0]}'.")))  # fmt: skip
+    with pytest.raises(program._UsageError, match="No such command 'verdct'. Did you mean 'verdict'?"):
+        group.resolve_command(group.context_class(group), ["verdct"])
+
+
 def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
     def fail(*args, **kwargs):
         raise FlashCoreError("It broke [here]. Mend it so.")
@@ -67,36 +88,6 @@ def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
     assert (done.exit_code, done.stdout, done.stderr) == (2, "", "It broke [here]. Mend it so.\n")
     done = runner.invoke(app, ["--debug", "report"])
     assert isinstance(done.exception, FlashCoreError)
-
-
-@pytest.mark.parametrize(("word", "code"), [("GO", 0), ("NO-GO", 3), ("INCONCLUSIVE", 4)])
-def test_verdict_by_exit_code(monkeypatch, run, word, code):
-    monkeypatch.setattr(verdict, "judge", lambda found: decision(word) if found.path == run.path else None)
-    done = runner.invoke(app, ["verdict", str(run.path)])
-    assert done.exit_code == code and f"Verdict: {word}. Because." in done.stdout
-
-
-def test_the_verdict_of_an_empty_run_is_inconclusive(run):
-    assert runner.invoke(app, ["verdict", str(run.path)]).exit_code == 4
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"schema_version": 99, "kind": "ceiling"}', "install a newer FlashCore"),
-        ('{"schema_version": 1, "kind": "ceil', None),
-    ],
-)
-def test_damaged_records_and_a_newer_schema(run, line, said):
-    run.append(Trial(kind="ceiling"))
-    with run.records_path.open("a") as file:
-        file.write(line)
-    done = runner.invoke(app, ["verdict", str(run.path)])
-    assert "Traceback" not in done.output
-    if said:
-        assert done.exit_code == 2 and said in done.stderr
-    else:
-        assert done.exit_code == 4 and "line 2" in done.stdout
 
 
 def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypatch):

@@ -201,6 +201,15 @@ def test_what_did_not_compare_anything_neither_passes_nor_fails():
     assert compare.passed(timed()) is None
 
 
+@pytest.mark.parametrize(
+    ("value", "can"), [(3, True), (2.5, True), (True, False), ("3", False), (None, False), (math.nan, False),
+                       (math.inf, False), (10**400, False), (-(10**400), False), ([1], False)]
+)  # fmt: skip
+def test_a_figure_is_a_number_that_can_be_reckoned_with(value, can):
+    assert compare.is_figure(value) is can
+    assert can or value is True or not isinstance(value, int | float) or compare.number(value) == "not known"
+
+
 # --- digits --------------------------------------------------------------------------------------------------------
 
 

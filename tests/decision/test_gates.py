@@ -159,7 +159,13 @@ def test_a_gate_on_ours_asks_the_options_own_backend(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "line", "words"),
     [
-        ('    "speed",', '    "sped",', 24, "option 'A': there is no gate 'sped'; use one of speed, or write it"),
+        (
+            '    "speed",',
+            '    "sped",',
+            24,
+            "option 'A': there is no gate 'sped'; use one of speed, or write it below as an [[option.condition]]. "
+            "Did you mean 'speed'?",
+        ),
         ('    "speed",', '    "speed",\n    "speed",', 24, "named twice"),
         ('conditions = [\n    "speed",\n]\n', "", 13, "it has no condition; name gates in 'conditions'"),
         ('id = "B"', 'id = "A"', 28, "two options with the id 'A'"),

@@ -207,6 +207,13 @@ def test_a_failed_foreign_stale_or_empty_paging_record_proves_nothing(changes):
     assert found.result == "INCONCLUSIVE" and found.conditions[-1].state == "INCONCLUSIVE"
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.nan, "70", True, None, [70]])
+def test_what_is_no_figure_proves_nothing(value):
+    memory = synthetic.memory_saved(value)
+    found = option(decide([*without_paging(GOOD), memory]), "B")
+    assert found.conditions[-1].state == "INCONCLUSIVE" and "holds no number" in found.conditions[-1].reason
+
+
 def test_records_of_another_case_do_not_answer_for_the_shared_prefix():
     other = synthetic.memory_saved(95.0, data={"what": "memory", "case": "random", "saved_percent": 95.0})
     decode = Trial(kind="paging", environment=synthetic.ENV_ID, data={"what": "decode", "tokens_per_second": 1e6})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 
 import pytest
 from support import synthetic_records as synthetic
+from support.sampling import sampled
 
 from flashcore.decision import seal, verdict
 from flashcore.decision.gates import Gates, load_gates
+from flashcore.errors import RecordsError
 from flashcore.paths import data_dir
 from flashcore.records import RunFolder, Trial, append_trials
 
@@ -209,8 +212,10 @@ def test_an_edit_is_named(run, what):
     assert "does not hold" in trials.sentence
 
 
-@pytest.mark.parametrize("what", [what for what, (part, _) in EDITS.items() if part in seal.EVIDENCE])
-@pytest.mark.parametrize("before", ["GO", "NO-GO"])
+@pytest.mark.parametrize(
+    ("what", "before"),  # each edit of one of the two runs
+    sampled(itertools.product((w for w, (part, _) in EDITS.items() if part in seal.EVIDENCE), ["GO", "NO-GO"])),
+)
 def test_a_run_whose_evidence_was_edited_is_never_go(good, bad, tmp_path, before, what):
     run = RunFolder(shutil.copytree((good if before == "GO" else bad).path, tmp_path / "run"))
     EDITS[what][1](run)
@@ -320,3 +325,28 @@ def test_a_recorded_run_that_was_edited_decides_nothing_where_it_is_borrowed(goo
     assert verdict.judge(own, recorded_dir=recorded).verdict == "GO"
     EDITS["a latency of ours"][1](RunFolder(recorded / "h200"))
     assert verdict.judge(own, recorded_dir=recorded).verdict == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize("key", ["records", "environment", "files", "gates", "claims", "kernels", "pages", "earlier"])
+@pytest.mark.parametrize("value", ["gone", None, 3, "text", [3], {"a": []}])
+def test_a_seal_that_lacks_a_part_or_holds_another_does_not_hold(run, key, value):
+    """Also where its digest was made to fit."""
+    path = run.path / seal.FILE
+    found = json.loads(path.read_text())
+    if value == "gone":
+        del found[key]
+    else:
+        found[key] = value
+    path.write_text(json.dumps({**found, "digest": seal._digest(found)}))
+    state = seal.check(run, GATES)
+    assert not state.holds or key in ("earlier", "pages")
+    assert all(isinstance(sentence, str) for sentence in seal.earlier(run))
+    assert isinstance(seal.unseal(run), list) and not path.exists()
+
+
+def test_a_folder_in_the_place_of_the_seal_is_one_sentence(run):
+    (run.path / seal.FILE).unlink()
+    (run.path / seal.FILE).mkdir()
+    assert verdict.judge(run).verdict == "INCONCLUSIVE"
+    with pytest.raises(RecordsError, match="cannot be removed .*; remove it by hand"):
+        seal.unseal(run)

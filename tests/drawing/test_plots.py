@@ -39,6 +39,9 @@ def test_plain_kernels_are_the_lower_of_compute_and_memory():
     roof = plots._plain(plots.panels(TRIALS)[64, True, "float16"], ceilings)
     assert roof[512] == pytest.approx(128 * 4.28) and roof[16384] == 758
     assert plots._plain(plots.panels(TRIALS)[64, True, "float16"], []) == {}
+    odd = [t.model_copy(update={"data": {**t.data, "name": ["a list"]}}) for t in ceilings]
+    huge = [t.model_copy(update={"data": {**t.data, "value": 10**400}}) for t in ceilings]
+    assert plots._plain(plots.panels(TRIALS)[64, True, "float16"], [*odd, *huge]) == {}
 
 
 def test_ours_and_peers_differ_by_more_than_colour():

@@ -81,11 +81,11 @@ def patched() -> dict[tuple, list[tuple[str, str]]]:
 
 
 def sampled(variants: dict[tuple, list]) -> list:
-    """Every variant as a parameter: a fifth of each kernel and macros by a fixed seed, the rest marked `exhaustive`."""
+    """Every variant as a parameter: of each kernel and macros one in 25 by a fixed seed, the rest `exhaustive`."""
     groups: dict[tuple, list[tuple]] = {}
     for variant in variants:
         groups.setdefault(variant[:2], []).append(variant)
-    chosen = {v for group in groups.values() for v in random.Random(0).sample(group, k=-(-len(group) // 5))}
+    chosen = {v for group in groups.values() for v in random.Random(0).sample(group, k=-(-len(group) // 25))}
     return [
         pytest.param(*variant, id="-".join(patches[0]), marks=[] if variant in chosen else pytest.mark.exhaustive)
         for variant, patches in variants.items()
@@ -105,7 +105,7 @@ def test_a_patched_kernel_compiles_to_other_code(kernel, defines, text):
 def test_the_sample_of_patches_has_some_of_every_kernel():
     parameters = sampled(patched())
     default = {p.values[:2] for p in parameters if not p.marks}
-    assert default == {p.values[:2] for p in parameters} and 30 <= sum(not p.marks for p in parameters) < 60
+    assert default == {p.values[:2] for p in parameters} and 8 <= sum(not p.marks for p in parameters) < 20
 
 
 def test_names_that_do_not_exist():

@@ -206,8 +206,8 @@ def test_one_hundred_clean_runs_raise_no_alarm(run):
     [trial] = proving.clean_runs(run, [CPU])
     assert trial.status == "ok" and trial.data["runs"] == 100 and trial.data["alarms"] == 0, trial.reason
     data = trial.data
-    assert set(data["dtypes"]) == {"float16", "bfloat16", "float32"} and len(data["patterns"]) == 9
-    assert set(data["layouts"]) == {"bhsd", "bshd"} and data["causal"] > 20 and data["grouped_heads"] > 20
+    assert set(data["dtypes"]) == {"float16", "bfloat16", "float32"} and len(data["patterns"]) == 11
+    assert set(data["layouts"]) == {"bhsd", "bshd", "apart"} and data["causal"] > 20 and data["grouped_heads"] > 20
     assert data["values"] > 1_000_000 and data["seeds"] == [0, 99]
     assert (trial.kind, trial.variant) == ("bisection", "clean-runs") and run.trials(kind="bisection") == [trial]
 

@@ -66,8 +66,9 @@ class Toy(CudaBackend):
 
 @pytest.fixture
 def plugins(tmp_path) -> Path:
-    """A folder outside FlashCore with the two files."""
+    """A folder outside FlashCore with the two files, and with another kernel that has no backend."""
     (tmp_path / "attention_toy.cu").write_text(KERNEL)
+    (tmp_path / "attention_other.cu").write_text(KERNEL.replace("toy", "other"))
     (tmp_path / "toy.py").write_text(MODULE)
     return tmp_path
 
@@ -103,13 +104,13 @@ print(len(toy.source_hash()))
 
 @pytest.mark.compiler
 def test_it_is_compiled_for_real_and_stands_in_the_build_table(plugins):
-    done = python(plugins, "-m", "flashcore", "build", "--kernel", "toy,scalar")
+    done = python(plugins, "-m", "flashcore", "build", "--kernel", "toy,other")
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if "attention_toy" in line]
     assert len(rows) == 2, "one variant, with and without its trace"
     registers, spilled = rows[0].split("│")[3:5]
     assert int(registers) > 16 and int(spilled) == 0
-    assert "attention_scalar" in done.stdout and "attention_wmma" not in done.stdout
+    assert "attention_other" in done.stdout and "attention_wmma" not in done.stdout
     again = python(plugins, "-m", "flashcore", "build", "--kernel", "toy")
     assert (again.returncode, again.stdout) == (0, "2 variants are up to date.\n")
 
@@ -153,8 +154,8 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_log_and_exit_code_1(
     assert broken != KERNEL
     (plugins / "attention_toy.cu").write_text(broken)
     line = next(n for n, text in enumerate(broken.splitlines(), start=1) if "NO_SUCH_NAME" in text)
-    done = python(plugins, "-m", "flashcore", "build", "--kernel", "toy,scalar")
+    done = python(plugins, "-m", "flashcore", "build", "--kernel", "toy,other")
     assert done.returncode == 1
     assert f"attention_toy.cu({line})" in done.stderr and "NO_SUCH_NAME" in done.stderr
-    assert "did not compile" in done.stdout and "attention_scalar" in done.stdout
+    assert "did not compile" in done.stdout and "attention_other" in done.stdout
     assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.sampling import sampled
@@ -83,14 +84,26 @@ def test_there_are_kernels_to_look_at():
     assert len(HOPPER_TILES) == 8
 
 
-TEXTS = [((kernel, ()), head_dim, dtype) for kernel, head_dim, dtype in VARIANTS]
-TEXTS += [((HOPPER, defines), head_dim, dtype) for head_dim, dtype, defines in HOPPER_TILES + PAGED_TILES if defines]
+class Text(NamedTuple):
+    """A kernel and what is defined for it. Texts of one kernel look alike, so that one of them is sampled."""
+
+    kernel: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+    def __repr__(self) -> str:
+        return self.kernel
+
+
+TEXTS = [(Text(kernel), head_dim, dtype) for kernel, head_dim, dtype in VARIANTS]
+TEXTS += [
+    (Text(HOPPER, defined), head_dim, dtype) for head_dim, dtype, defined in HOPPER_TILES + PAGED_TILES if defined
+]
 """Every kernel with its defines, which have hooks of their own, in every variant."""
 
 
 @pytest.mark.parametrize(
     ("text", "head_dim", "dtype"),
-    sampled(TEXTS),  # each kernel with its defines once, and over them all both types and both head_dims
+    sampled(TEXTS),  # each kernel once, and over them all both types and both head_dims
     ids=lambda value: "-".join((value[0], *(name for name, _ in value[1]))) if isinstance(value, tuple) else None,
 )
 def test_production_sass_is_the_same_with_the_hooks_taken_out(text, head_dim, dtype):

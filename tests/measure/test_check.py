@@ -169,6 +169,53 @@ def test_the_case_of_one_problem_is_made_once_for_all_backends(monkeypatch):
     assert check.make_case.cache_info().misses == 1
 
 
+def test_a_backend_gets_inputs_of_its_own_with_the_strides_of_the_case_away_from_the_start_of_their_memory():
+    case = check.make_case(SMALL, 0, "normal", "bshd", "cpu")
+    for mine, theirs in zip(check._given(case), check._inputs(case), strict=True):
+        assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()
+        assert mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
+        assert mine.storage_offset() * mine.element_size() == check.OFFSET_BYTES
+
+
+def test_what_a_backend_does_to_its_inputs_reaches_nobody_else():
+    class Erases(CpuBackend):
+        id = "erases"
+
+        def run(self, q, k, v, problem):
+            results = super().run(q, k, v, problem)
+            v.zero_()
+            return results
+
+    trial = check_attention(Erases(), SMALL)
+    assert trial.status == "failed" and "it changed its inputs (v)" in trial.reason
+    assert check_attention("cpu", SMALL).status == "ok"
+
+
+@pytest.mark.parametrize("results", [None, (), (1,), torch.zeros(2), (torch.zeros(1),) * 3, ("out", None)])
+def test_what_is_no_pair_of_tensors_is_a_wrong_form(results):
+    class Odd(CpuBackend):
+        id = "odd"
+
+        def run(self, q, k, v, problem):
+            return results
+
+    trial = check_attention(Odd(), SMALL)
+    assert trial.status == "failed" and ("expected out and lse" in trial.reason or "plain tensor" in trial.reason)
+
+
+def test_a_backend_that_changes_what_judges_it_gets_an_error_and_the_next_one_is_judged_as_ever():
+    class Sly(CpuBackend):
+        id = "sly"
+
+        def run(self, q, k, v, problem):
+            torch.Tensor.abs = lambda self: self * 0
+            return super().run(q, k, v, problem)
+
+    trial = check_attention(Sly(), SMALL)
+    assert trial.status == "error" and "torch.Tensor.abs was changed while 'sly' ran" in trial.reason
+    assert check_attention("cpu", SMALL).status == "ok"
+
+
 def test_named_problems_join_the_matrix_and_large_ones_need_a_gpu():
     usual, left_out = named_problems("default", "quick", gpu=False)
     assert left_out == [] and len(usual) >= 6

@@ -61,6 +61,31 @@ def test_every_backend_leaves_a_record_and_only_right_ones_have_a_speed(run):
     ]
 
 
+def test_a_backend_that_is_right_in_its_check_and_wrong_when_timed_has_a_failed_check_and_no_speed(run):
+    class Patient(CpuBackend):
+        id, calls = "patient", 0
+
+        def run(self, q, k, v, problem):
+            type(self).calls += 1
+            return super().run(q, k, v * (1 if self.calls < 5 else 2), problem)
+
+    trials = sweep.sweep(run, [PROBLEM], [CpuBackend(), Patient()])
+    mine = [t for t in trials if t.backend == "patient"]
+    assert [(t.kind, t.status) for t in mine] == [
+        ("correctness", "ok"), ("correctness", "failed"), ("attention_timing", "failed"),
+    ]  # fmt: skip
+    late, timed = mine[1:]
+    assert late.data == {"role": "ours", "timed": True} and late.correctness.num_bad > 0
+    assert "in timed call 3 of 7" in late.reason and late.reason in timed.reason and timed.timing is not None
+    assert all(t.status == "ok" for t in trials if t.backend == "cpu")
+
+
+def test_where_it_measures_can_be_said(run, monkeypatch):
+    monkeypatch.setattr(sweep.device, "has_gpu", lambda: pytest.fail("it was said"))
+    trials = sweep.sweep(run, [PROBLEM], [backends.get("sdpa-math")], gpu=False)
+    assert [t.status for t in trials] == ["ok", "ok"] and trials[1].timing.method == "host"
+
+
 def test_a_sweep_that_dies_keeps_what_it_had(run):
     class Dies(CpuBackend):
         id = "dies"

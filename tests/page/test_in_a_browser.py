@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -132,8 +134,8 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def opened(browser, pages):
+@contextlib.contextmanager
+def opening(browser, pages):
     """Open a run's page from disk; gives the page, and the list of what it asked for or complained of."""
     contexts = []
 
@@ -156,26 +158,41 @@ def opened(browser, pages):
         context.close()
 
 
+@pytest.fixture
+def opened(browser, pages):
+    """Open a run's page for this test alone."""
+    with opening(browser, pages) as open_:
+        yield open_
+
+
+@pytest.fixture(scope="module")
+def seen(browser, pages):
+    """A run's page, opened once for all tests that only look at it."""
+    with opening(browser, pages) as open_:
+        yield functools.cache(open_)
+
+
 def settle(tab) -> None:
     """Wait until what the page had still to do is done, toggle events among it: two frames, and a moment more."""
     tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 100))))")
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_asks_for_nothing_says_nothing_and_fits(opened, name, scheme, width):
-    tab, heard = opened(name, scheme=scheme, width=width)
+def test_it_asks_for_nothing_says_nothing_and_fits(opened, name, width):
+    tab, heard = opened(name, width=width)
     tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    settle(tab)
-    assert heard == []
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    assert tab.evaluate("document.body.scrollWidth") <= width
+    for scheme in ("light", "dark"):  # a matter of style sheets alone: the script does not ask for it
+        tab.emulate_media(color_scheme=scheme)
+        settle(tab)
+        assert heard == [], scheme
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, scheme
+        assert tab.evaluate("document.body.scrollWidth") <= width, scheme
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_picture_has_a_text_alternative(opened, name):
-    tab, _ = opened(name)
+def test_every_picture_has_a_text_alternative(seen, name):
+    tab, _ = seen(name)
     nameless = tab.evaluate(
         """[...document.querySelectorAll('img, svg')].filter(e => e.closest('svg') === e || e.tagName === 'IMG')
            .filter(e => !(e.getAttribute('alt') || (e.getAttribute('role') === 'img' && e.getAttribute('aria-label'))))
@@ -187,9 +204,9 @@ def test_every_picture_has_a_text_alternative(opened, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_outline_is_whole(opened, name):
+def test_the_outline_is_whole(seen, name):
     """One h1, no level skipped on the way down, every table captioned, every id used once, every link met."""
-    tab, _ = opened(name)
+    tab, _ = seen(name)
     levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(h => +h.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), levels
@@ -212,8 +229,8 @@ def test_the_first_tab_stop_skips_to_the_verdict(opened):
     assert tab.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
 
 
-def test_the_verdict_is_the_one_of_the_records(opened, pages):
-    tab, _ = opened("no-go")
+def test_the_verdict_is_the_one_of_the_records(seen, pages):
+    tab, _ = seen("no-go")
     decision = reporting.verdict.judge(pages["no-go"])
     assert decision.verdict == "NO-GO" and "NO-GO" in tab.locator(".fc-verdict").inner_text()
     assert tab.locator(".fc-reason").inner_text() == decision.reason
@@ -236,21 +253,21 @@ def test_the_options_stand_before_the_gates_and_their_conditions_are_folded(open
     assert "Paging saves 70 %" in fold.inner_text() and "HOLDS" in fold.inner_text()
 
 
-def test_a_failed_notebook_is_said_prominently(opened):
-    tab, _ = opened("broken")
+def test_a_failed_notebook_is_said_prominently(seen):
+    tab, _ = seen("broken")
     alert = tab.locator("main > .fc-alert")
     assert "04_tflops_sweep" in alert.inner_text() and "kernel died" in alert.inner_text()
     assert "INCONCLUSIVE" in tab.locator(".fc-verdict").inner_text()
     assert alert.bounding_box()["y"] < 700
 
 
-def test_text_in_a_record_cannot_leave_its_place(opened):
-    tab, heard = opened("broken")
+def test_text_in_a_record_cannot_leave_its_place(seen):
+    tab, heard = seen("broken")
     assert tab.title() != "broken out" and tab.locator("img[onerror]").count() == 0 and heard == []
 
 
-def test_without_a_gpu_the_page_says_so(opened):
-    tab, _ = opened("cpu")
+def test_without_a_gpu_the_page_says_so(seen):
+    tab, _ = seen("cpu")
     assert "without a GPU" in tab.locator(".fc-sub").inner_text()
 
 
@@ -323,8 +340,8 @@ def test_the_file_is_small(pages):
 
 
 @pytest.mark.parametrize("name", ["go", "no-go", "cpu"])
-def test_the_sections_stand_in_their_order(opened, name):
-    tab, _ = opened(name)
+def test_the_sections_stand_in_their_order(seen, name):
+    tab, _ = seen(name)
     there = tab.evaluate("[...document.querySelectorAll('main section[id]')].map(s => s.id)")
     assert there == [s for s in SECTIONS if s in there]
     assert set(there) == {*SECTIONS} - ({"since"} if name != "go" else set())
@@ -334,8 +351,8 @@ def test_the_sections_stand_in_their_order(opened, name):
     assert tops == sorted(tops)
 
 
-def test_four_figures_stand_under_the_verdict_with_target_and_change(opened):
-    tab, _ = opened("go")
+def test_four_figures_stand_under_the_verdict_with_target_and_change(seen):
+    tab, _ = seen("go")
     cards = tab.locator(".fc-cards > li").all_inner_texts()
     assert [card.split("\n")[0] for card in cards] == [
         "Best speed of ours", "Latency of a small call", "Checks that are right", "Memory saved",
@@ -448,16 +465,16 @@ def test_a_page_has_fewer_than_12_000_nodes(opened, recorded):
         assert tab.evaluate("document.getElementsByTagName('*').length") < 12_000
 
 
-def test_what_changed_since_the_last_run_has_a_section(opened):
-    tab, _ = opened("go")
+def test_what_changed_since_the_last_run_has_a_section(seen):
+    tab, _ = seen("go")
     section = tab.locator("#since")
     assert section.locator("h2").all_inner_texts() == ["Since the last run"] and "no-go" in section.inner_text()
     assert tab.locator(".fc-nav a[href='#since']").count() == 1
-    assert opened("cpu")[0].locator("#since").count() == 0
+    assert seen("cpu")[0].locator("#since").count() == 0
 
 
-def test_the_claims_are_audited_on_the_page(opened):
-    tab, _ = opened("go")
+def test_the_claims_are_audited_on_the_page(seen):
+    tab, _ = seen("go")
     tab.evaluate("document.querySelectorAll('#claims details').forEach(d => d.open = true)")
     rows = tab.locator(".fc-claims tbody tr").all_inner_texts()
     assert len(rows) > 15

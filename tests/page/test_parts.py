@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from flashcore.page.parts import fold, frame_html, is_figure, short, signed
+from flashcore.page.parts import drawn, fold, frame_html, short, signed
 
 
 def test_backends_keep_their_names_and_counts_have_thousands():
@@ -51,9 +49,8 @@ def test_a_share_of_whatever_is_a_percentage(unit, text):
     assert short(unit) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "can"), [(3, True), (2.5, True), (True, False), ("3", False), (None, False), (math.nan, False),
-                       (math.inf, False)]
-)  # fmt: skip
-def test_a_figure_is_a_number_that_can_be_shown(value, can):
-    assert is_figure(value) is can
+def test_a_part_that_cannot_be_drawn_says_why_and_where_and_costs_no_other():
+    assert drawn("The table", lambda: "<p>drawn</p>") == "<p>drawn</p>"
+    text = drawn("The <table>", lambda: {"a": 1}["<b>\n"])
+    assert "The &lt;table&gt; could not be drawn from these records (KeyError: " in text
+    assert "&lt;b&gt;" in text and ", test_parts.py, line " in text and "<b>" not in text and "\n" not in text

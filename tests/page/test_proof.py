@@ -48,6 +48,15 @@ def test_planted_bugs_are_counted_and_each_is_folded_below():
     assert "compute-sanitizer: no record." in folded
 
 
+def test_exploits_are_counted_and_folded_and_left_out_where_none_was_planted():
+    assert "Exploits" not in page.proof_html(evidence(planted("F1", "found")))
+    data = {"exploit": "X1", "title": "a <trick>", "how": "cheats", "place": "cpu", "outcome": "caught", "by": "check",
+            "said": "Seen."}  # fmt: skip
+    html = page.proof_html(evidence(planted("F1", "found"), Trial(kind="exploit", variant="X1", data=data)))
+    assert "1 of 1 were caught by what should catch them" in html
+    assert "a &lt;trick&gt;: it cheats" in html[html.index("<summary>Every exploit") :]
+
+
 def test_each_machine_has_its_own_proof_and_one_without_bugs_none():
     other = verdict.Recorded((planted("F1", "found"),), synthetic.environment(), "synthetic")
     html = page.proof_html(evidence(*TRIALS, recorded=other))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import nbformat
 import pytest
+from support import mutations
 from support import synthetic_paging as paging
 from support import synthetic_records as synthetic
 from support.sampling import first
@@ -19,7 +22,7 @@ from flashcore.paths import data_dir
 from flashcore.pipeline import rendering
 from flashcore.records import RunFolder, Trial
 
-SEEDS = range(14)  # each of the seven ways to lack something twice; once by default
+SEEDS = range(14)  # each of the seven ways to lack something twice; four of them once by default
 _ALL = [t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"]
 WHOLE = [*_ALL[:-3], *paging.everything(), *_ALL[-3:]]
 """A whole run that says GO; the records that its notebooks finished come last."""
@@ -103,7 +106,7 @@ def page_of(run: RunFolder, cells, monkeypatch) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", first(SEEDS, 7))
+@pytest.mark.parametrize("seed", first(SEEDS, 4))
 def test_any_records_make_a_page_and_none_says_go(tmp_path, cells, monkeypatch, seed):
     trials, environment = drawn(seed)
     run = synthetic.write_run(tmp_path / "run", trials, environment)
@@ -123,13 +126,46 @@ def test_any_records_make_a_page_and_none_says_go(tmp_path, cells, monkeypatch, 
 def test_the_whole_run_says_go_so_that_the_others_are_held_back_by_what_they_lack(tmp_path, cells, monkeypatch):
     run = synthetic.write_run(tmp_path / "run", WHOLE, synthetic.environment())
     text = page_of(run, cells, monkeypatch)
-    assert verdict.judge(run).verdict == "GO" and "Nothing blocks" in text
+    assert verdict.judge(run).verdict == "GO" and "Nothing blocks" in text and "could not be drawn" not in text
+
+
+def every_sort(lines: list[bytes], most: int = 3) -> list[bytes]:
+    """A few records of each sort that a whole run holds."""
+    kept: Counter = Counter()
+    found = []
+    for line in lines:
+        fields = json.loads(line)
+        data = fields.get("data", {})
+        sort = (fields["kind"], *(str(data.get(key)) for key in ("what", "group", "outcome")), fields.get("status"))
+        kept[sort] += 1
+        found += [line] if kept[sort] <= most or fields["kind"] == "notebook" else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", first(range(20), 2))
+def test_a_record_that_makes_no_sense_costs_no_more_than_its_own_part(tmp_path, cells, monkeypatch, seed):
+    """Values of any place in a few records changed, of every kind that a run on a GPU holds."""
+    rng, recorded = random.Random(seed), data_dir("reports") / "recorded" / "h100"
+    lines = every_sort((recorded / "records.jsonl").read_bytes().splitlines())
+    run = RunFolder.create(tmp_path / "run")
+    (run.path / "environment.json").write_bytes((recorded / "environment.json").read_bytes())
+    for at in rng.sample(range(len(lines)), 12):
+        how, value, raw = mutations.value_changed(rng, json.loads(lines[at]))
+        if not how.startswith("schema_version"):  # a newer one is refused, and rightly makes no page
+            lines[at] = mutations.written(value, raw)
+    run.records_path.write_bytes(b"".join(line + b"\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = page_of(run, cells, monkeypatch).split('id="fc-records"')[0]
+    assert mutations.MARKUP not in text and text.count("<h2") > 8
+    assert text.count("could not be drawn") <= 3, "one part's trouble is not another's"
 
 
 REQUIRED = [t for t in WHOLE if t.kind in ("correctness", "attention_timing", "notebook")]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", first(range(40), 20))
 def test_no_verdict_survives_the_loss_of_what_it_rests_on(tmp_path: Path, seed):
     """Of every kind, backend and problem that the gates ask for: left out, failed, stale, or of another machine."""
     rng = random.Random(1000 + seed)

@@ -141,10 +141,10 @@ def test_cublaslt_s_reading_of_the_table_refuses_a_page_outside_the_pool():
         kv = PagedKV.from_tables(*spoilt("page", value))
         problem = paged_problem_of(query(), kv)
         with pytest.raises(PageTableError, match=rf"page_table\[1, 1\] is {value} and the pool has pages 0 to 5"):
-            backend._sequences(kv, problem, SIZE)
+            backend._sequences(kv, problem, SIZE, SIZE)
     for value in (*LONG, *NEGATIVE):
         kv = PagedKV.from_tables(*spoilt("length", value))
-        found = backend._sequences(kv, paged_problem_of(query(), kv), SIZE)
+        found = backend._sequences(kv, paged_problem_of(query(), kv), SIZE, SIZE)
         wanted = [20, max(0, min(value, 64)), 64]
         assert [sum(page.keys for page in pages) for _, pages in found] == wanted
         assert all(0 < page.keys <= SIZE for _, pages in found for page in pages)

@@ -33,6 +33,7 @@ def test_a_report_into_a_relative_folder_finishes_every_notebook(tmp_path, toys,
     monkeypatch.chdir(tmp_path)
     result = reporting.report(notebooks_dir=Path("toys"), out="rel", pdf=False)
     assert result.failed == {} and result.run.path.parent == tmp_path / "rel"
+    assert result.pdf is None and result.no_pdf == "", "none was wanted"
     assert [t.data["value"] for t in result.run.trials(kind="ceiling")] == [1, 2]
     assert folders.find_run("latest", "rel").path == result.run.path
     page = rendering.render(RunFolder(f"rel/{result.run.name}"), notebooks_dir=Path("toys"))
@@ -159,12 +160,12 @@ def hidden(folder: Path) -> list[str]:
 
 
 @pytest.mark.notebook
-def test_two_renderings_at_once_both_make_the_page(tmp_path, toys):
-    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+def test_two_renderings_at_once_both_make_the_page(reported, toys):
+    (reported.path / "report.html").unlink()
     with ThreadPoolExecutor(2) as pool:
-        pages = list(pool.map(lambda _: rendering.render(run, notebooks_dir=toys), range(2)))
-    assert pages == [run.path / "report.html"] * 2 and "FlashCore" in pages[0].read_text()
-    assert hidden(run.path) == []
+        pages = list(pool.map(lambda _: rendering.render(reported, notebooks_dir=toys), range(2)))
+    assert pages == [reported.path / "report.html"] * 2 and "FlashCore" in pages[0].read_text()
+    assert hidden(reported.path) == []
 
 
 @pytest.mark.notebook
@@ -274,23 +275,29 @@ DAMAGES = {
 }
 
 
+def damaged_copies(notebook: Path) -> list[str]:
+    """The notebook's place is taken by copies, each damaged in another way; their names, in order."""
+    names = [f"01_{place}_{damage.replace(' ', '_')}" for place, damage in enumerate(DAMAGES)]
+    for name, damage in zip(names, DAMAGES.values(), strict=True):
+        damage(Path(shutil.copy(notebook, notebook.with_stem(name))))
+    notebook.unlink()
+    return names
+
+
 @pytest.mark.notebook
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_notebook_fails_alone(tmp_path, toys, damage):
-    DAMAGES[damage](toys / "01_first.ipynb")
+def test_damaged_notebooks_fail_alone(tmp_path, toys):
+    names = damaged_copies(toys / "01_first.ipynb")
     result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
-    assert list(result.failed) == ["01_first"] and "is damaged" in result.failed["01_first"]
+    assert list(result.failed) == names and all("is damaged" in why for why in result.failed.values())
     assert [t.data["value"] for t in result.run.trials(kind="ceiling")] == [2]
-    assert result.decision.verdict == "INCONCLUSIVE" and "01_first" in result.decision.reason
+    assert result.decision.verdict == "INCONCLUSIVE" and names[0] in result.decision.reason
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_page_does_without_a_damaged_executed_notebook_and_names_it(tmp_path, toys, damage):
-    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
-    DAMAGES[damage](run.path / "notebooks" / "01_first.ipynb")
-    page = rendering.render(run, notebooks_dir=toys).read_text()
-    assert "is damaged: 01_first." in page
+def test_a_page_does_without_damaged_executed_notebooks_and_names_them(reported, toys):
+    names = damaged_copies(reported.path / "notebooks" / "01_first.ipynb")
+    page = rendering.render(reported, notebooks_dir=toys).read_text()
+    assert f"is damaged: {'; '.join(names)}." in page
 
 
 @pytest.mark.notebook

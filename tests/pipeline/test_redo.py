@@ -10,7 +10,7 @@ from support.notebook_tools import finishing_notebook, measure, values, write_no
 
 from flashcore.errors import RecordsError, UnknownName
 from flashcore.gpu import device
-from flashcore.pipeline import reporting, superseding
+from flashcore.pipeline import superseding
 from flashcore.pipeline.redo import parts_named, redo
 from flashcore.records import RunFolder, Trial
 
@@ -27,8 +27,8 @@ def toys(tmp_path) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path, toys) -> RunFolder:
-    return reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
+def made(reported) -> RunFolder:
+    return reported
 
 
 def ceilings(run: RunFolder) -> list:

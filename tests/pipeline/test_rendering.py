@@ -27,8 +27,8 @@ def test_without_the_status_notebook_a_plain_page_still_says_the_verdict(tmp_pat
 
 
 @pytest.mark.notebook
-def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
-    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs").run
+def test_rendering_again_adds_no_record_and_replaces_the_page(reported, toys):
+    run = reported
     records, page = run.records_path.read_bytes(), (run.path / "report.html")
     page.write_text("old")
     assert reporting.render(run, notebooks_dir=toys) == page
@@ -38,9 +38,9 @@ def test_rendering_again_adds_no_record_and_replaces_the_page(tmp_path, toys):
 
 
 @pytest.mark.notebook
-def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_names_them(tmp_path, toys, monkeypatch):
-    run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
-    whole = rendering.render(run, notebooks_dir=toys).read_text()
+def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_names_them(reported, toys, monkeypatch):
+    run = reported
+    whole = (run.path / "report.html").read_text()
     for name, size in (("01_first", 400_000), ("02_second", 3_000)):
         cell = nbformat.v4.new_code_cell("print()")
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="x" * size)]

@@ -15,7 +15,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from support.notebook_tools import KILL, final, finishing_notebook, measure, write_notebook
+from typer.testing import CliRunner
 
+from flashcore.cli.program import app
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
 from flashcore.paths import data_dir
 from flashcore.pipeline import reporting
@@ -65,7 +67,7 @@ def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys)
 
 @pytest.mark.browser
 @pytest.mark.notebook
-def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, monkeypatch):
+def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, reported, monkeypatch):
     from flashcore.page import pdf
 
     if pdf.browser() is not None:
@@ -73,10 +75,8 @@ def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_pa
         assert result.pdf == result.run.path / "report.pdf" and result.no_pdf == ""
         assert result.pdf.read_bytes().startswith(b"%PDF-")
     monkeypatch.setenv("FLASHCORE_CHROMIUM", "")
-    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
+    result = reporting.conclude(reported, {}, folder=toys)
     assert result.failed == {} and result.pdf is None and "No PDF was made" in result.no_pdf
-    result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
-    assert result.pdf is None and result.no_pdf == ""
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,8 @@ def test_every_notebook_takes_what_the_pipeline_gives():
 def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_path):
     folder = tmp_path / "notebooks"
     finishing_notebook(folder, "05_next", measure(5))
-    for name in ("04_tflops_sweep", "06_status_report"):
-        shutil.copy(data_dir("notebooks") / f"{name}.ipynb", folder)
-    path = folder / "04_tflops_sweep.ipynb"
+    write_notebook(folder, "06_status_report", "1")
+    path = Path(shutil.copy(data_dir("notebooks") / "04_tflops_sweep.ipynb", folder))
     notebook = nbformat.read(path, as_version=4)
     sweeping = next(i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and "sweep(" in c.source)
     notebook.cells.insert(sweeping + 1, nbformat.v4.new_code_cell(KILL))
@@ -217,10 +216,7 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
     page = (run.path / "report.html").read_text()
     assert "INCONCLUSIVE" in page and "04_tflops_sweep" in page and "kernel died" in page
 
-    again = subprocess.run(
-        [sys.executable, "-m", "flashcore", "verdict", str(run.path)], capture_output=True, text=True
-    )
-    assert again.returncode == 4
+    assert CliRunner().invoke(app, ["verdict", str(run.path)]).exit_code == 4
 
 
 def test_a_report_states_every_parameter_of_every_notebook_of_its_own():

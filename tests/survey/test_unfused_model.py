@@ -89,6 +89,8 @@ def test_the_rates_come_from_the_ceilings_of_the_records():
     assert ceilings_of(synthetic.ceilings(), "bfloat16") is None
     cpu = [t.model_copy(update={"data": {**t.data, "unit": "GB/s"}}) for t in synthetic.ceilings()]
     assert ceilings_of(cpu) is None, "a CPU's ceilings say nothing of this design"
+    huge = [t.model_copy(update={"data": {**t.data, "value": 10**400}}) for t in synthetic.ceilings()]
+    assert ceilings_of(huge) is None, "beyond what a float holds"
     assert ceilings_of([t for t in synthetic.ceilings() if "l2" not in t.data["name"]]).l2_tbs is None
 
 

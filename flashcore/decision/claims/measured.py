@@ -10,7 +10,7 @@ from typing import Any
 from flashcore.decision import compare
 from flashcore.decision.claims.file import Claim, Claims, Gpu
 from flashcore.decision.claims.findings import Finding, apart, dtype_of, latency_us, spaced, time_words, work
-from flashcore.decision.compare import number
+from flashcore.decision.compare import is_figure, number
 from flashcore.decision.judging import Source, clause
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Trial
@@ -213,9 +213,8 @@ def _from_records(claim: Claim, run: Run) -> list[Finding]:
     wanted, found = claim.records, {}
     for trial in run.trials:
         value = trial.data.get(wanted.key)
-        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         here = all(trial.data.get(key) == expected for key, expected in wanted.where.items())
-        if trial.kind == wanted.kind and trial.status == "ok" and real and here:
+        if trial.kind == wanted.kind and trial.status == "ok" and is_figure(value) and here:
             found[str(trial.data.get("definition"))] = trial
     return [_as_recorded(claim, trial, run) for trial in found.values()] or [_not_measured(claim)]
 
@@ -267,4 +266,4 @@ def _ceiling(run: Run, name: str | None) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return is_figure(value) and value > 0

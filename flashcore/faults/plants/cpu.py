@@ -110,6 +110,21 @@ def _tail(scores, q, k, problem, page):
     return torch.where(row == column, everything, scores)
 
 
+def _stale_row_max(self, scores, row_max):
+    """The first page's maximum, until a page's sum passes a guard: one for bfloat16, which is none for float16."""
+    import torch
+
+    top = scores.amax(dim=-1)
+    stale = torch.where(row_max == -math.inf, top, row_max)
+    fits = (scores - reference.safe(stale)[..., None]).exp().sum(dim=-1) < GUARD_OF_BFLOAT16
+    return torch.where(fits, stale, row_max.maximum(top))
+
+
+def _v_by_strides_of_k(self, q, k, v, problem, kept):
+    return _base("_loop")(self, q, k, v.as_strided(v.shape, k.stride()), problem, kept)
+
+
+GUARD_OF_BFLOAT16 = 2.0**64
 CPU: Plants = {
     "F1": _stages(row_sum=lambda self, s, r, p: r * s[..., :1] + p.sum(dim=-1)),
     "F2": _stages(
@@ -128,6 +143,8 @@ CPU: Plants = {
     "G2": _after("row_sum", lambda total, before, r, p: total + (1.0 if p.shape[-1] < 64 else 0.0)),
     "G3": _after("scores", _tail),
     "G4": _stages(scores=_swizzled),
+    "G48": _stages(row_max=_stale_row_max),
+    "G50": _stages(_loop=_v_by_strides_of_k),
     "G5": _stages(page_of_v=lambda self, v, pages, j: v[..., : pages[j].stop - pages[j].start, :]),
     "G6": _after("scores", lambda scores, q, k, problem, page: scores * problem.scale),
     "G8": _stages(kv_of_head=_kv_modulo),

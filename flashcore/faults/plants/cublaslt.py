@@ -104,8 +104,8 @@ CUBLASLT: Plants = {
 }  # fmt: skip
 
 
-def _whole_pages_alone(self, cache, problem, apart):
-    found = _paged_base("_sequences")(self, cache, problem, apart)
+def _whole_pages_alone(self, cache, problem, *apart):
+    found = _paged_base("_sequences")(self, cache, problem, *apart)
     return [(part, [page for page in pages if page.keys == cache.page_size]) for part, pages in found]
 
 

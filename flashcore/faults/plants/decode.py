@@ -10,7 +10,15 @@ from collections.abc import Mapping
 
 from flashcore.faults.planting import Edit, Override, Source
 from flashcore.faults.plants.hopper import CLEARED, LATER_PAGES, SHARED, WATCHDOG
-from flashcore.faults.plants.host import BATCH_STRIDE_IN_BYTES, ONE_K_HEAD, SCALE_TWICE, Plants, source
+from flashcore.faults.plants.host import (
+    BATCH_STRIDE_IN_BYTES,
+    ONE_K_HEAD,
+    ROWS_BY_COLUMNS,
+    SCALE_TWICE,
+    V_BY_STRIDES_OF_K,
+    Plants,
+    source,
+)
 from flashcore.problem import Problem
 
 PLAIN = Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=5, seqlen_k=1000, head_dim=64, page_size=64)
@@ -88,7 +96,7 @@ FROM_THE_HEADERS = ("F1", "F2", "G7", "G17", "G18")
 
 DECODE: Plants = {
     **{fault: SHARED[fault] for fault in FROM_THE_HEADERS},
-    **{fault: LATER_PAGES[fault] for fault in ("G10", "G21", "G22", "G23", "G24")},
+    **{fault: LATER_PAGES[fault] for fault in ("G10", "G21", "G22", "G23", "G24", "G48")},
     "F3": source((
         "for (int i = 0; i < OUTPUTS; ++i) o[i] = 0.f;",
         "for (int i = 0; i < OUTPUTS; ++i) o[i] = __int_as_float(0x7fc00000);",
@@ -157,6 +165,13 @@ DECODE: Plants = {
     "G44": source(("part.taken) + part.taken == all;", "part.taken + 1) + part.taken + 1 == all;")),
     "G46": Override({"tiling": lambda self, problem: (_base("tiling")(self, problem)[0], _whole_tiles(problem))}),
     "G47": source(("weight[r] = other_keys ? ex2_approx(other.x - highest) : 0.f;", "weight[r] = 1.f;")),
+    "G49": source(("if (softmax[j].y == 0.f) continue;", "if (first + j >= end_part) continue;")),
+    "G50": V_BY_STRIDES_OF_K,
+    "G51": source((
+        "      length = paged.lengths_gmem[head.batch];\n      load_q",
+        "      length = paged.lengths_gmem[0];\n      load_q",
+    )),
+    "G52": ROWS_BY_COLUMNS,
 }  # fmt: skip
 
 
@@ -189,7 +204,8 @@ PROBLEMS: Mapping[str, Problem] = {fault: PLAIN for fault in DECODE} | {
     "G43": TWO_HEADS,
     "G46": PLAIN.with_(num_heads_q=18, seqlen_q=8),
     "G47": PLAIN.with_(seqlen_k=1000),
+    "G49": CAUSAL.with_(seqlen_k=130),
 }
 """Where each bug shows: a chain longer than the ring has slots for G25, a last unit without a tail for G27, pages
-larger than a unit for G37 and smaller for G38 and G39, more heads a group than a tile holds for G46, and several units
-a block for G47."""
+larger than a unit for G37 and smaller for G38 and G39, more heads a group than a tile holds for G46, several units a
+block for G47, and a part that the first query tokens see no key of for G49."""

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashcore.faults.planting import PLAIN, Edit, Source
-from flashcore.faults.plants.host import BATCH_STRIDE_IN_BYTES, ONE_K_HEAD, SCALE_TWICE, Plants, source
+from flashcore.faults.plants.host import (
+    BATCH_STRIDE_IN_BYTES,
+    ONE_K_HEAD,
+    ROWS_BY_COLUMNS,
+    SCALE_TWICE,
+    V_BY_STRIDES_OF_K,
+    Plants,
+    source,
+)
 from flashcore.problem import Problem
 
 TWO_SPLITS: Edit = ("NUM_SPLITS = HEAD_DIM == 64 ? 4 : 3;", "NUM_SPLITS = 2;")
@@ -105,6 +113,7 @@ SHARED: Plants = {
         *WATCHDOG,
         ("full, ROWS * HEAD_DIM * sizeof(Element));", "full, ROWS * HEAD_DIM * sizeof(Element) + ROW_BYTES);"),
     ),
+    "G50": V_BY_STRIDES_OF_K,
 }  # fmt: skip
 LATER_PAGES: Plants = {
     "G10": source(("      row_sum[row] *= rescale[row];\n", "")),
@@ -113,6 +122,7 @@ LATER_PAGES: Plants = {
     "G22": source(("      exponentials(s, p, page_sum);\n    }\n", "    }\n")),
     "G23": source(("    rescale_outputs();\n", "")),
     "G24": source(("o[i] *= rescale[row_of(i)];", "o[i] *= rescale[row_of(i) ^ 1];")),
+    "G48": source(("FLASHCORE_BF16 ? 1.8446744e19f : 32768.f", "1.8446744e19f")),
 }  # fmt: skip
 """In what happens from the second page of a chain on."""
 
@@ -227,6 +237,8 @@ SPLIT: Plants = {
         "for (int split = 1; split < NUM_SPLITS; ++split) {\n      const float sum",
     )),
     "G31": source(("highest = fmaxf(highest, smem.reference[split][row]);", "highest = smem.reference[0][row];")),
+    # A warpgroup that saw no key of a row has subtracted 0 there, which may be far above what the others did.
+    "G49": source(("row_sum == 0.f ? -INFINITY : softmax.reference[r];", "softmax.reference[r];")),
 }  # fmt: skip
 
 CLEARS_V = "if (pages > 0 && left < TILE_N)"
@@ -237,6 +249,9 @@ PAGED: Plants = {
     "G36": source(("paged.page_table_gmem + Index(tile.batch) *", "paged.page_table_gmem + Index(0) *")),
     "G37": source(("row = (page * TILE_N + own_key) & ~(-1 << paged.page_shift);", "row = own_key;")),
     "G38": source(("__shfl_sync(~0u, looked, first_box + own_box)", "__shfl_sync(~0u, looked, first_box)")),
+    "G50": V_BY_STRIDES_OF_K,
+    "G51": source(("PAGED(return paged.lengths_gmem[batch];)", "PAGED(return paged.lengths_gmem[0];)")),
+    "G52": ROWS_BY_COLUMNS,
 }  # fmt: skip
 PAGED_PROBLEMS: Mapping[str, Problem] = {"G37": PLAIN.with_(page_size=128), "G38": PLAIN.with_(page_size=16)}
 """Pages larger and smaller than a tile of keys."""

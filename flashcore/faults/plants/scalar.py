@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from flashcore.faults.plants.host import BATCH_STRIDE_IN_BYTES, ONE_K_HEAD, SCALE_TWICE, Plants, source
+from flashcore.faults.plants.host import (
+    BATCH_STRIDE_IN_BYTES,
+    ONE_K_HEAD,
+    SCALE_TWICE,
+    V_BY_STRIDES_OF_K,
+    Plants,
+    source,
+)
 
 LATE = (
     (
@@ -48,6 +55,7 @@ SCALAR: Plants = {
     "G4": source(("to_float(k_smem[lane][d])", "to_float(k_smem[lane][d ^ 8])")),
     "G5": source(("v_head[(first_key + key) * params.v.row + d]", "v_head[key * params.v.row + d]")),
     "G6": SCALE_TWICE,
+    "G50": V_BY_STRIDES_OF_K,
     "G7": source(("fmaxf(row_max, warp_max(score))", "fmaxf(row_max, score)")),
     "G8": source(("head / (params.num_heads_q / params.num_heads_kv)", "head % params.num_heads_kv")),
     "G9": source((

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from flashcore.faults.plants.host import BATCH_STRIDE_IN_BYTES, ONE_K_HEAD, SCALE_TWICE, Plants, source
+from flashcore.faults.plants.host import (
+    BATCH_STRIDE_IN_BYTES,
+    ONE_K_HEAD,
+    SCALE_TWICE,
+    V_BY_STRIDES_OF_K,
+    Plants,
+    source,
+)
 
 LATE = (
     (
@@ -70,6 +77,7 @@ WMMA: Plants = {
         "&smem.v[slot][n * FRAGMENT][h * FRAGMENT]", "&smem.v[1 - slot][n * FRAGMENT][h * FRAGMENT]",
     )),
     "G6": SCALE_TWICE,
+    "G50": V_BY_STRIDES_OF_K,
     "G8": source(("head / (params.num_heads_q / params.num_heads_kv)", "head % params.num_heads_kv")),
     "G9": source((
         "wmma::mma_sync(accum[r][h], p[r], v, accum[r][h]);",

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from flashcore import backends
+from flashcore.backends._cuda import PARAMS
+from flashcore.backends._paged import PAGED
+from flashcore.faults.catalogue import get
 from flashcore.faults.planting import PLAIN, Source
 from flashcore.faults.plants import host
+from flashcore.numerics.inputs import make_inputs
+from flashcore.paging import among_others
 
 Q, K = torch.empty(2, 4, 100, 64), torch.empty(2, 2, 200, 64)
 
@@ -26,6 +31,25 @@ def test_the_strides_of_k_alone_are_wrong(plant, expected):
     assert list(planted.strides("k", K)) == expected
     assert list(planted.strides("q", Q)) == list(Q.stride()[:3]) and list(planted.strides("v", K)) == [25600, 12800, 64]
     assert list(backends.get("scalar").strides("k", K)) == [25600, 12800, 64], "the backend itself stays right"
+
+
+@pytest.mark.parametrize("name", ["scalar", "wmma", "hopper", "hopper-paged", "decode"])
+def test_v_is_addressed_by_the_strides_of_k_in_what_a_kernel_is_told(name):
+    q, k, v = make_inputs(PLAIN, layout="apart")
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    right, planted = (b.params(q, k, v, out, lse, PLAIN) for b in (backends.get(name), get("G50").plant(name)))
+    right, planted = PARAMS.unpack(right), PARAMS.unpack(planted)
+    assert right[8:11] == planted[8:11] == planted[11:14] == k.stride()[:3] != right[11:14] == v.stride()[:3]
+    assert right[:11] + right[14:] == planted[:11] + planted[14:]
+
+
+@pytest.mark.parametrize("name", ["hopper-paged", "decode"])
+def test_rows_of_the_table_are_as_far_apart_as_they_are_wide(name):
+    _, cache, _ = among_others(*make_inputs(PLAIN), PLAIN)
+    right, planted = (b.paged_params(cache, None) for b in (backends.get(name), get("G52").plant(name)))
+    right, planted = PAGED.unpack(right), PAGED.unpack(planted)
+    assert (right[4], planted[4]) == (cache.page_table.stride(0), cache.max_pages) and right[4] > planted[4]
+    assert right[:4] + right[5:] == planted[:4] + planted[5:]
 
 
 def test_the_scale_is_applied_twice():

@@ -34,4 +34,4 @@ def test_late_copies_only_sleep_and_are_in_the_bug_of_the_missing_barrier():
 
 def test_the_backend_is_planted_with_these_and_the_hosts_with_wrong_methods():
     assert PLANTS["scalar"] is SCALAR
-    assert {name for name, plant in SCALAR.items() if isinstance(plant, Override)} == {"F11", "F12", "G6"}
+    assert {name for name, plant in SCALAR.items() if isinstance(plant, Override)} == {"F11", "F12", "G50", "G6"}

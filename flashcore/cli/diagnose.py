@@ -1,0 +1,116 @@
+"""The command line's diagnosis of any function: `flashcore diagnose`. `add_to` puts it into the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flashcore.cli import debug
+from flashcore.cli.debug import CLEAN, FOUND, BackendsOption, JsonOption, RunOption
+from flashcore.cli.printing import errors
+from flashcore.errors import InvalidProblem
+
+
+def diagnose(
+    function: Annotated[
+        str | None, typer.Argument(help="FILE.py:function, MODULE:function, or the id of a backend.")
+    ] = None,
+    problem: Annotated[
+        str | None, typer.Option(help="Ask about this problem alone, such as B=1,H=8,S=512,D=64,causal.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="How the function wants its tensors: bhsd or bshd.")] = "bhsd",
+    lse: Annotated[str | None, typer.Option(help="What it returns beside its output: none, natural or log2.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: the GPU where there is one]")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Inputs of this pattern alone, together with --problem.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs, together with --problem.")] = 0,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds that one call may take.")] = 20.0,
+    probes: Annotated[bool, typer.Option("--probes", help="Also print what each probe showed, and its cost.")] = False,
+    write_test: Annotated[
+        Path | None, typer.Option("--write-test", help="Write the smallest failing case as a pytest file.")
+    ] = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Plant every known bug instead, and see what outputs alone tell of it.")
+    ] = False,
+    backend: BackendsOption = "all",
+    json: JsonOption = False,
+    run: RunOption = None,
+) -> None:
+    """Say where any attention function goes wrong, and why. Exit code 0: nowhere; 3: found; 2: not understood."""
+    if prove:
+        _refuse({"FUNCTION": function, "--problem": problem, "--pattern": pattern, "--write-test": write_test,
+                 "--lse": lse, "--device": device})  # fmt: skip
+        _prove(backend, json, run)
+        return
+    if backend != "all":
+        raise InvalidProblem("--backend goes with --prove; name the backend itself to diagnose it.")
+    if function is None:
+        raise InvalidProblem("Name a function: flashcore diagnose FILE.py:function, or a backend's id.")
+    from flashcore.diagnosis.apart import diagnose_apart
+
+    place = _absolute(function)
+    found = diagnose_apart(place, problem, layout=layout, lse=lse, device=device, pattern=pattern, seed=seed,
+                           time_limit_s=time_limit)  # fmt: skip
+    trial = found.to_trial()
+    debug._keep([trial], run)
+    if json:
+        debug._print_json([trial])
+    else:
+        for line in found.sentences():
+            debug._say(line)
+        if probes and found.peeled:
+            debug._print_table(found.table(), "Probes")
+    if write_test is not None:
+        if found.smallest is None:
+            errors().print("There is no failing case, so no test was written.")
+        else:
+            errors().print(escape(f"Wrote {found.write_test(str(write_test), place)}."))
+    raise typer.Exit(CLEAN if found.right else FOUND)
+
+
+def _absolute(function: str) -> str:
+    where, colon, name = function.rpartition(":")
+    return f"{Path(where).expanduser().resolve()}:{name}" if colon and where.endswith(".py") else function
+
+
+def _refuse(options: dict) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InvalidProblem(f"--prove asks about planted bugs alone; leave {', '.join(given)} out.")
+
+
+def _prove(names: str, json: bool, run: Path | None) -> None:
+    from flashcore import backends as registry
+    from flashcore.cli.adding import adding_to
+    from flashcore.faults import diagnosing
+    from flashcore.gpu.isolation import isolated_trial
+
+    chosen = [b for b in registry.select(names) if b.availability().ok]
+    with adding_to(run) as folder:
+        told = None if json else debug._progress()
+        trials = diagnosing.prove_all(folder, chosen, told)
+        for one in chosen:
+            if told:
+                told(f"{one.id}, as it is")
+            fields = {"kind": "diagnosis", "backend": one.id, "variant": "clean"}
+            trial = isolated_trial(diagnosing.ask_clean, one.id, timeout_s=600.0, fields=fields)
+            trials.append(trial)
+            if folder:
+                folder.append(trial)
+    if json:
+        debug._print_json(trials)
+    else:
+        from flashcore import tables
+
+        debug._print_table(tables.diagnosis_table(trials), "Planted bugs, diagnosed from outputs alone")
+        for stage, others in diagnosing.CLASSES.items():
+            debug._say(f"{stage} may show as {', '.join(others)}: {diagnosing.REASONS[stage]}.")
+        debug._say(f"{diagnosing.sentence(trials)}.")
+    raise typer.Exit(CLEAN if all(t.status in ("ok", "unsupported", "unavailable") for t in trials) else FOUND)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the command into a program."""
+    app.command()(diagnose)

@@ -1,0 +1,375 @@
+"""Call any attention function one way, and say in one sentence how it breaks its promise when it does."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from flashcore import backends
+from flashcore.errors import BackendUnavailable, InvalidProblem, UnknownName, Unsupported
+from flashcore.measure.check import device_of
+from flashcore.numerics.outputs import poisoned_outputs
+from flashcore.problem import Problem
+
+Layout = Literal["bhsd", "bshd"]
+Lse = Literal["none", "natural", "log2"]
+CAUSAL_NAMES = ("causal", "is_causal")
+SCALE_NAMES = ("softmax_scale", "scale", "sm_scale")
+LSE_NAMES = ("return_lse", "return_softmax_lse")
+LN_2 = math.log(2.0)
+TIME_LIMIT_S = 20.0
+"""Seconds that one call may take."""
+_OPTIONS = {"causal": CAUSAL_NAMES, "softmax_scale": SCALE_NAMES, "return_lse": LSE_NAMES}
+
+
+class Refusal(Exception):
+    """The function raised on inputs of this kind; the text is its own, on one line."""
+
+
+class Broken(Exception):
+    """The function returned, and what it returned or left behind is no answer at all.
+
+    Parameters
+    ----------
+    kind
+        ``hang``, ``type``, ``shape``, ``dtype``, ``device``, ``lse`` or ``inputs``.
+    sentence
+        What it did, as a sentence.
+    """
+
+    def __init__(self, kind: str, sentence: str):
+        self.kind, self.sentence = kind, sentence
+        super().__init__(kind, sentence)  # all of them, so that it can be sent to another process
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call gave, in the layout ``[batch, num_heads, seqlen, head_dim]``."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    """Natural logarithm, ``[batch, num_heads_q, seqlen_q]``; None where the function gives none."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An attention function under diagnosis: how it is called, and which of the options it takes."""
+
+    name: str
+    call: Callable[..., Any]
+    """``call(q, k, v, problem, default_scale)`` with tensors as the function wants them; returns what it returns."""
+    takes: frozenset[str]
+    """Which of ``causal``, ``softmax_scale`` and ``return_lse`` it can be given."""
+    layout: Layout = "bhsd"
+    lse: Lse = "none"
+    device: str = "cpu"
+    default_scale: bool = False
+    """Whether ``softmax_scale`` may be left out."""
+    time_limit_s: float = TIME_LIMIT_S
+    rounds_scores: bool = False
+    """It stores its scores in 16 bits by design, and says so."""
+    calls: list[float] = field(default_factory=list, compare=False)
+    """Seconds of each call so far."""
+
+    def __call__(self, q, k, v, problem: Problem, *, default_scale: bool = False) -> Answer:
+        """Call it, and check that what comes back is an answer.
+
+        Parameters
+        ----------
+        q, k, v
+            ``[B, Hq, Sq, D]`` and twice ``[B, Hkv, Sk, D]``.
+        default_scale
+            Leave ``softmax_scale`` out, so that the function's own default counts.
+
+        Raises
+        ------
+        Refusal
+            It raised.
+        Broken
+            It hung, or gave no tensor of the right shape, dtype and device, or changed its inputs.
+        """
+        given = (q, k, v)
+        before = [t.clone() for t in given]
+        passed = given if self.layout == "bhsd" else tuple(t.transpose(1, 2).contiguous() for t in given)
+        kept = [t.clone() for t in passed] if self.layout == "bshd" else before
+        started = time.perf_counter()
+        try:
+            with limited(self.time_limit_s), poisoned_outputs():
+                result = self.call(*passed, problem, default_scale)
+                wait(q.device, self.time_limit_s)
+        except Broken:
+            raise
+        except Exception as error:
+            raise Refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}") from error
+        finally:
+            self.calls.append(time.perf_counter() - started)
+        answer = self._answer(result, q, problem)
+        for name, now, then in zip("qkv", passed, kept, strict=True):
+            if not _same_bits(now, then):
+                raise Broken("inputs", f"It changes its input {name}: {_changed(now, then)}.")
+        return answer
+
+    def _answer(self, result: Any, q: torch.Tensor, problem: Problem) -> Answer:
+        parts = list(result) if isinstance(result, (tuple, list)) else [result]
+        out = parts[0] if parts else None
+        if not isinstance(out, torch.Tensor):
+            raise Broken("type", f"It returns {type(out).__name__} where a tensor is meant.")
+        if out.device.type != q.device.type:
+            raise Broken("device", f"Its output lies on {out.device} where {q.device} is meant.")
+        if out.dtype != q.dtype:
+            raise Broken("dtype", f"Its output has dtype {_word(out.dtype)} where {_word(q.dtype)} is meant.")
+        shape = tuple(q.shape)
+        wanted = shape if self.layout == "bhsd" else (shape[0], shape[2], shape[1], shape[3])
+        if tuple(out.shape) != wanted:
+            raise Broken("shape", f"Its output has shape {tuple(out.shape)} where {wanted} is meant.")
+        if self.layout == "bshd":
+            out = out.transpose(1, 2)
+        if self.lse == "none":
+            return Answer(out.detach(), None)
+        lse = parts[1] if len(parts) > 1 else None
+        if not isinstance(lse, torch.Tensor):
+            raise Broken("lse", f"It returns no lse beside its output (lse='{self.lse}' says that it does).")
+        rows = shape[:3]
+        if lse.dim() == 4 and lse.shape[-1] == 1:
+            lse = lse[..., 0]
+        if tuple(lse.shape) == (rows[0], rows[2], rows[1]) != tuple(rows):
+            lse = lse.transpose(1, 2)
+        if tuple(lse.shape) != tuple(rows):
+            raise Broken("lse", f"Its lse has shape {tuple(lse.shape)} where {tuple(rows)} is meant.")
+        if lse.device.type != q.device.type:
+            raise Broken("lse", f"Its lse lies on {lse.device} where {q.device} is meant.")
+        lse = lse.detach().double()
+        return Answer(out.detach(), lse * LN_2 if self.lse == "log2" else lse)
+
+
+def candidate_of(
+    function: Callable | str | backends.Backend, *, layout: Layout = "bhsd", lse: Lse | None = None,
+    device: str | None = None, time_limit_s: float = TIME_LIMIT_S,
+) -> Candidate:  # fmt: skip
+    """The candidate that a function, the id of a backend, a `Backend` or ``FILE.py:function`` stands for.
+
+    Raises
+    ------
+    InvalidProblem
+        The function needs arguments that nobody here knows, or is none; a layout, lse or device that does not exist.
+    UnknownName
+        No such backend, file, module or function.
+    """
+    for what, value, known in (("layout", layout, get_args(Layout)), ("lse", lse or "none", get_args(Lse))):
+        if value not in known:
+            raise UnknownName(what, str(value), list(known))
+    if not (isinstance(time_limit_s, (int, float)) and math.isfinite(time_limit_s) and time_limit_s > 0):
+        raise InvalidProblem(f"time_limit_s: {time_limit_s!r} is no number of seconds above 0.")
+    if isinstance(function, str):
+        function = load(function) if ":" in function else backends.get(function)
+    if isinstance(function, backends.Backend):
+        if layout != "bhsd":
+            raise InvalidProblem(f"layout: backend '{function.id}' takes tensors as 'bhsd'; leave layout out.")
+        return _of_backend(function, device, time_limit_s)
+    if not callable(function):
+        raise InvalidProblem(f"diagnose takes a function, a backend or its id; {type(function).__name__} is none.")
+    return _of_function(function, layout, lse or "none", _device(device), time_limit_s)
+
+
+def _device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidProblem("device: torch finds no GPU here; leave device out, or give 'cpu'.")
+    return device
+
+
+def _of_backend(backend: backends.Backend, device: str | None, time_limit_s: float) -> Candidate:
+    state = backend.availability()
+    if not state.ok:
+        raise BackendUnavailable(backend.id, state.reason, state.fix)
+
+    def call(q, k, v, problem, default_scale):
+        reason = backend.why_not(problem)
+        if reason:
+            raise Unsupported(backend.id, reason)
+        out, lse = backend.run(q, k, v, problem)
+        return out if lse is None else (out, lse)
+
+    place = device or device_of(backend)
+    tried = Candidate(backend.id, call, frozenset(_OPTIONS), device=place, time_limit_s=time_limit_s)
+    gives_lse = backend.role != "peer" or _peer_gives_lse(backend, place)
+    return Candidate(backend.id, call, tried.takes, lse="natural" if gives_lse else "none", device=place,
+                     default_scale=True, time_limit_s=time_limit_s,
+                     rounds_scores=backend.rounds_scores)  # fmt: skip
+
+
+def _peer_gives_lse(backend: backends.Backend, device: str) -> bool:
+    from flashcore.problem import square
+
+    problem = backend.suits(square(1, 1, 64, 64))
+    q = torch.zeros(1, problem.num_heads_q, problem.seqlen_q, problem.head_dim,
+                    dtype=getattr(torch, problem.dtype), device=device)  # fmt: skip
+    try:
+        return backend.run(q, q, q, problem)[1] is not None
+    except Exception:  # what it cannot do is found out, and said, when it is diagnosed
+        return False
+
+
+def _of_function(function: Callable, layout: Layout, lse: Lse, device: str, time_limit_s: float) -> Candidate:
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a built-in function says nothing of its parameters: it gets q, k and v
+        parameters = None
+    names: dict[str, str] = {}
+    default_scale = True
+    if parameters is not None:
+        kinds = inspect.Parameter
+        positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+        everything = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+        if len(positional) < 3 and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
+            raise InvalidProblem(
+                f"{name} takes {len(positional)} positional arguments; it has to take q, k and v first."
+            )
+        rest = [p for p in parameters if p not in positional[:3]]
+        by_keyword = {p.name: p for p in rest if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+        for option, known in _OPTIONS.items():
+            found = next((n for n in known if n in by_keyword), known[0] if everything else None)
+            if found:
+                names[option] = found
+        for parameter in by_keyword.values():
+            if parameter.default is kinds.empty and parameter.name not in names.values():
+                raise InvalidProblem(
+                    f"{name} needs '{parameter.name}', which diagnose does not know; wrap it, as in "
+                    f"lambda q, k, v: {name}(q, k, v, {parameter.name}=...)."
+                )
+        scale = by_keyword.get(names.get("softmax_scale", ""))
+        default_scale = scale is None or scale.default is not kinds.empty
+    if lse == "none":
+        names.pop("return_lse", None)
+
+    def call(q, k, v, problem, default):
+        options: dict[str, Any] = {}
+        if "causal" in names:
+            options[names["causal"]] = problem.causal
+        if "softmax_scale" in names and not (default and default_scale):
+            options[names["softmax_scale"]] = problem.scale
+        if "return_lse" in names:
+            options[names["return_lse"]] = True
+        return function(q, k, v, **options)
+
+    return Candidate(name, call, frozenset(names), layout, lse, device, default_scale, time_limit_s)
+
+
+def load(place: str) -> Callable:
+    """The function that ``FILE.py:function`` or ``MODULE:function`` names; ``function`` may be dotted.
+
+    Raises
+    ------
+    UnknownName
+        No such file, module or function.
+    InvalidProblem
+        The file or module cannot be imported; the sentence has its own reason.
+    """
+    where, _, attribute = place.rpartition(":")
+    if not where or not attribute:
+        raise InvalidProblem(f"'{place}' is not FILE.py:function or MODULE:function.")
+    try:
+        module = _module(where)
+    except (UnknownName, InvalidProblem):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise InvalidProblem(f"'{where}' cannot be imported: {type(error).__name__}: {text}.") from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise UnknownName(f"function in {where}", attribute, sorted(known))
+        found = getattr(found, part)
+    return found
+
+
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        if importlib.util.find_spec(where.partition(".")[0]) is None:
+            raise UnknownName("module", where, ["the name of an installed module", "a path that ends in .py"])
+        return importlib.import_module(where)
+    path = Path(where).expanduser().resolve()
+    if not path.is_file():
+        raise UnknownName("file", where, ["the path of a Python file that exists"])
+    name = f"_diagnosed_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported, as when it is run
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise `Broken` in the main thread once the body takes longer; elsewhere the body runs without a limit.
+
+    It ends what Python can interrupt. A library call that never returns needs a process of its own.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise Broken("hang", f"It did not return within {seconds:g} s.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    rest, again = signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if rest:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, rest - (time.monotonic() - started)), again)
+
+
+def wait(device: torch.device, seconds: float) -> None:
+    """Wait until the GPU is done, without blocking in the driver, so that a kernel that hangs is seen."""
+    if device.type != "cuda":
+        return
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    until = time.monotonic() + seconds
+    while not done.query():
+        if time.monotonic() > until:
+            raise Broken("hang", f"Its kernel did not end within {seconds:g} s; start a new process to use the GPU.")
+        time.sleep(20e-6)
+
+
+def _same_bits(now: torch.Tensor, then: torch.Tensor) -> bool:
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[now.element_size()]
+    return bool((now.view(kind) == then.view(kind)).all())
+
+
+def _changed(now: torch.Tensor, then: torch.Tensor) -> str:
+    different = ~((now == then) | (now.isnan() & then.isnan()))
+    return f"{int(different.sum())} of {now.numel()} elements are others after the call"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

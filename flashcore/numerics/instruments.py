@@ -1,0 +1,170 @@
+"""Whether what judges and times is still what it was: clocks, comparisons, peers, and torch's settings.
+
+A backend runs in the judge's own process. So it could put another function in the place of a clock, of a comparison or
+of a peer, or leave torch with fewer threads than it found. What counts is remembered before any plug-in runs, looked at
+again after each call that is judged, and put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashcore.errors import JudgeTampered
+
+_NOTHING = object()
+"""Stands for a name that is not there."""
+CLOCKS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns")
+TORCH = (
+    "allclose", "argmax", "empty", "empty_like", "equal", "exp", "full_like", "isclose", "isfinite", "isnan", "log",
+    "matmul", "rand", "randn", "softmax", "where", "zeros", "zeros_like",
+)  # fmt: skip
+"""Functions of torch that the reference, the inputs and the comparison are made of."""
+CUDA = ("Event", "CUDAGraph", "Stream", "graph")
+CUDA_METHODS = {
+    "Event": ("record", "elapsed_time", "synchronize", "query"),
+    "CUDAGraph": ("replay", "capture_begin", "capture_end"),
+    "Stream": ("synchronize", "wait_stream", "record_event"),
+}
+
+_INSTALLED = tuple(
+    os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+_OURS = str(Path(__file__).resolve().parent.parent) + os.sep
+_JUDGES = f"{_OURS}measure{os.sep}"
+
+_kept: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+"""By owner and name: the owner, the name in words, and what it stood for. The owners live as long as the process."""
+_torch_is_kept = False
+
+
+def trust(owner: Any, names: Sequence[str], where: str = "") -> None:
+    """Remember what these names of a module or a class stand for now; one that was remembered before stays as it was.
+
+    Only a module that trusts its own names while it is executed renews them, as when somebody reloads it.
+
+    Parameters
+    ----------
+    where
+        What the owner is called in a sentence; its own name when empty.
+    """
+    where = where or getattr(owner, "__qualname__", "") or owner.__name__
+    caller = sys._getframe(1)
+    renewed = caller.f_code.co_name == "<module>" and caller.f_globals is vars(owner)
+    for name in names:
+        kept = (owner, f"{where}.{name}", vars(owner).get(name, _NOTHING))
+        if renewed:
+            _kept[id(owner), name] = kept
+        else:
+            _kept.setdefault((id(owner), name), kept)
+
+
+def remember() -> None:
+    """Remember the clocks, and what torch and `numerics` judge with: called before any plug-in runs."""
+    global _torch_is_kept
+    if _torch_is_kept:
+        return
+    trust(time, CLOCKS)
+    import torch
+
+    from flashcore.numerics import reference, tolerance
+
+    trust(tolerance, ("compare",))
+    trust(reference, ("attention", "attention_same_precision"))
+    trust(torch, TORCH)
+    trust(torch.nn.functional, ("scaled_dot_product_attention", "softmax"), "torch.nn.functional")
+    trust(torch.cuda, CUDA, "torch.cuda")
+    for name, methods in CUDA_METHODS.items():
+        trust(getattr(torch.cuda, name), methods, f"torch.cuda.{name}")
+    # What a tensor has from C cannot be replaced, but a name in front of it hides it.
+    trust(torch.Tensor, sorted({*dir(torch._C.TensorBase), *vars(torch.Tensor)} - {"__doc__"}), "torch.Tensor")
+    _torch_is_kept = True
+
+
+def changed() -> list[str]:
+    """The names, in words, that do not stand for what they stood for."""
+    return [words for (_, name), (owner, words, value) in _kept.items() if vars(owner).get(name, _NOTHING) is not value]
+
+
+def put_back() -> None:
+    """Let every name stand for what it stood for again."""
+    for (_, name), (owner, _, value) in _kept.items():
+        if vars(owner).get(name, _NOTHING) is value:
+            continue
+        if value is _NOTHING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+def _settings() -> dict[str, Any]:
+    """Settings of torch that make other backends slower, with the call that puts each back."""
+    import torch
+
+    cuda = torch.backends.cuda
+    return {
+        "torch's number of threads": (torch.get_num_threads(), torch.set_num_threads),
+        "torch's FlashAttention": (cuda.flash_sdp_enabled(), cuda.enable_flash_sdp),
+        "torch's memory-efficient attention": (cuda.mem_efficient_sdp_enabled(), cuda.enable_mem_efficient_sdp),
+        "torch's plain attention": (cuda.math_sdp_enabled(), cuda.enable_math_sdp),
+        "torch's cuDNN attention": (cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp),
+    }
+
+
+def _working_behind(before: set[threading.Thread]) -> list[str]:
+    """Names of threads that run now, did not run before, and run code of somebody's own.
+
+    What an installed package starts for itself, such as a pool that compiles, is not meant; nor is another judge, where
+    somebody checks backends in several threads.
+    """
+    found = []
+    for thread in threading.enumerate():
+        frame = sys._current_frames().get(thread.ident) if thread not in before else None
+        paths = []
+        while frame is not None:
+            paths.append(os.path.realpath(frame.f_code.co_filename))
+            frame = frame.f_back
+        own = any(not path.startswith(_INSTALLED) or path.startswith(_OURS) for path in paths)
+        if own and not any(path.startswith(_JUDGES) for path in paths):
+            found.append(thread.name)
+    return found
+
+
+@contextlib.contextmanager
+def watched(who: str) -> Iterator[None]:
+    """Inside this context a backend runs; afterwards everything stands as it stood, or it is said what did not.
+
+    A thread of its own that goes on after the call is a finding too: its work is not in the time of the call, and it
+    takes a core from whoever is timed next.
+
+    Raises
+    ------
+    JudgeTampered
+        Something was changed, before or inside; it has been put back. Whatever the backend itself raised comes first.
+    """
+    remember()
+    if before := changed():
+        put_back()
+        raise JudgeTampered(None, before)
+    settings, running = _settings(), set(threading.enumerate())
+    try:
+        yield
+        wrong = changed()
+        now = _settings()
+        wrong += [f"{name} (from {value} to {now[name][0]})" for name, (value, _) in settings.items()
+                  if now[name][0] != value]  # fmt: skip
+        if (threads := _working_behind(running)) or wrong:
+            raise JudgeTampered(who, wrong, threads[0] if threads else None)
+    finally:
+        put_back()
+        for name, (value, _) in _settings().items():
+            before, put = settings[name]
+            if value != before:
+                put(before)

@@ -125,7 +125,8 @@ def _print_options(decision: Decision) -> None:
 
     matrix, conditions = Table(title="Options"), Table(title="Conditions of the options")
     for row in advice.matrix_rows(decision.options):
-        row["Option"] += f"\n(effort: {row.pop('Effort')}; risk: {row.pop('Risk')})"
+        if by := row.pop("Judged by", ""):
+            row["Option"] += f"\n(effort: {row.pop('Effort')}; risk: {row.pop('Risk')}; as {by} judged them)"
         row["Result"] += f"\n{row.pop('Conditions')}"
         del row["What shipping it means"]
         _add_row(matrix, row)

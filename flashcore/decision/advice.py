@@ -102,8 +102,7 @@ def matrix_rows(options: Sequence[OptionResult]) -> list[dict[str, str]]:
             "What decides": o.reason,
             "What would change it": flip(o, options),
             "What shipping it means": o.means,
-            "Effort": o.effort,
-            "Risk": o.risk,
+            **({"Effort": o.effort, "Risk": o.risk, "Judged by": o.judged_by} if o.judged_by else {}),
         }
         for o in options
     ]

@@ -1,7 +1,8 @@
-"""Which trials may be compared, and how they compare: roles of backends, spread of samples, ratios inside one round."""
+"""Which trials may be compared, and how they compare: roles, intervals of medians, ratios inside one round."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable
@@ -17,8 +18,12 @@ PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3"})
 """Backends that somebody else maintains: what a user would pick instead of ours."""
 WITHOUT_KERNEL = frozenset({"cpu"})
 """Backends of ours that launch no `.cu` file, so their trials carry no source hash."""
-FEWEST_SAMPLES = 3
-"""With fewer samples a spread cannot be told."""
+FOR_CHECKS = frozenset({"hopper-unsplit"})
+"""Backends of ours that open a part of another one to checks. Nobody ships them, so their speed decides nothing."""
+CONFIDENCE = 98.0
+"""Percent of cases in which an interval holds the true median. It misses it on each side in 1 case of 100 at most."""
+FEWEST_SAMPLES = 7
+"""With fewer, not even the range of all samples holds the median so often."""
 
 
 def role(trial: Trial) -> Literal["ours", "peer", "reference"]:
@@ -28,6 +33,11 @@ def role(trial: Trial) -> Literal["ours", "peer", "reference"]:
     if trial.backend in PEERS or trial.data.get("role") == "peer":
         return "peer"
     return "ours"
+
+
+def contends(trial: Trial) -> bool:
+    """Whether the trial's backend is one of ours that a user would run, and no variant for checks."""
+    return role(trial) == "ours" and trial.backend not in FOR_CHECKS
 
 
 def same_problem(a: Problem | None, b: Problem | None) -> bool:
@@ -62,12 +72,69 @@ def samples_us(trial: Trial) -> list[float]:
 
 
 def spread(samples: Iterable[float]) -> tuple[float, float] | None:
-    """The 5th and 95th percentile, or None with fewer than `FEWEST_SAMPLES` samples."""
+    """The range of the middle 90 % of samples, for a plot; None with fewer than three. It judges nothing."""
     samples = list(samples)
-    if len(samples) < FEWEST_SAMPLES:
+    if len(samples) < 3:
         return None
     low, high = np.percentile(samples, [5, 95])
     return float(low), float(high)
+
+
+def median_interval(samples: Iterable[float], *, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """An interval that holds the median of what the samples were drawn from, whatever its distribution is.
+
+    Of n sorted samples it is the k-th from each end. The median lies below the k-th smallest only if fewer than k
+    samples fell below it, and each falls there with probability 1/2. So the interval misses the median with
+    probability 2 · P(B < k) at most, where B is binomial with n trials and p = 1/2; k is the largest with which that
+    stays within 1 − confidence. For n = 30 and 98 % it is the 9th (98.4 %).
+
+    Source: H. A. David and H. N. Nagaraja, *Order Statistics*, 3rd edition, 2003, section 7.1.
+
+    Parameters
+    ----------
+    samples
+        Finite figures of one unit, taken as independent of each other. Drift within a run makes them less so;
+        interleaved rounds put it on all backends alike, so that ratios are free of it.
+    confidence
+        In percent.
+
+    Returns
+    -------
+    tuple of float or None
+        Lower and upper end, in the unit of the samples; None where there are too few of them for this confidence.
+    """
+    ordered = sorted(samples)
+    k = _from_each_end(len(ordered), confidence)
+    return (float(ordered[k - 1]), float(ordered[-k])) if k else None
+
+
+@functools.lru_cache(maxsize=256)
+def _from_each_end(n: int, confidence: float) -> int:
+    """The largest k for which the k-th samples from both ends of n hold the median with this confidence; 0 for none."""
+    most, below, ways, k = (1.0 - confidence / 100.0) / 2.0 * 2**n, 0, 1, 0  # ways: n over k
+    while k <= n // 2 and below + ways <= most:
+        below, ways, k = below + ways, ways * (n - k) // (k + 1), k + 1
+    return k
+
+
+def interval_us(trial: Trial) -> tuple[float, float] | None:
+    """The interval of a timing's median, in µs, from the samples that its record keeps; None where they are too few.
+
+    The stated median lies in it. Where more samples were taken than kept, it may lie outside that of those kept.
+    """
+    latency, found = latency_us(trial), median_interval(samples_us(trial))
+    return None if latency is None or found is None else _holding(found, latency)
+
+
+def _holding(interval: tuple[float, float], value: float) -> tuple[float, float]:
+    return min(interval[0], value), max(interval[1], value)
+
+
+def between(interval: tuple[float, float]) -> str:
+    """An interval in words, such as ``4.76 to 4.79``: with as many digits as tell its ends apart, six at most."""
+    low, high = interval
+    texts = [(number(low, digits), number(high, digits)) for digits in range(3, 7)]
+    return " to ".join(next((pair for pair in texts if pair[0] != pair[1]), texts[0]))
 
 
 @dataclass(frozen=True)
@@ -76,14 +143,14 @@ class Ratio:
 
     value: float
     """Latency of the other over latency of this one, both medians."""
-    spread: tuple[float, float] | None
-    """5th and 95th percentile over the samples."""
+    interval: tuple[float, float] | None
+    """Of the median of the samples' ratios, and it holds `value`; None where there are too few samples."""
     n: int
     other: Trial
 
     def in_words(self) -> str:
-        """`faster`, `slower`, or `no difference` when 1 lies inside the spread or no spread is known."""
-        if self.spread is None or self.spread[0] <= 1.0 <= self.spread[1]:
+        """`faster`, `slower`, or `no difference` when 1 lies inside the interval or none is known."""
+        if self.interval is None or self.interval[0] <= 1.0 <= self.interval[1]:
             return "no difference"
         return "faster" if self.value > 1.0 else "slower"
 
@@ -103,17 +170,21 @@ def ratio(trial: Trial, other: Trial) -> Ratio | None:
     """Compare two timings of one round; None when they were not interleaved or either is no number.
 
     Sample i of one and sample i of the other were taken next to each other, so clock drift cancels in their ratio.
+    Where the two do not have the same number of samples, the interval goes from the worst to the best pairing of the
+    ends of their own intervals, each of which is made to miss half as often.
     """
     if not interleaved(trial, other):
         return None
     mine, theirs = latency_us(trial), latency_us(other)
     mine_samples, their_samples = samples_us(trial), samples_us(other)
     if len(mine_samples) == len(their_samples):
-        n, bounds = len(mine_samples), spread(t / m for m, t in zip(mine_samples, their_samples, strict=True))
+        n, found = len(mine_samples), median_interval(t / m for m, t in zip(mine_samples, their_samples, strict=True))
     else:
-        n, (low, high) = min(len(mine_samples), len(their_samples)), (spread(mine_samples), spread(their_samples))
-        bounds = (high[0] / low[1], high[1] / low[0]) if low and high else None
-    return Ratio(theirs / mine, bounds, n, other)
+        n, each = min(len(mine_samples), len(their_samples)), (100.0 + CONFIDENCE) / 2
+        a, b = (median_interval(samples, confidence=each) for samples in (mine_samples, their_samples))
+        found = (b[0] / a[1], b[1] / a[0]) if a and b else None
+    value = theirs / mine
+    return Ratio(value, _holding(found, value) if found else None, n, other)
 
 
 def ratio_to_best_peer(trial: Trial, trials: Iterable[Trial]) -> Ratio | None:

@@ -24,11 +24,11 @@ class Change:
     threshold: float
     unit: str
     relative: float | None
-    """From the measured figure to the threshold, as a share of the measured one; None for a figure of 0."""
+    """From the measured figure to the threshold, as a share of the threshold, as margins are; None for one of 0."""
     words: str
-    """A clause that follows "if", such as "hopper's latency rose from 4.73 to above 5 µs (+5.6 %)"."""
+    """A clause that follows "if", such as "hopper's latency rose from 4.73 to above 5 µs (5.4 % of the threshold)"."""
     figures: str
-    """The same without its subject, such as "4.73 to above 5 µs (+5.6 %)"."""
+    """The same without its subject, such as "4.73 to above 5 µs (5.4 % of the threshold)"."""
 
     @property
     def distance(self) -> float | None:
@@ -52,7 +52,7 @@ def change(result: GateResult) -> Change | None:
         words = f"{which} behind '{result.title}' failed"
         return Change(result.id, measured, threshold, result.unit, None, words, which)
     rises = (result.comparison == "at least") != holds
-    relative = None if measured == 0 else (threshold - measured) / abs(measured)
+    relative = None if threshold == 0 else (threshold - measured) / abs(threshold)
     beyond = ("above " if rises else "below ") if holds else ""
     unit = "%" if result.unit.startswith("%") else result.unit
     far = _how_far(measured, threshold, unit)
@@ -99,5 +99,4 @@ def _how_far(measured: float, threshold: float, unit: str) -> str:
     ratio = threshold / measured
     if ratio >= TWICE:
         return f"{number(ratio, 2)} times"
-    percent = 100 * (ratio - 1)
-    return f"{'−' if percent < 0 else '+'}{abs(percent):.1f} %"
+    return f"{100 * abs(threshold - measured) / abs(threshold):.1f} % of the threshold"

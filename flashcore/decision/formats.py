@@ -76,7 +76,7 @@ def _ratio(decision: Decision) -> GateResult | None:
 
 
 def _gate(gate: GateResult) -> dict[str, Any]:
-    low, high = gate.spread or (None, None)
+    low, high = gate.interval or (None, None)
     return {
         "id": gate.id, "title": gate.title, "required": gate.required, "state": gate.state, "metric": gate.metric,
         "value": gate.measured, "comparison": gate.comparison, "threshold": gate.threshold, "unit": gate.unit,
@@ -161,10 +161,10 @@ def _ratio_words(decision: Decision) -> str:
         return "no gate asks for it"
     if gate.measured is None:
         return f"not measured ({gate.reason.rstrip('.')})"
-    spread = f" ({number(gate.spread[0])} to {number(gate.spread[1])}, {gate.n} samples)" if gate.spread else ""
+    within = f" ({number(gate.interval[0])} to {number(gate.interval[1])}, {gate.n} samples)" if gate.interval else ""
     told = f"{gate.backend or 'ours'} has {number(gate.measured)} times the speed of {gate.versus or 'the best peer'}"
     settled = "" if gate.state == "PASS" else f"; the gate on it says {gate.state}"
-    return f"{told} at {_where(gate)}{spread}{settled}"
+    return f"{told} at {_where(gate)}{within}{settled}"
 
 
 def _counted(decision: Decision) -> str:

@@ -177,6 +177,9 @@ class Gates:
     options: tuple[Option, ...] = ()
     rank_options_by: str | None = None
     """Id of the gate that says which of several options that may ship is recommended; None: the first in the file."""
+    options_judged_by: str = ""
+    """Whose words `effort` and `risk` are, and of when; without it nobody is shown them, since nobody stands for them.
+    Words alone, on which nothing hangs, so a run's seal does not hold it."""
 
     def __iter__(self) -> Iterator[Gate]:
         return iter(self.gates)
@@ -207,13 +210,17 @@ def load_gates(path: str | Path | None = None) -> Gates:
 
         path = data_dir("reports") / "gates.toml"
     file = read_toml(Path(path), "gates", GatesError)
-    file.only(("gate", "option"), keys=("rank_options_by",))
+    file.only(("gate", "option"), keys=("rank_options_by", "options_judged_by"))
     if not isinstance(file.values.get("gate"), list) or not file.values["gate"]:
         raise file.wrong("there is no gate in it; write at least one [[gate]] table.", (), "gate")
     gates = file.tables(Gate, "gate")
     if not any(gate.required for gate in gates):
         raise file.wrong("no gate is required, so nothing would ever stop a GO; require at least one.")
-    found = Gates(file.path, tuple(gates), tuple(file.tables(Option, "option")), file.values.get("rank_options_by"))
+    judged_by = file.values.get("options_judged_by", "")
+    if not isinstance(judged_by, str):
+        raise file.wrong("who judged effort and risk is told in words, in quotes.", (), "options_judged_by")
+    options = tuple(file.tables(Option, "option"))
+    found = Gates(file.path, tuple(gates), options, file.values.get("rank_options_by"), judged_by)
     _check_names(file, found)
     return found
 

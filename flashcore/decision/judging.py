@@ -33,8 +33,8 @@ class GateResult:
     unit: str
     n: int
     """Samples behind a timing, checks behind a correctness figure."""
-    spread: tuple[float, float] | None
-    """5th and 95th percentile of the samples."""
+    interval: tuple[float, float] | None
+    """Of the median, in `unit`: see `compare.median_interval`. A threshold inside it is neither met nor missed."""
     evidence: Literal["live", "recorded", "none"]
     reason: str
     """One sentence a reader can act on."""
@@ -54,28 +54,18 @@ class GateResult:
 
     @property
     def margin_percent(self) -> float | None:
-        """The margin relative to the threshold, in %."""
+        """The margin in % of the threshold: the one basis on which margins are told."""
         return None if self.margin is None or self.threshold == 0 else 100 * self.margin / abs(self.threshold)
-
-    @property
-    def margin_over_spread(self) -> float | None:
-        """How many times its own spread the figure lies from the threshold; None where no spread is known."""
-        width = self.spread[1] - self.spread[0] if self.spread else 0
-        return None if self.margin is None or width <= 0 else abs(self.margin) / width
 
     @property
     def confidence(self) -> str:
         """What stands behind the figure, in words."""
         if self.measured is None:
             return "nothing measured"
-        if self.spread is None:
+        if self.interval is None:
             counted = {"correct_percent": "check"}.get(self.metric, "record" if "data." in self.metric else "sample")
             return f"{self.n:,} {counted}{'s' if self.n != 1 else ''}"
-        times = self.margin_over_spread
-        behind = f"{self.n} samples, {number(self.spread[0])} to {number(self.spread[1])}"
-        if times is None:
-            return f"{behind}; no spread"
-        return f"{behind}; margin {'exceeds' if times > 1 else 'is within'} the spread ({number(times, 2)} times it)"
+        return f"{self.n} samples, the median within {compare.between(self.interval)}"
 
 
 @dataclass(frozen=True)
@@ -221,8 +211,10 @@ def _judge_correctness(gate: Gate, source: Source, wanted: list[Trial]) -> GateR
 
 def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
     best = gate.reduce != "worst"
+    if gate.backend in GROUPS:
+        wanted = [t for t in wanted if t.backend not in compare.FOR_CHECKS]
     last = {t.backend: t for t in wanted}  # a later measurement of a backend replaces an earlier one
-    found: list[tuple[float, tuple[float, float] | None, int, Trial, str]] = []
+    found: list[tuple[float, tuple[float, float] | None, int, str, Trial]] = []
     doubts: list[str] = []
     for trial in last.values():
         if trial.status == "unsupported":
@@ -242,17 +234,18 @@ def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult
         stale = [f for t in last.values() if (f := _figure(gate, source, t, trusting=True))]
         shown = max(stale, key=lambda f: gate.margin(f[0]), default=(None, None, 0, ""))
         return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}." if doubts else "Nothing was measured.",
-                     measured=shown[0], spread=shown[1], n=shown[2])  # fmt: skip
+                     measured=shown[0], interval=shown[1], n=shown[2])  # fmt: skip
     pick = max if best else min
-    value, spread, n, versus, trial = pick(found, key=lambda f: gate.margin(f[0]))
-    result = replace(_result(gate, source, value, n, spread, "", trial.backend), versus=versus or None)
+    value, interval, n, versus, trial = pick(found, key=lambda f: gate.margin(f[0]))
+    result = replace(_result(gate, source, value, n, interval, "", trial.backend), versus=versus or None)
     reason = _timing_sentence(gate, value, trial.backend, versus)
     needed = max(gate.min_count, compare.FEWEST_SAMPLES)
-    if n < needed or spread is None:
-        reason += f"; {n} sample{'' if n == 1 else 's'} cannot tell its spread, {needed} can."
+    if n < needed or interval is None:
+        reason += f"; {n} sample{'' if n == 1 else 's'} cannot tell how sure that median is, {needed} can."
         return _undecided(gate, result, reason)
-    if spread[0] <= gate.threshold <= spread[1]:
-        return _undecided(gate, result, f"{reason}; that is within the spread of its samples, so no difference.")
+    if interval[0] <= gate.threshold <= interval[1]:
+        where = f"the threshold lies within the interval of that median, {compare.between(interval)}"
+        return _undecided(gate, result, f"{reason}; {where}, so it is neither met nor missed.")
     if doubts and (best == (result.state == "FAIL")):  # what is in doubt could turn the result
         return _undecided(gate, result, f"{reason}; but {doubts[0]}{_others(doubts)}.")
     return replace(result, reason=f"{reason}.")
@@ -335,27 +328,26 @@ def _planned_peers(source: Source) -> list[str]:
 
 
 def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False):
-    """The gate's metric of one timing as (value, spread, samples, versus), or None."""
+    """The gate's metric of one timing as (value, interval of the median, samples, versus), or None."""
     latency = compare.latency_us(trial)
     if latency is None:
         return None
-    samples = compare.samples_us(trial)
+    n, bounds = len(compare.samples_us(trial)), compare.interval_us(trial)
     if gate.metric == "latency_us":
-        return latency, compare.spread(samples), len(samples), ""
+        return latency, bounds, n, ""
     if gate.metric == "tflops":
         value = compare.tflops(trial)
         if value is None:
             return None
-        bounds = compare.spread(samples)
         scale = value * latency
-        return value, (scale / bounds[1], scale / bounds[0]) if bounds else None, len(samples), ""
+        return value, (scale / bounds[1], scale / bounds[0]) if bounds else None, n, ""
     peers = source.pick("attention_timing", lambda t: (
         compare.role(t) == "peer" and compare.same_problem(t.problem, trial.problem)
     ))  # fmt: skip
     fastest_first = sorted((t for t in peers if compare.interleaved(trial, t)), key=compare.latency_us)
     best = next((t for t in fastest_first if trusting or _timing_doubt(source, t) is None), None)
     found = None if best is None else compare.ratio(trial, best)
-    return None if found is None else (found.value, found.spread, found.n, found.other.backend)
+    return None if found is None else (found.value, found.interval, found.n, found.other.backend)
 
 
 def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
@@ -385,12 +377,12 @@ def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
     return replace(result, reason=reason)
 
 
-def _result(gate: Gate, source: Source | None, measured, n: int, spread, reason: str, backend) -> GateResult:
+def _result(gate: Gate, source: Source | None, measured, n: int, interval, reason: str, backend) -> GateResult:
     margin = gate.margin(measured) if measured is not None else None
     state = "PASS" if margin is not None and margin >= 0 else "FAIL"
     return GateResult(
         id=gate.id, title=gate.title, state=state, threshold=gate.threshold, measured=measured, margin=margin,
-        unit=gate.unit, n=n, spread=spread, evidence=source.evidence if source else "none", reason=reason,
+        unit=gate.unit, n=n, interval=interval, evidence=source.evidence if source else "none", reason=reason,
         fix=None if state == "PASS" else gate.measure, required=gate.required, comparison=gate.comparison, why=gate.why,
         metric=gate.metric, problem=gate.problem, backend=backend, source=source.origin if source else None,
     )  # fmt: skip
@@ -400,8 +392,8 @@ def _undecided(gate: Gate, result: GateResult, reason: str) -> GateResult:
     return replace(result, state="INCONCLUSIVE", reason=reason, fix=gate.measure)
 
 
-def _open(gate, source, reason, *, measured=None, spread=None, n=0, backend=None, evidence=None) -> GateResult:
-    result = _undecided(gate, _result(gate, source, measured, n, spread, reason, backend), reason)
+def _open(gate, source, reason, *, measured=None, interval=None, n=0, backend=None, evidence=None) -> GateResult:
+    result = _undecided(gate, _result(gate, source, measured, n, interval, reason, backend), reason)
     return replace(result, evidence="none", source=None) if evidence == "none" else result
 
 

@@ -42,6 +42,8 @@ class OptionResult:
     recommended: bool = False
     rank: GateResult | None = None
     """Its own result at the gate that options are ranked by."""
+    judged_by: str = ""
+    """Who judged effort and risk, and when."""
 
     @property
     def holding(self) -> int:
@@ -66,10 +68,15 @@ class OptionResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and for the page."""
         conditions = [
-            {**asdict(c), "state": WORDS[c.state], "spread": c.spread and list(c.spread), "confidence": c.confidence}
+            {
+                **asdict(c),
+                "state": WORDS[c.state],
+                "interval": c.interval and list(c.interval),
+                "confidence": c.confidence,
+            }
             for c in self.conditions
         ]
-        names = ("id", "title", "means", "effort", "risk", "backend", "result", "recommended", "reason")
+        names = ("id", "title", "means", "effort", "risk", "judged_by", "backend", "result", "recommended", "reason")
         more = {"changes": [asdict(c) for c in self.changes], "measure": list(self.commands), "conditions": conditions}
         return {**{name: getattr(self, name) for name in names}, **more}
 
@@ -106,7 +113,7 @@ def weigh(
     shipping = [o for o in ranked if o.result == "SHIP"]
     if not shipping:
         return tuple(ranked)
-    # A difference inside the spread is no difference: of those on a par with the first, the file's order decides.
+    # Where the intervals overlap there is no difference: of those on a par with the first, the file's order decides.
     best = min((o for o in shipping if _on_a_par(o, shipping[0])), key=found.index)
     return (replace(best, recommended=True), *(o for o in ranked if o is not best))
 
@@ -122,14 +129,14 @@ def _weigh_one(option: Option, gates: Gates, conditions, required, complete: boo
         option.id, option.title, option.means, option.effort, option.risk, option.backend, RESULTS[state],
         conditions=conditions, gates=others,
         reason=_reason(state, conditions, others) if complete else _INCOMPLETE, complete=complete,
-        rank=next((c for c in conditions if c.id == gates.rank_options_by), None),
+        rank=next((c for c in conditions if c.id == gates.rank_options_by), None), judged_by=gates.options_judged_by,
     )  # fmt: skip
 
 
 def _reason(state: State, conditions: Sequence[GateResult], others: Sequence[GateResult]) -> str:
     n = len(conditions)
     if state == "PASS":
-        timed = [c for c in conditions if c.spread is not None and c.margin_percent is not None]
+        timed = [c for c in conditions if c.interval is not None and c.margin_percent is not None]
         tight = min(timed, key=lambda c: c.margin_percent, default=None)
         all_hold = f"All {n} conditions hold" if n > 1 else "Its only condition holds"
         return all_hold + (f"; the narrowest is '{tight.title}', by {tight.margin_percent:.1f} %." if tight else ".")
@@ -149,8 +156,8 @@ def _margin(option: OptionResult) -> float:
 
 
 def _on_a_par(option: OptionResult, best: OptionResult) -> bool:
-    """Whether the two do not differ at the gate that ranks them, by more than their spreads."""
+    """Whether the two do not differ at the gate that ranks them, by more than the intervals of their medians."""
     if _margin(option) == _margin(best):
         return True
-    spreads = [o.rank.spread for o in (option, best) if o.rank is not None and o.rank.spread]
-    return len(spreads) == 2 and max(low for low, _ in spreads) <= min(high for _, high in spreads)
+    found = [o.rank.interval for o in (option, best) if o.rank is not None and o.rank.interval]
+    return len(found) == 2 and max(low for low, _ in found) <= min(high for _, high in found)

@@ -314,7 +314,8 @@ def _changes(run: RunFolder, found: Mapping[str, Any], gates: Gates | None) -> I
     for sentence in _differing(found["environment"], dict(_leaves(run.environment())), "environment.json: "):
         yield Change("environment", sentence)
     kept = _kept_files(run)
-    there = {n: h for n, h in found["files"].items() if n in kept or (run.path / n).parent.is_dir()}
+    folders = {run.path, *((run.path / n).parent for n in kept)}
+    there = {n: h for n, h in found["files"].items() if n in kept or (run.path / n).parent in folders}
     # A run that is kept elsewhere leaves its notebooks behind as a whole; one that is missing among others was removed.
     for sentence in _differing(there, kept, ""):
         yield Change("files", sentence)

@@ -1,7 +1,7 @@
 """Decide GO, NO-GO or INCONCLUSIVE from records, by gates and options that are data.
 
 The verdict is never read from a notebook: a gate looks at trials and at nothing else. What is missing, was measured on
-other source, on another machine, or lies closer to the threshold than its own spread settles nothing.
+other source, on another machine, or has the threshold within the interval of its median settles nothing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Decision:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and for the page."""
         gates = [
-            {**asdict(g), "spread": g.spread and list(g.spread), "margin_percent": g.margin_percent} for g in self.gates
+            {**asdict(g), "interval": g.interval and list(g.interval), "margin_percent": g.margin_percent}
+            for g in self.gates
         ]
         options = [{**o.as_dict(), "flip": flip(o, self.options)} for o in self.options]
         return {
@@ -195,7 +196,7 @@ def _decide(
         first = open_[0]
         n = f"{len(open_)} of {len(required)} required gates {_verb(open_, 'lack')} usable evidence"
         return "INCONCLUSIVE", f"{n}, foremost '{first.title}': {clause(first.reason)}."
-    timed = [r for r in required if r.spread is not None and r.margin_percent is not None]
+    timed = [r for r in required if r.interval is not None and r.margin_percent is not None]
     tight = min(timed, key=lambda r: r.margin_percent, default=None)
     passing = f"all {len(required)} required gates pass" if len(required) > 1 else "the only required gate passes"
     narrowest = f"; the narrowest is '{tight.title}', by {abs(tight.margin_percent):.1f} %" if tight else ""

@@ -298,18 +298,18 @@ def not_a_number(trials: Sequence[Trial]) -> Answer:
 
 
 def limit(trials: Sequence[Trial], machine: Mapping[str, Any]) -> Answer:
-    """7. What the design can reach at best, and why."""
-    question = "What can the cuBLASLt design reach at best, and why?"
+    """7. What the design can reach, and why."""
+    question = "What can the cuBLASLt design reach, and why?"
     problem, l2_bytes = PRESETS["report"], machine.get("l2_bytes")
     ceilings = unfused_model.ceilings_of(trials, problem.dtype)
     if ceilings is None or not l2_bytes:
-        return _missing(question, "What the machine can do at best", REPORT)
+        return _missing(question, "What plain kernels reach on this machine", REPORT)
     cut, best = unfused_model.best(problem, ceilings, l2_bytes=l2_bytes)
     far = unfused_model.through_memory(problem, ceilings)
     bound = unfused_model.in_words(best)
     first = (
-        f"On the report's workload at most {number(best.tflops)} TFLOPS, with "
-        f"{unfused_model.cut_in_words(cut)}, because of {bound}; with scores that go through device memory at most "
+        f"On the report's workload a model gives it {number(best.tflops)} TFLOPS, with "
+        f"{unfused_model.cut_in_words(cut)}, because of {bound}; with scores that go through device memory "
         f"{number(far.tflops)}."
     )
     timed = facts.attention_by_backend(trials, problem)
@@ -321,7 +321,7 @@ def limit(trials: Sequence[Trial], machine: Mapping[str, Any]) -> Answer:
         own = unfused_model.predict(problem, unfused_model.VARIANTS[mine.backend], ceilings, l2_bytes=l2_bytes)
         second = (
             f"{mine.backend} reached {number(compare.tflops(mine))}, {100 * compare.tflops(mine) / own.tflops:.0f} % "
-            "of what its own cut allows"
+            "of what the model gives its own cut"
         )
         second += f"; the best fused peer, {fused.backend}, reached {number(compare.tflops(fused))}." if fused else "."
     else:

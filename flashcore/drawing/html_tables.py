@@ -13,6 +13,11 @@ from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
 from flashcore.records import Trial
 
+AGAINST_PEERS = "Our best backend against the best peer, by problem"
+SMALL = "Small problems, every backend"
+AGREEMENT = "Agreement with the float64 reference"
+"""Captions of tables whose rows are linked to."""
+
 
 def table_html(
     rows: Sequence[Mapping[str, Any]],
@@ -39,7 +44,7 @@ def table_html(
     """
     names = ("table", "rowgroup", "row", "cell", "rowheader", "columnheader")
     role = {name: f' role="{name}"' if stack else "" for name in names}  # a table laid out as blocks loses its own
-    columns = list(rows[0])
+    columns = _filled(rows)
     align = {c: ' class="num"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{role["columnheader"]}{align[c]}>{escape(c)}</th>' for c in columns)
     lines = []
@@ -58,6 +63,11 @@ def table_html(
     focus = "" if stack else f' tabindex="0" role="group" aria-label="{escape(caption)}"'
     below = f'<p class="fc-note">{escape(note)}</p>' if note else ""
     return f'<div class="{classes}"{focus}>{table}</div>{below}'
+
+
+def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that say something in at least one row; the first one names the rows and stays."""
+    return [c for i, c in enumerate(rows[0]) if i == 0 or any(_cell(row[c]) not in ("", "–") for row in rows)]
 
 
 def nothing(sentence: str) -> str:
@@ -85,16 +95,16 @@ def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     return {label: list(group.values()) for label, group in groups.items()}
 
 
-def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend against the best peer, by problem") -> str:
-    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its spread."""
+def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str:
+    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its interval."""
     rows = []
     for problem, group in by_problem(trials).items():
-        mine = [t for t in group if compare.role(t) == "ours" and compare.latency_us(t) is not None]
+        mine = [t for t in group if compare.contends(t) and compare.latency_us(t) is not None]
         if not mine:
             continue
         ours = min(mine, key=compare.latency_us)
         found = compare.ratio_to_best_peer(ours, group)
-        bounds = found.spread if found else None
+        bounds = found.interval if found else None
         rows.append(
             {
                 "Problem": problem,
@@ -105,33 +115,33 @@ def times_table(trials: Sequence[Trial], *, caption: str = "Our best backend aga
                 "Peer µs": number(compare.latency_us(found.other)) if found else "–",
                 "Peer TFLOPS": number(compare.tflops(found.other)) if found else "–",
                 "Ratio": f"{number(found.value)} ×" if found else "–",
-                "5th–95th": f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "not known",
+                "Within": compare.between(bounds) if bounds else "not known",
                 "In words": found.in_words() if found else "not compared",
             }
         )
     if not rows:
         return nothing("No timing of ours is in these records.")
-    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "5th–95th"]
+    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "Within"]
     note = (
         "Medians. Ratio: the peer's latency over ours, sample by sample in the same round; above 1 ours is faster. "
-        "A ratio whose 5th to 95th percentile includes 1 is no difference."
+        f"Within: holds the true ratio in {compare.CONFIDENCE:g} of 100 cases; one that includes 1 is no difference."
     )
     return table_html(rows, caption, numeric=numeric, note=note)
 
 
-def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, every backend") -> str:
-    """One row a problem and backend: median, spread, samples, and the host time of one eager call."""
+def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
+    """One row a problem and backend: median, its interval, samples, and the host time of one eager call."""
     rows = []
     for problem, group in by_problem(trials).items():
         for trial in sorted((t for t in group if compare.latency_us(t) is not None), key=compare.latency_us):
-            bounds = compare.spread(compare.samples_us(trial))
+            bounds = compare.interval_us(trial)
             launch = (trial.timing.model_extra or {}).get("launch_us")
             rows.append(
                 {
                     "Problem": problem,
                     "Backend": trial.backend,
                     "µs a call": number(compare.latency_us(trial)),
-                    "5th–95th, µs": f"{number(bounds[0])} to {number(bounds[1])}" if bounds else "not known",
+                    "Median within, µs": compare.between(bounds) if bounds else "not known",
                     "Samples": len(compare.samples_us(trial)),
                     "Eager call, host µs": number(launch) if isinstance(launch, int | float) else "not measured",
                     "Method": f"{trial.timing.method}, L2 {trial.timing.l2 or 'not stated'}".replace("_", " "),
@@ -139,12 +149,12 @@ def latency_table(trials: Sequence[Trial], *, caption: str = "Small problems, ev
             )
     if not rows:
         return nothing("No timing of a small problem is in these records.")
-    numeric = ["µs a call", "5th–95th, µs", "Samples", "Eager call, host µs"]
+    numeric = ["µs a call", "Median within, µs", "Samples", "Eager call, host µs"]
     return table_html(rows, caption, numeric=numeric)
 
 
-def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with the float64 reference") -> str:
-    """One row a backend: how many checks passed, failed, did not finish, and how near its bound the worst came."""
+def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> str:
+    """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one."""
     by_backend: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         if trial.kind == "correctness" and trial.backend:
@@ -152,10 +162,11 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = "Agreement with
     rows = [_correctness_row(backend, group) for backend, group in by_backend.items()]
     if not rows:
         return nothing("No correctness check is in these records.")
-    numeric = ["Checks passed", "Not supported", "Elements compared", "Worst error", "Its bound"]
+    numeric = ["Checks passed", "Not supported", "Elements compared", NEAREST, "Share of its bound", LARGEST]
     note = (
-        "Every element of out and lse is compared. The bound: twice the error the same maths makes in torch at that "
-        "precision, plus a rounding term. A NaN fails."
+        "Every element of out and lse is compared. Each problem has its own bound, so the error nearest its bound and "
+        "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at "
+        "that precision, plus a rounding term. A NaN fails."
     )
     return table_html(rows, caption, numeric=numeric, note=note)
 
@@ -165,7 +176,8 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
     right, wrong = outcomes.count(True), outcomes.count(False)
     broken = sum(t.status == "error" for t in group)
     judged = [t for t in group if compare.passed(t) is not None and t.correctness is not None]
-    worst = max(judged, key=_share_of_bound, default=None)
+    nearest = max(judged, key=_share_of_bound, default=None)
+    largest = max(judged, key=_error, default=None)
     if wrong:
         result = f"WRONG in {wrong} of {right + wrong}"
     elif broken:
@@ -180,10 +192,23 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
         "Checks passed": f"{right} of {right + wrong + broken}",
         "Not supported": sum(t.status == "unsupported" for t in group),
         "Elements compared": f"{sum(t.correctness.checked for t in judged):,}",
-        "Worst error": number(worst.correctness.max_abs_error) if worst else "–",
-        "Its bound": number(worst.correctness.bound) if worst else "–",
-        "At": spaced(worst.problem) if worst and worst.problem else "–",
+        NEAREST: number(nearest.correctness.max_abs_error) if nearest else "–",
+        "Share of its bound": _percent(_share_of_bound(nearest)) if nearest else "–",
+        "At": spaced(nearest.problem) if nearest and nearest.problem else "–",
+        LARGEST: number(largest.correctness.max_abs_error) if largest else "–",
     }
+
+
+NEAREST, LARGEST = "Error nearest its bound", "Largest error"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if math.isfinite(share) else "beyond any"
+
+
+def _error(trial: Trial) -> float:
+    error = trial.correctness.max_abs_error
+    return math.inf if math.isnan(error) else error
 
 
 def _share_of_bound(trial: Trial) -> float:
@@ -249,11 +274,11 @@ def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -
     return table_html(rows, caption, numeric=numeric, note=note)
 
 
-def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine can do at best, measured") -> str:
+def ceilings_table(trials: Sequence[Trial], *, caption: str = "What plain kernels reached on this machine") -> str:
     """One row a ceiling: copy bandwidth, matrix products, launch overhead."""
     rows = [
         {
-            "Ceiling": str(t.data.get("name", "–")).replace("_", " "),
+            "Plain kernel": str(t.data.get("name", "–")).replace("_", " "),
             "Measured": number(t.data["value"]) if is_figure(t.data.get("value")) else "not a number",
             "Unit": "µs" if t.data.get("unit") == "us" else str(t.data.get("unit", "–")),
             "How": t.data.get("method", "not recorded"),
@@ -262,7 +287,7 @@ def ceilings_table(trials: Sequence[Trial], *, caption: str = "What the machine 
         if t.kind == "ceiling" and t.status == "ok"
     ]
     if not rows:
-        return nothing("No ceiling was measured in these records.")
+        return nothing("No plain kernel was measured in these records.")
     return table_html(rows, caption, numeric=["Measured"])
 
 

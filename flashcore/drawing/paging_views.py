@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import nothing, spaced, table_html
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style, with_tips
 from flashcore.paging_survey import facts
 from flashcore.paging_survey.facts import MEMORY_WORDS, POLICY_WORDS, Decode
 from flashcore.records import Trial
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flashcore.decision.evidence import Evidence
 
 NOT_MEASURED = "not measured yet: run 'flashcore paging' on an H100 or H200."
+MEMORY = "Memory of the K/V cache"
 LOOKS = {"top_k": ("s1", "o"), "sink_window": ("s2", "^")}
 SHOWN_SHARE = 0.3
 """Of the pages: what the sentences are about."""
@@ -111,7 +113,7 @@ def memory_html(trials: Sequence[Trial]) -> str:
     )
     numeric = ["Saved", "Pages hold", "Dense would", "Table and bounds"]
     return _figure(figure, "Memory saved depends on what is shared", f"{message}.", alt) + table_html(
-        rows, "Memory of the K/V cache", numeric=numeric, note=note, stack=True
+        rows, MEMORY, numeric=numeric, note=note, stack=True
     )
 
 
@@ -166,12 +168,15 @@ def decode_figure(one: Decode) -> Figure:
         axes = figure.add_axes((0.12, 0.145, 0.86, 0.80))
         for policy, points in one.selected.items():
             colour, marker = LOOKS[policy]
-            axes.plot([100 * t.data["pages_share"] for t in points], [t.timing.latency_us for t in points],
-                      marker=marker, color=COLOURS[colour], markersize=7, linewidth=1.8,
-                      label=POLICY_WORDS[policy])  # fmt: skip
+            (line,) = axes.plot(
+                [100 * t.data["pages_share"] for t in points], [t.timing.latency_us for t in points],
+                marker=marker, color=COLOURS[colour], markersize=7, linewidth=1.8, label=POLICY_WORDS[policy],
+            )  # fmt: skip
+            with_tips(line, [_step_words(t, f"{100 * t.data['pages_share']:.0f} % of the pages") for t in points])
         if one.every:
-            axes.plot([100], [one.every.timing.latency_us], "D", color=COLOURS["s3"], markersize=9,
-                      label="all pages")  # fmt: skip
+            (dot,) = axes.plot([100], [one.every.timing.latency_us], "D", color=COLOURS["s3"], markersize=9,
+                               label="all pages")  # fmt: skip
+            with_tips(dot, [_step_words(one.every, "all pages")])
         if one.peer:
             value = one.peer.timing.latency_us
             axes.axhline(value, color=COLOURS["p1"], linewidth=1.5, linestyle=(0, (4, 2)), label="dense cuDNN")
@@ -189,6 +194,14 @@ def decode_figure(one: Decode) -> Figure:
         axes.set_ylim(0, 1.45 * top)  # room for the names
         axes.legend(frameon=False, loc="upper left", fontsize=FONT_SIZE - 1.5, ncols=2, columnspacing=1.2)
     return figure
+
+
+def _step_words(trial: Trial, what: str) -> str:
+    """What a plotted step is, in words: its median, and the quartiles that its record keeps."""
+    timing = trial.timing
+    quartiles = (timing.model_extra or {}).get("quartiles_us")
+    spread = f", half of the samples within {compare.between(quartiles)} µs" if quartiles else ""
+    return f"{what}: {number(timing.latency_us)} µs{spread}"
 
 
 def decode_table(found: Sequence[Decode]) -> str:
@@ -269,7 +282,8 @@ def tokens_figure(group: Sequence[Trial]) -> Figure:
 
 
 def _line(axes: Axes, x: list, y: list, colour: str, marker: str, label: str) -> None:
-    axes.plot(x, y, marker=marker, color=COLOURS[colour], markersize=7, linewidth=1.8, label=label)
+    (line,) = axes.plot(x, y, marker=marker, color=COLOURS[colour], markersize=7, linewidth=1.8, label=label)
+    with_tips(line, [f"{label}, batch {a}: {b:,.0f} tokens/s" for a, b in zip(x, y, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
@@ -291,7 +305,9 @@ def accuracy_html(trials: Sequence[Trial]) -> str:
             place = patterns.index(trial.data["pattern"]) + (-0.17 if trial.data["policy"] == "top_k" else 0.17)
             least, mean = 100 * trial.data["mass_least"], 100 * trial.data["mass_mean"]
             axes.plot([least, mean], [place, place], color=COLOURS[colour], linewidth=2.2)
-            axes.plot([mean], [place], marker=marker, color=COLOURS[colour], markersize=8)
+            (dot,) = axes.plot([mean], [place], marker=marker, color=COLOURS[colour], markersize=8)
+            policy = POLICY_WORDS.get(trial.data["policy"], trial.data["policy"])
+            with_tips(dot, [f"{policy}: {mean:.0f} % of the attention on average, {least:.0f} % at least"])
             if trial.data["pattern"].startswith("needle"):
                 word, side = facts.verdict_on_needle(trial).replace(" queries", ""), 1 if mean < 75 else -1
                 at = mean if side > 0 else least

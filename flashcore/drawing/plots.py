@@ -1,4 +1,4 @@
-"""Figures from records: speed against sequence length under the machine's roof, and the latency of small problems."""
+"""Figures from records: speed against sequence length beside plain kernels, and the latency of small problems."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import by_problem, nothing
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
-__all__ = ["figure_html", "latency_figure", "latency_html", "panels", "tflops_figure", "tflops_html"]
+__all__ = ["figure_html", "latency_figure", "latency_html", "panels", "point_words", "tflops_figure", "tflops_html"]
 
 MARKERS = ("o", "s", "D", "^", "v", "P")
 PEER_DASHES = ((0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -38,7 +38,7 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
     same one for every backend. A backend timed at one length alone is left to the table where others make a line.
     """
     chosen: dict[tuple[int, bool, str], dict[int, Problem]] = {}
-    timed = [t for t in trials if compare.tflops(t) is not None]
+    timed = [t for t in trials if compare.tflops(t) is not None and t.backend not in compare.FOR_CHECKS]
     for trial in timed:
         p = trial.problem
         if p.seqlen_q != p.seqlen_k or p.num_heads_q != p.num_heads_kv:
@@ -58,17 +58,27 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
     return {key: found[key] for key in sorted(found)}
 
 
+def point_words(trial: Trial) -> str:
+    """What a plotted timing is, in words: backend, median with its interval, speed, middle of the samples, count."""
+    within, middle = compare.interval_us(trial), compare.spread(compare.samples_us(trial))
+    parts = [f"{trial.backend or 'unnamed'}: {number(compare.latency_us(trial))} µs"]
+    parts += [f"{number(compare.tflops(trial))} TFLOPS"]
+    parts += [f"the median within {compare.between(within)} µs"] if within else ["too few samples for an interval"]
+    parts += [f"9 of 10 samples within {compare.between(middle)} µs"] if middle else []
+    return f"{', '.join(parts)}; n {len(compare.samples_us(trial))}"
+
+
 def tflops_figure(
     lines: Mapping[str, Mapping[int, Trial]], *, ceilings: Sequence[Trial] = (), top: float | None = None
 ) -> Figure:
-    """TFLOPS against sequence length, one line a backend, labelled at its end, under the measured roof.
+    """TFLOPS against sequence length, one line a backend, labelled at its end, beside a plain product.
 
     Parameters
     ----------
     lines
         One value of `panels`.
     ceilings
-        Trials of kind `ceiling`: the matrix product bounds the speed of compute, the copy bandwidth that of memory.
+        Trials of kind `ceiling`: what a plain matrix product and a plain copy reached in the same run.
     top
         Upper end of the axis in TFLOPS, for panels that share it.
     """
@@ -84,15 +94,16 @@ def tflops_figure(
             ours, colour, marker, dashes = looks[backend]
             xs = sorted(points)
             ys = [compare.tflops(points[s]) for s in xs]
-            axes.plot(
+            (line,) = axes.plot(
                 xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=2.4 if ours else 1.4,
                 markersize=6 if ours else 5, markerfacecolor=colour if ours else "none", zorder=4 if ours else 3,
             )  # fmt: skip
+            with_tips(line, [f"S={s}, {point_words(points[s])}" for s in xs])
             ends.append((ys[-1], f"{named(backend)} {number(ys[-1])}", colour, ours))
-        roof = _roof(lines, ceilings)
-        if roof:
-            axes.plot(lengths, [roof[s] for s in lengths], color=COLOURS["ink"], linewidth=1.0, zorder=2)
-            ends.append((roof[lengths[-1]], f"roof {number(roof[lengths[-1]])}", COLOURS["ink"], False))
+        plain = _plain(lines, ceilings)
+        if plain:
+            axes.plot(lengths, [plain[s] for s in lengths], color=COLOURS["ink"], linewidth=1.0, zorder=2)
+            ends.append((plain[lengths[-1]], f"product {number(plain[lengths[-1]])}", COLOURS["ink"], False))
         limit = top or 1.08 * max(y for y, *_ in ends)
         axes.set_ylim(0, limit)
         axes.set_xscale("log", base=2)
@@ -124,7 +135,7 @@ def tflops_html(trials: Sequence[Trial], *, caption: str = "") -> str:
         return nothing("No timing is in these records, so there is no speed to plot.")
     ceilings = [t for t in trials if t.kind == "ceiling" and t.status == "ok"]
     values = [compare.tflops(t) for g in groups.values() for points in g.values() for t in points.values()]
-    values += [max(r.values()) for g in groups.values() if (r := _roof(g, ceilings))]
+    values += [max(r.values()) for g in groups.values() if (r := _plain(g, ceilings))]
     figures = []
     for (head_dim, causal, dtype), lines in groups.items():
         title = f"head_dim {head_dim}, {'causal' if causal else 'not causal'}, {dtype}"
@@ -137,7 +148,12 @@ def tflops_html(trials: Sequence[Trial], *, caption: str = "") -> str:
     below = caption or (
         "Ours are coloured, with filled markers; peers are grey and dashed, with open ones. "
         "The figure behind each name is at the greatest length. Causal problems count half the operations."
-        + (" Roof: the lower of the measured matrix product and the measured copy bandwidth." if ceilings else "")
+        + (
+            " Product: what a plain matrix product reached in this run, or a plain copy where that binds. It is no "
+            "limit: a kernel that draws less power runs at a higher clock."
+            if ceilings
+            else ""
+        )
     )
     return f'<div class="fc-grid">{"".join(figures)}</div><p class="fc-note">{escape(below)}</p>'
 
@@ -146,7 +162,7 @@ def tflops_message(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[
     """What one panel says, in words and numbers."""
     last = max(s for points in lines.values() for s in points)
     at_end = {b: compare.tflops(points[last]) for b, points in lines.items() if last in points}
-    ours = {b: v for b, v in at_end.items() if compare.role(lines[b][last]) == "ours"}
+    ours = {b: v for b, v in at_end.items() if compare.contends(lines[b][last])}
     peers = {b: v for b, v in at_end.items() if compare.role(lines[b][last]) == "peer"}
     parts = []
     if ours:
@@ -159,14 +175,14 @@ def tflops_message(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[
     if not parts:
         best = max(at_end, key=at_end.get)
         parts.append(f"At {_length(last)}, {best} reaches {number(at_end[best])} TFLOPS")
-    roof = _roof(lines, ceilings)
-    if roof:
-        parts.append(f"the roof is {number(roof[last])}")
+    plain = _plain(lines, ceilings)
+    if plain:
+        parts.append(f"a plain matrix product, {number(plain[last])}")
     return "; ".join(parts) + "."
 
 
 def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) -> Figure:
-    """A dot a backend on a logarithmic axis of µs, a bar from the 5th to the 95th percentile, the target as a line."""
+    """A dot a backend on a logarithmic axis of µs, a bar over the middle 90 % of samples, the target as a line."""
     trials = sorted((t for t in group if compare.latency_us(t) is not None), key=compare.latency_us)
     with style():
         figure = Figure(figsize=(6.6, 0.95 + 0.42 * len(trials)))
@@ -181,9 +197,10 @@ def latency_figure(group: Sequence[Trial], *, target_us: float | None = None) ->
             low, high = compare.spread(compare.samples_us(trial)) or (value, value)
             values += [low, high, value]
             axes.plot([low, high], [row, row], color=colour, linewidth=2.5, solid_capstyle="round")
-            axes.plot(
+            (dot,) = axes.plot(
                 [value], [row], color=colour, marker=marker, markersize=8, markerfacecolor=colour if ours else "none"
             )
+            with_tips(dot, [point_words(trial)])
             axes.annotate(
                 number(value), xy=(high, row), xytext=(9, 0), textcoords="offset points", va="center", ha="left",
                 color=colour, fontweight="bold" if ours else "normal", annotation_clip=False,
@@ -222,7 +239,7 @@ def latency_html(
         target = target_us if compare.same_problem(group[0].problem, target_problem) else None
         best = min(group, key=compare.latency_us)
         message = f"{best.backend} is fastest with {number(compare.latency_us(best))} µs"
-        ours = [t for t in group if compare.role(t) == "ours"]
+        ours = [t for t in group if compare.contends(t)]
         if ours and compare.role(best) != "ours":
             mine = min(ours, key=compare.latency_us)
             message += f"; of ours {mine.backend} takes {number(compare.latency_us(mine))} µs"
@@ -271,8 +288,8 @@ def _looks(lines: Mapping[str, Mapping[int, Trial]]) -> dict[str, tuple[bool, st
     return looks
 
 
-def _roof(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[Trial]) -> dict[int, float]:
-    """TFLOPS nobody can exceed, by length: the lower of the matrix product and bandwidth times FLOPs a byte."""
+def _plain(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[Trial]) -> dict[int, float]:
+    """TFLOPS of plain kernels, by length: the lower of the matrix product and bandwidth times FLOPs a byte."""
     values = {str(t.data.get("name")): t.data for t in ceilings if compare.is_figure(t.data.get("value"))}
     problems = {s: t.problem for points in lines.values() for s, t in points.items()}
     kind = {"float16": "matmul_fp16", "bfloat16": "matmul_bf16", "float32": "matmul_fp32"}
@@ -283,11 +300,11 @@ def _roof(lines: Mapping[str, Mapping[int, Trial]], ceilings: Sequence[Trial]) -
     bytes_a_second = None
     if copy and copy["value"] > 0 and copy.get("unit") in ("TB/s", "GB/s"):
         bytes_a_second = copy["value"] * {"TB/s": 1e12, "GB/s": 1e9}[copy["unit"]]
-    roof = {}
+    plain = {}
     for length, problem in problems.items():
         memory = problem.flops() / problem.bytes() * bytes_a_second / 1e12 if bytes_a_second else math.inf
-        roof[length] = min(float(product["value"]), memory)
-    return roof
+        plain[length] = min(float(product["value"]), memory)
+    return plain
 
 
 def _apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:

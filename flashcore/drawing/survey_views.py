@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.drawing.html_tables import nothing, table_html
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Trial
 from flashcore.survey import unfused_model
@@ -66,10 +66,11 @@ def workspace_html(trials: Sequence[Trial]) -> str:
         for split, words, colour, marker in looks:
             chosen = [p for p in points if (p[2] > 1) == split]
             if chosen:
-                axes.plot(
+                (dots,) = axes.plot(
                     [p[0] for p in chosen], [p[1] for p in chosen], marker, color=COLOURS[colour], markersize=6,
                     markerfacecolor="none" if split else COLOURS[colour], label=f"{words}: {len(chosen)} candidates",
                 )  # fmt: skip
+                with_tips(dots, [f"{p[0]:g} KB of workspace, {p[1]:.2f} times the fastest, {words}" for p in chosen])
         axes.set_xscale("symlog", linthresh=1, base=4)
         axes.set_xlim(-0.3, max(4.0, 3 * max(p[0] for p in points)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -97,7 +98,10 @@ def regret_html(trials: Sequence[Trial]) -> str:
         for place, (policy, colour, marker) in enumerate((("first", "s1", "o"), ("largest-workspace", "s2", "^"))):
             ratios = sorted(r.ratio for r in found if r.policy == policy)
             jitter = 0.28 * (np.arange(len(ratios)) % 7 - 3) / 3
-            axes.plot(ratios, place + jitter, marker, color=COLOURS[colour], markersize=5, markerfacecolor="none")
+            (dots,) = axes.plot(
+                ratios, place + jitter, marker, color=COLOURS[colour], markersize=5, markerfacecolor="none"
+            )
+            with_tips(dots, [f"{POLICY_WORDS[policy]}: {ratio:.2f} times the best" for ratio in ratios])
             middle = mean(ratios)
             axes.plot([middle, middle], [place - 0.4, place + 0.4], color=COLOURS["ink"], linewidth=2)
         axes.set_yticks(range(2), list(POLICY_WORDS.values()))
@@ -257,7 +261,12 @@ def report_html(trials: Sequence[Trial], *, gpu: str | None = None) -> str:
             speed = f"{number(compare.tflops(timed[backend]))} TFLOPS"
             then = f"{PRINTED_TFLOPS} TFLOPS" if backend == "cublaslt-loop" else "not built"
             rows.append({"Product": "attention", "What": backend, "The report, 2025-10-27": then, gpu or "Here": speed})
-    return table_html(rows, "The report's own case, then and now", note="Then: H100 SXM, CUDA 12.4.", stack=True)
+    return table_html(
+        rows,
+        "The case that the October 2025 report measured, then and now",
+        note="Then: H100 SXM, CUDA 12.4.",
+        stack=True,
+    )
 
 
 def cublas_html(trials: Sequence[Trial]) -> str:
@@ -304,7 +313,7 @@ def labels_html(trials: Sequence[Trial]) -> str:
 
 
 def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Problem = PRESETS["report"]) -> str:
-    """The limit of the unfused design against what was measured: a dot plot and a table with the terms."""
+    """What a model gives the unfused design against what was measured: a dot plot and a table with the terms."""
     found = limits(trials, l2_bytes=l2_bytes, problem=problem)
     if not found:
         return nothing("The machine's ceilings are not in these records; run 'flashcore survey' on a GPU.")
@@ -315,7 +324,7 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
     rows.append(_limit_row("best cut, scores in L2", best, None))
     rows.append(_limit_row("best cut, scores through memory", far, None))
     message = (
-        f"At best {number(best.tflops)} TFLOPS, with {unfused_model.cut_in_words(cut)}, "
+        f"By this model {number(best.tflops)} TFLOPS, with {unfused_model.cut_in_words(cut)}, "
         f"bound by {unfused_model.in_words(best)}; {number(far.tflops)} TFLOPS when scores go through device memory."
     )
     fused = [
@@ -331,7 +340,10 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
             axes.plot([limit], [place], "|", color=COLOURS["ink"], markersize=20, markeredgewidth=2.4)
             if reached:
                 axes.plot([reached, limit], [place, place], color=COLOURS["muted"], linewidth=1.2)
-                axes.plot([reached], [place], "o", color=COLOURS["s1"], markersize=8)
+                (dot,) = axes.plot([reached], [place], "o", color=COLOURS["s1"], markersize=8)
+                with_tips(
+                    dot, [f"{entries[place][0]}: {number(reached)} TFLOPS measured, {number(limit)} by the model"]
+                )
         if fused:
             axes.axvline(max(fused), color=COLOURS["p1"], linewidth=1.4, linestyle=(0, (4, 2)))
             axes.annotate("best fused peer", xy=(max(fused), 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
@@ -344,20 +356,20 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.yaxis.grid(False)
-        axes.set_xlabel("TFLOPS, logarithmic: dot measured, bar the limit")
+        axes.set_xlabel("TFLOPS, logarithmic: dot measured, bar the model")
     where = problem.label().replace(",", ", ")
     said = "; ".join(
         f"{name} reaches {number(reached)} of {number(limit)}" for name, limit, reached in entries if reached
     )
-    alt = f"Dot plot, TFLOPS measured against the limit at {where}. {message} {said or 'Nothing was measured'}."
+    alt = f"Dot plot, TFLOPS measured against the model at {where}. {message} {said or 'Nothing was measured'}."
     note = (
-        "Limit: the kernels of a group and page run one after the other; each takes at least the longest of its bytes "
+        "Model: the kernels of a group and page run one after the other; each takes at least the longest of its bytes "
         "over the measured bandwidth, its operations over the measured product speed, and one graph node. "
-        "Exponentials are left out."
+        "Exponentials are left out. Bandwidths and product speeds are those that plain kernels reached in this run."
     )
-    numeric = ["Limit, TFLOPS", "Measured, TFLOPS", "Share of the limit", "Launches", "Device memory, GB", "L2, GB"]
-    table = table_html(rows, f"The limit of the unfused design at {where}", numeric=numeric, note=note)
-    return _figure(figure, "What this design can reach", message, alt) + table
+    numeric = ["Model, TFLOPS", "Measured, TFLOPS", "Share of the model", "Launches", "Device memory, GB", "L2, GB"]
+    table = table_html(rows, f"The unfused design at {where}, by a model and measured", numeric=numeric, note=note)
+    return _figure(figure, "What a model gives this design", message, alt) + table
 
 
 def _limit_row(name: str, prediction: unfused_model.Prediction, reached: float | None) -> dict[str, Any]:
@@ -366,9 +378,9 @@ def _limit_row(name: str, prediction: unfused_model.Prediction, reached: float |
     return {
         "Cut": name, "Page": prediction.page_size, "Heads at once": prediction.heads, "Launches": prediction.launches,
         "Device memory, GB": number(prediction.memory_bytes / 1e9), "L2, GB": number(prediction.l2_bytes / 1e9),
-        "Limit, TFLOPS": number(prediction.tflops), "What binds": binds,
+        "Model, TFLOPS": number(prediction.tflops), "What binds": binds,
         "Measured, TFLOPS": number(reached) if reached else "not measured",
-        "Share of the limit": f"{100 * reached / prediction.tflops:.0f} %" if reached else "–",
+        "Share of the model": f"{100 * reached / prediction.tflops:.0f} %" if reached else "–",
     }  # fmt: skip
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from urllib.parse import quote, unquote
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -83,6 +86,38 @@ def named(name: str) -> str:
     return shown.replace("$", r"\$")
 
 
+TIPS = "tips:"
+"""How the id of what carries tooltips begins, until `figure_html` has put them into its points."""
+
+
+def with_tips(line: Artist, words: Sequence[str]) -> None:
+    """Say what each of a line's points is: its value and its spread, for whoever points at it.
+
+    Parameters
+    ----------
+    line
+        As `Axes.plot` gives it, with a marker at each of its points.
+    words
+        One sentence a point, in the points' order.
+    """
+    line.set_gid(TIPS + quote(json.dumps(list(words))))
+
+
+def _tipped(body: str) -> str:
+    """The body of an SVG with the words of `with_tips` in a ``<title>`` inside each point."""
+    parts = re.split(rf'<g id="{TIPS}([^"]*)">', body)
+    found = [parts[0]]
+    for words, rest in zip(parts[1::2], parts[2::2], strict=True):
+        waiting = iter(json.loads(unquote(words)))
+
+        def titled(use: re.Match[str], waiting: Iterator[str] = waiting) -> str:
+            said = next(waiting, None)
+            return use[0] if said is None else f"<use{use[1]}><title>{html.escape(said)}</title></use>"
+
+        found.append("<g>" + re.sub(r"<use\b([^>]*?)\s*/>", titled, rest))
+    return "".join(found)
+
+
 def figure_html(figure: Figure, alt: str, *, caption: str | None = None) -> str:
     """A figure as one inline ``<svg role="img">``, fit for a page that makes no request.
 
@@ -103,7 +138,7 @@ def figure_html(figure: Figure, alt: str, *, caption: str | None = None) -> str:
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<\?xml.*?\?>|<!--.*?-->|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r'<style type="text/css">.*?</style>', "", body, flags=re.S)
-    body = body.replace("xlink:href", "href")
+    body = _tipped(body.replace("xlink:href", "href"))
     body = _rename_ids(body)
     body = re.sub(r"font-family:[^;\"]*;?\s*", "", body)
     body = re.sub(r"font:\s*((?:[a-z]+\s+|\d+\s+)*)([\d.]+px)[^;\"]*", _font, body)

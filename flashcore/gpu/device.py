@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,7 +164,10 @@ def _cpu_name() -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    """Commit and dirty flag; from FLASHCORE_GIT_COMMIT and FLASHCORE_GIT_DIRTY where there is no repository."""
+    """Commit, dirty flag, and where others find the repository.
+
+    From FLASHCORE_GIT_COMMIT, FLASHCORE_GIT_DIRTY and FLASHCORE_GIT_URL where there is no repository.
+    """
 
     def git(*words: str) -> str | None:
         try:
@@ -176,9 +180,20 @@ def _git() -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD") if (HOME / ".git").exists() else None
     if commit:
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+        url = public_url(git("remote", "get-url", "origin"))
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain")), **({"url": url} if url else {})}
     dirty = os.environ.get("FLASHCORE_GIT_DIRTY")
-    return {"commit": os.environ.get("FLASHCORE_GIT_COMMIT"), "dirty": None if dirty is None else dirty == "1"}
+    url = public_url(os.environ.get("FLASHCORE_GIT_URL"))
+    commit = os.environ.get("FLASHCORE_GIT_COMMIT")
+    return {"commit": commit, "dirty": None if dirty is None else dirty == "1", **({"url": url} if url else {})}
+
+
+def public_url(remote: str | None) -> str | None:
+    """A repository's address as another reader can clone it, without user and password; None for a local one."""
+    found = re.fullmatch(r"(https?)://(?:[^/@]*@)?([^/@\s]+/\S+)|(?:ssh://)?git@([\w.-]+)[:/](\S+)", remote or "")
+    if found is None:
+        return None
+    return f"{found[1]}://{found[2]}" if found[1] else f"https://{found[3]}/{found[4]}"
 
 
 def record_environment(run: RunFolder, when: str, parameters: dict[str, Any] | None = None) -> str:

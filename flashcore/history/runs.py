@@ -99,6 +99,23 @@ def runs_in(folder: str | os.PathLike[str]) -> tuple[list[Snapshot], list[str]]:
     return sorted(found, key=lambda s: (s.date, s.name)), left_out
 
 
+def newest(folder: Path, most: int) -> list[Snapshot]:
+    """The newest runs of a folder, the oldest of them first, read whole; those that cannot be read are left out."""
+    dated: list[tuple[str, Path]] = []
+    for path in _run_paths(folder):
+        try:
+            dated.append((Snapshot(path.name, (), RunFolder(path).environment()).date, path))
+        except RecordsError:
+            continue
+    found = []
+    for _, path in sorted(dated)[-most:]:
+        try:
+            found.append(read(path))
+        except RecordsError:
+            continue
+    return found
+
+
 def previous(run: RunFolder) -> Snapshot | None:
     """The run before this one: the newest older run of the same folder, on a GPU of the same name, that finished.
 

@@ -12,13 +12,13 @@ from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.decision.gates import load_gates
 from flashcore.drawing import html_tables, plots
-from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
+from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.errors import FlashCoreError
 from flashcore.history.comparing import Comparison, signed
-from flashcore.history.runs import previous, read
+from flashcore.history.runs import Snapshot, newest, previous, read
 from flashcore.history.since import Since, since
 from flashcore.history.timings import Row
-from flashcore.history.trend import Point
+from flashcore.history.trend import Point, trend
 from flashcore.records import RunFolder
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MOST_ROWS = 12
 """Lines of a list on the page; the rest are counted."""
 MOST_DATES = 6
+MOST_RUNS = 12
+"""Runs that the trend on a page goes back."""
 MOST_LINES = 3
 """Backends of ours that the caption of a trend names."""
 NOTHING_WORSE = (
@@ -119,7 +121,7 @@ def rows_table(comparison: Comparison, *, caption: str = "Timings of ours, then 
 
 
 def trend_figure(points: Sequence[Point]) -> Figure:
-    """TFLOPS of each backend from run to run, a bar from the 5th to the 95th percentile of its samples.
+    """TFLOPS of each backend from run to run, a bar over the middle 90 % of its samples.
 
     Runs stand in the order of their dates, evenly spaced, since several of one day would lie on each other.
     """
@@ -148,10 +150,11 @@ def trend_figure(points: Sequence[Point]) -> Figure:
                     if math.isfinite(sum(rates)):
                         axes.plot([x, x], rates, color=colour, linewidth=1.2, zorder=3)
                         greatest = max(greatest, *rates)
-            axes.plot(
+            (line,) = axes.plot(
                 xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=2.4 if ours else 1.4,
                 markersize=6 if ours else 5, markerfacecolor=colour if ours else "none", zorder=4 if ours else 3,
             )  # fmt: skip
+            with_tips(line, [f"{p.run}, {p.day}, {plots.point_words(p.trial)}" for p in group])
             ends.append((xs[-1], ys[-1], f"{named(name)} {number(ys[-1])}", colour, ours))
             greatest = max(greatest, *ys)
         last, limit = len(runs) - 1, 1.08 * greatest
@@ -194,6 +197,23 @@ def trend_html(machines: Mapping[str, Sequence[Point]]) -> str:
             "There are no two runs of one machine that timed this problem, so there is no trend."
         )
     return f'<div class="fc-grid">{"".join(figures)}</div>'
+
+
+def trend_beside(run: RunFolder) -> str:
+    """The trend of a run's machine over the newest runs of its folder, up to this one; empty with fewer than two."""
+    own = Snapshot(run.name, (), run.environment())
+    try:
+        runs = [
+            s
+            for s in newest(run.path.resolve().parent, MOST_RUNS)
+            if s.machine == own.machine and (s.date < own.date or s.name == own.name)
+        ]
+    except FlashCoreError:  # as for the run before
+        return ""
+    points = trend(runs).get(own.machine or "", [])
+    if len({p.run for p in points}) < 2:
+        return ""
+    return f"<h3>From run to run</h3>{trend_html({str(own.machine): points})}"
 
 
 def trend_message(points: Sequence[Point]) -> str:

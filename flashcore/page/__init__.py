@@ -6,6 +6,7 @@ gets, and `resources` what the template needs. Nothing here measures or imports 
 
 from __future__ import annotations
 
+from flashcore.page.anchors import anchored
 from flashcore.page.changes import since_html
 from flashcore.page.claims import claims_html
 from flashcore.page.decision import blockers_html, gates_html, options_html
@@ -17,7 +18,7 @@ from flashcore.page.sections import chosen, opened
 from flashcore.page.variants import AUDIENCES, SECTIONS, Variant, variant
 
 __all__ = [
-    "AUDIENCES", "SECTIONS", "Variant", "banner_html", "blockers_html", "chosen", "claims_html", "cleaning",
+    "AUDIENCES", "SECTIONS", "Variant", "anchored", "banner_html", "blockers_html", "chosen", "claims_html", "cleaning",
     "correctness_html", "drawn", "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf",
     "policy", "proof_html", "resources", "since_html", "variant",
 ]  # fmt: skip

@@ -16,6 +16,8 @@ from flashcore.errors import FlashCoreError
 from flashcore.page.parts import fold
 
 CSS = {"confirmed": "pass", "contradicted": "fail", "impossible": "fail"}
+WORDS = {"impossible": "beyond the data sheet"}
+"""What a verdict is called on the page, where its own word says more than a data sheet can."""
 
 
 def claims_html(evidence: Evidence) -> str:
@@ -40,7 +42,7 @@ def audit_html(audits: Sequence[claims.Audit]) -> str:
             "Claim": one.claim.text,
             "Figure": one.claim.figure,
             "Verdict": Markup('<strong class="{}">{}</strong>').format(
-                CSS.get(one.verdict, "inconclusive"), one.verdict
+                CSS.get(one.verdict, "inconclusive"), WORDS.get(one.verdict, one.verdict)
             ),
             "Reason": Markup("{}{}").format(one.reason, _note(one)),
             "Measured by FlashCore": own_figure(one),
@@ -48,13 +50,21 @@ def audit_html(audits: Sequence[claims.Audit]) -> str:
         for one in sorted(audits, key=lambda one: worst.index(one.verdict))
     ]
     counts = Counter(one.verdict for one in audits)
-    counted = ", ".join(f"{counts[word]} {word}" for word in worst if counts[word])
+    counted = ", ".join(f"{counts[word]} {WORDS.get(word, word)}" for word in worst if counts[word])
     lead = f"{len(audits)} published figure{'s' if len(audits) != 1 else ''}: {counted}."
-    meanings = " ".join(f"{word.capitalize()}: {claims.VERDICTS[word]}." for word in worst if counts[word])
-    table = html_tables.table_html(rows, "Claims, audited", note=meanings, stack=True, css="fc-claims")
+    meanings = " ".join(
+        f"{WORDS.get(word, word).capitalize()}: {claims.VERDICTS[word]}." for word in worst if counts[word]
+    )
+    fallen = sum(counts[word] for word in worst[:3])
+    parts = (("Claims that do not stand", rows[:fallen]), ("The other claims", rows[fallen:]))
+    shown, rest = (
+        html_tables.table_html(part, caption, stack=True, css="fc-claims")
+        if part else "" for caption, part in parts
+    )  # fmt: skip
+    table = f'{shown}<p class="fc-note">{escape(meanings)}</p>{fold("The other claims", rest) if rest else ""}'
     checks = [
-        {"Claim": f"{one.claim.text} ({one.claim.figure})", "Check": f.check, "Outcome": f.outcome, "Found": f.sentence,
-         "Source": one.claim.source}
+        {"Claim": f"{one.claim.text} ({one.claim.figure})", "Check": f.check,
+         "Outcome": WORDS.get(f.outcome, f.outcome), "Found": f.sentence, "Source": one.claim.source}
         for one in audits for f in one.findings
     ]  # fmt: skip
     every = html_tables.table_html(checks, "What each check of each claim found", stack=True) if checks else ""

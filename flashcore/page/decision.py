@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from markupsafe import Markup, escape
 
-from flashcore.decision import advice
+from flashcore.decision import advice, compare
 from flashcore.decision.compare import number
 from flashcore.decision.verdict import Decision, GateResult
-from flashcore.drawing import html_tables
+from flashcore.drawing import html_tables, paging_views
+from flashcore.page.anchors import row_id
 from flashcore.page.parts import fold, short, signed
+from flashcore.paging_survey import facts
 from flashcore.problem import parse_problem
 
 EVIDENCE_AT = {
@@ -24,19 +29,25 @@ def options_html(decision: Decision) -> str:
         return ""
     rows, told = [], advice.matrix_rows(decision.options)
     for option, row in zip(decision.options, told, strict=True):
-        name = Markup('<span class="fc-gate">{}</span><span class="fc-why">Effort: {}. Risk: {}.</span>')
+        name = Markup('<span class="fc-gate">{}</span>')
         result = Markup('<strong class="{}">{}</strong><br><span class="fc-why">{}</span>')
         css = {"SHIP": "pass", "DO NOT SHIP": "fail"}.get(option.result, "inconclusive")
         rows.append(
             {
-                "Option": name.format(row["Option"], option.effort, option.risk),
+                "Option": name.format(row["Option"]),
                 "Result": result.format(css, row["Result"], row["Conditions"]),
                 "What decides": advice.nearest(option),
             }
         )
     table = html_tables.table_html(rows, "Options: what could be shipped", stack=True, css="fc-options")
     kept = ("Option", "What shipping it means", "What would change it")
-    meanings = [{name: row[name] for name in kept} for row in told]
+    meanings = [
+        {
+            **{name: row[name] for name in kept},
+            **_judged(row),
+        }
+        for row in told
+    ]
     numeric = ["Measured", "Threshold", "Margin"]
     conditions = advice.condition_rows(decision.options)
     details = html_tables.table_html(meanings, "What each option means, and what would change the decision", stack=True)
@@ -44,8 +55,15 @@ def options_html(decision: Decision) -> str:
     return table + fold("What each option means, what would change the decision, and every condition", details)
 
 
+def _judged(row: Mapping[str, str]) -> dict[str, str]:
+    """Effort and risk under a heading that says whose words they are; nothing where nobody stands for them."""
+    if "Judged by" not in row:
+        return {}
+    return {f"Effort and risk, as {row['Judged by']} judged them": f"{row['Effort']}; {row['Risk'].lower()} risk"}
+
+
 def gates_html(decision: Decision) -> str:
-    """Every gate: result, measured, threshold, margin, samples, spread, and where the evidence comes from."""
+    """Every gate: result, measured, threshold, margin, samples, interval, and where the evidence comes from."""
     rows = []
     for gate in decision.gates:
         margin = "–"
@@ -55,30 +73,38 @@ def gates_html(decision: Decision) -> str:
             if gate.metric == "correct_percent":
                 margin = "none needed" if gate.margin == 0 else f"{signed(gate.margin)} %"
         kind = "" if gate.required else " fc-aim"
-        name = Markup('<span class="fc-gate">{}</span><span class="fc-kind{}">{}</span><span class="fc-why">{}</span>')
+        name = Markup('<span class="fc-gate">{}</span><span class="fc-kind{}">{}</span>')
         rows.append(
             {
-                "Gate": name.format(
-                    gate.title, kind, f"{'Required' if gate.required else 'An aim, not required'}. ", _detail(gate)
-                ),
+                "Gate": name.format(gate.title, kind, "Required" if gate.required else "An aim, not required"),
                 "Result": Markup('<strong class="{}">{}</strong>').format(gate.state.lower(), gate.state),
-                "Measured": "none" if gate.measured is None else f"{number(gate.measured)} {short(gate.unit)}",
+                "Measured": _measured(gate),
                 "Threshold": f"{gate.comparison} {gate.threshold:g} {short(gate.unit)}",
                 "Margin": margin,
-                "n": gate.n or "0",
-                "5th–95th": f"{number(gate.spread[0])} to {number(gate.spread[1])}" if gate.spread else "–",
                 "Evidence": _evidence(gate),
+                "On what, and where the threshold comes from": Markup(
+                    '<span class="fc-detail">{}</span> <span class="fc-why">{}</span>'
+                ).format(_detail(gate), gate.why),
             }
         )
     return html_tables.table_html(
         rows,
         "Gates: what was required, and what was measured",
-        numeric=["Measured", "Threshold", "Margin", "n", "5th–95th"],
-        note="n: samples of a timing, or checks. Margin: distance to the threshold, positive on the passing side. "
-        "5th–95th: percentiles of the samples; a threshold between them settles nothing.",
+        numeric=["Measured", "Threshold", "Margin"],
+        note="Small, under a figure: the interval that holds the true median in "
+        f"{compare.CONFIDENCE:g} of 100 cases, and the number of samples. A threshold inside it settles nothing. "
+        "Margin: distance to the threshold, positive on the passing side, and in % of the threshold.",
         stack=True,
         css="fc-gates",
     )
+
+
+def _measured(gate: GateResult) -> Any:
+    """The figure, and below it what stands behind: samples with the interval of the median, or checks."""
+    if gate.measured is None:
+        return "none"
+    behind = f"{compare.between(gate.interval)}, n {gate.n}" if gate.interval else gate.confidence
+    return Markup('{} {} <span class="fc-behind">{}</span>').format(number(gate.measured), short(gate.unit), behind)
 
 
 def _detail(gate: GateResult) -> str:
@@ -95,7 +121,21 @@ def _evidence(gate: GateResult) -> str:
     if gate.evidence == "none" or gate.metric not in EVIDENCE_AT:
         return word
     section, heading = EVIDENCE_AT[gate.metric]
-    return Markup('<a href="#{}">{}<span class="fc-unseen">, shown under {}</span></a>').format(section, word, heading)
+    link = '<a href="#{}" data-row="{}"{}>{}<span class="fc-unseen">, shown under {}</span></a>'
+    last = Markup(" data-last") if gate.evidence == "recorded" else ""
+    return Markup(link).format(section, _row(gate), last, word, heading)
+
+
+def _row(gate: GateResult) -> str:
+    """The id of the row that holds the figure; `anchors` leads to the section instead where there is none."""
+    where = "" if gate.problem in ("", "any") else html_tables.spaced(parse_problem(gate.problem))
+    if gate.metric == "correct_percent":
+        return row_id(html_tables.AGREEMENT, gate.backend or "")
+    if gate.metric == "latency_us":
+        return row_id(html_tables.SMALL, where)
+    if gate.metric in ("tflops", "ratio_to_best_peer"):
+        return row_id(html_tables.AGAINST_PEERS, where)
+    return row_id(paging_views.MEMORY, facts.MEMORY_WORDS["shared_prefix"])
 
 
 def blockers_html(decision: Decision) -> str:
@@ -141,6 +181,5 @@ def _unblocked(decision: Decision) -> str:
         return f"<h3>What blocks</h3>{said}"
     return (
         f"<h3>What blocks</h3>{said}<h3>What to do next</h3>"
-        f'<p class="fc-lead">Ship option {escape(best.id)}, {escape(best.title)}. {escape(best.means)} '
-        f"What would change this: {escape(decision.flip)}</p>"
+        f'<p class="fc-lead">Ship option {escape(best.id)}, {escape(best.title)}. {escape(best.means)}</p>'
     )

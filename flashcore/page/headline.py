@@ -1,11 +1,13 @@
-"""The verdict in words, and the four figures that matter, each with its target and its change since the last run."""
+"""The first screen: verdict, why, risk and next step, and the figures that matter with their targets and changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from markupsafe import escape
+from markupsafe import Markup, escape
 
+from flashcore import tables
+from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
 from flashcore.decision.verdict import Decision, Evidence, GateResult
 from flashcore.drawing import paging_views
@@ -21,37 +23,81 @@ CASE = "shared_prefix"
 """The case of memory that the card shows: sequences that begin alike."""
 
 
-def banner_html(decision: Decision) -> str:
-    """The verdict in words with its one-sentence reason, and where the evidence comes from."""
+TO_INSTALL = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4"}
+"""Peers that a reader asks for by name, by id; a run without them says so."""
+METHODS = {"graph_replay": "in a CUDA graph, back to back"}
+"""What a way of timing means for a reader."""
+
+
+def banner_html(decision: Decision, *, run: str = "") -> str:
+    """The verdict in words with its reason, what would change it, the next step, and where the evidence comes from.
+
+    Parameters
+    ----------
+    run
+        Name of the run as the commands take it; without one they mean the latest.
+    """
     css = decision.verdict.lower().replace("-", "")
     origin = " ".join(filter(None, (decision.evidence, decision.stored, decision.seal)))
+    line = Markup('<p class="fc-{}"><strong>{}</strong> {}</p>').format
+    risk = line("risk", "Risk:" if decision.recommended else "To change it:", decision.flip) if decision.flip else ""
     return (
         f'<div class="fc-banner {css}">'
         f'<p class="fc-verdict"><span class="fc-small">Verdict</span> {decision.verdict}</p>'
         f'<div><p class="fc-reason">{escape(decision.reason)}</p>'
+        f"{risk}{line('todo', 'Next:', next_step(decision, run))}"
         f'<p class="fc-evidence">{escape(origin)}</p>'
         "</div></div>"
     )
 
 
+def next_step(decision: Decision, run: str = "") -> Markup:
+    """What to do now, with the command that does it."""
+    code = Markup("<code>{}</code>").format
+    verify = code(f"flashcore verify {run}".strip())
+    if decision.recommended is not None:
+        option = decision.recommended
+        ship = Markup("ship option {}").format(option.id)
+        if option.backend:
+            ship += Markup(": {}").format(code(f'flashcore.attention(q, k, v, backend="{option.backend}")'))
+        return Markup("{} says whether the evidence is as it was judged; then {}.").format(verify, ship)
+    if decision.blocking:
+        first = decision.blocking[0]
+        again = " again, once the kernel is changed" if first.state == "FAIL" else ""
+        return Markup("{} measures '{}'{}.").format(code(first.fix), first.title, again)
+    if decision.verdict == "GO":
+        return Markup("{} says whether the evidence is as it was judged.").format(verify)
+    return Markup("{} makes the report again.").format(code("flashcore report"))
+
+
 def headline_html(decision: Decision, evidence: Evidence, since: Since | None = None) -> str:
-    """The four figures; those of speed and correctness come from the gates, so that they cannot contradict them."""
+    """The figures of the first screen; speed and correctness come from the gates, so they cannot contradict them.
+
+    Memory is shown where paging is what ships; else how many planted bugs were found.
+    """
     of = {m: [g for g in decision.gates if g.metric == m] for m in ("tflops", "ratio_to_best_peer", "latency_us")}
     checks = [g for g in decision.gates if g.metric == "correct_percent" and g.required]
     cards = []
     if of["tflops"] or of["ratio_to_best_peer"]:
-        cards.append(_speed_card(of["tflops"], of["ratio_to_best_peer"], since))
+        cards.append(_speed_card(of["tflops"], of["ratio_to_best_peer"], evidence, since))
     if of["latency_us"]:
         gates = of["latency_us"]
-        lines = [*map(_target, gates), _delta(since, "latency_us")]
-        cards.append(_card("Latency of a small call", *_figure(gates[0]), _where(gates[0]), lines))
+        timed = _timing_of(gates[0], evidence)
+        lines = [*map(_target, gates), *_other_calls(timed), _delta(since, "latency_us")]
+        where = ", ".join(filter(None, [_where(gates[0]), _how(timed)]))
+        cards.append(_card("Latency of a small call", *_figure(gates[0]), where, lines))
     if checks:
         cards.append(_correctness_card(checks, since))
-    cards.append(_memory_card(decision, evidence, since))
+    if any(c.metric == SAVED for o in decision.options if o.recommended for c in o.conditions):
+        cards.append(_memory_card(decision, evidence, since))
+    elif planted := tables.fault_counts(evidence.gpu_trials):
+        cards.append(_bugs_card(planted))
     return f'<ul class="fc-cards">{"".join(cards)}</ul>'
 
 
-def _speed_card(speeds: Sequence[GateResult], ratios: Sequence[GateResult], since: Since | None) -> str:
+def _speed_card(
+    speeds: Sequence[GateResult], ratios: Sequence[GateResult], evidence: Evidence, since: Since | None
+) -> str:
     first = (speeds or ratios)[0]
     lines = []
     if speeds and ratios:
@@ -63,13 +109,77 @@ def _speed_card(speeds: Sequence[GateResult], ratios: Sequence[GateResult], sinc
             whose = f", {ratio.backend} at {_problem(ratio)}" if other else ""
             text = f"{number(ratio.measured)} × the best peer, {ratio.versus or 'not named'}{whose}"
         lines.append(f'<span class="fc-second">{escape(text)}</span>')
+    if ratios:
+        lines.append(escape(_asked_for(ratios[0], evidence)))
     lines += [_target(g) for g in speeds]
     lines += [_target(g, " the peer") for g in ratios]
     words = {m: since.deltas[m].word for m in ("tflops", "ratio_to_best_peer") if since and m in since.deltas}
     lines.append(_delta(since, "tflops" if "tflops" in words else "ratio_to_best_peer"))
     if len(set(words.values())) > 1:
         lines.append(_delta(since, "ratio_to_best_peer", "Against the peer "))
-    return _card("Best speed of ours", *_figure(first), _where(first), lines)
+    where = ", ".join(filter(None, [_where(first), _how(_timing_of(first, evidence))]))
+    return _card("Best speed of ours", *_figure(first), where, lines)
+
+
+def _asked_for(ratio: GateResult, evidence: Evidence) -> str:
+    """How the kernel stands to the peers that a reader asks for by name; those not timed beside it are named too."""
+    mine, told, missing = _timing_of(ratio, evidence), [], []
+    for name, title in TO_INSTALL.items():
+        beside = [t for t in evidence.gpu_trials if t.backend == name and mine and compare.interleaved(mine, t)]
+        found = compare.ratio(mine, beside[-1]) if beside else None
+        if found is None:
+            missing.append(title.removeprefix("FlashAttention-") if missing else title)
+        else:
+            told.append(f"{number(found.value)} × {title}")
+    if missing:
+        told.append(f"{' and -'.join(missing)} {'were' if len(missing) > 1 else 'was'} not timed in this run")
+    return "; ".join(told) + "."
+
+
+def _timing_of(gate: GateResult, evidence: Evidence) -> Trial | None:
+    """The timing behind a gate's figure: the last of its backend on its problem."""
+    trials = evidence.gpu_trials if gate.evidence == "recorded" else evidence.trials
+    wanted = None if gate.problem in ("", "any") else parse_problem(gate.problem)
+    found = [
+        t for t in trials
+        if t.kind == "attention_timing" and t.backend == gate.backend and compare.same_problem(t.problem, wanted)
+        and compare.latency_us(t) is not None
+    ]  # fmt: skip
+    return found[-1] if found else None
+
+
+def _how(timed: Trial | None) -> str:
+    return METHODS.get(timed.timing.method, "") if timed else ""
+
+
+OTHER_CALLS = {
+    "launch_us": "An eager call takes the host",
+    "eager_us": "An eager call on the GPU",
+    "single_us": "A call alone takes",
+}
+"""Other times of the same call that a timing may hold, in words."""
+
+
+def _other_calls(timed: Trial | None) -> list[str]:
+    """What else was measured of the same call; a time that nobody took is named as well."""
+    more = (timed.timing.model_extra or {}) if timed else {}
+    lines = [
+        f"{words} {number(more[key])} µs" for key, words in OTHER_CALLS.items() if is_figure(more.get(key))
+    ]  # fmt: skip
+    if timed is not None and not is_figure(more.get("single_us")):
+        lines.append("A call alone: not measured")
+    return lines
+
+
+def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
+    """How many of the bugs that were planted to try the checker it found."""
+    ran = {backend: outcomes for backend, outcomes in planted.items() if set(outcomes) != {"not run"}}
+    total = sum(sum(outcomes.values()) for outcomes in ran.values())
+    found = sum(n for outcomes in ran.values() for word, n in outcomes.items() if word.startswith("found"))
+    state = "pass" if found == total and total else "fail"
+    lines = [f'Target all of them: <strong class="{state}">{"met" if state == "pass" else "missed"}</strong>']
+    where = f"in {len(ran)} kernels, to try the checker; found at the stage where each was put"
+    return _card("Planted bugs that were found", f"{found:,}", f"of {total:,}", where, lines)
 
 
 def _correctness_card(gates: Sequence[GateResult], since: Since | None) -> str:
@@ -98,7 +208,7 @@ def _memory_card(decision: Decision, evidence: Evidence, since: Since | None) ->
     if trial is None:
         return _card(title, "not measured", "", "run 'flashcore paging' to measure it", lines)
     percent = trial.data["saved_percent"]
-    where = f"paged K/V cache, {facts.MEMORY_WORDS[CASE]}, against a dense one"
+    where = f"if {_shared_percent(trial)} of each prompt is shared: paged K/V cache against a dense one"
     before = _memory(since.before.trials, {since.before.environment.get("id")}) if since else None
     if before is not None:
         moved = percent - before.data["saved_percent"]
@@ -112,6 +222,17 @@ def _memory(trials: Sequence[Trial], machines: set) -> Trial | None:
     found = [t for t in facts.measured(trials, "memory", "case") if t.data.get("case") == CASE]
     usable = [t for t in found if is_figure(t.data.get("saved_percent")) and t.environment in machines]
     return usable[-1] if usable else None
+
+
+def _shared_percent(trial: Trial) -> str:
+    """Which part of each sequence's pages all of them share, as the record's counts of pages say it."""
+    data = trial.data
+    counts = [data.get(name) for name in ("pages_shared", "pages_used", "sequences")]
+    if not all(is_figure(count) for count in counts) or not counts[2]:
+        return "a part"
+    shared, used, sequences = counts
+    whole = shared + (used - shared) / sequences
+    return f"{100 * shared / whole:.0f} %" if whole else "a part"
 
 
 def _machines(evidence: Evidence) -> set:

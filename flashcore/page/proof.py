@@ -51,7 +51,9 @@ def _exploits_html(trials: Sequence[Trial]) -> str:
 
 def machine_html(evidence: Evidence) -> str:
     """Builds, ceilings and environment of this run, and of the recorded one."""
-    parts = [html_tables.build_table(evidence.trials)]
+    parts = [
+        fold("Every kernel as compiled: registers, spills, shared memory", html_tables.build_table(evidence.trials))
+    ]
     for (heading, trials), environment in zip(
         _sources(evidence), (evidence.environment, evidence.gpu_environment), strict=False
     ):

@@ -12,6 +12,7 @@ from flashcore.decision.verdict import Decision, Evidence
 from flashcore.drawing import html_tables
 from flashcore.page.parts import fold
 from flashcore.page.proof import machine_html
+from flashcore.paths import data_dir
 
 VARIABLES = (("PROFILE", "profile"), ("BACKEND", "backends"), ("PROBLEM", "problems"))
 """Variables of `make report`, and the parameter of the run that each one sets."""
@@ -19,13 +20,14 @@ VARIABLES = (("PROFILE", "profile"), ("BACKEND", "backends"), ("PROBLEM", "probl
 
 def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
     """The commands that make the report again, what was run, and on what; `name` is the run's."""
-    steps = [(f"git checkout {commit}", "the sources of this run")] if (commit := _commit(evidence.environment)) else []
+    steps = _sources(evidence.environment)
+    there = (data_dir("reports") / "recorded" / name).is_dir()  # and recorded runs are never written to
     steps += [
         (command(evidence.environment), "measures, judges and renders"),
         (f"flashcore verify {name}", "says whether the run is still what was judged, and names what was changed"),
         (f"flashcore verdict {name}", "reads the verdict from this run's records: exit code 0 GO, 3 NO-GO, "
          "4 INCONCLUSIVE"),
-        (f"flashcore render {name}", "makes this page from them again"),
+        (f"flashcore render {name}{' --to page' if there else ''}", "makes this page from them again"),
     ]  # fmt: skip
     items = "".join(f"<li><code>{escape(line)}</code> {escape(what)}</li>" for line, what in steps)
     sources = [
@@ -42,6 +44,21 @@ def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
         f'<h3>How to make it again</h3><ol class="fc-steps">{items}</ol>{facts}{folded}'
         f"<h3>Kernels as compiled, and the machine</h3>{machine}"
     )
+
+
+def _sources(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The commands that get the sources of a run: from its repository, or as a file from whoever made it."""
+    git = _mapping(environment.get("git"))
+    commit, url = git.get("commit"), git.get("url")
+    if not commit:
+        return []
+    if url:
+        return [(f"git clone {url} flashcore && cd flashcore", "gets the repository"),
+                (f"git checkout {commit}", "the sources of this run")]  # fmt: skip
+    asked = (
+        "is what to ask of whoever sent this page, since the run names no repository: it packs the sources into a file"
+    )
+    return [(f"git archive --format=tar.gz --output=flashcore.tar.gz {commit}", asked)]
 
 
 def command(environment: Mapping[str, Any]) -> str:
@@ -78,10 +95,6 @@ def _facts(name: str, decision: Decision, evidence: Evidence) -> list[tuple[str,
     for key, value in _mapping(environment.get("parameters")).items():
         facts.append((f"Parameter {key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return facts
-
-
-def _commit(environment: Mapping[str, Any]) -> str:
-    return str(_mapping(environment.get("git")).get("commit") or "")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

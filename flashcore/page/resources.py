@@ -10,12 +10,12 @@ from flashcore.decision import verdict
 from flashcore.decision.verdict import Decision, Evidence
 from flashcore.page.headline import banner_html
 from flashcore.page.provenance import provenance_html
-from flashcore.page.variants import Variant
+from flashcore.page.variants import SHORT, Variant
 from flashcore.paths import data_dir
 from flashcore.records import MARK, RunFolder
 
-MOST_RECORD_BYTES = 1_600_000
-"""Of all records in a page, which stays under 3 MB; those of the recorded run give way first."""
+MOST_RECORD_BYTES = 1_200_000
+"""Of all records in a page, which stays under 2 MB; those of the recorded run give way first."""
 
 
 def resources(
@@ -45,12 +45,13 @@ def resources(
     return {
         "run": run.name,
         "title": variant.title,
+        "short": SHORT,
         "organisation": variant.organisation,
         "logo": variant.logo,
         "page_title": ", ".join(filter(None, [f"{decision.verdict}: {variant.title}", gpu, variant.organisation])),
         "summary": summary(decision),
         "decision": decision.as_dict(),
-        "banner": banner_html(decision),
+        "banner": banner_html(decision, run=run.name),
         "gpu": gpu,
         "recorded": None
         if evidence.recorded is None

@@ -74,7 +74,7 @@ def chosen(notebook: NotebookNode, variant: Variant) -> NotebookNode:
 def unlinked(html: str, there: Sequence[str]) -> str:
     """Links into sections that are not on the page, as their text."""
     gone = [name for name in SECTIONS if name not in there]
-    return re.sub(rf'<a href="#(?:{"|".join(gone)})">(.*?)</a>', r"\1", html, flags=re.DOTALL) if gone else html
+    return re.sub(rf'<a href="#(?:{"|".join(gone)})"[^>]*>(.*?)</a>', r"\1", html, flags=re.DOTALL) if gone else html
 
 
 def opened(html: str) -> str:

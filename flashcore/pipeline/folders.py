@@ -33,7 +33,7 @@ def new_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
 
 
 def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunFolder:
-    """A run by its path, by its id, or by the word ``latest``.
+    """A run by its path, by its id, by the word ``latest``, or a recorded one by its name.
 
     Parameters
     ----------
@@ -51,6 +51,8 @@ def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
         raise RecordsError("No run is named; give a run's folder, its id, or the word 'latest'.")
     bare = os.sep not in text and text not in (os.curdir, os.pardir)
     places = [runs_dir(out) / text] if bare and out is not None else [absolute(text), runs_dir(out) / text]
+    if bare and out is None:
+        places.append(data_dir("reports") / "recorded" / text)  # so that the commands on a recorded run's page work
     for place in places:
         if place.is_dir():
             return RunFolder(place.resolve())

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 STATUS_NOTEBOOK = verdict.STATUS_NOTEBOOK
 PAGE_TIMEOUT_S = 300.0
 """Seconds the status report may take: it only reads records and draws."""
-MOST_PAGE_BYTES = 2_950_000
-"""A page that is mailed stays under 3 MB; executed notebooks that do not fit are left out, and named."""
+MOST_PAGE_BYTES = 1_900_000
+"""A page that is mailed stays under 2 MB; executed notebooks that do not fit are left out, and named."""
 
 Progress = Callable[[str], None]
 
@@ -137,6 +137,7 @@ def _to_html(executed: Path, run: RunFolder, variant: Variant) -> str:
     text = drawn(evidence)
     if len(text.encode()) > MOST_PAGE_BYTES and evidence:
         text = drawn(_fitting(evidence, MOST_PAGE_BYTES - len(drawn([]).encode())))
+    text = page.anchored(text)
     return page.opened(text) if variant.audience == "engineering" else text
 
 

@@ -1,4 +1,4 @@
-// The page works without this script; it adds sorting and downloads.
+// The page works without this script; it adds sorting, filters, tooltips, links to rows, and downloads.
 
 // The records lie in the page as JSON lines; hand them out as the file they came from.
 for (const link of document.querySelectorAll("a[data-records]")) {
@@ -19,11 +19,14 @@ const compared = (a, b) => {
   return a.localeCompare(b, "en", { numeric: true });
 };
 
+// A table with more rows than these is worth sorting, or filtering.
+const SORTED = 5, FILTERED = 12;
+
 // Each heading of a table becomes a button: once sorts upwards, again downwards, a third time as it was.
 const sortable = table => {
   const body = table.tBodies[0], heads = [...(table.tHead?.rows[0]?.cells ?? [])], rows = [...(body?.rows ?? [])];
   const plain = table.tBodies.length === 1 && table.tHead?.rows.length === 1 && !table.querySelector("[colspan], [rowspan]");
-  if (!plain || rows.length < 2 || rows.some(row => row.cells.length !== heads.length)) return;
+  if (!plain || rows.length <= SORTED || rows.some(row => row.cells.length !== heads.length)) return;
   heads.forEach((head, column) => {
     if (!head.textContent.trim()) return;
     const button = document.createElement("button");
@@ -44,8 +47,70 @@ const sortable = table => {
 };
 document.querySelectorAll(".fc-table table, .fc-output table").forEach(sortable);
 
-// What is wider than its place can be scrolled by keyboard.
+// A box above a long table keeps the rows that hold what is typed.
+const filterable = table => {
+  const rows = [...(table.tBodies[0]?.rows ?? [])];
+  if (rows.length <= FILTERED || table.tBodies.length !== 1) return;
+  const box = document.createElement("input"), name = table.caption?.textContent.trim() || "this table";
+  box.type = "search";
+  box.className = "fc-filter";
+  box.placeholder = `Filter ${rows.length} rows`;
+  box.setAttribute("aria-label", `Filter the rows of: ${name}`);
+  box.addEventListener("input", () => {
+    const wanted = box.value.trim().toLowerCase().split(/\s+/);
+    for (const row of rows) row.hidden = !wanted.every(word => row.textContent.toLowerCase().includes(word));
+  });
+  (table.closest(".fc-table, .fc-output") ?? table).before(box);
+};
+document.querySelectorAll(".fc-table table, .fc-output table").forEach(filterable);
+
+// The row under the pointer shows a link to itself, to be sent to somebody.
+const permalink = document.createElement("a");
+permalink.className = "fc-permalink";
+permalink.textContent = "#";
+permalink.setAttribute("aria-label", "Link to this row");
+document.addEventListener("pointerover", event => {
+  const row = event.target.closest?.("tbody tr[id]");
+  if (!row) return permalink.remove();
+  permalink.href = `#${row.id}`;
+  if (permalink.parentElement !== row.cells[0]) row.cells[0].append(permalink);
+});
+
+// The plotted point nearest to the pointer, or to a finger, says its value and spread.
+const NEAR = 24;
+const tip = document.createElement("div");
+tip.className = "fc-tip";
+tip.setAttribute("role", "status");
+const point = event => {
+  const plot = event.target.closest?.("svg.fc-plot");
+  if (!plot) return tip.remove();
+  let nearest = null, least = NEAR;
+  for (const mark of plot.querySelectorAll("use:has(> title)")) {
+    const box = mark.getBoundingClientRect();
+    const far = Math.hypot(box.x + box.width / 2 - event.clientX, box.y + box.height / 2 - event.clientY);
+    if (far < least) [nearest, least] = [mark, far];
+  }
+  if (!nearest) return tip.remove();
+  tip.textContent = nearest.querySelector("title").textContent;
+  document.body.append(tip);
+  tip.style.left = `${Math.max(4, Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 4))}px`;
+  tip.style.top = `${Math.max(4, event.clientY - tip.offsetHeight - 12)}px`;
+};
+document.addEventListener("pointermove", point);
+document.addEventListener("pointerdown", point);
+
+// What is wider than its place can be scrolled by keyboard, and says that there is more.
 const reachable = () => {
+  for (const box of document.querySelectorAll(".fc-table.scroll")) {
+    const wide = box.clientWidth > 0 && box.scrollWidth > box.clientWidth + 1, hint = box.previousElementSibling;
+    const there = hint?.classList.contains("fc-hint");
+    if (wide && !there) {
+      const words = document.createElement("p");
+      words.className = "fc-hint";
+      words.textContent = "Scroll sideways for more columns →";
+      box.before(words);
+    } else if (!wide && there) hint.remove();
+  }
   for (const box of document.querySelectorAll(".fc-output, .fc-text, .fc-prose")) {
     if (box.scrollWidth > box.clientWidth + 1 && !box.hasAttribute("tabindex")) {
       box.tabIndex = 0;

@@ -104,7 +104,9 @@ def test_the_recommendation_falls_with_the_nearest_of_what_it_rests_on():
     # What every option needs takes the others along.
     shared = replace(best, conditions=(), gates=(condition(9, 11.0),))
     assert "no option would be left" in advice.flip(shared, [shared, other])
-    assert advice.nearest(best) == "Nearest to failing: Condition 1, from 11.0 to below 10 µs (−9.1 %)."
+    assert (
+        advice.nearest(best) == "Nearest to failing: Condition 1, from 11.0 to below 10 µs (10.0 % of the threshold)."
+    )
 
 
 def test_an_option_that_ships_too_says_from_which_figure_on_it_would_be_recommended():

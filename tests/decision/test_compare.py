@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from support import synthetic_records as synthetic
 
@@ -46,6 +47,15 @@ def test_problems_are_the_same_when_their_mathematics_is():
     assert not compare.same_problem(problem, None) and compare.same_problem(None, None)
 
 
+def test_a_variant_for_checks_is_ours_and_contends_for_nothing():
+    for name, contends in (("hopper", True), ("hopper-unsplit", False), ("sdpa-cudnn", False), ("reference", False)):
+        assert compare.contends(Trial(kind="attention_timing", backend=name)) == contends
+    from flashcore import backends
+
+    variants = {b.id for b in backends.all_backends() if type(b).__mro__[1].__name__ == "Hopper"}
+    assert variants == compare.FOR_CHECKS
+
+
 # --- figures of one timing -----------------------------------------------------------------------------------------
 
 
@@ -76,28 +86,71 @@ def test_one_sample_that_is_no_time_puts_all_of_them_in_doubt(bad):
     assert compare.samples_us(timed(samples=[1.0, 2.0])) == [1.0, 2.0]
 
 
-def test_a_spread_is_the_5th_and_95th_percentile_of_at_least_three():
+def test_a_spread_is_the_middle_of_at_least_three_samples():
     assert compare.spread([1.0, 2.0]) is None
     assert compare.spread(range(101)) == (5.0, 95.0)
     assert compare.spread(iter([4.0, 4.0, 4.0])) == (4.0, 4.0)
+
+
+@pytest.mark.parametrize("n", [*range(0, 24), 30, 50, 101])
+@pytest.mark.parametrize("confidence", [50.0, 95.0, 98.0, 99.0])
+def test_the_interval_of_a_median_is_the_narrowest_that_holds_it_often_enough(n, confidence):
+    """Held against every way in which n fair coins fall: how many of the samples lie below the true median."""
+    ways = [math.comb(n, below) for below in range(n + 1)]
+
+    def holds(k: int) -> float:
+        """Share of cases in which the median lies between the k-th sample from below and the k-th from above."""
+        return sum(w for below, w in enumerate(ways) if k <= below <= n - k) / 2**n
+
+    found = compare.median_interval(range(n), confidence=confidence)
+    if found is None:
+        assert n < 2 or holds(1) < confidence / 100
+        return
+    k = int(found[0]) + 1
+    assert found == (k - 1, n - k) and holds(k) >= confidence / 100
+    assert k + 1 > n // 2 or holds(k + 1) < confidence / 100
+
+
+def test_the_interval_holds_the_median_of_skewed_samples_as_often_as_it_says():
+    draw = np.random.default_rng(7)
+    samples, true = draw.exponential(size=(2000, 30)) ** 3, math.log(2) ** 3
+    held = [low <= true <= high for low, high in map(compare.median_interval, samples)]
+    assert sum(held) / len(held) >= compare.CONFIDENCE / 100 - 0.005
+
+
+def test_the_fewest_samples_are_the_fewest_that_have_an_interval():
+    assert compare.median_interval(range(compare.FEWEST_SAMPLES)) == (0, compare.FEWEST_SAMPLES - 1)
+    assert compare.median_interval(range(compare.FEWEST_SAMPLES - 1)) is None
+
+
+def test_the_stated_median_lies_in_its_interval():
+    """More samples were taken than the record keeps, and the median of all lies beyond those kept."""
+    assert compare.interval_us(timed(5.0, [7.0] * 50)) == (5.0, 7.0)
+    assert compare.interval_us(timed(5.0, [5.0] * 3)) is None
+    assert compare.interval_us(timed(math.nan, [5.0] * 30)) is None
+
+
+def test_an_interval_is_told_with_as_many_digits_as_tell_its_ends_apart():
+    assert compare.between((4.766, 4.772)) == "4.766 to 4.772" and compare.between((4.7, 5.2)) == "4.70 to 5.20"
+    assert compare.between((5.0, 5.0)) == "5.00 to 5.00"
 
 
 # --- ratios --------------------------------------------------------------------------------------------------------
 
 
 def test_samples_taken_side_by_side_are_paired_and_others_are_not():
-    drift = [1.0, 1.5, 2.0, 2.5, 3.0]
+    drift = [1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0]
     ours, peer = timed(200.0, [100 * d for d in drift]), timed(400.0, [200 * d for d in drift], backend="fa3")
     found = compare.ratio(ours, peer)
-    assert (found.value, found.n, found.other) == (2.0, 5, peer) and found.spread == pytest.approx((2.0, 2.0))
+    assert (found.value, found.n, found.other) == (2.0, 9, peer) and found.interval == pytest.approx((2.0, 2.0))
     assert found.in_words() == "faster" and compare.ratio(peer, ours).in_words() == "slower"
-    shorter = compare.ratio(ours, timed(400.0, [200 * d for d in drift[:4]], backend="fa3"))
-    assert shorter.n == 4 and shorter.spread[0] < 1 < shorter.spread[1] and shorter.in_words() == "no difference"
+    shorter = compare.ratio(ours, timed(400.0, [200 * d for d in drift[:8]], backend="fa3"))
+    assert shorter.n == 8 and shorter.interval[0] < 1 < shorter.interval[1] and shorter.in_words() == "no difference"
 
 
-def test_a_ratio_whose_spread_is_not_known_is_no_difference():
+def test_a_ratio_whose_interval_is_not_known_is_no_difference():
     found = compare.ratio(timed(100.0, []), timed(900.0, [], backend="fa3"))
-    assert (found.value, found.spread, found.n, found.in_words()) == (9.0, None, 0, "no difference")
+    assert (found.value, found.interval, found.n, found.in_words()) == (9.0, None, 0, "no difference")
 
 
 @pytest.mark.parametrize("changes", [{"round": "other"}, {"round": None}, {"method": "host"}, {"l2": "warm"},

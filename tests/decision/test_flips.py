@@ -32,12 +32,12 @@ def test_the_flip_sentence_is_arithmetically_right(measured, threshold, comparis
     assert (way == "rose") == ((comparison == "at most") == holds)
     if measured != threshold:
         assert (way == "rose") == (threshold > measured)
-        assert change.relative == pytest.approx((threshold - measured) / measured)
+        assert change.relative == pytest.approx((threshold - measured) / threshold)
     if far.endswith("times"):
         assert float(far.split()[0].replace(",", "")) == pytest.approx(threshold / measured, rel=0.06)
-    elif far.endswith("%"):
-        percent = float(far.removesuffix(" %").replace("−", "-"))
-        assert percent == pytest.approx(100 * (threshold / measured - 1), abs=0.051)
+    elif far.endswith("% of the threshold"):
+        percent = float(far.removesuffix(" % of the threshold").replace(",", ""))
+        assert percent == pytest.approx(abs(found.margin_percent), abs=0.051), "the margin, on the one basis"
     else:
         assert measured == threshold
 
@@ -63,9 +63,10 @@ def test_a_figure_has_as_many_digits_as_tell_it_from_its_threshold():
 
 def test_a_figure_of_nothing_has_a_distance_in_its_unit_and_no_share():
     found = flips.change(result(0.0, 5.0, "at least"))
-    assert found.relative is None and found.distance == math.inf and "(by 5.00 µs)" in found.words
+    assert found.relative == 1.0 and found.distance == math.inf and "(by 5.00 µs)" in found.words
     bytes_spilled = replace(result(0.0, 0.0, "at most", metric="data.spill_bytes"), unit="bytes")
     found = flips.change(bytes_spilled)
+    assert found.relative is None
     assert found.distance is None and found.figures == "0 to above 0 bytes (it has no margin)"
 
 

@@ -25,7 +25,7 @@ TEXTS = ("title", "reason", "fix", "backend", "versus", "why")
 
 def gate(state="PASS", *, required=True, **changes) -> GateResult:
     fields = dict(
-        id="x", title="X", state=state, threshold=1.0, measured=1.5, margin=0.5, unit="×", n=30, spread=(1.4, 1.6),
+        id="x", title="X", state=state, threshold=1.0, measured=1.5, margin=0.5, unit="×", n=30, interval=(1.4, 1.6),
         evidence="live", reason="Because.", fix=None if state == "PASS" else "make report", required=required,
         comparison="at least", metric="ratio_to_best_peer", problem="report", backend="hopper", versus="sdpa-cudnn",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def test_every_format_says_verdict_reason_ratio_seal_run_and_link(name, word, co
 
 
 def test_the_json_is_strict_and_holds_what_was_judged():
-    one = gate("INCONCLUSIVE", measured=math.nan, spread=(-math.inf, math.inf), margin=math.nan)
+    one = gate("INCONCLUSIVE", measured=math.nan, interval=(-math.inf, math.inf), margin=math.nan)
     found = json.loads(text("json", decision("INCONCLUSIVE", one)), parse_constant=lambda word: pytest.fail(word))
     assert found["gates"][0]["value"] is None and found["gates"][0]["low"] is None
     assert found["gates"][0]["threshold"] == 1.0 and found["gates"][0]["comparison"] == "at least"

@@ -28,7 +28,7 @@ def test_the_one_option_whose_conditions_all_hold_is_recommended():
     assert decision.recommendation.startswith("Option B (WMMA kernel with sparse paging) is recommended: all 3")
 
 
-def test_a_difference_inside_the_spread_is_none_and_the_files_order_decides():
+def test_medians_whose_intervals_overlap_do_not_differ_and_the_files_order_decides():
     decision = decide([*GOOD, *hopper(512.4)])
     assert {o.id for o in decision.options if o.result == "SHIP"} == {"B", "C"} and decision.recommended.id == "B"
 

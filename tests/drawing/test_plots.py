@@ -23,7 +23,7 @@ def test_the_alternative_text_carries_the_computed_numbers():
     lines = plots.panels(TRIALS)[64, False, "float16"]
     ours, peer = compare.tflops(lines["wmma"][16384]), compare.tflops(lines["sdpa-cudnn"][16384])
     assert f"At 16K, wmma reaches {compare.number(ours)} TFLOPS" in text
-    assert f"sdpa-cudnn, {compare.number(peer)}" in text and "the roof is 758" in text
+    assert f"sdpa-cudnn, {compare.number(peer)}" in text and "a plain matrix product, 758" in text
 
 
 def test_panels_keep_one_problem_a_length_for_all_backends():
@@ -33,15 +33,15 @@ def test_panels_keep_one_problem_a_length_for_all_backends():
     assert plots.panels(TRIALS)[64, False, "float16"]["wmma"][512].problem.batch == 16  # not the small one
 
 
-def test_the_roof_is_the_lower_of_compute_and_memory():
+def test_plain_kernels_are_the_lower_of_compute_and_memory():
     """Causal, S=512: 0.5 · 4·S²·D FLOPs over 4·S·D·2 bytes is 128 FLOPs a byte, times 4.28 TB/s is 548 TFLOPS."""
     ceilings = [t for t in TRIALS if t.kind == "ceiling"]
-    roof = plots._roof(plots.panels(TRIALS)[64, True, "float16"], ceilings)
+    roof = plots._plain(plots.panels(TRIALS)[64, True, "float16"], ceilings)
     assert roof[512] == pytest.approx(128 * 4.28) and roof[16384] == 758
-    assert plots._roof(plots.panels(TRIALS)[64, True, "float16"], []) == {}
+    assert plots._plain(plots.panels(TRIALS)[64, True, "float16"], []) == {}
     odd = [t.model_copy(update={"data": {**t.data, "name": ["a list"]}}) for t in ceilings]
     huge = [t.model_copy(update={"data": {**t.data, "value": 10**400}}) for t in ceilings]
-    assert plots._roof(plots.panels(TRIALS)[64, True, "float16"], [*odd, *huge]) == {}
+    assert plots._plain(plots.panels(TRIALS)[64, True, "float16"], [*odd, *huge]) == {}
 
 
 def test_ours_and_peers_differ_by_more_than_colour():

@@ -89,3 +89,24 @@ def test_without_a_caption_there_is_no_figure_around_it():
         plain, captioned = svg.figure_html(figure, "a"), svg.figure_html(figure, "a", caption="Words & more")
     assert plain.startswith("<svg") and plain.endswith("</svg>")
     assert captioned.startswith("<figure") and "<figcaption>Words &amp; more</figcaption>" in captioned
+
+
+def test_every_point_of_a_line_with_words_carries_its_own():
+    figure = Figure()
+    axes = figure.add_subplot()
+    (line,) = axes.plot([1, 2, 3], [3, 1, 2], marker="o")
+    words = ['a "quoted" <one>', "zwei µs & more", "third"]
+    svg.with_tips(line, words)
+    axes.plot([1, 2], [1, 1], marker="s")  # without any
+    html = svg.figure_html(figure, "What it says.")
+    assert [t.text for t in ElementTree.fromstring(html).iter("{http://www.w3.org/2000/svg}title")] == words
+    assert "tips:" not in html
+
+
+def test_every_timing_in_a_plot_says_its_value_and_its_spread():
+    titles = re.findall(r"<title>([^<]*)</title>", plots.tflops_html(TRIALS))
+    panels = plots.panels([t for t in TRIALS if not plots._is_small(t)])
+    assert len(titles) == sum(len(points) for lines in panels.values() for points in lines.values())
+    assert all(re.search(r": [\d.,]+ µs, [\d.,]+ TFLOPS, the median within .* to .*; n 30$", t) for t in titles)
+    dots = re.findall(r"<title>([^<]*)</title>", plots.latency_html(TRIALS))
+    assert len(dots) == len(plots.small_trials(TRIALS))

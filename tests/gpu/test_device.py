@@ -76,3 +76,17 @@ def test_the_doctor_says_what_mends_what_is_missing(monkeypatch):
 def test_environment_is_json_that_any_tool_reads(run):
     device.record_environment(run, "before")
     assert json.loads(run.environment_path.read_text())["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("remote", "told"),
+    [
+        ("https://example.invalid/a/b.git", "https://example.invalid/a/b.git"),
+        ("https://user:secret@example.invalid/a/b", "https://example.invalid/a/b"),
+        ("git@example.invalid:a/b.git", "https://example.invalid/a/b.git"),
+        ("ssh://git@example.invalid/a/b", "https://example.invalid/a/b"),
+        ("/srv/b", None), ("../b", None), ("file:///b", None), ("", None), (None, None),
+    ],
+)  # fmt: skip
+def test_a_repository_is_named_as_others_reach_it_and_never_with_a_password(remote, told):
+    assert device.public_url(remote) == told

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 from support import synthetic_records as synthetic
 from support.html_tools import Cells
-from support.synthetic_history import snapshot, write
+from support.synthetic_history import one, snapshot, write
 
-from flashcore import history
+from flashcore import history, page
 from flashcore.decision.gates import load_gates
 from flashcore.errors import RecordsError, RecordsTooNew
 from flashcore.history import views
-from flashcore.history.runs import Snapshot
+from flashcore.history.runs import Snapshot, newest
 from flashcore.history.since import Since, since
 from flashcore.history.trend import trend
 
@@ -78,7 +79,7 @@ def test_what_was_not_compared_has_dashes_for_figures():
     late = [t.model_copy(update={"status": "error", "reason": "it crashed"}) for t in snapshot().trials]
     rows = Cells(views.rows_table(found(trials=late).comparison)).rows
     first = dict(zip(rows[0], rows[1], strict=True))
-    assert (first["Change of speed"], first["99 % interval"]) == ("–", "–") and "it crashed" in first["Compared"]
+    assert "Change of speed" not in first and "99 % interval" not in first and "it crashed" in first["Compared"]
 
 
 def on(day: int, name: str, **more) -> Snapshot:
@@ -116,3 +117,24 @@ def test_a_trend_of_one_day_is_told_by_the_clock_and_one_of_many_by_the_day():
 
 def test_without_two_runs_of_one_machine_there_is_a_sentence():
     assert "there is no trend" in views.trend_html({}) and "<svg" not in views.trend_html(trend([on(1, "a")]))
+
+
+def test_the_page_of_a_run_draws_the_trend_up_to_it_where_there_is_one(tmp_path):
+    first = write(tmp_path, snapshot("a"), "2001-02-01T01:00:00+00:00")
+    assert views.trend_beside(first) == "", "one run is no trend"
+    second = write(tmp_path, snapshot("b", faster=1.2), "2001-02-02T01:00:00+00:00")
+    write(tmp_path, snapshot("elsewhere"), "2001-02-01T02:00:00+00:00", gpu="SYNTHETIC H100")
+    html = views.trend_beside(second)
+    assert "<h3>From run to run</h3>" in html and html.count("<svg") == 1 and "2 runs, 2001-02-01 to" in html
+    titles = re.findall(r"<title>([^<]*)</title>", html)
+    assert len(titles) == 6 and all(re.match(r"[ab], 2001-02-0[12], [a-z-]+: .* µs, ", title) for title in titles)
+    assert views.trend_beside(first) == "", "what came later is not told"
+    assert "From run to run" in page.since_html(views.since_last_run(second), second)
+
+
+def test_a_trend_goes_back_only_so_far(tmp_path):
+    for day in range(1, 6):
+        write(tmp_path, snapshot(f"r{day}", trials=one().trials), f"2001-02-0{day}T01:00:00+00:00")
+    assert [s.name for s in newest(tmp_path, 3)] == ["r3", "r4", "r5"] and len(newest(tmp_path, 9)) == 5
+    (tmp_path / "r4" / "environment.json").write_text("{")
+    assert [s.name for s in newest(tmp_path, 3)] == ["r2", "r3", "r5"]

@@ -11,14 +11,14 @@ from support.html_tools import Cells
 from flashcore import page
 from flashcore.decision import claims, verdict
 from flashcore.decision.claims import Finding
-from flashcore.page.claims import audit_html, own_figure
+from flashcore.page.claims import WORDS, audit_html, own_figure
 
 
 def test_the_claims_that_do_not_stand_come_first_with_our_own_figure(gpu_run):
     html = page.claims_html(verdict.gather(gpu_run))
     words = re.findall(r'<strong class="\w+">([a-z ]+)</strong>', html)
-    order = ["impossible", "contradicted", "undefined", "not checkable", "confirmed"]
-    assert words == sorted(words, key=order.index) and {"impossible", "confirmed"} <= set(words)
+    order = ["beyond the data sheet", "contradicted", "undefined", "not checkable", "confirmed"]
+    assert words == sorted(words, key=order.index) and {"beyond the data sheet", "confirmed"} <= set(words)
     assert "(wmma)" in html and "256 of every 4096 scores" in html and "nothing to measure" in html
     assert "Measured by FlashCore" in html and audit_html([]).startswith('<p class="fc-none">')
 
@@ -58,10 +58,10 @@ def test_our_own_figure_is_the_one_that_settled_the_claim_with_its_unit(audits):
 
 def test_the_lead_counts_each_verdict_worst_first(audits):
     html = audit_html([audits["sm-count"], audits["call-270us"], audits["work"]])
-    assert "3 published figures: 1 impossible, 2 confirmed." in html
+    assert "3 published figures: 1 beyond the data sheet, 2 confirmed." in html
     assert audit_html([audits["work"]]).startswith('<p class="fc-lead">1 published figure: 1 confirmed.</p>')
     rows = Cells(html).rows
-    assert rows[1][0] == audits["call-270us"].claim.text and rows[1][2] == "impossible"
+    assert rows[1][0] == audits["call-270us"].claim.text and rows[1][2] == "beyond the data sheet"
 
 
 def test_every_finding_is_folded_below_and_text_is_escaped(audits):
@@ -70,5 +70,5 @@ def test_every_finding_is_folded_below_and_text_is_escaped(audits):
     html = audit_html([hostile])
     assert not re.search("<script>|<b>|<i>", html) and "Note: &lt;b&gt;" in html
     folded = html[html.index("<details") :]
-    assert all(f.outcome in folded for f in one.findings)
+    assert "impossible" not in html and all(WORDS.get(f.outcome, f.outcome) in folded for f in one.findings)
     assert "<details" not in audit_html([with_findings(one)])

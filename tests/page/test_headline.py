@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from support import synthetic_records as synthetic
-from support.decisions import decide
+from support.decisions import decide, hopper, timing_at, with_timing
 
 from flashcore import page
 from flashcore.decision import verdict
@@ -15,9 +15,10 @@ from flashcore.decision.gates import load_gates
 from flashcore.history.runs import Snapshot
 from flashcore.history.since import since
 from flashcore.problem import PRESETS
-from flashcore.records import RunFolder
+from flashcore.records import RunFolder, Trial
 
 TRIALS = synthetic.gpu_trials()
+FAST = synthetic.gpu_trials(synthetic.FAST)
 
 
 def headline(run: RunFolder) -> str:
@@ -31,7 +32,7 @@ def headline_of(trials) -> str:
 
 def test_the_headline_agrees_with_the_gates():
     html = headline_of(TRIALS)
-    assert html.count("<li>") == 4 and "131 " in html and "0.281 " in html and "14.2 " in html
+    assert html.count("<li>") == 3 and "131 " in html and "0.281 " in html and "14.2 " in html
     assert (
         "the best peer, sdpa-cudnn" in html
         and "Target at least 320 TFLOPS" in html
@@ -41,7 +42,7 @@ def test_the_headline_agrees_with_the_gates():
 
 def test_nothing_measured_is_said_in_words():
     html = headline_of([])
-    assert html.count("not measured") == 4 and "inconclusive" in html
+    assert html.count("not measured") == 3 and "inconclusive" in html
 
 
 # --- memory saved ----------------------------------------------------------------------------------------------------
@@ -49,8 +50,54 @@ def test_nothing_measured_is_said_in_words():
 
 def test_the_memory_saved_comes_from_the_last_record_that_holds_it(gpu_run):
     assert "70.3" in headline(gpu_run)
-    gpu_run.append(synthetic.memory_saved(64.2))
-    assert "64.2" in headline(gpu_run) and "70.3" not in headline(gpu_run)
+    gpu_run.append(synthetic.memory_saved(74.2))
+    assert "74.2" in headline(gpu_run) and "70.3" not in headline(gpu_run)
+
+
+def test_memory_is_a_figure_of_the_first_screen_only_where_paging_is_what_ships():
+    assert "Memory saved" in headline_of(FAST) and decide(FAST).recommended.id == "B"
+    assert "Memory saved" not in headline_of(TRIALS), "nothing ships"
+    ahead = [*FAST, *hopper(700.0)]
+    assert decide(ahead).recommended.id == "C" and "Memory saved" not in headline_of(ahead)
+
+
+def test_the_memory_saved_says_which_part_of_a_prompt_is_shared():
+    counts = {"what": "memory", "case": "shared_prefix", "pages_shared": 48, "pages_used": 304, "sequences": 16}
+    known = synthetic.memory_saved(70.3, data={**counts, "saved_percent": 70.31})
+    assert "if 75 % of each prompt is shared" in headline_of([*FAST, known])
+    assert "if a part of each prompt is shared" in headline_of([*FAST, synthetic.memory_saved(71.0)])
+
+
+def test_planted_bugs_stand_where_memory_does_not():
+    planted = [
+        Trial(kind="fault", backend="wmma", environment=synthetic.ENV_ID, data={"outcome": outcome})
+        for outcome in ("found", "found", "missed", "not applicable")
+    ]
+    html = headline_of([*TRIALS, *planted])
+    assert "Planted bugs that were found" in html and "of 3</span>" in html and ">2 <" in html
+    assert 'Target all of them: <strong class="fail">missed</strong>' in html
+
+
+# --- what the figures are --------------------------------------------------------------------------------------------
+
+
+def test_a_latency_says_how_it_was_taken_and_what_else_a_call_takes():
+    html = headline_of(FAST)
+    assert "in a CUDA graph, back to back" in html and "An eager call takes the host 21.4 µs" in html
+    assert "A call alone: not measured" in html
+    alone = with_timing(FAST, timing_at("wmma", PRESETS["latency"]), single_us=9.25, eager_us=7.5)
+    html = headline_of(alone)
+    assert "A call alone takes 9.25 µs" in html and "An eager call on the GPU 7.50 µs" in html
+    assert "not measured" not in html
+
+
+def test_the_peers_that_readers_ask_for_stand_beside_the_ratio_or_are_said_to_be_missing():
+    assert "FlashAttention-3 and -4 were not timed in this run." in headline_of(FAST)
+    like = next(t for t in FAST if timing_at("wmma", PRESETS["report"])(t))
+    third = synthetic.timing("fa3", PRESETS["report"], 2 * like.timing.latency_us, round_=like.timing.round)
+    assert "2.00 × FlashAttention-3; FlashAttention-4 was not timed in this run." in headline_of([*FAST, third])
+    elsewhere = synthetic.timing("fa3", PRESETS["report"], 1.0, round_="another")
+    assert "FlashAttention-3 and -4 were not timed" in headline_of([*FAST, elsewhere])
 
 
 @pytest.mark.parametrize(
@@ -64,16 +111,17 @@ def test_the_memory_saved_comes_from_the_last_record_that_holds_it(gpu_run):
         {"data": {"what": "memory", "case": "mixed_lengths", "saved_percent": 47.0}},
     ],
 )
-def test_a_memory_figure_that_cannot_be_used_is_not_measured(tmp_path, changes):
+def test_a_memory_figure_that_cannot_be_used_is_not_measured(changes):
     trials = [t for t in synthetic.gpu_trials() if t.kind != "paging"]
     record = synthetic.memory_saved(70.3, **changes)
-    run = synthetic.write_run(tmp_path / "run", [*trials, record], synthetic.environment())
-    assert "not measured" in headline(run) and "70.3" not in headline(run)
+    evidence = verdict.Evidence((*trials, record), synthetic.environment(), synthetic.HASHES)
+    html = page.headline_html(decide(FAST), evidence)  # as if it had been decided on another record
+    assert "Memory saved" in html and "run &#39;flashcore paging&#39; to measure it" in html and "70.3" not in html
 
 
 def test_without_any_record_every_figure_is_not_measured(tmp_path):
     run = synthetic.write_run(tmp_path / "run", [], synthetic.environment())
-    assert headline(run).count("not measured") == 4  # speed, its ratio, latency, memory
+    assert headline(run).count("not measured") == 3  # speed, its ratio, latency
     assert ">0 <" in headline(run)
 
 
@@ -87,15 +135,26 @@ def test_the_banner_says_the_verdict_in_words_and_escapes_its_reason(word, css):
     assert "&lt;b&gt; &amp; more." in html and "Measured &lt;i&gt;." in html
 
 
+def test_the_banner_says_risk_and_next_step_with_its_command():
+    good = page.banner_html(decide(FAST), run="the-run")
+    assert "<strong>Risk:</strong> If " in good and "<code>flashcore verify the-run</code>" in good
+    assert "flashcore.attention(q, k, v, backend=&#34;wmma&#34;)" in good
+    bad = page.banner_html(decide(TRIALS))
+    assert "<strong>To change it:</strong> " in bad and "Risk" not in bad
+    assert "<code>make report # on an H100 or H200</code> measures" in bad and "once the kernel is changed" in bad
+    incomplete = page.banner_html(decide([t for t in FAST if t.kind != "notebook"]))
+    assert "<code>flashcore report</code> makes the report again." in incomplete
+
+
 def test_each_figure_says_how_it_changed_since_the_run_before():
     then = Snapshot("before", tuple(synthetic.gpu_trials()), synthetic.environment())
-    fast = [*(t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"), synthetic.memory_saved(64.2)]
+    fast = [*(t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"), synthetic.memory_saved(76.2)]
     now = Snapshot("now", tuple(fast), synthetic.environment())
     evidence = verdict.Evidence(now.trials, now.environment, synthetic.HASHES)
     html = page.headline_html(decide(fast), evidence, since(now, then, gates=load_gates()))
     deltas = re.findall(r'<span class="fc-delta">(.*?)</span>', html)
     assert len(deltas) == 4 and all("since 2001-02-03" in d or "right on 2001-02-03" in d for d in deltas)
-    assert "faster, relative to sdpa-cudnn" in deltas[0] and deltas[3] == "−6.1 points since 2001-02-03"
+    assert "faster, relative to sdpa-cudnn" in deltas[0] and deltas[3] == "+5.9 points since 2001-02-03"
     assert "fc-delta" not in headline_of(fast)
 
 

@@ -117,7 +117,7 @@ def recorded(pages, shared_folder) -> str:
         draw(folder)
 
     pages["recorded"] = RunFolder(made_once(shared_folder / "recorded" / source.name, copy_and_draw))
-    assert (pages["recorded"].path / "report.html").stat().st_size < 3_000_000
+    assert (pages["recorded"].path / "report.html").stat().st_size < 2_000_000
     return "recorded"
 
 
@@ -333,7 +333,7 @@ def test_the_executive_part_fits_one_printed_page(opened, name):
 
 def test_the_file_is_small(pages):
     for name in RUNS:
-        assert (pages[name].path / "report.html").stat().st_size < 3_000_000
+        assert (pages[name].path / "report.html").stat().st_size < 2_000_000
 
 
 # --- what is on it -------------------------------------------------------------------------------------------------
@@ -358,17 +358,111 @@ def test_four_figures_stand_under_the_verdict_with_target_and_change(seen):
         "Best speed of ours", "Latency of a small call", "Checks that are right", "Memory saved",
     ]  # fmt: skip
     assert "512" in cards[0] and "× the best peer, sdpa-cudnn" in cards[0] and "Target at least 320 TFLOPS" in cards[0]
-    assert "70.3 %" in cards[3].replace("\n", " ") and "shared prefix" in cards[3]
+    assert "70.3 %" in cards[3].replace("\n", " ") and "of each prompt is shared" in cards[3]
     assert all("since 2001-02-03" in card or "on 2001-02-03" in card for card in cards)
     assert "faster" in cards[0]
 
 
-def test_memory_that_was_not_measured_is_said_plainly(seen):
-    tab, _ = seen("broken")
-    assert "70.3" in tab.locator(".fc-cards > li").nth(3).inner_text()
-    tab, _ = seen("cpu")
-    card = tab.locator(".fc-cards > li").nth(3).inner_text()
-    assert "not measured" in card or "shared prefix" in card  # the recorded run may hold it
+def test_the_first_screen_says_verdict_reason_risk_and_next_step_with_a_command(opened):
+    tab, _ = opened("go", width=1280)
+    parts = [tab.locator(f".fc-banner .fc-{name}") for name in ("verdict", "reason", "risk", "todo")]
+    assert all(part.bounding_box()["y"] + part.bounding_box()["height"] < 900 for part in parts)
+    assert "flashcore verify go" in parts[3].locator("code").first.inner_text()
+    tab, _ = opened("broken", width=1280)  # INCONCLUSIVE, the longest of the words
+    assert tab.locator(".fc-verdict").bounding_box()["width"] < tab.locator(".fc-banner").bounding_box()["width"] / 4
+
+
+def test_what_ships_without_paging_does_not_tell_of_memory(opened):
+    tab, _ = opened("no-go")
+    assert "Memory saved" not in tab.locator(".fc-cards").inner_text()
+
+
+# --- tables, rows, points ------------------------------------------------------------------------------------------
+
+
+def test_no_table_is_wider_than_its_box_without_a_hint(opened, recorded):
+    tab, _ = opened(recorded, width=390)
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    settle(tab)
+    boxes = tab.evaluate(
+        """[...document.querySelectorAll('.fc-table')].filter(b => b.scrollWidth > b.clientWidth + 1)
+             .map(b => [b.classList.contains('scroll'), b.previousElementSibling?.className ?? ''])"""
+    )
+    assert len(boxes) > 5 and all(box == [True, "fc-hint"] for box in boxes)
+    for width in (1280, 1440):
+        tab.set_viewport_size({"width": width, "height": 900})
+        settle(tab)
+        for css in (".fc-gates", ".fc-options", ".fc-claims"):
+            assert tab.locator(css).first.evaluate("b => b.scrollWidth <= b.clientWidth"), (css, width)
+    cell = tab.locator(".fc-gates td:nth-child(3)").nth(4)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    lefts = cell.evaluate("c => [c.querySelector('.fc-behind').getBoundingClientRect().left, c.parentElement"
+                          ".getBoundingClientRect().left]")  # fmt: skip
+    assert lefts[0] - lefts[1] > 80, "what stands behind a figure stands below it, and not below its label"
+
+
+def test_on_a_phone_the_navigation_is_one_line_and_stays(opened, recorded):
+    tab, _ = opened(recorded, width=390, reduced_motion="reduce")
+    nav = tab.locator(".fc-nav")
+    assert nav.bounding_box()["height"] < 60
+    tab.evaluate("scrollTo(0, 4000)")
+    settle(tab)
+    assert nav.bounding_box()["y"] == 0
+    tab.locator(".fc-nav a[href='#correctness']").click()
+    settle(tab)
+    top = tab.locator("#correctness h2").bounding_box()["y"]
+    assert nav.bounding_box()["height"] - 10 <= top < 200, "and covers no heading that it leads to"
+
+
+def test_long_tables_have_filters_and_only_tables_with_more_than_five_rows_sort_marks(opened, recorded):
+    tab, _ = opened(recorded)
+    counted = tab.evaluate(
+        """[...document.querySelectorAll('.fc-table table')].map(t => [t.tBodies[0].rows.length,
+             !!t.querySelector('.fc-sort'), (() => { let e = t.closest('.fc-table').previousElementSibling;
+               if (e?.matches('.fc-hint')) e = e.previousElementSibling; return !!e?.matches('.fc-filter'); })()])"""
+    )
+    assert all(sorts == (rows > 5) and filters == (rows > 12) for rows, sorts, filters in counted), counted
+    box = tab.locator(".fc-filter").first
+    table = tab.locator(".fc-filter + .fc-table tbody tr").first.locator("..")
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    before = table.locator("tr:visible").count()
+    box.fill("d=128 causal")
+    shown = table.locator("tr:visible").all_inner_texts()
+    assert 0 < len(shown) < before and all("D=128" in row and "causal" in row for row in shown)
+    box.fill("")
+    assert table.locator("tr:visible").count() == before
+
+
+def test_rows_can_be_linked_to_and_evidence_lands_on_its_row(opened, recorded):
+    tab, _ = opened(recorded)
+    link = tab.locator(".fc-gates tr", has_text="5 µs for a whole small call").locator("a")
+    row = link.get_attribute("href")
+    assert row.startswith("#small-problems-every-backend--")
+    link.click()
+    settle(tab)
+    target = tab.locator(row)
+    assert target.is_visible() and "hopper" in target.inner_text(), "the fold that it lies in is open"
+    target.hover()
+    assert tab.locator(".fc-permalink").get_attribute("href") == row
+    assert tab.locator(".fc-permalink").count() == 1
+
+
+def test_a_plotted_point_says_its_value_and_spread(opened, recorded):
+    tab, _ = opened(recorded)
+    mark = tab.locator("#speed svg.fc-plot use:has(> title)").first
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2)
+    words = tab.locator(".fc-tip").inner_text()
+    assert re.search(r"µs, .* TFLOPS, the median within .* to .*; n \d+", words)
+    tab.mouse.move(2, 2)
+    assert tab.locator(".fc-tip").count() == 0
+
+
+def test_a_page_has_fewer_than_12_000_nodes(opened, recorded):
+    for name in (recorded, "go", "cpu"):
+        tab, _ = opened(name)
+        assert tab.evaluate("document.getElementsByTagName('*').length") < 12_000
 
 
 def test_what_changed_since_the_last_run_has_a_section(seen):
@@ -381,10 +475,11 @@ def test_what_changed_since_the_last_run_has_a_section(seen):
 
 def test_the_claims_are_audited_on_the_page(seen):
     tab, _ = seen("go")
+    tab.evaluate("document.querySelectorAll('#claims details').forEach(d => d.open = true)")
     rows = tab.locator(".fc-claims tbody tr").all_inner_texts()
     assert len(rows) > 15
     call = next(row for row in rows if "270 µs" in row)
-    assert "impossible" in call and "peak" in call
+    assert "beyond the data sheet" in call and "peak" in call
     assert "wmma" in next(row for row in rows if "3.75 TFLOPS" in row and "Phase 3A" in row)
     outcomes = [row for row in rows if "confirmed" in row]
     assert rows[0] not in outcomes and rows[-1] in outcomes
@@ -480,7 +575,6 @@ def test_tables_sort_by_keyboard_and_say_so(opened):
     tab.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") is None
     assert table.locator("tbody tr").all_inner_texts() == before
-    assert tab.locator(".fc-table table").count() - tab.locator(".fc-table table:has(.fc-sort)").count() <= 3
 
 
 def measured(table) -> list[str]:

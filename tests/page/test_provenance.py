@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from html import unescape
 
+import pytest
 from support import synthetic_records as synthetic
 from support.decisions import decide
 from support.html_tools import row
+from typer.testing import CliRunner
 
+from flashcore.cli import app
 from flashcore.decision import verdict
+from flashcore.page import banner_html
 from flashcore.page.provenance import command, provenance_html
+from flashcore.paths import data_dir
+from flashcore.pipeline.folders import find_run
+from flashcore.records import RunFolder
 
 
 def test_the_command_names_what_is_not_the_default():
@@ -26,9 +33,30 @@ def provenance(trials=(), recorded=None, **environment) -> str:
 
 def test_the_steps_begin_with_the_sources_and_name_the_run():
     steps = re.findall(r"<li><code>(.*?)</code>", provenance())
-    assert steps[:2] == [f"git checkout {'0' * 40}", "make report PROFILE=full"]
+    assert steps[0] == f"git archive --format=tar.gz --output=flashcore.tar.gz {'0' * 40}"
+    assert steps[1] == "make report PROFILE=full" and "names no repository" in provenance()
     assert {"flashcore verify the-run", "flashcore verdict the-run", "flashcore render the-run"} <= set(steps)
-    assert "git checkout" not in provenance(git=None)
+    assert "git a" not in provenance(git=None)
+    named = provenance(git={"commit": "abc", "url": "https://example.invalid/flashcore"})
+    steps = [unescape(step) for step in re.findall(r"<li><code>(.*?)</code>", named)]
+    assert steps[:2] == ["git clone https://example.invalid/flashcore flashcore && cd flashcore", "git checkout abc"]
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in (data_dir("reports") / "recorded").glob("*/seal.json")))
+def test_the_commands_on_the_page_of_a_recorded_run_take_its_name(folder, tmp_path):
+    """Whoever has the package finds the run by the name that the page prints, and no command would write into it."""
+    run = RunFolder(folder)
+    shown = provenance_html(run.name, verdict.judge(run), verdict.gather(run)) + banner_html(
+        verdict.judge(run), run=run.name
+    )
+    lines = [unescape(line) for line in re.findall(r"<code>(flashcore (?:verify|verdict|render) .*?)</code>", shown)]
+    assert len(lines) == 4
+    for line in lines:
+        _, command, name, *more = line.split()
+        assert find_run(name).path.resolve() == folder.resolve(), line
+        assert (command == "render") == bool(more)
+    said = CliRunner().invoke(app, lines[0].split()[1:])
+    assert said.exit_code == 0, said.output
 
 
 def test_what_a_shell_would_read_otherwise_is_quoted():

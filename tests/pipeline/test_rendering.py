@@ -49,7 +49,7 @@ def test_a_page_that_would_be_too_large_leaves_out_the_largest_notebooks_and_nam
     monkeypatch.setattr(rendering, "MOST_PAGE_BYTES", len(whole) + 20_000)
     page = rendering.render(run, notebooks_dir=toys).read_text()
     assert len(page) <= rendering.MOST_PAGE_BYTES and "x" * 3_000 in page and "x" * 400_000 not in page
-    assert "larger than 3 MB: Notebook 01_first." in page
+    assert "larger than 2 MB: Notebook 01_first." in page
 
 
 def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):

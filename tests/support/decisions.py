@@ -73,6 +73,6 @@ def result(measured: float, threshold: float, comparison: str, *, metric: str = 
     margin = measured - threshold if comparison == "at least" else threshold - measured
     return GateResult(
         id="x", title="X", state="PASS" if margin >= 0 else "FAIL", threshold=threshold, measured=measured,
-        margin=margin, unit="µs", n=30, spread=(measured, measured), evidence="live", reason="Because.", fix=None,
+        margin=margin, unit="µs", n=30, interval=(measured, measured), evidence="live", reason="Because.", fix=None,
         required=True, comparison=comparison, metric=metric, problem="report", backend="hopper",
     )  # fmt: skip

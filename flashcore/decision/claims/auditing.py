@@ -50,7 +50,7 @@ class Audit:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and for a page."""
         claim = self.claim
-        findings = [{**asdict(f), "spread": f.spread and list(f.spread)} for f in self.findings]
+        findings = [{**asdict(f), "interval": f.interval and list(f.interval)} for f in self.findings]
         return {
             "id": claim.id, "text": claim.text, "source": claim.source, "note": claim.note, "quantity": claim.quantity,
             "value": float(claim.value), "unit": claim.unit, "claimed": claim.figure, "attributed_to": claim.backend,

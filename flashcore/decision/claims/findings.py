@@ -32,8 +32,8 @@ class Finding:
     """The backend that was measured, for a measurement."""
     n: int = 0
     """Samples behind the measured figure."""
-    spread: tuple[float, float] | None = None
-    """5th and 95th percentile of the measured figure."""
+    interval: tuple[float, float] | None = None
+    """Of the measured median, in `unit`."""
 
 
 def time_words(us: float) -> str:

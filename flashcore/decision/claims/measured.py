@@ -18,7 +18,7 @@ from flashcore.records import Trial
 RUN_TO_RUN = 0.03
 """By how much two runs of one kernel on one GPU may differ in median without contradicting each other."""
 CEILING_SLACK = 0.05
-"""By how much a claim may exceed a ceiling measured on the same GPU: other shapes and clocks reach a little more."""
+"""By how much a claim may exceed the fastest measured on the same GPU: other shapes and clocks reach a little more."""
 CEILING_OF = {"float16": "matmul_fp16", "bfloat16": "matmul_bf16"}
 """The ceiling record that bounds a workload's speed, by dtype."""
 
@@ -97,7 +97,7 @@ def _timed(claim: Claim, problem: Problem, run: Run) -> Finding:
     timings = run.source.pick("attention_timing", lambda t: compare.same_problem(t.problem, problem))
     usable = [t for t in timings if compare.latency_us(t) is not None]
     if wanted is None:
-        usable = [t for t in usable if compare.role(t) == "ours"]
+        usable = [t for t in usable if compare.contends(t)]
         trial = min(usable, key=compare.latency_us, default=None)
     else:
         trial = next((t for t in reversed(usable) if t.backend == wanted), None)
@@ -119,22 +119,22 @@ def _why_not(backend: str | None, problem: Problem, run: Run) -> str:
 
 def _beside(claim: Claim, problem: Problem, trial: Trial, run: Run) -> Finding:
     measured, samples = compare.latency_us(trial), compare.samples_us(trial)
-    spread, flop = compare.spread(samples), work(problem)
+    within, flop = compare.interval_us(trial), work(problem)
     figures = {"backend": trial.backend, "n": len(samples), "unit": claim.own_unit, "claimed": claim.number}
     if claim.quantity == "tflops":
         figures |= {"against": flop / measured / 1e6}
-        figures |= {"spread": spread and (flop / spread[1] / 1e6, flop / spread[0] / 1e6)}
+        figures |= {"interval": within and (flop / within[1] / 1e6, flop / within[0] / 1e6)}
     else:
-        figures |= {"against": measured, "spread": spread}
+        figures |= {"against": measured, "interval": within}
     who = f"{trial.backend}, the fastest of ours," if not (claim.counterpart or claim.backend) else trial.backend
-    bounds = f", 5th to 95th percentile {time_words(spread[0])} to {time_words(spread[1])}" if spread else ""
+    bounds = f", the median within {time_words(within[0])} to {time_words(within[1])}" if within else ""
     says = (
         f"Measured: {who} takes {time_words(measured)} ({number(flop / measured / 1e6)} TFLOPS; "
         f"n {len(samples)}{bounds}){run.where} at {spaced(problem)}"
     )
     interval = latency_us(claim, problem) or (0.0, math.inf)
     middle = claim.number if claim.quantity == "latency_us" else flop / claim.number / 1e6
-    agrees = not apart(interval, _widened(spread or (measured, measured)))
+    agrees = not apart(interval, _widened(within or (measured, measured)))
     says += ", as claimed" if agrees else f", {_faster(middle, measured)} the claim"
     doubt = run.doubt(trial)
     if doubt:
@@ -170,7 +170,7 @@ def _measured_ratio(claim: Claim, claims: Claims, run: Run) -> Finding:
     if ratio is None:
         named = all(c.counterpart for c in (fast, slow))
         return _not_measured(claim, "", _command(",".join(names), slow.workload) if named else None)
-    bounds = f", 5th to 95th percentile {number(ratio.spread[0])} to {number(ratio.spread[1])}" if ratio.spread else ""
+    bounds = f", the median within {compare.between(ratio.interval)}" if ratio.interval else ""
     says = (
         f"Measured: {names[0]} is {number(ratio.value)} times as fast as {names[1]} (n {ratio.n}{bounds})"
         f"{run.where} at {spaced(slow.workload)}"
@@ -178,9 +178,11 @@ def _measured_ratio(claim: Claim, claims: Claims, run: Run) -> Finding:
     doubt = next((d for t in found if (d := run.doubt(t))), None)
     says += f"; but {doubt}" if doubt else ""
     own = names == [fast.backend, slow.backend] and run.is_of(claim) and not doubt
-    agrees = not apart(claim.interval, _widened(ratio.spread or (ratio.value, ratio.value)))
+    agrees = not apart(claim.interval, _widened(ratio.interval or (ratio.value, ratio.value)))
     outcome = "beside" if not own else "confirmed" if agrees else "contradicted"
-    return Finding("measurement", outcome, f"{says}.", claim.number, ratio.value, "×", names[0], ratio.n, ratio.spread)
+    return Finding(
+        "measurement", outcome, f"{says}.", claim.number, ratio.value, "×", names[0], ratio.n, ratio.interval
+    )
 
 
 def _machine(claim: Claim, run: Run) -> Finding:
@@ -230,20 +232,27 @@ def _as_recorded(claim: Claim, trial: Trial, run: Run) -> Finding:
 
 
 def measured_roof(claim: Claim, run: Run) -> list[Finding]:
-    """A claim of speed against the run's own ceilings; they refute one about the same GPU only."""
-    rate_roof, floor = _ceiling(run, CEILING_OF.get(dtype_of(claim))), _ceiling(run, "graph_node")
+    """A claim of speed against the fastest that the run measured; it refutes one about the same GPU only."""
+    rate_roof, floor = _fastest(run, dtype_of(claim)), _ceiling(run, "graph_node")
     outcome = "contradicted" if run.is_of(claim) else "beside"
     found = []
     interval = latency_us(claim, claim.workload) if claim.family == "speed" else None
     if interval and claim.workload and rate_roof and interval[1] > 0:
         rate = work(claim.workload, claim.share) / interval[1] / 1e6
         if rate > rate_roof * (1 + CEILING_SLACK):
-            sentence = f"The best matrix product measured{run.where} has {number(rate_roof)} TFLOPS, which is less."
+            sentence = f"The fastest kernel measured{run.where} reached {number(rate_roof)} TFLOPS, which is less."
             found.append(Finding("physics", outcome, sentence, rate, rate_roof, "TFLOPS"))
     if interval and floor and interval[1] < floor * (1 - CEILING_SLACK):
         sentence = f"An empty kernel in a CUDA graph was measured to take {number(floor)} µs{run.where}, which is more."
         found.append(Finding("physics", outcome, sentence, interval[1], floor, "µs"))
     return found
+
+
+def _fastest(run: Run, dtype: str) -> float | None:
+    """TFLOPS of the fastest kernel of a dtype that the run measured: a plain matrix product, or attention itself."""
+    timed = run.source.pick("attention_timing", lambda t: t.problem is not None and t.problem.dtype == dtype)
+    rates = [rate for t in timed if (rate := compare.tflops(t)) is not None and run.doubt(t) is None]
+    return max(filter(None, [*rates, _ceiling(run, CEILING_OF.get(dtype))]), default=None)
 
 
 def _ceiling(run: Run, name: str | None) -> float | None:

@@ -60,7 +60,7 @@ def _speed(claim: Claim, gpu: Gpu) -> list[Finding]:
     for problem in claim.may_mean:
         roof = _roof(claim, problem, gpu)
         if roof.outcome == "impossible":
-            meant = f"Were {spaced(problem)} meant, it would be impossible: {roof.sentence}"
+            meant = f"Were {spaced(problem)} meant, it would be beyond the data sheet: {roof.sentence}"
             found.append(Finding("physics", "beside", meant, roof.claimed, roof.against, roof.unit))
     return [finding for finding in found if finding is not None]
 

@@ -38,7 +38,9 @@ def test_a_claim_about_a_backend_of_this_run_is_decided_by_it(factor, verdict, q
     found = measured(claim_text("a", quantity, round(value * factor, 3), unit, workload="report", backend="wmma"))
     assert found.verdict == verdict
     (finding,) = found.of("measurement")
-    assert finding.backend == "wmma" and finding.n == 30 and finding.spread[0] < finding.against < finding.spread[1]
+    assert (
+        finding.backend == "wmma" and finding.n == 30 and finding.interval[0] <= finding.against <= finding.interval[1]
+    )
     assert finding.against == pytest.approx(value)
 
 

@@ -227,7 +227,7 @@ def _compute(q, k, v, causal: bool, softmax_scale: float | None, return_lse: boo
     return (out if out.stride() == strides else dense.laid_out(out, strides)), lse
 
 
-def _compute_op(q, k, v, causal, softmax_scale, return_lse, backend):
+def _compute_op(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
     """What computes ``torch.ops.flashcore.attention``: the same, and an empty `lse` where none is asked for."""
     out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend)
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)

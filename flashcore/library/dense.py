@@ -79,12 +79,8 @@ attention = define(
 
 
 def computed_by(function: Callable) -> None:
-    """Say what computes the op; it is called with all seven arguments by position."""
-
-    def compute(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
-        return function(q, k, v, causal, softmax_scale, return_lse, backend)
-
-    implement(attention, compute)
+    """Say what computes the op; it is called with the arguments of the op."""
+    implement(attention, function)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients

@@ -121,6 +121,14 @@ def _choose(problem: Problem, device: torch.device, name: str, return_lse: bool)
     return backend
 
 
+def picked_for(dtype: torch.dtype, head_dim: int, device: torch.device) -> backends.Backend:
+    """What ``backend="auto"`` picks for an ordinary problem of this dtype and head_dim; whatever the lengths are."""
+    problem = Problem(
+        batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype]
+    )
+    return _choose(problem, device, "auto", False)
+
+
 def attention(
     q,
     k,

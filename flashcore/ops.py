@@ -264,6 +264,9 @@ def _as_op(q, k, v, causal, softmax_scale, backend, return_lse):
     if softmax_scale is not None:
         softmax_scale = plain.softmax_scale(softmax_scale)
     with_lse = return_lse or _requires_gradients(q, k, v)  # the backward pass starts from lse
+    if with_lse and not return_lse and backend in WITHOUT_LSE:
+        raise Unsupported(backend, "gradients are asked for, and start from lse, which it does not return; choose "
+                          "another backend, or call it under torch.no_grad()")  # fmt: skip
     out, lse = dense.attention(q, k, v, causal, softmax_scale, with_lse, backend)
     return (out, lse) if return_lse else out
 

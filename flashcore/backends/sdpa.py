@@ -134,7 +134,7 @@ class SdpaFlash(_Sdpa):
         if num_empty:
             out[:, :, :num_empty] = 0
             lse[:, :, :num_empty] = -math.inf
-        return out[..., : problem.head_dim], lse
+        return out[..., : problem.head_dim] if missing else out, lse
 
 
 @register

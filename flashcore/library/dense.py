@@ -75,7 +75,10 @@ attention = define(
     "str backend='auto') -> (Tensor out, Tensor lse)",
     _fake,
 )
-"""The op. `lse` is empty, of shape ``[0]``, unless it is asked for; all else as `flashcore.attention`."""
+"""The op. `lse` is empty, of shape ``[0]``, unless it is asked for; all else as `flashcore.attention`.
+
+A process that loads an exported program has to import `flashcore.ops` first, which says what computes it.
+"""
 
 
 def computed_by(function: Callable) -> None:

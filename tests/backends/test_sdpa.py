@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashcore import backends
+from flashcore.backends import sdpa
 from flashcore.errors import BackendUnavailable, Unsupported
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs
@@ -59,6 +61,16 @@ def test_flash_gives_lse_and_aligns_bottom_right_by_the_op_beneath_torchs_functi
     assert seen == [(-(-problem.head_dim // 8) * 8, 0.0, False, abs(problem.scale))]
     if problem.seqlen_q != problem.seqlen_k:
         assert torch.equal(backends.get("sdpa-flash").run(*inputs, problem)[0], out)
+
+
+def test_flash_knows_the_arguments_by_its_own_description_of_what_comes_out(monkeypatch):
+    monkeypatch.setattr(sdpa, "readable", lambda tensor: tensor)  # it looks where a tensor lies
+    problem = UNEQUAL.with_(seqlen_q=20, head_dim=96)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 20, 96, dtype=torch.float16, device="cuda")
+        k, v = (torch.empty(1, 2, 50, 96, dtype=torch.float16, device="cuda") for _ in range(2))
+        out, lse = backends.get("sdpa-flash").run_with_lse(q, k, v, problem)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
 
 
 @pytest.mark.gpu

@@ -8,10 +8,12 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashcore import ops, paged_ops
 from flashcore.compat import flash_attn
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flashcore.compat.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
 
 
@@ -365,6 +367,17 @@ def test_torchs_own_is_called_with_what_it_takes(on_a_gpu, monkeypatch):
     ]
     flash_attn_func(q, k, k, softcap=3.0)
     assert len(seen) == 2, "it has no softcap"
+
+
+def test_torchs_own_knows_the_arguments_by_its_description_of_what_comes_out():
+    masking = Masking(window_left=3, window_right=2)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, rows, 8, 96, dtype=torch.bfloat16, device="cuda") for rows in (100, 300))
+        out, lse = flash_attn._in_torch(q, k, k, masking, None)
+        assert out.shape == q.shape and lse.shape == (2, 8, 100)
+        q, bounds = torch.empty(30, 8, 64, dtype=torch.float16, device="cuda"), torch.empty(4, device="cuda")
+        out, lse = flash_attn._in_torch(q, q, q, Masking(causal=True), 0.1, (bounds, bounds, 20, 20))
+        assert out.shape == q.shape and lse.shape == (8, 30)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

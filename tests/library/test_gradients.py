@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashcore
-from flashcore.errors import InvalidProblem
+from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import gradients
 
 CASES = {
@@ -138,6 +139,24 @@ def test_torchs_kernel_is_called_with_what_it_takes(monkeypatch, scale, lengths)
     got = gradients.by_flash(grad, None, q, k, v, out, lse, True, scale)
     close([g.half() for g in got], exact(inputs, grad, None, causal=True, scale=scale), torch.float16)
     assert seen == [(None, None, *lengths, 0.0, True, True)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_torchs_kernel_knows_the_arguments(monkeypatch, head_dim):
+    """By its own description of what comes out, on tensors of a GPU that are not there."""
+    monkeypatch.setattr(gradients, "readable", lambda tensor: tensor)  # it looks where a tensor lies
+    with FakeTensorMode():
+        q, out, grad = (torch.empty(2, 8, 100, head_dim, dtype=torch.float16, device="cuda") for _ in range(3))
+        k, v = (torch.empty(2, 2, 300, head_dim, dtype=torch.float16, device="cuda") for _ in range(2))
+        lse = torch.empty(2, 8, 100, device="cuda")
+        found = gradients.by_flash(grad, None, q, k, v, out, lse, True, -0.1)
+    assert [(g.shape, g.dtype, g.is_cuda) for g in found] == [(t.shape, t.dtype, True) for t in (q, k, v)]
+
+
+def test_a_backend_that_gives_no_lse_says_what_that_has_to_do_with_gradients():
+    inputs, _ = made(torch.float32)
+    with pytest.raises(Unsupported, match="'sdpa-math' cannot .* gradients are asked for, and start from lse"):
+        flashcore.attention(*inputs, backend="sdpa-math")
 
 
 def test_what_torchs_kernel_takes(monkeypatch):

@@ -93,7 +93,7 @@ def flash_attn_func(
         out = out.transpose(1, 2)
     else:
         asked = _asked(masking, scale, deterministic)
-        peer = _peer("flash_attn_func", q, asked)
+        peer = _peer("flash_attn_func", q, asked, with_lse)
         if peer is not None:
             out, lse = _called(peer, (q, k, v), asked, with_lse)
         elif not atomics and _torch_can(q, k, masking, with_lse):
@@ -159,7 +159,7 @@ def flash_attn_varlen_func(
     bounds = {
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": rows, "max_seqlen_k": keys
     }  # fmt: skip
-    peer = _peer("flash_attn_varlen_func", q, asked)
+    peer = _peer("flash_attn_varlen_func", q, asked, with_lse)
     if peer is not None:
         out, lse = _called(peer, (q, k, v), {**bounds, **asked}, with_lse)
     elif not atomics and block_table is None and _torch_can(q, k, masking, with_lse):
@@ -378,7 +378,7 @@ def _functions(name: str, index: int) -> tuple:
     return tuple(found)
 
 
-RENAMED = {"block_table": "page_table", "return_attn_probs": "return_softmax"}
+RENAMED = {"block_table": "page_table"}
 """Names that other releases have for the same."""
 
 
@@ -402,13 +402,15 @@ def _asked(masking: Masking, scale: float | None, deterministic: bool) -> dict:
     return asked
 
 
-def _peer(name: str, q: torch.Tensor, asked: dict):
+def _peer(name: str, q: torch.Tensor, asked: dict, with_lse: bool = False):
     """The first function of an installed package that knows all that is asked; None where there is none."""
     # FlashAttention takes the maximum of the unscaled products: a scale of 0 or less is not for it.
-    if not q.is_cuda or q.shape[-1] > 256 or q.shape[-1] % 8 or asked.get("softmax_scale", 1.0) <= 0:
+    scale = asked.get("softmax_scale", 1.0)
+    if not q.is_cuda or q.shape[-1] > 256 or q.shape[-1] % 8 or scale <= 0:
         return None
+    known = [*asked, "return_attn_probs"] if with_lse else asked
     for function, dtypes, parameters in _functions(name, q.device.index):
-        if q.dtype in dtypes and all(one in parameters or RENAMED.get(one) in parameters for one in asked):
+        if q.dtype in dtypes and all(one in parameters or RENAMED.get(one) in parameters for one in known):
             return function
     return None
 
@@ -416,7 +418,7 @@ def _peer(name: str, q: torch.Tensor, asked: dict):
 def _called(function, tensors, asked: dict, with_lse: bool):
     """A peer's `out`, and its `lse` where it is wanted."""
     parameters = inspect.signature(function).parameters
-    if with_lse and "return_attn_probs" in parameters:
+    if with_lse and "return_softmax_lse" not in asked:
         asked = {**asked, "return_attn_probs": True}
     asked = {one if one in parameters else RENAMED[one]: value for one, value in asked.items()}
     found = function(*tensors, **asked)

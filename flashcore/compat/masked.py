@@ -13,7 +13,7 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.library import traced
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Scores held at once, a few times over: 16 MB each on a CPU, 512 MB on a GPU."""
@@ -151,6 +151,12 @@ def attention(
     InvalidProblem
         `sink` or `slopes` of another shape, dtype or device.
     """
+    compute = _attention if traced() else _shielded
+    return compute(q, k, v, masking, softmax_scale)
+
+
+def _attention(q, k, v, masking: Masking, softmax_scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention`, whatever is set around the call."""
     batch, heads, seqlen_q, head_dim = q.shape
     group, seqlen_k = heads // k.shape[1], k.shape[2]
     if masking.slopes is not None:
@@ -175,6 +181,10 @@ def attention(
         parts.append(found[0] if len(found) == 1 else [torch.cat(one, 2) for one in zip(*found, strict=True)])
     out, lse = parts[0] if len(parts) == 1 else [torch.cat(one) for one in zip(*parts, strict=True)]
     return out.to(q.dtype), lse
+
+
+_shielded = ambient.shielded(_attention)
+"""The same with autocast and the like kept out of it: what is float32 here stays so."""
 
 
 def _rows(q, keys, values, masking: Masking, scale: float, batch: slice, rows: slice, seqlen_q: int):

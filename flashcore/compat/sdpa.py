@@ -83,6 +83,9 @@ def why_torch(
         return "scale is no number of Python's"
     if not (query.device == key.device == value.device) or not (query.dtype == key.dtype == value.dtype):
         return "the tensors differ in device or dtype"
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.get_autocast_dtype(kind):
+        return "autocast changes the dtype of the call"
     if query.dtype not in DTYPES:
         return f"dtype {str(query.dtype).removeprefix('torch.')} is not ours"
     if query.dim() < 2 or not query.dim() == key.dim() == value.dim():

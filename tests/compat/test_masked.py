@@ -115,6 +115,17 @@ def test_results_come_in_the_dtype_of_q(dtype):
     torch.testing.assert_close(out.double(), row_by_row(*inputs, masking)[0], rtol=2e-2, atol=2e-2)
 
 
+def test_autocast_changes_nothing_and_a_compiled_call_is_whole():
+    inputs, masking = three(dtype=torch.float32), Masking(causal=True, softcap=2.0, sink=torch.ones(4))
+    expected = masked.attention(*inputs, masking)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = masked.attention(*inputs, masking)
+    compiled = torch.compile(lambda *given: masked.attention(*given, masking), fullgraph=True, backend="eager")(*inputs)
+    for one, other, true in zip(got, compiled, expected, strict=True):
+        assert torch.equal(one, true)
+        torch.testing.assert_close(other, true)
+
+
 def test_dropout_keeps_the_sum_on_average():
     q, k, _ = three(64, 64)
     out, _ = masked.attention(q, k, torch.ones_like(k), Masking(dropout=0.25))

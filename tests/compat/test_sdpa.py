@@ -130,6 +130,16 @@ def test_gradients_are_torchs():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts_as_it_does_in_torch(dtype):
+    inputs = three(2, 4, 9, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, expected = flashcore.scaled_dot_product_attention(*inputs, backend="cpu"), TORCHS(*inputs)
+        assert (sdpa.why_torch(*inputs, backend="cpu") is None) == (dtype == torch.bfloat16)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_on_a_cpu_auto_leaves_torch_its_own():
     assert sdpa.why_torch(*three(2, 4, 9, 8)) == "the tensors lie on no GPU"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from flashcore.errors import InvalidProblem
 from flashcore.library import gradients
@@ -133,3 +134,20 @@ def _fold(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
 
 
 map_over(attention, _map)
+
+# ---------------------------------------------------------------------------------------------------------- operations
+
+
+def _flops(q_shape, k_shape, v_shape, *others, out_shape=None, **options) -> int:
+    """Operations of the two products, in the convention of `torch.utils.flop_counter`: a mask takes none away."""
+    batch, heads, seqlen_q, head_dim = q_shape
+    return 4 * batch * heads * seqlen_q * k_shape[2] * head_dim
+
+
+def _backward_flops(grad_shape, grad_lse_shape, q_shape, k_shape, *others, out_shape=None, **options) -> int:
+    """Of the five products of the backward pass; the scores are computed once more."""
+    return _flops(q_shape, k_shape, None) * 5 // 2
+
+
+register_flop_formula(torch.ops.flashcore.attention)(_flops)
+register_flop_formula(torch.ops.flashcore.attention_backward)(_backward_flops)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from flashcore.compat import sdpa
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
@@ -162,6 +163,22 @@ def test_training_gradients_are_those_of_eager(models, implementation):
         grads.append([p.grad.clone() for p in model.parameters()])
     for expected, got in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_compiles_whole(models, implementation):
+    model = models("llama")
+    model.set_attn_implementation(implementation)
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda tokens: model(tokens, use_cache=False).logits, fullgraph=True, dynamic=True, backend=counter
+    )
+    with torch.no_grad():
+        for length in (5, 8, 11):
+            tokens = padded("none")[0][:, :length].contiguous()
+            torch.testing.assert_close(compiled(tokens), model(tokens, use_cache=False).logits)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_a_call_means_what_its_arguments_say():

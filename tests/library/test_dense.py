@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
 from flashcore import ops
@@ -150,6 +152,17 @@ def test_vmap_over_gradients_is_refused_and_gradients_flow_through_vmap():
 
     with pytest.raises(InvalidProblem, match="^q, k or v is transformed by torch.func"):
         torch.func.grad(summed)(many.detach())
+
+
+def test_torch_counts_its_operations_as_those_of_its_own_attention():
+    given = qkv(9, 13, heads=(4, 4), grad=True)
+    shapes = [tuple(t.shape) for t in given]
+    with FlopCounterMode(display=False) as counter:
+        out = flashcore.attention(*given)
+        assert counter.get_total_flops() == flop_counter.sdpa_flop_count(*shapes) > 0
+        out.sum().backward()
+    backward = flop_counter.sdpa_backward_flop_count(shapes[0], *shapes)
+    assert counter.get_total_flops() == flop_counter.sdpa_flop_count(*shapes) + backward
 
 
 def test_the_direct_call_does_not_pay_for_the_op(monkeypatch):

@@ -24,6 +24,7 @@ from flashcore import ops, paged_ops
 from flashcore.compat import masked
 from flashcore.compat.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
+from flashcore.library import traced
 from flashcore.numerics import plain
 from flashcore.paging import PAGE_SIZES, PagedKV, append_tokens
 from flashcore.paging.checks import debugging
@@ -340,7 +341,7 @@ def _check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
         ("cu_seqlens_k", cu_seqlens_k, total, keys, block_table is None),
     ):
         _integers(name, starts, (batch + 1,), q.device)
-        if not q.is_cuda or (debugging() and not torch.cuda.is_current_stream_capturing()):
+        if not traced() and (not q.is_cuda or (debugging() and not torch.cuda.is_current_stream_capturing())):
             _check_starts(name, starts.tolist(), tokens, longest, exact)
     return rows, keys
 
@@ -552,7 +553,7 @@ class _Cache:
 
     def check(self, added: int) -> None:
         """Raise `InvalidProblem` where a length is not of this cache; on a GPU with FLASHCORE_DEBUG=1 only."""
-        if self.lengths.is_cuda and (not debugging() or torch.cuda.is_current_stream_capturing()):
+        if traced() or (self.lengths.is_cuda and (not debugging() or torch.cuda.is_current_stream_capturing())):
             return
         least, most = int(self.lengths.min()), int(self.lengths.max())
         if least < 0 or most + added > self.capacity:
@@ -656,7 +657,7 @@ def _rotated(name: str, tensor, cos, sin, lengths, interleaved: bool, *, moving:
         )
     nth = torch.arange(tensor.shape[1], device=tensor.device) * moving
     position = lengths.long()[:, None] + nth
-    if not tensor.is_cuda and int(position.max()) >= cos.shape[0]:
+    if not traced() and not tensor.is_cuda and int(position.max()) >= cos.shape[0]:
         raise InvalidProblem(f"{name} has position {int(position.max())}, and rotary_cos has {cos.shape[0]} of them.")
     position = position.clamp(0, cos.shape[0] - 1)
     cos, sin = (angle[position][:, :, None].float() for angle in (cos, sin))

@@ -66,7 +66,7 @@ def checked_softcap(softcap) -> float:
     number = plain.number("softcap", softcap)
     if number is None:
         return 0.0
-    if not math.isfinite(number) or number < 0:
+    if not 0 <= number < math.inf:  # also of NaN, and in a form that torch's compiler follows
         raise InvalidProblem(f"softcap is {number}; it has to be above 0, or 0 for none.")
     return number
 
@@ -167,9 +167,13 @@ def _attention(q, k, v, masking: Masking, softmax_scale: float | None) -> tuple[
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     if seqlen_q == 0 or seqlen_k == 0 or batch == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=compute)
+    if traced():  # whole: a loop would be unrolled for these very lengths, and compiled anew for others
+        keys, values = (t.to(compute).repeat_interleave(group, 1) for t in (k, v))
+        out, lse = _rows(q, keys, values, masking, scale, slice(0, batch), slice(0, seqlen_q), seqlen_q)
+        return out.to(q.dtype), lse
     budget = CHUNK_SCORES.get(q.device.type, CHUNK_SCORES["cpu"])
-    num_rows = seqlen_q if traced() else max(1, min(seqlen_q, budget // (heads * seqlen_k)))
-    num_batch = batch if traced() else max(1, min(batch, budget // (heads * num_rows * seqlen_k)))
+    num_rows = max(1, min(seqlen_q, budget // (heads * seqlen_k)))
+    num_batch = max(1, min(batch, budget // (heads * num_rows * seqlen_k)))
     parts = []
     for start in range(0, batch, num_batch):
         some = slice(start, min(start + num_batch, batch))

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashcore import ops, paged_ops
@@ -181,6 +182,29 @@ def test_gradients_of_a_ragged_batch():
     got = torch.autograd.grad(out, (q, k, v), weights)
     for one, expected in zip(got, torch.autograd.grad(true, (q, k, v), weights.double()), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "all"])
+def test_compiled_whole_and_not_again_for_each_length(name):
+    """With sizes that no two tensors share by chance, dense and ragged."""
+
+    def dense(q, k, v):
+        return flash_attn_func(q, k, v, **OPTIONS[name])
+
+    def ragged(q, k, v, bounds):
+        return flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, 32, 32, **OPTIONS[name])
+
+    torch._dynamo.reset()
+    counters = CompileCounter(), CompileCounter()
+    for rows in (6, 11, 19):
+        q, (k, v) = torch.randn(2, rows, 4, 16), torch.randn(2, 2, rows, 2, 16)
+        calls = (dense, (q, k, v)), (ragged, (q, k, v, starts([rows - 4, 4])))
+        for counter, (call, given) in zip(counters, calls, strict=True):
+            compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+            torch.testing.assert_close(compiled(*given), call(*given), rtol=1e-4, atol=1e-5)
+    assert [counter.frame_count for counter in counters] == [1, 1]
+    torch._dynamo.reset()
 
 
 # -------------------------------------------------------------------------------------------------------------- cache

@@ -80,6 +80,24 @@ def test_compiled_results_gradients_and_strides_are_those_of_the_call():
 
 
 @pytest.mark.slow
+def test_a_scale_that_a_layer_keeps_is_compiled_in():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 8**-0.5 / 2
+
+        def forward(self, q, k, v):
+            return flashcore.attention(q, k, v, softmax_scale=self.scale)
+
+    layer, counter = Layer(), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for length in (5, 9):
+        given = qkv(length)
+        torch.testing.assert_close(compiled(*given), layer(*given))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
 def test_options_compile_too_and_bad_input_keeps_its_sentence():
     def call(q, k, v):
         return flashcore.attention(q, k, v, softmax_scale=0.5, return_lse=True, backend="reference")

@@ -50,7 +50,7 @@ ONE_SHORT = {**synthetic.FAST, "sdpa-cudnn": 620.0}
 """One peer is faster than our kernel, and nothing else speaks against a GO."""
 TRIALS = [t for t in synthetic.gpu_trials(ONE_SHORT) if t.problem in PROBLEMS and t.kind != "build"]
 FORMATS = {"json": json.loads, "junit": ElementTree.fromstring, "markdown": str, "github": str}
-BLOCK = 100
+BLOCK = 50
 T = TypeVar("T")
 
 
@@ -242,7 +242,7 @@ def claims_are_answered(path: Path, run: RunFolder, *, aloud: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", first(range(10), 1))
+@pytest.mark.parametrize("block", first(range(20), 1))
 def test_whatever_the_files_hold_is_answered_and_none_turns_no_go_into_go(tmp_path, bases, block):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of records that are damaged, as they should be

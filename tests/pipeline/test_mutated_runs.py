@@ -114,7 +114,7 @@ def answered(reader: Callable[[], T]) -> T | None:
     try:
         return reader()
     except FlashCoreError as error:
-        assert "\n" not in str(error) and str(error).rstrip().endswith("."), str(error)
+        assert "\n" not in str(error) and str(error).rstrip().endswith((".", "?")), str(error)
         return None
 
 

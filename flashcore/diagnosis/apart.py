@@ -35,17 +35,22 @@ def diagnose_apart(place: str, problem: Problem | str | None = None, **options: 
         outcome = worker.call(_bare, place, problem, options, timeout_s=limit)
     if outcome.ok:
         found = outcome.value
-        if isinstance(found, FlashCoreError):
-            raise found
-        return found
+        if isinstance(found, Diagnosis):
+            return found
+        kind, sentence = found
+        error = kind.__new__(kind)  # its fields did not travel; its sentence did
+        Exception.__init__(error, sentence)
+        raise error
     asked = parse_problem(problem) if isinstance(problem, str) else problem or HOME
     kind = "hang" if outcome.how == "timeout" else "crash"
     broken = Broken(kind, f"It took its process with it: {outcome.reason.rstrip('.')}.")
     return Diagnosis(place, False, (Screened(Inputs(asked), None, broken=broken),), asked, seconds=outcome.seconds)
 
 
-def _bare(place: str, problem: Problem | str | None, options: dict[str, Any]) -> Diagnosis | FlashCoreError:
+def _bare(
+    place: str, problem: Problem | str | None, options: dict[str, Any]
+) -> Diagnosis | tuple[type[FlashCoreError], str]:
     try:
         return diagnose(place, problem, **options).without_tensors()
     except FlashCoreError as error:
-        return error
+        return type(error), str(error)

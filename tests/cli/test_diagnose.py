@@ -33,7 +33,7 @@ def test_it_says_what_is_wrong_keeps_the_record_and_writes_the_test(place, tmp_p
                                     str(tmp_path / "test_it.py")])  # fmt: skip
     assert done.exit_code == 3, done.output
     assert "the scale is applied twice" in done.output and "anchored scores" in done.output
-    (trial,) = RunFolder(run).read()
+    (trial,) = RunFolder(run).trials()
     assert trial.kind == "diagnosis" and trial.data["hypotheses"][0]["name"] == "scale twice"
     assert "flashcore.diagnose(" in (tmp_path / "test_it.py").read_text()
 

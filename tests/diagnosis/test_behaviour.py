@@ -14,6 +14,7 @@ from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import Problem
 
 PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=60, seqlen_k=150, head_dim=16, dtype="float32")
+PAGE_0_TWICE = torch.cat([torch.arange(64), torch.arange(64), torch.arange(128, 150)])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -38,8 +39,8 @@ def test_the_right_behaviour_is_the_reference_to_the_bit_of_float64(causal):
         (zoo.tail_padded, Behaviour(extra=torch.full((60,), 42.0).double())),
         (zoo.heads_by_remainder, Behaviour(k_heads=torch.tensor([0, 1, 0, 1, 2, 3, 2, 3]),
                                            v_heads=torch.tensor([0, 1, 0, 1, 2, 3, 2, 3]))),
-        (zoo.stale_v, Behaviour(v_of=torch.cat([torch.arange(64), torch.arange(64), torch.arange(128, 150)]))),
-        (zoo.k_page_read_twice, Behaviour(k_of=torch.cat([torch.arange(64), torch.arange(64), torch.arange(128, 150)]))),
+        (zoo.stale_v, Behaviour(v_of=PAGE_0_TWICE)),
+        (zoo.k_page_read_twice, Behaviour(k_of=PAGE_0_TWICE)),
         (zoo.swizzled, Behaviour(metric=torch.eye(16).double().roll(8, 0) / 4.0)),
         (zoo.heads_written_backwards, Behaviour(q_heads=torch.tensor([3, 2, 1, 0, 7, 6, 5, 4]),
                                                 k_heads=torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]),

@@ -1,4 +1,4 @@
-"""Any attention function is told where it goes wrong: a zoo of bugs, right functions, and functions without an answer."""
+"""Any attention function is told where it goes wrong: a zoo of bugs, right functions, and some without an answer."""
 
 from __future__ import annotations
 

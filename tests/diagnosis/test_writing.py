@@ -7,7 +7,13 @@ import pytest
 from flashcore.diagnosis import diagnose, write_test
 from flashcore.errors import InvalidProblem
 
-WRONG = "import torch\ndef mine(q, k, v):\n    s = q.float() @ k.float().mT\n    return (torch.softmax(s, -1) @ v.float()).to(q.dtype)\n"
+WRONG = """
+import torch
+
+def mine(q, k, v):
+    s = q.float() @ k.float().mT
+    return (torch.softmax(s, -1) @ v.float()).to(q.dtype)
+"""
 
 
 def run(path):

@@ -3,8 +3,9 @@
 It means what transformers' own `sdpa` and `eager` mean. Attention without a mask, and under a causal one, goes to our
 kernels where they take it. With any other mask (padding on either side, sliding windows that hide something, packed
 sequences) torch's attention computes it, and what `sdpa` cannot do, softcaps and sinks, torch's operations do
-(`flashcore.compat.masked`). Padding on the right can go to our kernels too, if you ask for it: under a causal mask no
-real token sees padding that comes after it, and only the rows of the padding itself are then other numbers.
+(`flashcore.compat.masked`). With ``exact_padding=False`` a prompt's padding becomes lengths, and no mask is made: on
+the right it is left alone, since under a causal mask no real token sees what comes after it; elsewhere the real tokens
+are packed into a ragged batch (`flashcore.compat.flash_attn`). Only the rows of the padding are then other numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 
 import torch
 
-from flashcore.compat import masked, sdpa
+from flashcore.compat import flash_attn, masked, sdpa
 from flashcore.compat.masked import Masking
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
 from flashcore.library import traced
@@ -38,9 +39,9 @@ def register(name: str = NAME, *, backend: str = "auto", exact_padding: bool = T
     backend
         As in `flashcore.scaled_dot_product_attention`.
     exact_padding
-        False: batches that are padded on the right only need no mask, and go to our kernels. Real tokens get the same
-        results; the rows of padding get others than from `sdpa`, so leave them out of the loss, and generate with
-        padding on the left, as transformers asks for anyhow.
+        False: padding of a prompt or a training batch becomes lengths, which is faster than a mask. Real tokens get
+        the same results; the rows of padding get others than from `sdpa`, so leave them out of the loss, and generate
+        with padding on the left, as transformers asks for anyhow.
 
     Raises
     ------
@@ -73,26 +74,39 @@ def register(name: str = NAME, *, backend: str = "auto", exact_padding: bool = T
 
 
 def mask_of_real_rows(*arguments, **options):
-    """The mask as `sdpa` has it, True where a key is seen, or None: also of a causal one with padding on the right."""
+    """The mask as `sdpa` has it; but None, or bool ``[batch, seqlen]``, for a prompt under a causal mask and padding.
+
+    None where padding stands on the right only, else True where a token is real.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    if not arguments and not traced() and _only_padded_right(**options):
+    real = None if arguments or traced() else _padding_of_a_prompt(**options)
+    if real is None:
+        return sdpa_mask(*arguments, **options)
+    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
         return None
-    return sdpa_mask(*arguments, **options)
+    real.places = _places(real)  # looked up once, not in every layer: it waits for the device
+    return real
 
 
-def _only_padded_right(
+def _padding_of_a_prompt(
     q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
-    allow_is_causal_skip=True, **others,
-) -> bool:  # fmt: skip
+    allow_is_causal_skip=True, local_size=None, **others,
+) -> torch.Tensor | None:  # fmt: skip
+    """Which tokens are real, where a causal mask over a prompt hides nothing but these; None for all else."""
     from transformers.masking_utils import causal_mask_function
 
     whole = isinstance(q_offset, int) and q_offset == 0 == kv_offset and q_length == kv_length and q_length is not None
-    if not whole or mask_function is not causal_mask_function or not allow_is_causal_skip or attention_mask is None:
-        return False
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != kv_length or others.get("local_size") is not None:
-        return False
-    return not bool((attention_mask[:, 1:].bool() & ~attention_mask[:, :-1].bool()).any())
+    if not whole or mask_function is not causal_mask_function or not allow_is_causal_skip or local_size is not None:
+        return None
+    fits = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] == kv_length
+    return attention_mask.bool() if fits else None
+
+
+def _places(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the real tokens stand in a flat batch, and where each sequence of them begins, once they are packed."""
+    ends = real.sum(dim=1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return real.flatten().nonzero().flatten(), torch.nn.functional.pad(ends, (1, 0))
 
 
 def attention_forward(
@@ -119,7 +133,8 @@ def attention_forward(
     query, key, value
         ``[batch, num_heads, seqlen, head_dim]``; key and value with the heads of the model's groups.
     attention_mask
-        None, bool (True where a key is seen), or floats to add to the scores; broadcasts to ``[B, Hq, Sq, Sk]``.
+        None, bool (True where a key is seen), or floats to add to the scores; broadcasts to ``[B, Hq, Sq, Sk]``. Or
+        bool ``[B, S]`` of `mask_of_real_rows`.
     dropout, scaling
         Of the probabilities; of the scores, None for ``1/sqrt(head_dim)``.
     is_causal
@@ -159,6 +174,16 @@ def attention_forward(
     window = -1
     if attention_mask is None and sliding_window is not None and keys > sliding_window:
         window = sliding_window - 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        if s_aux is None and position_bias is None and value.shape[3] == query.shape[3]:
+            window = -1 if sliding_window is None else sliding_window - 1
+            out = _packed(query, key, value, attention_mask, dropout, scaling, window, softcap)
+            return out, None
+        attention_mask = (
+            attention_mask[:, None, None] & torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
+        )
+        if sliding_window is not None:
+            attention_mask = attention_mask.triu(1 - sliding_window)
     if softcap is None and s_aux is None and window < 0 and position_bias is None:
         out = _by_torch_or_ours(query, key, value, attention_mask, dropout, causal, scaling, backend)
     else:
@@ -168,6 +193,17 @@ def attention_forward(
         )  # fmt: skip
         out, _ = masked.attention(query, key, value, masking, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _packed(query, key, value, real, dropout, scaling, window: int, softcap: float | None) -> torch.Tensor:
+    """``[B, S, H, D]``: attention of the real tokens alone, as a ragged batch, and 0 in the rows of padding."""
+    index, starts = getattr(real, "places", None) or _places(real)
+    batch, heads, rows, head_dim = query.shape
+    packed = (tensor.transpose(1, 2).flatten(0, 1)[index] for tensor in (query, key, value))
+    out = flash_attn.flash_attn_varlen_func(
+        *packed, starts, starts, rows, rows, dropout, scaling, True, (window, -1), softcap or 0.0
+    )
+    return out.new_zeros(batch * rows, heads, head_dim).index_put((index,), out).unflatten(0, (batch, rows))
 
 
 def _by_torch_or_ours(query, key, value, attention_mask, dropout, causal, scaling, backend):

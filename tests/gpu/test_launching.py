@@ -311,3 +311,20 @@ def test_a_stream_of_torchs_is_the_one_that_is_launched_on():
         assert launching.current_stream(0) == stream.cuda_stream
     assert launching.current_stream(0) == torch.cuda.current_stream().cuda_stream != stream.cuda_stream
     assert launching.multiprocessors(0) == torch.cuda.get_device_properties(0).multi_processor_count > 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 64, 16), (2, 1, 1, 8), (1, 1, 1, 4), (4, 1, 9, 8), (2, 3, 1, 16)])
+def test_room_for_results_is_new_at_every_call_and_contiguous_where_it_should_be(shape):
+    for q in (torch.randn(shape).half(), torch.randn(*shape[:1], *shape[2:0:-1], shape[3]).half().transpose(1, 2)):
+        with torch.inference_mode():
+            inside = outputs_for(q)
+        first, second = outputs_for(q), outputs_for(q)
+        for out, lse in (first, second, inside):
+            assert (out.shape, out.stride(), out.dtype) == (q.shape, torch.empty_like(q).stride(), q.dtype)
+            assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+            assert lse.stride() == torch.empty(shape[:3]).stride() and lse.untyped_storage().nbytes() == 4 * lse.numel()
+        assert not first[1].is_inference() and inside[1].is_inference()
+        first[1].fill_(1.0), second[1].fill_(2.0)
+        assert (first[1] == 1.0).all(), "they share no memory"
+    with poisoned_outputs():
+        assert all(tensor.isnan().all() for tensor in outputs_for(q))

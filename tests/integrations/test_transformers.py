@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from flashcore.compat import sdpa
+from flashcore.compat import flash_attn, sdpa
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
 from flashcore.integrations import transformers as ours
 
@@ -131,7 +131,14 @@ def test_only_what_has_a_mask_is_computed_with_one(models, implementation, monke
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                         lambda *a, **b: seen.append("masked") or masks(*a, **b))  # fmt: skip
     monkeypatch.setattr(sdpa, "_torchs", masks)
-    for side, expected in (("none", "asked"), ("right", "asked" if free else "masked"), ("left", "masked")):
+    packed = flash_attn.flash_attn_varlen_func
+    monkeypatch.setattr(
+        flash_attn, "flash_attn_varlen_func", lambda *a, **b: seen.append(int(a[3][-1])) or packed(*a, **b)
+    )
+    real = int(padded("left")[1].sum())
+    for side, expected in (
+        ("none", "asked"), ("right", "asked" if free else "masked"), ("left", real if free else "masked")
+    ):  # fmt: skip
         seen.clear()
         logits(model, implementation, side)
         assert seen == [expected] * 2, "once a layer"
@@ -152,14 +159,17 @@ def test_left_padding_is_never_ignored(models, implementation):
     assert float((first - third).abs().max()) > 1e-3
 
 
-def test_training_gradients_are_those_of_eager(models, implementation):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_training_gradients_are_those_of_eager(models, implementation, side):
     model = models("llama")
-    tokens, real = padded("right")
+    tokens, real = padded(side)
+    # What follows padding is left out too: a row of padding would predict it, and `eager` and `sdpa` differ in those.
+    counted = real.bool() & torch.nn.functional.pad(real[:, :-1].bool(), (1, 0))
     grads = []
     for one in ("eager", implementation):
         model.set_attn_implementation(one)
         model.zero_grad()
-        model(tokens, attention_mask=real, labels=tokens.masked_fill(real == 0, -100)).loss.backward()
+        model(tokens, attention_mask=real, labels=tokens.masked_fill(~counted, -100)).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for expected, got in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
@@ -179,6 +189,20 @@ def test_a_model_compiles_whole(models, implementation):
             torch.testing.assert_close(compiled(tokens), model(tokens, use_cache=False).logits)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, 1.0])}])
+def test_a_prompt_with_holes_by_lengths_and_by_a_mask(options):
+    """Real tokens wherever they stand; what cannot be packed gets the mask that the lengths mean."""
+    q, k, v = torch.randn(3, 2, 2, 7, 16).unbind(0)
+    real = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    got = ours.attention_forward(torch.nn.Module(), q, k, v, real, **options)[0]
+    for row in range(2):
+        some = real[row]
+        one = (t[row : row + 1, :, some] for t in (q, k, v))
+        alone = ours.attention_forward(torch.nn.Module(), *one, None, **options)[0]
+        torch.testing.assert_close(got[row : row + 1, some], alone)
+    assert "s_aux" in options or not got[0][~real[0]].any()
 
 
 def test_a_call_means_what_its_arguments_say():

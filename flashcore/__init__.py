@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "attention": "flashcore.ops",
     "paged_attention": "flashcore.paged_ops",
+    "scaled_dot_product_attention": "flashcore.compat.sdpa",
+    "replace_sdpa": "flashcore.compat.sdpa",
     "Problem": "flashcore.problem",
     "parse_problem": "flashcore.problem",
     "RunFolder": "flashcore.records",

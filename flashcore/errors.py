@@ -126,7 +126,7 @@ class LaunchError(FlashCoreError, RuntimeError):
 
 
 class ToolMissing(FlashCoreError, RuntimeError):
-    """A compiler, disassembler or browser that this step needs is not installed."""
+    """A compiler, disassembler, browser or library that this step needs is not installed."""
 
     def __init__(self, tool: str, fix: str):
         self.tool, self.fix = tool, fix

@@ -9,51 +9,40 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
+from flashcore.library import dense
+from flashcore.library.dense import DTYPES
 from flashcore.numerics import plain, transforms
-from flashcore.problem import DTYPE_BYTES, Problem
+from flashcore.problem import Problem
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("hopper", "sdpa-cudnn", "sdpa-flash", "wmma", "scalar", "sdpa-math", "reference"),
+    "cuda": ("hopper", "fa3", "sdpa-cudnn", "sdpa-flash", "wmma", "scalar", "sdpa-math", "reference"),
     "cpu": ("sdpa-math", "cpu", "reference"),
 }
 """What ``backend="auto"`` tries, fastest first; ids that this installation lacks are passed over.
 
-Order on an H200: our Hopper kernel, then cuDNN and FlashAttention-2 through torch (both beat a kernel on the WMMA API),
-then ours that take what those refuse: `lse`, a causal mask with unequal lengths. `sdpa-math` stores all scores; on a
-CPU it is torch's own path and quicker than our page loop, which is there for ``return_lse``.
+Order on an H200: our Hopper kernel, then what takes a head_dim that it does not: FlashAttention-3 where somebody
+installed it, cuDNN and FlashAttention-2 through torch (all beat a kernel on the WMMA API), then ours that take what
+those refuse. `sdpa-math` stores all scores; on a CPU it is torch's own path and quicker than our page loop, which is
+there for ``return_lse``.
 """
-WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn"})
+WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-cudnn"})
+AUTO_DTYPES = {"fa3": ("bfloat16",)}
+"""Dtypes for which `auto` tries a backend, where not all: a widespread wheel of FlashAttention-3 lacks float16."""
 
 KEPT_CALLS = 4096
-_calls: dict[tuple, tuple[Problem, backends.Backend]] = {}
-"""Calls that were checked, with what was found. Keys hold plain values, and no tensor."""
+_calls: dict[tuple, tuple[Problem, backends.Backend, tuple[int, ...]]] = {}
+"""Calls that were checked, with what was found and the strides of `out`. Keys hold plain values, and no tensor."""
 
-DTYPES = {getattr(torch, name): name for name in DTYPE_BYTES}
-"""Names of the dtypes that problems may have."""
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+"""How many of torch's dispatch modes are active, such as that of fake tensors; nearly always none."""
+_PLAIN = torch.Tensor.__torch_dispatch__
+"""What a kind of tensor has that does not take part in dispatch; fake and distributed tensors have their own."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softmax_scale) -> Problem:
     """The Problem of three shapes and dtypes. Cached: building a checked Problem takes longer than a launch."""
-    for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
-        if len(shape) != 4:
-            raise InvalidProblem(
-                f"{name} has {len(shape)} dimensions {tuple(shape)}; it has to be [batch, num_heads, seqlen, head_dim]."
-            )
-        if 0 in shape:
-            raise InvalidProblem(f"{name} is empty, shape {tuple(shape)}; every size must be at least 1.")
-    if not q_dtype == k_dtype == v_dtype:
-        raise InvalidProblem(f"q, k and v have dtypes {q_dtype}, {k_dtype} and {v_dtype}; convert them to one.")
-    if q_dtype not in DTYPES:
-        raise InvalidProblem(f"dtype {q_dtype} is not supported; use one of {', '.join(map(str, DTYPES))}.")
-    if k_shape != v_shape:
-        raise InvalidProblem(f"k {tuple(k_shape)} and v {tuple(v_shape)} differ in shape; they have to be the same.")
-    if q_shape[0] != k_shape[0]:
-        raise InvalidProblem(f"q has batch {q_shape[0]}, and k and v have {k_shape[0]}; they have to be the same.")
-    if q_shape[3] != k_shape[3]:
-        raise InvalidProblem(f"q has head_dim {q_shape[3]}, and k and v have {k_shape[3]}; they have to be the same.")
-    if q_shape[1] % k_shape[1]:
-        raise InvalidProblem(f"num_heads_q ({q_shape[1]}) must be a multiple of num_heads_kv ({k_shape[1]}).")
+    dense.check_shapes(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype)
     return Problem(
         batch=q_shape[0], num_heads_q=q_shape[1], num_heads_kv=k_shape[1], seqlen_q=q_shape[2], seqlen_k=k_shape[2],
         head_dim=q_shape[3], dtype=DTYPES[q_dtype], causal=causal, softmax_scale=softmax_scale,
@@ -78,7 +67,7 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
     InvalidProblem
         Not tensors, or sparse ones; on different devices; different or unsupported dtypes; not 4-D; an empty size;
         shapes that do not fit together; a last dimension that is not contiguous; a `causal` that is no bool; a scale
-        that is no finite number; gradients or tangents wanted, or a `torch.vmap` under way.
+        that is no finite number.
     """
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         kinds = ", ".join(f"{type(t).__module__}.{type(t).__name__}" for t in (q, k, v))
@@ -88,16 +77,9 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise InvalidProblem(f"{name} is a sparse or nested tensor; pass a dense one, such as {name}.to_dense().")
-    transforms.refuse("q, k or v", q, k, v)
     causal, scale = plain.flag("causal", causal), plain.softmax_scale(softmax_scale)
     problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal, scale)
-    if problem.head_dim > 1:
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.stride(3) != 1:
-                raise InvalidProblem(
-                    f"The last dimension of {name} is not contiguous (stride {tensor.stride(3)}); "
-                    f"pass {name}.contiguous(), or a view whose head_dim lies together in memory."
-                )
+    dense.check_rows(q, k, v)
     return problem
 
 
@@ -122,6 +104,7 @@ def _choose(problem: Problem, device: torch.device, name: str, return_lse: bool)
         raise InvalidProblem(f"The tensors lie on '{device}'; FlashCore takes CPU and CUDA tensors.")
     if name == "auto":
         able = [one for one in AUTO_ORDER[device.type] if not (return_lse and one in WITHOUT_LSE)]
+        able = [one for one in able if problem.dtype in AUTO_DTYPES.get(one, (problem.dtype,))]
         first = first_of(able, device, lambda backend: backend.why_not(problem) is None)
         if first is None:
             raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()}")
@@ -138,6 +121,14 @@ def _choose(problem: Problem, device: torch.device, name: str, return_lse: bool)
     return backend
 
 
+def picked_for(dtype: torch.dtype, head_dim: int, device: torch.device) -> backends.Backend:
+    """What ``backend="auto"`` picks for an ordinary problem of this dtype and head_dim; whatever the lengths are."""
+    problem = Problem(
+        batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype]
+    )
+    return _choose(problem, device, "auto", False)
+
+
 def attention(
     q,
     k,
@@ -148,7 +139,7 @@ def attention(
     backend: str = "auto",
     return_lse: bool = False,
 ):
-    """``softmax(softmax_scale * q k^T + mask) v``, forward only.
+    """``softmax(softmax_scale * q k^T + mask) v``.
 
     Parameters
     ----------
@@ -169,12 +160,15 @@ def attention(
     return_lse
         Return ``(out, lse)``.
 
-    What is set around the call, such as autocast, changes nothing of its result.
+    What is set around the call, such as autocast, changes nothing of its result. Under `torch.compile` and
+    `torch.export` the call is one op, ``torch.ops.flashcore.attention``, and `torch.vmap` folds the mapped axis into
+    the batch. Gradients flow back through `out` and `lse` (`flashcore.library.gradients`); first derivatives only, and
+    by `torch.autograd`, not by torch.func or forward mode.
 
     Returns
     -------
     out : ``[batch, num_heads_q, seqlen_q, head_dim]``
-        In the dtype of `q`; 0 in rows that see no key.
+        In the dtype of `q`, with the strides of ``torch.empty_like(q)``; 0 in rows that see no key.
     lse : float32 ``[batch, num_heads_q, seqlen_q]``, with `return_lse`
         Natural logarithm of the softmax denominator, -inf in rows that see no key.
 
@@ -182,15 +176,14 @@ def attention(
     ------
     InvalidProblem
         The tensors do not fit (see `problem_of`), or lie where the backend does not take them; an option is of the
-        wrong type; a derivative or a mapped axis is asked for.
+        wrong type; a derivative is asked for that there is none of.
     UnknownName
         No backend has this id.
     Unsupported, BackendUnavailable
         The backend named does not take this problem, or does not work on this machine.
     """
-    arrays = _is_cupy(q) and _is_cupy(k) and _is_cupy(v)
-    if arrays:
-        q, k, v = (torch.from_dlpack(array) for array in (q, k, v))
+    if torch.compiler.is_compiling():
+        return _as_op(q, k, v, causal, softmax_scale, backend, return_lse)
     # By value: under its own name a tensor would be looked up by what it is, and kept alive by having been asked for.
     if causal is not True and causal is not False:
         causal = plain.flag("causal", causal)
@@ -200,6 +193,20 @@ def attention(
         softmax_scale = plain.softmax_scale(softmax_scale)
     if type(backend) is not str:
         backend = plain.word("backend", backend)
+    if (
+        type(q) is not torch.Tensor or type(k) is not torch.Tensor or type(v) is not torch.Tensor
+        or _dispatch_modes() or transforms.under_way() or _requires_gradients(q, k, v)
+    ):  # fmt: skip
+        if _is_cupy(q) and _is_cupy(k) and _is_cupy(v):
+            return _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse)
+        if _wants_dispatch(q, k, v):
+            return _as_op(q, k, v, causal, softmax_scale, backend, return_lse)
+    out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+def _compute(q, k, v, causal: bool, softmax_scale: float | None, return_lse: bool, backend: str):
+    """`attention` of tensors that lie in memory, with arguments that are plain values."""
     try:
         # Looking the whole call up takes half as long as checking it.
         key = (
@@ -209,26 +216,68 @@ def attention(
         known = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with strides: the checks say which
         key = known = None
-    if known is None or transforms.under_way() or _requires_gradients(q, k, v):
+    if known is None:
         problem = problem_of(q, k, v, causal, softmax_scale)
-        known = problem, _choose(problem, q.device, backend, return_lse)
+        known = problem, _choose(problem, q.device, backend, return_lse), dense.out_strides(q)
         if key is not None:
             if len(_calls) >= KEPT_CALLS:
                 _calls.clear()
             _calls[key] = known
-    problem, chosen = known
+    problem, chosen, strides = known
+    run = chosen.run_with_lse if return_lse else chosen.run
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            out, lse = chosen.run(q, k, v, problem)
+            out, lse = run(q, k, v, problem)
     else:
-        out, lse = chosen.run(q, k, v, problem)
+        out, lse = run(q, k, v, problem)
     if return_lse and lse is None:
         raise Unsupported(chosen.id, "it does not return lse; choose another backend, or leave return_lse out")
-    if arrays:
-        import cupy
+    return (out if out.stride() == strides else dense.laid_out(out, strides)), lse
 
-        out, lse = cupy.from_dlpack(out), cupy.from_dlpack(lse) if return_lse else None
+
+def _compute_op(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
+    """What computes ``torch.ops.flashcore.attention``: the same, and an empty `lse` where none is asked for."""
+    out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend)
+    return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
+
+
+dense.computed_by(_compute_op)
+
+
+def _wants_dispatch(q, k, v) -> bool:
+    """Whether torch's dispatcher has to see the call: for gradients, a mapped axis, fake tensors and the like."""
+    tensors = [tensor for tensor in (q, k, v) if isinstance(tensor, torch.Tensor)]
+    if len(tensors) < 3 or any(t.layout is not torch.strided or t.is_nested for t in tensors):
+        return False  # the checks say what is wrong with them
+    if transforms.under_way():
+        transforms.refuse_derivatives("q, k or v", *tensors)
+    return (
+        _dispatch_modes() > 0
+        or any(type(tensor).__torch_dispatch__ is not _PLAIN for tensor in tensors)
+        or any(map(transforms.is_mapped, tensors))
+        or _requires_gradients(q, k, v)
+    )
+
+
+def _as_op(q, k, v, causal, softmax_scale, backend, return_lse):
+    """The call through torch's dispatcher. It is traced by torch's compiler, so it has to stay plain."""
+    if softmax_scale is not None:
+        softmax_scale = plain.softmax_scale(softmax_scale)
+    with_lse = return_lse or _requires_gradients(q, k, v)  # the backward pass starts from lse
+    if with_lse and not return_lse and backend in WITHOUT_LSE:
+        raise Unsupported(backend, "gradients are asked for, and start from lse, which it does not return; choose "
+                          "another backend, or call it under torch.no_grad()")  # fmt: skip
+    out, lse = dense.attention(q, k, v, causal, softmax_scale, with_lse, backend)
     return (out, lse) if return_lse else out
+
+
+def _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse):
+    """The call with CuPy arrays in and out, none of them copied."""
+    import cupy
+
+    tensors = [torch.from_dlpack(array) for array in (q, k, v)]
+    out, lse = _compute(*tensors, causal, softmax_scale, return_lse, backend)
+    return (cupy.from_dlpack(out), cupy.from_dlpack(lse)) if return_lse else cupy.from_dlpack(out)
 
 
 def _is_cupy(array) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, PageTableError, Unsupported
+from flashcore.library import dense, paged, traced
 from flashcore.numerics import ambient, plain, transforms
 from flashcore.ops import DTYPES, first_of
 from flashcore.paging import PagedKV, PageSelection, Policy
@@ -76,7 +77,6 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
     return backend
 
 
-@ambient.shielded
 def paged_attention(
     q: torch.Tensor,
     cache: PagedKV,
@@ -88,6 +88,9 @@ def paged_attention(
     return_lse: bool = False,
 ):
     """``softmax(softmax_scale * q k^T + mask) v`` over K and V in pages, forward only.
+
+    Under `torch.compile` and `torch.export` the call is one op, ``torch.ops.flashcore.paged_attention``, and so is the
+    choice of pages by a policy of ours.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def paged_attention(
     Returns
     -------
     out : ``[batch, num_heads_q, q_tokens, head_dim]``
-        In the dtype of `q`; 0 in rows that see no key.
+        In the dtype of `q`, with the strides of ``torch.empty_like(q)``; 0 in rows that see no key.
     lse : float32 ``[batch, num_heads_q, q_tokens]``, with `return_lse`
         Natural logarithm of the softmax denominator, -inf in rows that see no key.
 
@@ -124,6 +127,21 @@ def paged_attention(
     UnknownName, Unsupported, BackendUnavailable
         No such backend; it does not take this; it does not work here.
     """
+    if traced():
+        selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
+        pages, counts = (None, None) if selection is None else (selection.pages, selection.counts)
+        out, lse = paged.paged_attention(
+            q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, pages, counts, causal, softmax_scale,
+            return_lse, backend, cache.lengths_fit,
+        )  # fmt: skip
+    else:
+        out, lse = _compute(q, cache, policy, causal, softmax_scale, backend, return_lse)
+    return (out, lse) if return_lse else out
+
+
+@ambient.shielded
+def _compute(q, cache, policy, causal, softmax_scale, backend, return_lse):
+    """`paged_attention` of tensors that lie in memory."""
     backend, return_lse = plain.word("backend", backend), plain.flag("return_lse", return_lse)
     problem = paged_problem_of(q, cache, causal, softmax_scale)
     if debugging():
@@ -142,4 +160,18 @@ def paged_attention(
     chosen = _choose(problem, q.device, backend, selection is not None)
     with torch.cuda.device(q.device if q.is_cuda else -1):
         out, lse = chosen.run_paged(q, cache, problem, selection)
-    return (out, lse) if return_lse else out
+    return dense.laid_out(out, dense.out_strides(q)), lse
+
+
+def _compute_op(
+    q, k_pool, v_pool, page_table, lengths, pages=None, counts=None, causal=True, softmax_scale=None,
+    return_lse=False, backend="auto", lengths_fit=False,
+):  # fmt: skip
+    """What computes ``torch.ops.flashcore.paged_attention``: the same, and an empty `lse` where none is asked for."""
+    cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, lengths_fit=lengths_fit)
+    selection = None if pages is None else PageSelection(pages, counts)
+    out, lse = _compute(q, cache, selection, causal, softmax_scale, backend, return_lse)
+    return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
+
+
+paged.computed_by(paged.paged_attention, _compute_op)

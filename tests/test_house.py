@@ -171,7 +171,12 @@ def test_every_dependency_is_pinned_exactly_in_each_set():
         assert [p for p in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", p)] == []
         pinned = [p.split("==")[0] for p in pins]
         assert len(set(pinned)) == len(pinned), "pinned twice"
-        wanted = [*project["dependencies"], *extras["dev"], *(r for name in names for r in extras[name])]
+        wanted = [
+            *project["dependencies"],
+            *extras["dev"],
+            *extras["transformers"],
+            *(r for name in names for r in extras[name]),
+        ]
         asked = {_normal(re.match(r"[\w.-]+", requirement)[0]) for requirement in wanted} - {"flashcore"}
         assert asked <= set(pinned)
 

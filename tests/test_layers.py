@@ -23,8 +23,8 @@ ROOT_MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startsw
 MOST_ROOT_MODULES = 8
 DECIDES_AND_DRAWS = ("decision", "drawing", "history", "page", "errors", "problem", "records", "tables", "paths")
 """Records in, words and pictures out: torch has no business there, not even inside a function."""
-LOADS_TORCH = ("backends", "bisection", "measure", "numerics", "paging", "paging_survey", "ops", "paged_ops", "gpu",
-               "faults", "exploits")  # fmt: skip
+LOADS_TORCH = ("backends", "bisection", "compat", "diagnosis", "exploits", "faults", "gpu", "integrations", "library",
+               "measure", "numerics", "paging", "paging_survey", "ops", "paged_ops")  # fmt: skip
 """What computes. Everything else loads, and `flashcore --help` answers, without the seconds that torch takes."""
 
 
@@ -42,10 +42,13 @@ def place(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+parsed = functools.cache(ast.parse)
+
+
 @functools.cache
 def nodes(text: str, typing_too: bool) -> list[ast.AST]:
     """All nodes of a source; without `typing_too` those that a type checker alone reads are left out."""
-    found, left = [], collections.deque([ast.parse(text)])
+    found, left = [], collections.deque([parsed(text)])
     while left:
         node = left.popleft()
         if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

@@ -68,7 +68,6 @@ def test_auto_picks_by_device_and_wish(qkv):
     (lambda q, k, v: (q[:, :, :0], k, v), InvalidProblem, r"q is empty, shape \(2, 4, 0, 16\)"),
     (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), InvalidProblem, "k is empty"),
     (lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v), InvalidProblem, r"pass k\.contiguous\(\)"),
-    (lambda q, k, v: (q.requires_grad_(), k, v), InvalidProblem, "forward pass only"),
 ])  # fmt: skip
 def test_bad_tensors(qkv, change, error, words):
     with pytest.raises(error, match=words) as caught:
@@ -94,6 +93,39 @@ def test_a_cuda_backend_on_cpu_tensors(qkv):
         attention(*qkv, backend="sdpa-flash")
     with pytest.raises(BackendUnavailable):
         backends.get("sdpa-flash").require()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference", "sdpa-math"])
+def test_out_lies_as_q_does_whatever_computed_it(backend):
+    bshd = torch.randn(2, 33, 4, 16).transpose(1, 2)
+    gaps = torch.randn(2, 4, 33, 48)[..., 16:32]
+    odd = torch.randn(4, 2, 33, 16).transpose(0, 1)
+    for q in (bshd, bshd.contiguous(), gaps, odd, torch.randn(1, 1, 4, 16).expand(2, 4, 4, 16)):
+        for _ in range(2):
+            out = attention(q, bshd, bshd, backend=backend)
+            assert out.stride() == torch.empty_like(q).stride()
+        torch.testing.assert_close(out, attention(q.contiguous(), bshd, bshd, backend="cpu"), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_other_head_dims_to_the_fastest_peer_that_is_installed(monkeypatch):
+    def first(installed: set[str], **fields) -> str:
+        for name in ops.AUTO_ORDER["cuda"]:
+            there = backends.AVAILABLE if name in installed else backends.Availability(False, "not here", "nothing")
+            monkeypatch.setattr(type(backends.get(name)), "availability", lambda self, there=there: there)
+        ops._choose.cache_clear()
+        asked = {"lse": False, **fields}
+        lse = asked.pop("lse")
+        return ops._choose(square(2, 4, 512, 96).with_(**asked), torch.device("cuda:0"), "auto", lse).id
+
+    try:
+        torchs = {"hopper", "sdpa-cudnn", "sdpa-flash", "sdpa-math", "wmma", "scalar", "reference"}
+        assert first(torchs, head_dim=64) == "hopper" == first(torchs | {"fa3"}, head_dim=128, dtype="bfloat16")
+        assert first(torchs) == "sdpa-cudnn" == first(torchs | {"fa3"})
+        assert first(torchs | {"fa3"}, dtype="bfloat16") == "fa3"
+        assert first(torchs, lse=True) == "sdpa-flash" == first(torchs, causal=True, seqlen_k=600)
+        assert first(torchs, head_dim=320, lse=True) == "reference" and first(torchs, head_dim=20) == "sdpa-flash"
+    finally:
+        ops._choose.cache_clear()
 
 
 def test_no_grad_lets_parameters_through(qkv):

@@ -31,7 +31,7 @@ class Availability:
 AVAILABLE = Availability(ok=True)
 
 
-COMPUTES = ("run", "trace", "run_paged")
+COMPUTES = ("run", "run_with_lse", "trace", "run_paged")
 """Methods of a backend that compute: what torch has set around their calls, such as autocast, is kept out of them."""
 
 
@@ -105,6 +105,12 @@ class Backend(ABC):
             denominator, float32 ``[batch, num_heads_q, seqlen_q]``, -inf for a row that sees no key
             (None from a peer that does not return it).
         """
+
+    def run_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`run`, by another way where there is one that gives `lse` and `run` does not."""
+        return self.run(q, k, v, problem)
 
     def trace(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Trace:
         """What the backend really computed at each stage (see `flashcore.numerics.reference.Trace`)."""

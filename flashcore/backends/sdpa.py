@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
@@ -106,11 +107,34 @@ class SdpaFlash(_Sdpa):
     id = "sdpa-flash"
     title = "torch SDPA, FlashAttention-2"
     choice = "FLASH_ATTENTION"
+    step: ClassVar[int] = 8
+    """What a head_dim has to be a multiple of; zeros make up what is missing, and change no product."""
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.head_dim > 256:
             return "FlashAttention-2 takes a head_dim up to 256"
-        return super().why_not(problem)
+        return Backend.why_not(self, problem)
+
+    def run(self, q, k, v, problem):
+        if problem.causal and problem.seqlen_q != problem.seqlen_k:
+            return self.run_with_lse(q, k, v, problem)
+        return super().run(q, k, v, problem)
+
+    def run_with_lse(self, q, k, v, problem):
+        """By the op beneath torch's function: it returns `lse`, and aligns its causal mask bottom right."""
+        import torch
+
+        q, scale = with_scale_above_zero(q, problem.scale)
+        missing = -problem.head_dim % self.step
+        q, k, v = (readable(torch.nn.functional.pad(t, (0, missing)) if missing else t) for t in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(q, k, v, 0.0, problem.causal, False, scale=scale)[:2]
+        # Rows that see no key: there the kernel has lse +inf.
+        num_empty = max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
+        if num_empty:
+            out[:, :, :num_empty] = 0
+            lse[:, :, :num_empty] = -math.inf
+        return out[..., : problem.head_dim] if missing else out, lse
 
 
 @register

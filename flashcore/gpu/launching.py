@@ -14,7 +14,7 @@ import torch
 
 from flashcore.errors import LaunchError
 from flashcore.gpu.build import compile_kernel, source_version
-from flashcore.numerics.outputs import poisoned
+from flashcore.numerics.outputs import poisoned, poisoning
 
 SHAPE = struct.Struct("6i")
 """`LaunchShape` of kernels/include/attention.cuh."""
@@ -180,6 +180,8 @@ def facts_of(tensor: torch.Tensor | None) -> tuple | None:
 KEPT_LAUNCHES = 1024
 """Prepared launches kept; an entry is half a kilobyte."""
 _kept: dict[tuple, Any] = {}
+kept_launch = _kept.get
+"""What is kept under a key, or None: a look that costs no more than that."""
 
 
 def kept(key: tuple | None, make: Callable[[], Any], good_again: Callable[[Any], bool] = bool) -> Any:
@@ -233,4 +235,5 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def outputs_for(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for `out` and `lse`; `out` in the memory order of `q`: a `[B,S,H,D]` view in gives one out."""
-    return poisoned(torch.empty_like(q)), poisoned(torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return (poisoned(out), poisoned(lse)) if poisoning() else (out, lse)

@@ -21,6 +21,10 @@ def poisoned_outputs() -> Iterator[None]:
         _poison.reset(token)
 
 
+poisoning = _poison.get
+"""Whether outputs are poisoned now; asked at every call."""
+
+
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, just allocated: full of NaN while outputs are poisoned, else as it is."""
     return tensor.fill_(float("nan")) if _poison.get() else tensor

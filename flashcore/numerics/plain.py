@@ -79,7 +79,7 @@ def integer(name: str, value) -> int:
 def softmax_scale(value) -> float | None:
     """A softmax scale as `number` reads it; `InvalidProblem` also for one that is not finite."""
     scale = number("softmax_scale", value)
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # also of NaN; torch's compiler follows this form
         raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {scale}.")
     return scale
 

@@ -26,6 +26,11 @@ def under_way() -> bool:
     return forward_ad._current_level >= 0 or _transform() is not None
 
 
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether `torch.vmap` maps over an axis of the tensor."""
+    return _functorch.is_batchedtensor(tensor)
+
+
 def want_gradients(*tensors: torch.Tensor) -> bool:
     """Whether a result with gradients is asked for."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -41,7 +46,12 @@ def refuse(names: str, *tensors: torch.Tensor) -> None:
         gradients are asked of it.
     """
     if under_way():
-        _refuse_transforms(names, tensors)
+        if any(map(is_mapped, tensors)):
+            raise InvalidProblem(
+                f"{names} is mapped by torch.vmap, which FlashCore does not support; put the mapped axis into the "
+                "batch dimension, and make one call."
+            )
+        refuse_derivatives(names, *tensors)
     if want_gradients(*tensors):
         raise InvalidProblem(
             f"{names} requires gradients, and FlashCore computes the forward pass only; "
@@ -49,14 +59,13 @@ def refuse(names: str, *tensors: torch.Tensor) -> None:
         )
 
 
-def _refuse_transforms(names: str, tensors: tuple[torch.Tensor, ...]) -> None:
+def refuse_derivatives(names: str, *tensors: torch.Tensor) -> None:
+    """Raise `InvalidProblem` where a tensor carries a tangent, or is traced by a transform of torch.func but vmap.
+
+    An axis that `torch.vmap` maps over goes through: whoever calls this has a rule for it.
+    """
     for tensor in tensors:
-        if _functorch.is_functorch_wrapped_tensor(tensor):
-            if _functorch.is_batchedtensor(tensor):
-                raise InvalidProblem(
-                    f"{names} is mapped by torch.vmap, which FlashCore does not support; put the mapped axis into the "
-                    "batch dimension, and make one call."
-                )
+        if _functorch.is_functorch_wrapped_tensor(tensor) and not is_mapped(tensor):
             raise InvalidProblem(
                 f"{names} is transformed by torch.func (grad, jvp or another), and FlashCore computes the forward pass "
                 "only; call it outside the transform."

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from flashcore.errors import PageTableError
+from flashcore.library import traced
 from flashcore.numerics import ambient
 from flashcore.numerics.outputs import new_output
 from flashcore.paging.checks import can_read_back
@@ -123,8 +124,11 @@ def first_query_page(cache: PagedKV, q_tokens: int) -> torch.Tensor:
 class AllPages:
     """Every page that holds keys: dense attention, spelled as a selection."""
 
-    @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
-        resident = cache.within_table().resident_pages()[:, None].expand(-1, cache.num_heads_kv, -1)
-        return PageSelection.of_mask(resident)
+        return _every_page(cache) if traced() else ambient.shielded(_every_page)(cache)
+
+
+def _every_page(cache: PagedKV) -> PageSelection:
+    resident = cache.within_table().resident_pages()[:, None].expand(-1, cache.num_heads_kv, -1)
+    return PageSelection.of_mask(resident)

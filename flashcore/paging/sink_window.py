@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.errors import InvalidProblem
+from flashcore.library import paged, traced
 from flashcore.numerics import ambient, plain
 from flashcore.paging import _window
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
@@ -35,13 +36,19 @@ class SinkWindow:
                 "1, the last page being the one that the newest token is in."
             )
 
-    @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
-        cache = cache.within_table()
-        q_tokens = q.shape[2]
-        most = self.sink_pages + self.window_pages - 1 + query_pages(q_tokens, cache.page_size)
+        most = self.sink_pages + self.window_pages - 1 + query_pages(q.shape[2], cache.page_size)
         width = min(cache.max_pages, most)
+        if not traced():
+            return self._select(q.shape[2], cache, width)
+        tables = cache.k_pool, cache.v_pool, cache.page_table, cache.lengths
+        return PageSelection(*paged.select_window(q, *tables, width, self.sink_pages, self.window_pages))
+
+    @ambient.shielded
+    def _select(self, q_tokens: int, cache: PagedKV, width: int) -> PageSelection:
+        """`select` of tensors that lie in memory; `width` is the room for the pages of a row."""
+        cache = cache.within_table()
         found = _window.selected(cache, q_tokens, width, sink_pages=self.sink_pages, window_pages=self.window_pages)
         return self._select_in_torch(cache, q_tokens, width) if found is None else found
 
@@ -53,3 +60,15 @@ class SinkWindow:
         window = first_query_page(cache, q_tokens) - before
         mask = cache.resident_pages() & ((columns < sink) | (columns >= window[:, None]))
         return PageSelection.of_mask(mask[:, None].expand(-1, cache.num_heads_kv, -1), width)
+
+
+def _compute_op(
+    q, k_pool, v_pool, page_table, lengths, width, sink_pages, window_pages
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What computes ``torch.ops.flashcore.select_window``."""
+    cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths)
+    selection = SinkWindow(sink_pages, window_pages)._select(q.shape[2], cache, width)
+    return selection.pages, selection.counts
+
+
+paged.computed_by(paged.select_window, _compute_op)

@@ -9,11 +9,17 @@ from typing import ClassVar
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
+from flashcore.library import paged, traced
 from flashcore.numerics import ambient, plain
 from flashcore.paging import _selecting
 from flashcore.paging.bounds import LARGEST, LEAST
 from flashcore.paging.selection import PageSelection, first_query_page, query_pages
 from flashcore.paging.tables import PagedKV
+
+NO_BOUNDS = (
+    "This cache keeps no key bounds, by which TopK chooses; make it with key_bounds=True, "
+    "or pass key_bounds=True to from_tables()."
+)
 
 
 @ambient.shielded
@@ -24,10 +30,7 @@ def page_scores(q: torch.Tensor, cache: PagedKV) -> torch.Tensor:
     scale above 0 does not change the order of pages; for one below 0 pass ``-q``, as `paged_attention` does.
     """
     if cache.key_bounds is None:
-        raise PageTableError(
-            "This cache keeps no key bounds, by which TopK chooses; make it with key_bounds=True, "
-            "or pass key_bounds=True to from_tables()."
-        )
+        raise PageTableError(NO_BOUNDS)
     cache = cache.within_table()
     batch, heads_q, tokens, head_dim = q.shape
     bounds = cache.key_bounds[cache.page_table.clamp(0, cache.num_pages - 1).long()].float()
@@ -78,11 +81,20 @@ class TopK:
         if self.sink_pages < 0:
             raise InvalidProblem(f"TopK(sink_pages={self.sink_pages}): it takes at least 0.")
 
-    @ambient.shielded
     def select(self, q: torch.Tensor, cache: PagedKV) -> PageSelection:
         cache.check_query(q)
-        cache = cache.within_table()
         width = min(cache.max_pages, max(self._most(cache), self.sink_pages + query_pages(q.shape[2], cache.page_size)))
+        if not traced():
+            return self._select(q, cache, width)
+        if cache.key_bounds is None:
+            raise PageTableError(NO_BOUNDS)
+        tables = cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, cache.key_bounds
+        return PageSelection(*paged.select_top_k(q, *tables, width, self.pages, self.share, self.sink_pages))
+
+    @ambient.shielded
+    def _select(self, q: torch.Tensor, cache: PagedKV, width: int) -> PageSelection:
+        """`select` of tensors that lie in memory; `width` is the room for the pages of a row."""
+        cache = cache.within_table()
         asked = {"most": self.pages, "share": self.share, "sink_pages": self.sink_pages}
         found = _selecting.selected(q, cache, width, **asked, source=self.source)
         return self._select_in_torch(q, cache, width) if found is None else found
@@ -111,3 +123,15 @@ class TopK:
     def _most(self, cache: PagedKV) -> int:
         """A bound on the pages asked for that needs no look at the lengths."""
         return self.pages if self.pages is not None else math.ceil(cache.max_pages * self.share)
+
+
+def _compute_op(
+    q, k_pool, v_pool, page_table, lengths, key_bounds, width, pages=None, share=None, sink_pages=0
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What computes ``torch.ops.flashcore.select_top_k``."""
+    cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, key_bounds=key_bounds)
+    selection = TopK(pages, share, sink_pages)._select(q, cache, width)
+    return selection.pages, selection.counts
+
+
+paged.computed_by(paged.select_top_k, _compute_op)

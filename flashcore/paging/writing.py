@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from flashcore.library import paged, traced
 from flashcore.numerics import ambient
 from flashcore.paging import _appending
 from flashcore.paging.bounds import widen_bounds
@@ -16,8 +17,6 @@ from flashcore.paging.checks import check_tables, debugging
 from flashcore.paging.tables import PagedKV
 
 
-@ambient.shielded
-@torch.no_grad()
 def append_tokens(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
@@ -37,6 +36,8 @@ def append_tokens(
     may ride along in a captured graph, and a table that is wrong never harms the pool; ``PagedKV.check(tokens)`` says
     what is wrong with it, and with FLASHCORE_DEBUG=1 so does this.
 
+    Under `torch.compile` and `torch.export` the call is one op, ``torch.ops.flashcore.append_tokens``.
+
     On a Hopper GPU, with head_dim 64 or 128 and rows that start at multiples of 16 bytes, a kernel does it. It is
     compiled at its first call; one that a graph captures before that is captured in torch's operations.
 
@@ -55,6 +56,17 @@ def append_tokens(
     key_bounds
         ``[num_pages, num_heads_kv, 2, head_dim]``, kept up to date when given.
     """
+    compute = paged.append_tokens if traced() else _append
+    with torch.no_grad():
+        compute(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds)
+
+
+@ambient.shielded
+@torch.no_grad()
+def _append(
+    k_new, v_new, k_pool, v_pool, page_table, lengths, rows=None, counts=None, key_bounds=None
+) -> None:  # fmt: skip
+    """`append_tokens` of tensors that lie in memory."""
     if debugging():
         wanted = torch.full(k_new.shape[:1], k_new.shape[2], device=lengths.device) if counts is None else counts.long()
         if rows is not None:
@@ -62,6 +74,9 @@ def append_tokens(
         check_tables(PagedKV(k_pool, v_pool, page_table, lengths), wanted)
     if not _appending.launched(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds):
         _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds)
+
+
+paged.computed_by(paged.append_tokens, _append)
 
 
 def _append_in_torch(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds) -> None:

@@ -28,7 +28,7 @@ def diagnose(
     seed: Annotated[int, typer.Option(help="Seed of the inputs, together with --problem.")] = 0,
     time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds that one call may take.")] = 20.0,
     probes: Annotated[bool, typer.Option("--probes", help="Also print what each probe showed, and its cost.")] = False,
-    write_test: Annotated[
+    keep: Annotated[
         Path | None, typer.Option("--write-test", help="Write the smallest failing case as a pytest file.")
     ] = None,
     prove: Annotated[
@@ -40,7 +40,7 @@ def diagnose(
 ) -> None:
     """Say where any attention function goes wrong, and why. Exit code 0: nowhere; 3: found; 2: not understood."""
     if prove:
-        _refuse({"FUNCTION": function, "--problem": problem, "--pattern": pattern, "--write-test": write_test,
+        _refuse({"FUNCTION": function, "--problem": problem, "--pattern": pattern, "--write-test": keep,
                  "--lse": lse, "--device": device})  # fmt: skip
         _prove(backend, json, run)
         return
@@ -48,7 +48,7 @@ def diagnose(
         raise InvalidProblem("--backend goes with --prove; name the backend itself to diagnose it.")
     if function is None:
         raise InvalidProblem("Name a function: flashcore diagnose FILE.py:function, or a backend's id.")
-    from flashcore.diagnosis.apart import diagnose_apart
+    from flashcore.diagnosis import diagnose_apart, write_test
 
     place = _absolute(function)
     found = diagnose_apart(place, problem, layout=layout, lse=lse, device=device, pattern=pattern, seed=seed,
@@ -62,11 +62,11 @@ def diagnose(
             debug._say(line)
         if probes and found.peeled:
             debug._print_table(found.table(), "Probes")
-    if write_test is not None:
+    if keep is not None:
         if found.smallest is None:
             errors().print("There is no failing case, so no test was written.")
         else:
-            errors().print(escape(f"Wrote {found.write_test(str(write_test), place)}."))
+            errors().print(escape(f"Wrote {write_test(found, str(keep), place)}."))
     raise typer.Exit(CLEAN if found.right else FOUND)
 
 

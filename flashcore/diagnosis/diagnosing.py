@@ -206,20 +206,6 @@ class Diagnosis:
         smallest = self.smallest and replace(self.smallest, answer=None)
         return replace(self, screened=tuple(bare), peeled=peeled, smallest=smallest)
 
-    def write_test(self, path: str, place: str) -> str:
-        """Write a pytest file that fails while the smallest case is wrong; returns its path.
-
-        Parameters
-        ----------
-        path
-            Of the file; one that exists is replaced.
-        place
-            The function, as ``FILE.py:function`` or ``MODULE:function``.
-        """
-        from flashcore.diagnosis.writing import write_test
-
-        return write_test(self, path, place)
-
 
 def _stages_words(stages: tuple[str, ...]) -> str:
     if not stages:
@@ -282,6 +268,8 @@ def diagnose(
     started = time.perf_counter()
     if isinstance(problem, str):
         problem = parse_problem(problem)
+    if problem is not None and not isinstance(problem, Problem):
+        raise InvalidProblem(f"problem: {type(problem).__name__} is no problem; give a Problem or its label.")
     if pattern is not None and pattern not in PATTERNS:
         raise UnknownName("input pattern", pattern, list(PATTERNS))
     if pattern is not None and problem is None:

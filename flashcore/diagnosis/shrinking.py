@@ -11,7 +11,8 @@ from flashcore.diagnosis.screening import Inputs, Screened, screen_one
 from flashcore.errors import InvalidProblem
 from flashcore.problem import Problem
 
-BUDGET_S = 4.0
+BUDGET_S = 2.0
+"""Seconds that a search for the smallest case may take."""
 
 
 def shrink(candidate: Candidate, failing: Screened, *, budget_s: float = BUDGET_S) -> Screened:

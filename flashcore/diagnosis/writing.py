@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from flashcore.diagnosis.diagnosing import Diagnosis
 from flashcore.errors import InvalidProblem
 from flashcore.records import write_whole
-
-if TYPE_CHECKING:
-    from flashcore.diagnosis.diagnosing import Diagnosis
 
 _TEST = '''"""Written by flashcore diagnose: {finding}"""
 
@@ -23,7 +20,20 @@ def test_{name}_is_right_at_{case}():
 
 
 def write_test(diagnosis: Diagnosis, path: str, place: str) -> str:
-    """See `Diagnosis.write_test`."""
+    """Write a pytest file that fails while the smallest case is wrong; returns its path.
+
+    Parameters
+    ----------
+    path
+        Of the file; one that exists is replaced.
+    place
+        The function, as ``FILE.py:function``, ``MODULE:function`` or the id of a backend.
+
+    Raises
+    ------
+    InvalidProblem
+        Nothing fails, so there is nothing to write.
+    """
     if diagnosis.smallest is None:
         raise InvalidProblem("There is no failing case to write a test of: the function is right, or takes no problem.")
     inputs = diagnosis.smallest.inputs

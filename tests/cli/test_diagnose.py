@@ -1,0 +1,55 @@
+"""`flashcore diagnose`: what it prints, how it ends, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flashcore.cli.program import app
+from flashcore.records import RunFolder
+
+KERNEL = """
+import torch
+
+def twice(q, k, v):
+    scores = q.float() @ k.float().mT / q.shape[-1]
+    return (torch.softmax(scores, -1) @ v.float()).to(q.dtype)
+"""
+SMALL = ["--problem", "B=1,H=2,S=40,D=16", "--device", "cpu"]
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    return f"{tmp_path / 'kernel.py'}:twice"
+
+
+@pytest.mark.slow
+def test_it_says_what_is_wrong_keeps_the_record_and_writes_the_test(place, tmp_path):
+    run = tmp_path / "run"
+    done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--probes", "--run", str(run), "--write-test",
+                                    str(tmp_path / "test_it.py")])  # fmt: skip
+    assert done.exit_code == 3, done.output
+    assert "the scale is applied twice" in done.output and "anchored scores" in done.output
+    (trial,) = RunFolder(run).read()
+    assert trial.kind == "diagnosis" and trial.data["hypotheses"][0]["name"] == "scale twice"
+    assert "flashcore.diagnose(" in (tmp_path / "test_it.py").read_text()
+
+
+@pytest.mark.slow
+def test_a_right_backend_ends_with_0_and_json_is_json():
+    done = CliRunner().invoke(app, ["diagnose", "cpu", "--problem", "B=1,H=1,S=40,D=64", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["data"]["right"] is True
+
+
+def test_options_that_do_not_go_together_are_refused():
+    for arguments, words in (
+        ([], "Name a function"),
+        (["cpu", "--backend", "cpu"], "goes with --prove"),
+        (["cpu", "--prove"], "leave FUNCTION out"),
+    ):
+        done = CliRunner().invoke(app, ["diagnose", *arguments])
+        assert done.exit_code != 0 and words in (str(done.exception) + done.output)

@@ -1,0 +1,417 @@
+"""A zoo of small attention functions in torch, each with one bug of a kind that people reported, and what it is called.
+
+`ZOO` maps a name to the function and to what a diagnosis of it has to say; `RIGHT` holds right ones, written otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+TILE = 64
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A function with a bug in it."""
+
+    function: Callable
+    named: str
+    """What one of the hypotheses is called; empty where none can explain it, and its stage has to be named."""
+    stage: str
+
+
+ZOO: dict[str, Wrong] = {}
+RIGHT: dict[str, Callable] = {}
+
+
+def _wrong(named: str, stage: str):
+    def keep(function: Callable) -> Callable:
+        ZOO[function.__name__] = Wrong(function, named, stage)
+        return function
+
+    return keep
+
+
+def _right(function: Callable) -> Callable:
+    RIGHT[function.__name__] = function
+    return function
+
+
+# --- parts ---
+
+
+def parts(q, k, v, *, by_remainder: bool = False):
+    """float32, one K and V head for each query head, and the usual scale."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (
+        (t.repeat(1, group, 1, 1) if by_remainder else t.repeat_interleave(group, 1)).float().to(q.device)
+        for t in (k, v)
+    )
+    return q.float(), k, v, 1.0 / math.sqrt(q.shape[-1])
+
+
+def positions(scores):
+    rows = torch.arange(scores.shape[-2], device=scores.device)[:, None]
+    return rows, torch.arange(scores.shape[-1], device=scores.device)[None]
+
+
+def masked(scores, offset: int):
+    row, key = positions(scores)
+    return scores.masked_fill(key > row + offset, -math.inf)
+
+
+def finish(scores, v, dtype):
+    return (torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v).to(dtype)
+
+
+def online(q, k, v, *, accum=lambda right, j: right, row_sum=lambda right, j: right, keep=lambda accum: accum):
+    """The page loop; `accum` and `row_sum` may give another rescale factor, `keep` what is kept of the accumulator."""
+    a, b, c, scale = parts(q, k, v)
+    maximum = a.new_full(a.shape[:3], -math.inf)
+    total, out = a.new_zeros(a.shape[:3]), torch.zeros_like(a)
+    for j, start in enumerate(range(0, k.shape[2], TILE)):
+        scores = a @ b[:, :, start : start + TILE].mT * scale
+        now = torch.maximum(maximum, scores.amax(-1))
+        right, probs = (maximum - now).exp(), (scores - now[..., None]).exp()
+        total = total * row_sum(right, j) + probs.sum(-1)
+        out = keep(out * accum(right, j)[..., None] + probs.to(q.dtype).float() @ c[:, :, start : start + TILE])
+        maximum = now
+    return (out / total[..., None]).to(q.dtype)
+
+
+# --- right ---
+
+
+@_right
+def two_pass(q, k, v, causal=False, softmax_scale=None):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * (scale if softmax_scale is None else softmax_scale)
+    return finish(masked(scores, k.shape[2] - q.shape[2]) if causal else scores, c, q.dtype)
+
+
+@_right
+def page_loop(q, k, v):
+    return online(q, k, v)
+
+
+@_right
+def sdpa(q, k, v, *, is_causal=False, scale=None):
+    mask = None
+    if is_causal:
+        shape = q.shape[2], k.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+# --- masks ---
+
+
+@_wrong("top-left mask", "scores")
+def top_left(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    return finish(masked(a @ b.mT * scale, 0) if causal else a @ b.mT * scale, c, q.dtype)
+
+
+@_wrong("diagonal off by one", "scores")
+def one_key_too_many(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    return finish(masked(scores, k.shape[2] - q.shape[2] + 1) if causal else scores, c, q.dtype)
+
+
+@_wrong("diagonal off by one", "scores")
+def itself_hidden(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    return finish(masked(scores, k.shape[2] - q.shape[2] - 1) if causal else scores, c, q.dtype)
+
+
+@_wrong("no mask", "scores")
+def mask_forgotten(q, k, v, causal=False):
+    return two_pass(q, k, v)
+
+
+@_wrong("masked scores set to 0", "scores")
+def mask_that_multiplies(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    if causal:
+        scores = scores * (masked(torch.zeros_like(scores), k.shape[2] - q.shape[2]) == 0)
+    return finish(scores, c, q.dtype)
+
+
+@_wrong("mask by whole tiles", "scores")
+def mask_of_tiles(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    row, key = positions(scores)
+    if causal:
+        scores = scores.masked_fill(key // 32 * 32 > row + k.shape[2] - q.shape[2], -math.inf)
+    return finish(scores, c, q.dtype)
+
+
+@_wrong("window not asked for", "scores")
+def a_window(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    row, key = positions(scores)
+    return finish(scores.masked_fill(key < row + k.shape[2] - q.shape[2] - 63, -math.inf), c, q.dtype)
+
+
+# --- scores ---
+
+
+@_wrong("scale missing", "scores")
+def no_scale(q, k, v):
+    a, b, c, _ = parts(q, k, v)
+    return finish(a @ b.mT, c, q.dtype)
+
+
+@_wrong("scale twice", "scores")
+def scaled_twice(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish(a @ b.mT * scale * scale, c, q.dtype)
+
+
+@_wrong("scale of another head_dim", "scores")
+def padded_scale(q, k, v):
+    a, b, c, _ = parts(q, k, v)
+    return finish(a @ b.mT / math.sqrt(2 * q.shape[-1]), c, q.dtype)
+
+
+@_wrong("softmax_scale ignored", "scores")
+def scale_not_taken(q, k, v, softmax_scale=None):
+    return two_pass(q, k, v)
+
+
+@_wrong("base 2 for e", "probs")
+def base_two(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    probs = (scores - scores.amax(-1, keepdim=True)).exp2()
+    return ((probs @ c) / probs.sum(-1, keepdim=True)).to(q.dtype)
+
+
+@_wrong("part of head_dim left out", "scores")
+def half_of_the_columns(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    half = q.shape[-1] // 2
+    return finish(a[..., :half] @ b[..., :half].mT * scale, c, q.dtype)
+
+
+@_wrong("columns of head_dim in another order", "scores")
+def swizzled(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish(a @ b.roll(8, -1).mT * scale, c, q.dtype)
+
+
+@_wrong("scores in 16 bits", "scores")
+def scores_in_half(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish((a @ b.mT).half().float() * scale, c, q.dtype)
+
+
+# --- heads ---
+
+
+@_wrong("K of another head", "scores")
+def heads_by_remainder(q, k, v):
+    a, b, c, scale = parts(q, k, v, by_remainder=True)
+    return finish(a @ b.mT * scale, c, q.dtype)
+
+
+@_wrong("V of another head", "accum")
+def heads_of_v_shifted(q, k, v):
+    return two_pass(q, k, v.roll(1, 1)) if k.shape[1] > 1 else two_pass(q, k, v)
+
+
+@_wrong("K of another batch", "scores")
+def one_batch_for_all(q, k, v):
+    return two_pass(q, k[:1].expand_as(k), v)
+
+
+@_wrong("result of another head", "out")
+def heads_written_backwards(q, k, v):
+    return two_pass(q, k, v).flip(1)
+
+
+# --- keys and pages ---
+
+
+@_wrong("last partial page dropped", "scores")
+def tail_dropped(q, k, v):
+    whole = k.shape[2] // TILE * TILE or k.shape[2]
+    return two_pass(q, k[:, :, :whole], v[:, :, :whole])
+
+
+@_wrong("last partial page taken as whole", "row_sum")
+def tail_padded(q, k, v):
+    more = -k.shape[2] % TILE
+    return two_pass(q, *(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (k, v)))
+
+
+def _pages(t, first: int, second: int):
+    return t if t.shape[2] < 2 * TILE else torch.cat(
+        [t[:, :, n * TILE : (n + 1) * TILE] for n in (first, second)] + [t[:, :, 2 * TILE :]], dim=2)  # fmt: skip
+
+
+@_wrong("pages swapped", "scores")
+def k_pages_swapped(q, k, v):
+    return two_pass(q, _pages(k, 1, 0), v)
+
+
+@_wrong("K of another page", "scores")
+def k_page_read_twice(q, k, v):
+    return two_pass(q, _pages(k, 0, 0), v)
+
+
+@_wrong("V of another page", "accum")
+def stale_v(q, k, v):
+    return two_pass(q, k, _pages(v, 0, 0))
+
+
+@_wrong("a page read twice", "scores")
+def page_read_twice(q, k, v):
+    return two_pass(q, _pages(k, 0, 0), _pages(v, 0, 0))
+
+
+# --- the loop ---
+
+
+@_wrong("accum not rescaled", "accum")
+def accum_not_rescaled(q, k, v):
+    return online(q, k, v, accum=lambda right, j: torch.ones_like(right))
+
+
+@_wrong("row_sum not rescaled", "row_sum")
+def row_sum_not_rescaled(q, k, v):
+    return online(q, k, v, row_sum=lambda right, j: torch.ones_like(right))
+
+
+@_wrong("neither rescaled", "rescale")
+def nothing_rescaled(q, k, v):
+    one = lambda right, j: torch.ones_like(right)  # noqa: E731
+    return online(q, k, v, accum=one, row_sum=one)
+
+
+@_wrong("accum not rescaled", "accum")
+def one_page_not_rescaled(q, k, v):
+    return online(q, k, v, accum=lambda right, j: torch.ones_like(right) if j == 2 else right)
+
+
+@_wrong("no maximum subtracted", "probs")
+def no_maximum(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    probs = (a @ b.mT * scale).exp()
+    return ((probs @ c) / probs.sum(-1, keepdim=True)).to(q.dtype)
+
+
+@_wrong("maximum not reduced over lanes", "probs")
+def four_lanes(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    probs = torch.empty_like(scores)
+    for lane in range(4):
+        mine = scores[..., lane::4]
+        probs[..., lane::4] = (mine - mine.amax(-1, keepdim=True)).exp() if mine.shape[-1] else mine
+    return ((probs @ c) / probs.sum(-1, keepdim=True)).to(q.dtype)
+
+
+@_wrong("accumulation in 16 bits", "accum")
+def accum_in_half(q, k, v):
+    return online(q, k, v, keep=lambda accum: accum.half().float())
+
+
+@_wrong("not normalised", "out")
+def not_divided(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    return ((scores - scores.amax(-1, keepdim=True)).exp() @ c).to(q.dtype)
+
+
+# --- memory ---
+
+
+@_wrong("uninitialised memory", "out")
+def last_rows_not_written(q, k, v):
+    out = torch.empty_like(q)
+    whole = q.shape[2] // TILE * TILE or q.shape[2]
+    out[:, :, :whole] = two_pass(q, k, v)[:, :, :whole]
+    return out
+
+
+@_wrong("strides ignored", "scores")
+def contiguous_taken_for_granted(q, k, v):
+    def flat(t):
+        return torch.as_strided(t, t.shape, torch.empty(t.shape, device="meta").stride(), t.storage_offset())
+
+    return two_pass(flat(q), flat(k), flat(v))
+
+
+@_wrong("", "accum")
+def a_race(q, k, v):
+    out = two_pass(q, k, v)
+    out[:, :, torch.randint(0, q.shape[2], (5,), device=q.device)] *= 0.5
+    return out
+
+
+@_wrong("", "scores")
+def one_score(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    scores[-1, -1, -1, -1] += 0.25
+    return finish(scores, c, q.dtype)
+
+
+# --- no answer at all ---
+
+
+def raises(q, k, v):
+    raise RuntimeError("no kernel image\nis available")
+
+
+def hangs(q, k, v):
+    while True:
+        pass
+
+
+def changes_q(q, k, v):
+    out = two_pass(q, k, v)
+    q.mul_(0.5)
+    return out
+
+
+def wrong_shape(q, k, v):
+    return two_pass(q, k, v).transpose(1, 2)
+
+
+def wrong_dtype(q, k, v):
+    return two_pass(q, k, v).float()
+
+
+def nothing(q, k, v):
+    return None
+
+
+def contiguous_only(q, k, v):
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        raise ValueError("tensors must be contiguous")
+    return two_pass(q, k, v)
+
+
+def two_bugs(q, k, v, causal=False):
+    """Heads by remainder, the scale twice, and a top-left mask: three, in truth."""
+    a, b, c, scale = parts(q, k, v, by_remainder=True)
+    scores = a @ b.mT * scale * scale
+    return finish(masked(scores, 0) if causal else scores, c, q.dtype)
+
+
+def with_lse(q, k, v, return_lse=False, base=math.e):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    lse = torch.logsumexp(scores, dim=-1) / math.log(base)
+    return (finish(scores, c, q.dtype), lse) if return_lse else finish(scores, c, q.dtype)

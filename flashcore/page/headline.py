@@ -178,7 +178,9 @@ def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
     found = sum(n for outcomes in ran.values() for word, n in outcomes.items() if word.startswith("found"))
     state = "pass" if found == total and total else "fail"
     lines = [f'Target all of them: <strong class="{state}">{"met" if state == "pass" else "missed"}</strong>']
-    where = f"in {len(ran)} kernels, to try the checker; found at the stage where each was put"
+    by_crash = sum(outcomes.get("found by its crash", 0) for outcomes in ran.values())
+    where = f"to try the checker, in {len(ran)} of ours; found at the stage where each was put"
+    where += f", {by_crash} by a crash" if by_crash else ""
     return _card("Planted bugs that were found", f"{found:,}", f"of {total:,}", where, lines)
 
 

@@ -6,7 +6,8 @@ import pytest
 from support import synthetic_records as synthetic
 from support.decisions import GATES, GOOD, REPORT, decide, gate, without_paging
 
-from flashcore.decision import verdict
+from flashcore import page
+from flashcore.decision import advice, seal, verdict
 from flashcore.decision.gates import Gate
 from flashcore.errors import GatesError
 from flashcore.problem import parse_problem
@@ -58,6 +59,7 @@ def test_a_small_gates_file_loads(tmp_path):
         ("required = true", 'required = "yes"', 9, "required"),
         ("at_least = 320", 'why = """\n[[gate]]\nid = 3\n"""\nat_leest = 320', 12, "no key 'at_leest'"),
         ("[[gate]]", 'rank_options_by = "fast"\n[[gate]]', 2, "no gate 'fast' to rank options by"),
+        ("[[gate]]", "options_judged_by = 3\n[[gate]]", 2, "who judged effort and risk is told in words"),
     ],
 )
 def test_a_bad_gates_file_is_one_error_with_line_and_reason(tmp_path, old, new, line, words):
@@ -154,6 +156,23 @@ def test_a_gate_on_ours_asks_the_options_own_backend(tmp_path):
     (own,) = gates.options[1].asked(gates)
     assert isinstance(own, Gate) and own.required and own.metric == "data.spill_bytes"
     assert decide(without_paging(GOOD), gates).recommended.id == "A"
+
+
+def test_effort_and_risk_are_told_only_under_the_name_of_who_judged_them(tmp_path):
+    nobody = decide(without_paging(GOOD), load(tmp_path, FILE))
+    assert all("Effort" not in row and "Risk" not in row for row in advice.matrix_rows(nobody.options))
+    assert "much" not in page.options_html(nobody) and "judged them" not in page.options_html(nobody)
+    known = decide(without_paging(GOOD), load(tmp_path, f'options_judged_by = "Ada, May 2030"\n{FILE}'))
+    row = next(row for row in advice.matrix_rows(known.options) if row["Option"].startswith("B"))
+    assert (row["Effort"], row["Risk"], row["Judged by"]) == ("much", "high", "Ada, May 2030")
+    html = page.options_html(known)
+    assert "Effort and risk, as Ada, May 2030 judged them" in html and "much; high risk" in html
+
+
+def test_who_judged_is_no_part_of_what_a_run_is_sealed_with(tmp_path):
+    """Nothing hangs on these words, and a recorded run keeps its seal when they are added."""
+    bare, named = load(tmp_path, FILE), load(tmp_path, f'options_judged_by = "Ada"\n{FILE}')
+    assert seal._of_gates(bare) == seal._of_gates(named)
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,11 @@ def test_the_memory_saved_says_which_part_of_a_prompt_is_shared():
 def test_planted_bugs_stand_where_memory_does_not():
     planted = [
         Trial(kind="fault", backend="wmma", environment=synthetic.ENV_ID, data={"outcome": outcome})
-        for outcome in ("found", "found", "missed", "not applicable")
+        for outcome in ("found", "crashed", "missed", "not applicable")
     ]
     html = headline_of([*TRIALS, *planted])
     assert "Planted bugs that were found" in html and "of 3</span>" in html and ">2 <" in html
+    assert "found at the stage where each was put, 1 by a crash" in html
     assert 'Target all of them: <strong class="fail">missed</strong>' in html
 
 

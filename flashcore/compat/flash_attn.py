@@ -435,7 +435,10 @@ def _adds_atomically(q, k, v) -> bool:
 
 
 def _torch_can(q, k, masking: Masking, with_lse: bool) -> bool:
-    """Whether the FlashAttention-2 in torch computes it: no softcap, and no gradient of `lse` or through a bias."""
+    """Whether the FlashAttention-2 in torch computes it: no softcap, no bias, no gradient of `lse`.
+
+    A window that is open to the right alone is not taken either: there its rows beyond the keys come out otherwise.
+    """
     wants = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return (
         q.is_cuda
@@ -443,7 +446,9 @@ def _torch_can(q, k, masking: Masking, with_lse: bool) -> bool:
         and q.shape[-1] <= 256
         and q.shape[-1] % 8 == 0
         and not masking.softcap
-        and not (wants and (with_lse or masking.slopes is not None))
+        and masking.slopes is None  # builds of torch differ in whether theirs takes a bias
+        and not (masking.window_left >= 0 and masking.window_right < 0 and not masking.causal)
+        and not (wants and with_lse)
         and 0 not in q.shape
         and 0 not in k.shape
         and torch.backends.cuda.is_flash_attention_available()
@@ -459,8 +464,6 @@ def _in_torch(q, k, v, masking: Masking, scale: float | None, ragged=(None, None
     options = {"scale": scale}
     if masking.window_left >= 0 or (masking.window_right >= 0 and not masking.causal):
         options |= {"window_size_left": masking.window_left, "window_size_right": masking.window_right}
-    if masking.slopes is not None:
-        options["alibi_slopes"] = masking.slopes.float()
     starts_q, starts_k = (None if starts is None else starts.int() for starts in (starts_q, starts_k))
     out, lse = torch.ops.aten._flash_attention_forward(
         q, k, v, starts_q, starts_k, q.shape[1] if rows is None else rows, k.shape[1] if keys is None else keys,

@@ -372,15 +372,15 @@ class _Peeling:
         even = ((ratio / by_row - 1).abs() <= slack) | ratio.isnan()
         sums = bool(((found.sum(dim=-1) - 1).abs() > slack)[wanted.sum(dim=-1) > 0.5].any())
         if self._lse_tells():
-            stages: tuple[str, ...] = ("accum", "out")
+            stages: tuple[str, ...] = ("probs", "accum", "out")
             why = (
                 f"{int(bad.sum()):,} of {bad.numel():,} weights are wrong, and lse is right: the sums of P V are wrong"
             )
         elif bool(even.all()):
             stages, why = ("row_sum",), "the weights of a row are right beside each other, and do not add up to 1"
-        elif sums and _even_by_page(ratio, self.problem):
-            stages = ("rescale", "probs", "accum")
-            why = "weights are off by one factor a page and do not add up to 1: a page and its reference do not match"
+        elif _even_by_page(ratio, self.problem):
+            stages = ("rescale", "probs", "accum") if sums else ("rescale", "probs", "out")
+            why = "weights are off by one factor a page: pages, or chains of pages, are weighed by another reference"
         else:
             stages, why = ("scores", "probs"), f"{int(bad.sum()):,} of {bad.numel():,} {otherwise}"
         self.suspicions.append(Suspicion(stages, why, place))
@@ -417,7 +417,10 @@ class _Peeling:
             if bool(bad.any()):
                 if lift == 0.0:
                     return None  # it is wrong without a lift too, which other probes look into
-                failed[lift] = "NaN" if bool(got.isnan().any()) else "Inf" if bool(got.isinf().any()) else "wrong"
+                gone = bad & (got.abs() < 0.1 * wanted.abs())
+                vanished = bool(gone.sum() > 0.5 * bad.sum())
+                nan, inf = bool(got.isnan().any()), bool(got.isinf().any())
+                failed[lift] = "NaN" if nan else "Inf" if inf else "vanished" if vanished else "wrong"
         if not failed:
             return None
         up = min((x for x in failed if x > 0), default=None)
@@ -427,14 +430,14 @@ class _Peeling:
                      f"(exp in {dtype} overflows)")  # fmt: skip
             return self.add(Hypothesis("no maximum subtracted", words, ("row_max", "probs"), {"no_max": dtype}))
         down = max((x for x in failed if x < 0), default=None)
-        if up is None and down is not None:
-            words = (
-                f"rows whose scores are near {down:g} vanish: the reference that is subtracted starts at 0 or higher"
-            )
-            self.suspicions.append(Suspicion(("row_max",), words))
+        if up is None and failed[down] == "vanished":
+            words = (f"rows whose scores are near {down:g} vanish: the reference that is subtracted, or that of a part "
+                     "without keys, is 0 or higher")  # fmt: skip
+            self.suspicions.append(Suspicion(("row_max", "out"), words))
             return words
-        first = up if up is not None else down
-        words = f"adding {first:g} to all scores of a row changes its result, which it may not"
+        if up is None or failed[up] == "wrong":
+            return None  # scores of that size may be rounded too much, which the probe of precision looks into
+        words = f"adding {up:g} to all scores of a row makes its result vanish, which it may not"
         self.suspicions.append(Suspicion(("row_max", "scores"), words))
         return words
 
@@ -507,11 +510,23 @@ class _Peeling:
             words = "strides are ignored: inputs that are not contiguous are read as if they were"
             if share_of(one.answer.out, predicted, one, self.candidate)[0] >= EXPLAINED:
                 return self.add(Hypothesis("strides ignored", words, ("scores",), {"strides_ignored": True}))
-            self.suspicions.append(
-                Suspicion(("scores", "accum"), "only inputs that are not contiguous give a wrong result")
-            )
+            self.suspicions.append(self._strided_alone(one))
             return self.suspicions[-1].sentence
         return None
+
+    def _strided_alone(self, one: Screened) -> Suspicion:
+        """Which of Q, K and V gives a wrong result when it alone lies in memory as ``[B, S, H, D]``."""
+        case = self._case(one)
+        wrong = []
+        for place, name in enumerate("qkv"):
+            given = [t.contiguous() for t in (case.q, case.k, case.v)]
+            given[place] = given[place].transpose(1, 2).contiguous().transpose(1, 2)
+            out = self.candidate(*given, one.inputs.problem).out.double()
+            if not bool(((out - case.out).abs() <= case.out_atol + case.out_rtol * case.out.abs()).all()):
+                wrong.append(name.upper())
+        stages = tuple(dict.fromkeys("accum" if name == "V" else "scores" for name in wrong)) or ("scores", "accum")
+        which = f"; {' or '.join(wrong)} alone is enough" if wrong else ""
+        return Suspicion(stages, f"only inputs that are not contiguous give a wrong result{which}")
 
     def unwritten(self) -> str | None:
         inputs = self.failing[0].inputs if self.failing else Inputs(self.problem)
@@ -625,9 +640,9 @@ class _Peeling:
         lost = ~one.answer.out.isfinite() & case.out.isfinite()
         if bool(lost.any()):
             place = dict(zip(("batch", "head", "row", "column"), lost.nonzero()[0].tolist(), strict=True))
-            stages = ("accum", "out") if self._lse_tells() else ("row_max", "probs", "scores")
+            stages = ("row_max", "probs", "accum" if self._lse_tells() else "scores", "out")
             words = (f"{int(lost.sum()):,} elements are NaN or Inf with inputs '{one.inputs.pattern}', as where an "
-                     "exponential outgrows the reference that is subtracted")  # fmt: skip
+                     "exponential outgrows its reference, in a page or where parts are added up")  # fmt: skip
             self.suspicions.append(Suspicion(stages, words, place))
             return words
         found = reading.weights(self.candidate, case.q, case.k, self.problem)
@@ -779,7 +794,7 @@ _LSE_WORDS: dict[str, str] = {
 def case_of(one: Screened, candidate: Candidate) -> check.Case:
     """Inputs, reference and bounds of a screened call."""
     inputs = one.inputs
-    return check.make_case(inputs.problem, inputs.seed, inputs.pattern, "bshd" if inputs.strided else "bhsd",
+    return check.make_case(inputs.problem, inputs.seed, inputs.pattern, "apart" if inputs.strided else "bhsd",
                            candidate.device, candidate.rounds_scores)  # fmt: skip
 
 

@@ -30,13 +30,13 @@ class Inputs:
     problem: Problem
     pattern: str = "normal"
     strided: bool = False
-    """K, V and Q are views of ``[B, S, H, D]`` memory, so that their strides are not the shape's."""
+    """Q, K and V each lie in an order of their own, so that one's strides are neither the shape's nor another's."""
     default_scale: bool = False
     seed: int = 0
 
     def make(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return make_inputs(self.problem, seed=self.seed, device=device, pattern=self.pattern,
-                           layout="bshd" if self.strided else "bhsd")  # fmt: skip
+                           layout="apart" if self.strided else "bhsd")  # fmt: skip
 
     def label(self) -> str:
         """In words, as a finding names it."""
@@ -83,7 +83,7 @@ class Screened:
 def screen_one(candidate: Candidate, inputs: Inputs, *, again: bool = False) -> Screened:
     """Call it once (with `again` twice) and compare every element with float64."""
     problem = inputs.problem
-    case = check.make_case(problem, inputs.seed, inputs.pattern, "bshd" if inputs.strided else "bhsd",
+    case = check.make_case(problem, inputs.seed, inputs.pattern, "apart" if inputs.strided else "bhsd",
                            candidate.device, candidate.rounds_scores)  # fmt: skip
     try:
         answer = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale)

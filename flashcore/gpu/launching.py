@@ -233,21 +233,8 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-_lse_like: dict[tuple, torch.Tensor] = {}
-"""One element a shape and device, expanded: ``empty_like`` of it takes a third of the time of ``empty``."""
-
-
-def _template(key: tuple[torch.Size, torch.device]) -> torch.Tensor:
-    if len(_lse_like) >= KEPT_LAUNCHES:
-        _lse_like.clear()
-    shape, device = key
-    found = _lse_like[key] = torch.empty(1, dtype=torch.float32, device=device).expand(shape[:3])
-    return found
-
-
 def outputs_for(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for `out` and `lse`; `out` in the memory order of `q`: a `[B,S,H,D]` view in gives one out."""
-    key = q.shape, q.device
-    like = _lse_like.get(key)
-    out, lse = torch.empty_like(q), torch.empty_like(_template(key) if like is None else like)
+    # No tensor is kept to make `lse` like: the first call may lie inside the memory pool of a graph, which allows none.
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return (poisoned(out), poisoned(lse)) if poisoning() else (out, lse)

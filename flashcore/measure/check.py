@@ -194,12 +194,17 @@ def _given(case: Case) -> tuple[torch.Tensor, ...]:
     given = tuple(map(_room_like, _inputs(case)))
     if case.q.device.type == "cuda":
         for tensor in given:
-            tensor.fill_(float("nan"))
+            _once(tensor).fill_(float("nan"))
         torch.cuda.synchronize()
         torch.cuda._sleep(DELAY_CYCLES)
     for tensor, values in zip(given, _inputs(case), strict=True):
-        tensor.copy_(values)
+        _once(tensor).copy_(_once(values))
     return given
+
+
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with one entry along each expanded dimension: an expanded tensor cannot be written to."""
+    return tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
 
 
 def _room_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ def test_each_bug_of_the_zoo_is_named_on_a_gpu(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", zoo.RIGHT)
 def test_right_functions_are_right_on_a_gpu(name):
-    found = diagnose(zoo.RIGHT[name])
+    found = diagnose(zoo.RIGHT[name], SMALL)  # torch's own gives NaN for a scale below zero on some GPUs
     assert found.right, str(found)
 
 

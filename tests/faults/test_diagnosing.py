@@ -21,7 +21,7 @@ def test_every_bug_of_a_backends_stages_is_asked_about():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", first(PLANTED, 6))
+@pytest.mark.parametrize("fault", first(PLANTED, 4))
 def test_a_planted_bug_is_diagnosed_from_outputs_alone(fault):
     trial = diagnosing.prove(fault, "cpu")
     assert trial.data["outcome"] in ("stage", "class", "not visible"), trial.reason
@@ -29,8 +29,8 @@ def test_a_planted_bug_is_diagnosed_from_outputs_alone(fault):
 
 @pytest.mark.slow
 def test_right_backends_raise_no_alarm():
-    trial = diagnosing.ask_clean("sdpa-math", cases=4, seed=3)
-    assert trial.status == "ok" and trial.data == {"cases": 4, "alarms": 0, "seed": 3}
+    trial = diagnosing.ask_clean("sdpa-math", cases=2, seed=3)
+    assert trial.status == "ok" and trial.data == {"cases": 2, "alarms": 0, "seed": 3}
 
 
 def test_a_stage_that_may_be_taken_for_another_has_a_reason():

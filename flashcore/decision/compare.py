@@ -14,7 +14,7 @@ import numpy as np
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
-PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3"})
+PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer"})
 """Backends that somebody else maintains: what a user would pick instead of ours."""
 WITHOUT_KERNEL = frozenset({"cpu"})
 """Backends of ours that launch no `.cu` file, so their trials carry no source hash."""

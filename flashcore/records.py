@@ -52,7 +52,7 @@ class Timing(BaseModel):
     latency_us: float
     """Median time of one call, in microseconds."""
     samples_us: list[float] = Field(default_factory=list)
-    """One figure a round, in microseconds; at most 50 are kept."""
+    """One figure a round, in microseconds; at most 100 are kept, and 50 in older records."""
     tflops: float | None = None
     """`Problem.flops()` over `latency_us`, in 1e12 operations a second."""
     round: str | None = None

@@ -74,6 +74,10 @@ class Backend(ABC):
         """Whether this machine has what the backend needs. Cheap, and never raises."""
         return AVAILABLE
 
+    def software(self) -> str | None:
+        """Name and version of the software that a peer calls, such as ``cuDNN 9.19.0``; None for ours, or not known."""
+        return None
+
     def why_not(self, problem: Problem) -> str | None:
         """None when the problem can be run; otherwise the reason, as a clause."""
         if problem.dtype not in self.dtypes:

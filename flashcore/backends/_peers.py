@@ -3,11 +3,19 @@
 FlashAttention and cuDNN read 16 bytes at a time. Of tensors that start elsewhere, or whose rows do, one gives a wrong
 result and the other ends the CUDA context, so such tensors are copied first. FlashAttention folds the softmax scale
 into the exponential, after it took the maximum of the unscaled products: right above 0, and an overflow below it.
+
+The packages are looked for by each name that they go by, without importing them.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from flashcore.backends._contract import AVAILABLE, Availability
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
     import torch
@@ -37,3 +45,37 @@ def with_scale_above_zero(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, 
     if scale > 0:
         return q, scale
     return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
+def _is_there(module: str) -> bool:
+    if sys.modules.get(module) is not None:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # a package around it that is broken, which is as good as none
+        return False
+
+
+def installed(modules: Sequence[str]) -> str | None:
+    """The first of these modules that can be imported here, by name; None where none is. Loads no more than a package
+    around it."""
+    return next((name for name in modules if _is_there(name)), None)
+
+
+def version_of(distributions: Sequence[str]) -> str | None:
+    """The version of the first of these distributions that is installed; None where none says so."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def on_hopper(title: str) -> Availability:
+    """Whether torch sees a Hopper GPU, which the peer of this title is called on."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return Availability(False, f"{title} needs a Hopper GPU", "run on an H100 or H200")
+    return AVAILABLE

@@ -1,24 +1,51 @@
-"""`fa3`: FlashAttention-3, where the user has built and installed it. Never installed by FlashCore."""
+"""`fa3`: FlashAttention-3, where the user has installed it: built from source, or as a wheel by somebody else."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from flashcore.backends._contract import AVAILABLE, Availability, Backend
-from flashcore.backends._peers import readable, with_scale_above_zero
+from flashcore.backends._contract import Availability, Backend
+from flashcore.backends._peers import installed, on_hopper, readable, version_of, with_scale_above_zero
 from flashcore.backends._registry import register
 from flashcore.problem import Problem
 
+MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn_3.flash_attn_interface")
+"""What the module with its functions is called: by its own build, by the wheel `fa3-fwd`, and inside its package."""
+CONFIGS = {
+    "flash_attn_interface": "flash_attn_config",
+    "fa3_fwd_interface": "fa3_fwd_config",
+    "flash_attn_3.flash_attn_interface": "flash_attn_3.flash_attn_config",
+}
+"""The module, beside the one with the functions, that says what a build left out."""
+DISTRIBUTIONS = {"fa3_fwd_interface": ("fa3-fwd",)}
+HEAD_DIMS = (64, 96, 128, 192, 256)
+"""What it compiles kernels for; a smaller head_dim runs on the next larger one."""
+
 
 @functools.cache
-def _interface():
+def _interface() -> tuple[Callable[..., Any], bool]:
     """FlashAttention-3's function, and whether it has to be asked for `lse` (newer releases return `out` alone)."""
-    import inspect
+    function = importlib.import_module(installed(MODULES)).flash_attn_func
+    return function, "return_attn_probs" in inspect.signature(function).parameters
 
-    from flash_attn_interface import flash_attn_func
 
-    return flash_attn_func, "return_attn_probs" in inspect.signature(flash_attn_func).parameters
+@functools.cache
+def _left_out() -> frozenset[str]:
+    """What this build was made without, such as ``FP16`` or ``HDIM256``; empty where it does not say."""
+    name = CONFIGS.get(installed(MODULES) or "")
+    if name is None or installed((name,)) is None:
+        return frozenset()
+    try:
+        flags = importlib.import_module(name).CONFIG["build_flags"]
+    except Exception:  # another form of the file says nothing, and whoever calls is told by the kernel itself
+        return frozenset()
+    if not isinstance(flags, Mapping):
+        return frozenset()
+    return frozenset(str(flag).partition("_DISABLE_")[2] for flag, without in flags.items() if without)
 
 
 @register
@@ -31,19 +58,29 @@ class FlashAttention3(Backend):
     device = "cuda"
 
     def availability(self) -> Availability:
-        if importlib.util.find_spec("flash_attn_interface") is None:
-            return Availability(False, "FlashAttention-3 is not installed (no module 'flash_attn_interface')",
-                                "build it from the flash-attention repository's 'hopper' folder")  # fmt: skip
-        import torch
+        if installed(MODULES) is None:
+            return Availability(
+                False, "FlashAttention-3 is not installed (no module 'flash_attn_interface' or 'fa3_fwd_interface')",
+                "pip install 'flashcore[peers]', or build it from the flash-attention repository's 'hopper' folder",
+            )  # fmt: skip
+        return on_hopper("FlashAttention-3")
 
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-            return Availability(False, "FlashAttention-3 needs a Hopper GPU", "run on an H100 or H200")
-        return AVAILABLE
+    def software(self) -> str | None:
+        module = installed(MODULES)
+        if module is None:
+            return None
+        found = DISTRIBUTIONS.get(module, ("flash-attn-3", "flash-attn-interface"))
+        number = version_of(found)
+        return f"{found[0]} {number}" if number else None
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
         if reason is None and (problem.head_dim > 256 or problem.head_dim % 8):
             reason = "FlashAttention-3 takes a head_dim that is a multiple of 8, up to 256"
+        if reason is None and problem.dtype == "float16" and "FP16" in _left_out():
+            reason = "this build of FlashAttention-3 has no kernels for float16"
+        if reason is None and f"HDIM{next(d for d in HEAD_DIMS if d >= problem.head_dim)}" in _left_out():
+            reason = f"this build of FlashAttention-3 has no kernels for head_dim {problem.head_dim}"
         return reason
 
     def run(self, q, k, v, problem):

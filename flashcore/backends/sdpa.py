@@ -13,6 +13,15 @@ from flashcore.numerics import reference
 from flashcore.problem import Problem
 
 
+def cudnn_version(number: int) -> str:
+    """cuDNN's version as people write it: 91900 is 9.19.0, and before cuDNN 9 8907 was 8.9.7.
+
+    Source: cudnn_version.h, where CUDNN_VERSION is ``major * 10000 + minor * 100 + patch``, and 1000 for 10000 up to 8.
+    """
+    step = 10_000 if number >= 10_000 else 1_000
+    return f"{number // step}.{number % step // 100}.{number % 100}"
+
+
 class _Sdpa(Backend):
     """``torch.nn.functional.scaled_dot_product_attention`` held to one implementation; it returns no `lse`."""
 
@@ -34,6 +43,11 @@ class _Sdpa(Backend):
             return Availability(False, "the GPU is older than torch's fused attention takes",
                                 f"use a GPU of compute capability {self.min_capability[0]}.0 or newer")  # fmt: skip
         return AVAILABLE
+
+    def software(self) -> str | None:
+        import torch
+
+        return f"torch {torch.__version__}"
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
@@ -144,6 +158,12 @@ class SdpaCudnn(_Sdpa):
     id = "sdpa-cudnn"
     title = "torch SDPA, cuDNN"
     choice = "CUDNN_ATTENTION"
+
+    def software(self) -> str | None:
+        import torch
+
+        found = torch.backends.cudnn.version()
+        return None if found is None else f"cuDNN {cudnn_version(found)}"
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.head_dim % 8:

@@ -150,9 +150,10 @@ def _instructions(data: dict) -> str:
 @app.command()
 def doctor() -> None:
     """Say what works on this machine, what is missing, and what mends it. Exit code 1: not even the CPU can report."""
+    from flashcore.cli import peers
     from flashcore.gpu.device import checks
 
-    found = checks()
+    found = [*checks(), *peers.checks()]
     table = Table(title="What FlashCore found on this machine")
     for column in ("Part", "State", "Detail", "To mend it"):
         table.add_column(column, overflow="fold")

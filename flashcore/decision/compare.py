@@ -14,7 +14,7 @@ import numpy as np
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
-PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3"})
+PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer"})
 """Backends that somebody else maintains: what a user would pick instead of ours."""
 WITHOUT_KERNEL = frozenset({"cpu"})
 """Backends of ours that launch no `.cu` file, so their trials carry no source hash."""
@@ -216,7 +216,8 @@ def passed(trial: Trial) -> bool | None:
 SAME_MEDIAN = 1e-3
 """How far a stated latency may lie from the median of its samples: both are rounded to five or six digits."""
 MOST_SAMPLES = 50
-"""Samples that a timing keeps; where more were taken the median of those kept is another one."""
+"""Samples that an older timing keeps; where more were taken the median of those kept is another one. A newer timing
+says in `samples` how many were taken."""
 
 
 def contradiction(trial: Trial) -> str | None:
@@ -228,7 +229,11 @@ def contradiction(trial: Trial) -> str | None:
         return f"the timing of {name} names no problem"
     if samples and not min(samples) <= latency <= max(samples):
         return f"the median of {name} lies outside its own samples"
-    if 0 < len(samples) < MOST_SAMPLES and not math.isclose(float(np.median(samples)), latency, rel_tol=SAME_MEDIAN):
+    taken = (trial.timing.model_extra or {}).get("samples")
+    if is_figure(taken) and taken < len(samples):
+        return f"the timing of {name} keeps more samples than it says were taken"
+    whole = 0 < len(samples) < MOST_SAMPLES or len(samples) == taken
+    if samples and whole and not math.isclose(float(np.median(samples)), latency, rel_tol=SAME_MEDIAN):
         return f"the latency recorded for {name} is not the median of its samples"
     stated = trial.timing.tflops
     if stated is not None and not math.isclose(stated, tflops(trial), rel_tol=0.01):

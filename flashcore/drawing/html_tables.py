@@ -15,6 +15,7 @@ from flashcore.records import Trial
 
 AGAINST_PEERS = "Our best backend against the best peer, by problem"
 SMALL = "Small problems, every backend"
+PEAK, MEMORY = "Of peak", "Of memory"
 AGREEMENT = "Agreement with the float64 reference"
 """Captions of tables whose rows are linked to."""
 
@@ -86,6 +87,12 @@ def spaced(problem: Any) -> str:
     return problem.label().replace(",", ", ")
 
 
+def with_version(trial: Trial) -> str:
+    """The backend that was timed, and beside a peer's name the version of the software that it calls."""
+    version = trial.data.get("version")
+    return f"{trial.backend} ({version})" if version else str(trial.backend)
+
+
 def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     """Timings by the label of their problem, in the order first seen; of a backend's several timings the last."""
     groups: dict[str, dict[str | None, Trial]] = defaultdict(dict)
@@ -111,22 +118,54 @@ def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str
                 "Ours": ours.backend,
                 "µs": number(compare.latency_us(ours)),
                 "TFLOPS": number(compare.tflops(ours)),
-                "Best peer": found.other.backend if found else "none in this round",
+                "Best peer": with_version(found.other) if found else "none in this round",
                 "Peer µs": number(compare.latency_us(found.other)) if found else "–",
                 "Peer TFLOPS": number(compare.tflops(found.other)) if found else "–",
                 "Ratio": f"{number(found.value)} ×" if found else "–",
                 "Within": compare.between(bounds) if bounds else "not known",
                 "In words": found.in_words() if found else "not compared",
+                PEAK: _share(ours, "peak_share"),
+                MEMORY: _share(ours, "memory_share"),
             }
         )
     if not rows:
         return nothing("No timing of ours is in these records.")
-    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "Within"]
+    numeric = ["µs", "TFLOPS", "Peer µs", "Peer TFLOPS", "Ratio", "Within", PEAK, MEMORY]
     note = (
         "Medians. Ratio: the peer's latency over ours, sample by sample in the same round; above 1 ours is faster. "
         f"Within: holds the true ratio in {compare.CONFIDENCE:g} of 100 cases; one that includes 1 is no difference."
     )
-    return table_html(rows, caption, numeric=numeric, note=note)
+    if any(row[name] != "–" for row in rows for name in (PEAK, MEMORY)):
+        note += (
+            " Of peak, of memory: our share of what the data sheet says of matrix products, at the clock seen during "
+            "the timing, and of the memory's speed."
+        )
+    return table_html(rows, caption, numeric=numeric, note=" ".join(filter(None, (note, clocks_sentence(trials)))))
+
+
+def _share(trial: Trial, name: str) -> str:
+    """A share that a timing's record states, in percent."""
+    value = (trial.timing.model_extra or {}).get(name)
+    return f"{100 * value:.0f} %" if is_figure(value) else "–"
+
+
+def clocks_sentence(trials: Sequence[Trial]) -> str:
+    """How far graph replay and CUPTI, two clocks that know nothing of each other, agree; empty where one was read."""
+    shares = []
+    for trial in trials:
+        latency = compare.latency_us(trial)
+        cupti = (trial.timing.model_extra or {}).get("cupti_us") if latency else None
+        if is_figure(cupti) and cupti > 0:
+            shares.append(cupti / latency)
+    if not shares:
+        return ""
+    low, high = min(shares), max(shares)
+    many = f"each of {len(shares)} calls" if len(shares) > 1 else "a call"
+    within = f"{number(low)} to {number(high)}" if number(low) != number(high) else number(low)
+    return (
+        f"By CUPTI, a second clock, the kernels of {many} take {within} times what the call takes in a graph, where "
+        "the step from one kernel to the next counts too and caches may be warmer."
+    )
 
 
 def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
@@ -139,7 +178,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
             rows.append(
                 {
                     "Problem": problem,
-                    "Backend": trial.backend,
+                    "Backend": with_version(trial),
                     "µs a call": number(compare.latency_us(trial)),
                     "Median within, µs": compare.between(bounds) if bounds else "not known",
                     "Samples": len(compare.samples_us(trial)),

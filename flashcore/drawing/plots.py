@@ -35,7 +35,8 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
     """Timings for the plots: ``{(head_dim, causal, dtype): {backend: {seqlen: trial}}}``.
 
     Self-attention with equal heads and lengths only; at each length the problem with the most work that was timed, the
-    same one for every backend. A backend timed at one length alone is left to the table where others make a line.
+    same one for every backend. Where some make a line, the table alone has what would be clutter beside it: a backend
+    timed at one length, a panel of few lengths, and lengths between those of a line, such as 197.
     """
     chosen: dict[tuple[int, bool, str], dict[int, Problem]] = {}
     timed = [t for t in trials if compare.tflops(t) is not None and t.backend not in compare.FOR_CHECKS]
@@ -53,9 +54,22 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
         if compare.same_problem(chosen.get(key, {}).get(p.seqlen_q), p):
             found.setdefault(key, {}).setdefault(trial.backend or "unnamed", {})[p.seqlen_q] = trial
     for key, lines in found.items():
+        if len({s for points in lines.values() for s in points if _doubles(s)}) >= LINE:
+            lines = {name: {s: t for s, t in points.items() if _doubles(s)} for name, points in lines.items()}
         if max(map(len, lines.values())) >= LINE:
             found[key] = {backend: points for backend, points in lines.items() if len(points) > 1}
+    if len(found) > 1 and any(len(_lengths(lines)) >= LINE for lines in found.values()):
+        found = {key: lines for key, lines in found.items() if len(_lengths(lines)) > 1}
     return {key: found[key] for key in sorted(found)}
+
+
+def _doubles(length: int) -> bool:
+    """Whether a length is a power of two, as those of a line are."""
+    return length & (length - 1) == 0
+
+
+def _lengths(lines: Mapping[str, Mapping[int, Trial]]) -> set[int]:
+    return {length for points in lines.values() for length in points}
 
 
 def point_words(trial: Trial) -> str:

@@ -105,6 +105,38 @@ def clocks() -> dict[str, Any]:
     }
 
 
+def _power_w() -> float | None:
+    """Power in W as it is now where the driver tells that, else its mean over the last second."""
+
+    def instant(nvml: Any, handle: Any) -> float | None:
+        field = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_POWER_INSTANT])[0]
+        return None if field.nvmlReturn != nvml.NVML_SUCCESS else field.value.uiVal / 1000
+
+    try:
+        now = _ask_nvml(instant)
+    except Exception:  # an older pynvml has no such field
+        now = None
+    if now:
+        return round(now, 1)
+    mean = _ask_nvml(lambda n, h: n.nvmlDeviceGetPowerUsage(h))
+    return None if mean is None else round(mean / 1000, 1)
+
+
+def sensors() -> dict[str, float] | None:
+    """SM clock in MHz, power in W and temperature in °C as they are now, as far as NVML tells them; None without it.
+
+    Asks nothing of torch or CUDA but, the first time, which GPU is meant; so it may run in a thread beside a timing.
+    """
+    if _nvml_handle() is None:
+        return None
+    found = {
+        "sm_clock_mhz": _ask_nvml(lambda n, h: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)),
+        "power_w": _power_w(),
+        "temperature_c": _ask_nvml(lambda n, h: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)),
+    }
+    return {name: value for name, value in found.items() if value is not None} or None
+
+
 def _version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

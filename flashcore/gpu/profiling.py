@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ L2_BUFFER_BYTES = 8 << 20
 """Source and target together stay far below the L2 cache of an H100 (50 MB)."""
 
 
-def kernels_of(calls: Sequence[Callable[[], None]]) -> list[list[str]]:
+def kernels_of(calls: Sequence[Callable[[], Any]]) -> list[list[str]]:
     """Run each call once under the profiler and give the names of the kernels it launched, in order.
 
     A small kernel of torch's runs between two calls; the names between two of them are one call's. Everything goes to
@@ -24,6 +25,25 @@ def kernels_of(calls: Sequence[Callable[[], None]]) -> list[list[str]]:
     list
         One list a call; empty for a call that launched nothing, and for all when the profiler lost events.
     """
+    return [[event.name for event in events] for events in _seen(calls)]
+
+
+def kernel_us(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Run each call once under the profiler and give how long each kernel of it ran on the GPU, in µs, in order.
+
+    A clock of its own: CUPTI takes the times of a kernel's begin and end from the GPU. What lies between two kernels is
+    not in it, and a copy or a fill counts as a kernel.
+
+    Returns
+    -------
+    list
+        As `kernels_of`.
+    """
+    return [[event.time_range.end - event.time_range.start for event in events] for events in _seen(calls)]
+
+
+def _seen(calls: Sequence[Callable[[], Any]]) -> list[list[Any]]:
+    """The profiler's events of each call on the GPU, in the order in which they began."""
     from torch.profiler import ProfilerActivity, profile
 
     marker = torch.zeros(1, device="cuda")
@@ -37,7 +57,11 @@ def kernels_of(calls: Sequence[Callable[[], None]]) -> list[list[str]]:
         torch.cuda.synchronize()
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda e: e.time_range.start)
-    return split_by_marker([e.name for e in events], len(calls))
+    found, place = [], 2  # behind the marker that begins it all, and that of the first call
+    for names in split_by_marker([e.name for e in events], len(calls)):
+        found.append(events[place : place + len(names)])
+        place += len(names) + 1
+    return found
 
 
 def split_by_marker(names: Sequence[str], calls: int) -> list[list[str]]:

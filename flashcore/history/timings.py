@@ -17,7 +17,7 @@ from flashcore.history.runs import Snapshot
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
-PEER_ORDER = ("sdpa-cudnn", "sdpa-flash", "fa3", "sdpa-math")
+PEER_ORDER = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "sdpa-math")
 """Which peer a ratio is taken to, when several serve."""
 SOFTWARE_OF_PEERS = ("torch", "cudnn", "cublaslt", "cuda_runtime")
 """A peer is the same code in both runs when these are."""
@@ -128,7 +128,8 @@ def rows(pair: Pair, *, problem: Problem | None = None) -> tuple[dict[tuple, Row
         wanted = problem is None or key[-1] == problem_key(problem) or compare.role(trial) == "peer"
         if key in before and wanted and not absent:
             found[key] = judge(pair, before[key], trial)
-    drifts = drifts_of(pair, found.values())
+    unchanged = [one for key, one in found.items() if _same_version(before[key], now[key])]
+    drifts = drifts_of(pair, unchanged)
     chosen = {key: one for key, one in found.items() if problem is None or key[-1] == problem_key(problem)}
     return {key: one.with_drift(drifts[one.row.basis]) for key, one in chosen.items()}, drifts
 
@@ -235,11 +236,18 @@ def _unlike(before: Trial, now: Trial) -> str | None:
 
 
 def _common_peers(pair: Pair, before: Trial, now: Trial) -> list[tuple[str, Trial, Trial]]:
-    """Peers interleaved with the backend in both runs, the preferred one first."""
+    """Peers interleaved with the backend in both runs, the preferred one first; none whose own version changed."""
     then, today = _peers(pair.before, before), _peers(pair.now, now)
     order = {name: place for place, name in enumerate(PEER_ORDER)}
-    names = sorted(then.keys() & today.keys(), key=lambda name: (order.get(name, len(order)), name))
+    same = [name for name in then.keys() & today.keys() if _same_version(then[name], today[name])]
+    names = sorted(same, key=lambda name: (order.get(name, len(order)), name))
     return [(name, then[name], today[name]) for name in names]
+
+
+def _same_version(before: Trial, now: Trial) -> bool:
+    """Whether two timings are of one version of a peer, as far as both say which."""
+    versions = {trial.data["version"] for trial in (before, now) if trial.data.get("version")}
+    return len(versions) < 2
 
 
 def _peers(run: Snapshot, trial: Trial) -> Mapping[str, Trial]:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from flashcore.backends import Backend
-from flashcore.errors import WrongWhenTimed
+from flashcore.decision import claims
+from flashcore.errors import FlashCoreError, WrongWhenTimed
 from flashcore.gpu import device
 from flashcore.measure.check import check_attention, correctness_of
 from flashcore.measure.proof import Proof
-from flashcore.measure.timing import Candidate, input_sets, time_on_cpu, time_on_gpu
+from flashcore.measure.timing import MOST_ROUNDS, Candidate, input_sets, time_on_cpu, time_on_gpu
 from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import PRESETS, Problem, parse_problem, square
-from flashcore.records import RunFolder, Timing, Trial
+from flashcore.records import RunFolder, Timing, Trial, digits
 
 TOKENS = 32_768
 """Batch times sequence length, held constant over the sweep, as FlashAttention's own benchmarks do on 16K tokens."""
 LATENCY_PROBLEMS = (PRESETS["latency"], square(1, 16, 1024, 64), square(1, 8, 512, 128))
 REPORT_PROBLEMS = (PRESETS["report"], PRESETS["report-causal"])
+GROUPED = Problem(batch=1, num_heads_q=32, num_heads_kv=8, seqlen_q=4096, seqlen_k=4096, head_dim=128,
+                  dtype="bfloat16", causal=True)  # fmt: skip
+AWKWARD_PROBLEMS = (
+    square(32, 12, 197, 64), square(32, 12, 197, 128), square(2, 8, 777, 128), square(2, 16, 3000, 64, causal=True),
+    GROUPED, GROUPED.with_(batch=8, seqlen_q=1024, seqlen_k=1024),
+    *(problem.with_(dtype="bfloat16") for problem in REPORT_PROBLEMS),
+    square(16, 16, 2048, 128, dtype="bfloat16"), square(4, 16, 8192, 128, dtype="bfloat16", causal=True),
+)  # fmt: skip
+"""Shapes that people have and that no line of lengths holds: an image's 197 tokens, lengths that fill no tile, query
+heads in groups, and bfloat16, which is the only 16-bit type that some builds of FlashAttention-3 take."""
+QUICK_AWKWARD = (AWKWARD_PROBLEMS[1], GROUPED, AWKWARD_PROBLEMS[6])
+"""Those that a quick profile measures as well."""
 
 
 def sweep_problems(profile: str, gpu: bool) -> list[Problem]:
@@ -44,6 +58,7 @@ def sweep_problems(profile: str, gpu: bool) -> list[Problem]:
                 problem = square(batch, 16, seqlen, head_dim, causal=causal)
                 if problem not in problems:
                     problems.append(problem)
+    problems += QUICK_AWKWARD if profile == "quick" else AWKWARD_PROBLEMS
     return problems
 
 
@@ -135,9 +150,11 @@ def _wrong_when_timed(backend: Backend, problem: Problem, error: WrongWhenTimed)
 
 
 def _timing_trial(backend: Backend, problem: Problem, **fields) -> Trial:
+    version = backend.software() if backend.role == "peer" else None
     return Trial(
-        kind="attention_timing", backend=backend.id, problem=problem, source_hash=backend.source_hash(), **fields
-    )
+        kind="attention_timing", backend=backend.id, problem=problem, source_hash=backend.source_hash(),
+        data={"version": version} if version else {}, **fields,
+    )  # fmt: skip
 
 
 def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int, gpu: bool) -> list[Timing | Exception]:
@@ -155,14 +172,55 @@ def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int, 
     before = _clocks()
     proof = Proof(problem, tensors)
     if gpu:
-        timings = time_on_gpu(chosen, problem, sets=sets, l2=l2, proof=proof)
+        decides = problem in REPORT_PROBLEMS or problem in LATENCY_PROBLEMS
+        timings = time_on_gpu(
+            chosen, problem, sets=sets, l2=l2, proof=proof, most_rounds=MOST_ROUNDS, other_clocks=decides
+        )
     else:
         timings = time_on_cpu(chosen, problem, proof=proof)
     after = _clocks()
     for name, timing in timings.items():
         if isinstance(timing, Timing) and gpu:
-            timings[name] = timing.model_copy(update={"clocks_before": before, "clocks_after": after})
+            clocks = {"clocks_before": before, "clocks_after": after}
+            timings[name] = timing.model_copy(update=clocks | speed_of_light(timing, problem, _data_sheet()))
     return [timings[backend.id] for backend, _ in candidates]
+
+
+def speed_of_light(timing: Timing, problem: Problem, sheet: claims.Gpu | None) -> dict[str, float]:
+    """Which shares of what the GPU can do by its data sheet a timing reached, as fields of its record.
+
+    Parameters
+    ----------
+    sheet
+        Of the GPU; None where there is none, and then nothing is said.
+
+    Returns
+    -------
+    dict
+        ``peak_share``: of the peak of dense matrix products, at the clock seen during the timing instead of the one
+        that the data sheet counts with; left out where no clock was seen. ``memory_share``: of the memory's bandwidth,
+        by `Problem.bytes`; left out where the buffers stayed in the L2 cache.
+    """
+    if sheet is None:
+        return {}
+    found = {}
+    clock_mhz = (timing.model_extra or {}).get("during", {}).get("sm_clock_mhz")
+    peak = sheet.peak_tflops.get(problem.dtype)
+    if clock_mhz and peak and sheet.peak_clock_ghz and timing.tflops:
+        found["peak_share"] = digits(timing.tflops / (peak * clock_mhz[1] / 1e3 / sheet.peak_clock_ghz), 4)
+    if timing.l2 != "warm":
+        found["memory_share"] = digits(problem.bytes() / timing.latency_us / 1e6 / sheet.memory_tb_s, 4)
+    return found
+
+
+@functools.cache
+def _data_sheet() -> claims.Gpu | None:
+    """The data sheet of this GPU, from the file of claims; None where that has none or cannot be read."""
+    try:
+        sheets = claims.load_claims().gpus
+    except FlashCoreError:  # said by 'flashcore claims'; a timing needs no data sheet
+        return None
+    return next((sheet for sheet in sheets if sheet.is_named(device.gpu_name())), None)
 
 
 def _clocks() -> dict[str, object]:

@@ -1,4 +1,8 @@
-"""Time attention calls so that the figures can be compared: graph replay, interleaved rounds, medians with spread."""
+"""Time attention calls so that the figures can be compared: graph replay, interleaved rounds, medians with spread.
+
+How many samples are enough is decided by the interval of their median, as gates are: rounds go on until it is narrow
+for each backend, or the time is up.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,11 @@ from typing import Any
 
 import torch
 
-from flashcore.errors import InvalidTiming, WrongWhenTimed
+from flashcore.decision import compare
+from flashcore.errors import InvalidTiming, JudgeTampered, WrongWhenTimed
+from flashcore.gpu import profiling
 from flashcore.measure.proof import Proof
+from flashcore.measure.watching import Watch
 from flashcore.numerics import ambient, instruments
 from flashcore.problem import Problem
 from flashcore.records import Timing, digits
@@ -24,6 +31,19 @@ ROUNDS = 30
 SLOW_CALL_US = 20_000.0
 SLOW_ROUNDS = 10
 """A call this slow has little spread, and thirty of them would take the run's whole time."""
+MOST_ROUNDS = 100
+"""What a timing that goes on until its interval is narrow may take, and what a record keeps."""
+NARROW = 0.01
+"""Width of the interval of a median, over that median, with which no more samples are asked for."""
+MORE_S = 0.6
+"""Seconds that a timing may go on beyond its first rounds; a full sweep has 37 problems."""
+LOOK_AFTER = 5
+"""Rounds between two looks at the intervals: a look leaves the GPU idle for as long as it takes."""
+CUPTI_CALLS = 10
+"""Calls of each backend under the profiler."""
+SINGLE_CALLS = 20
+MOST_CLOCKED_US = 5_000.0
+"""A slower call is one of thousands of launches, or far from any gate: the other clocks leave it out."""
 SAMPLE_US = 2_000.0
 """Device time of one sample: long enough that the resolution of CUDA events (about 0.5 µs) is lost in it."""
 MAX_CALLS = 200
@@ -63,15 +83,25 @@ def time_on_gpu(
     rounds: int = ROUNDS,
     l2: str = "warm",
     proof: Proof | None = None,
+    most_rounds: int | None = None,
+    other_clocks: bool = False,
 ) -> dict[str, Timing | Exception]:
     """Time calls on the current GPU by CUDA-graph replay, interleaved round by round.
 
     Every candidate is captured once into a graph of enough calls for a sample of about `SAMPLE_US`. In each round
     every graph is replayed once between two events, in an order that rotates, so that clock drift and heat fall on
-    all alike. Launch overhead is a separate figure: the host time of an eager call.
+    all alike. Launch overhead is a separate figure: the host time of an eager call. Clock, power and temperature are
+    read while the rounds go on (`measure.watching`).
 
     Parameters
     ----------
+    rounds
+        Samples of each, at the least; a call of more than `SLOW_CALL_US` gets `SLOW_ROUNDS`.
+    most_rounds
+        More rounds follow, up to this many, until the interval of every median is at most `NARROW` of it or `MORE_S`
+        seconds have passed. None for no more.
+    other_clocks
+        Whether to time each call by other means as well, when all rounds are over: see `_clocked_otherwise`.
     proof
         Over the buffers that the calls read. Each graph is then replayed once more, on other values, with the outputs
         of one call in it, drawn by lot, full of NaN: a graph runs no code of the host, so what it does then is what it
@@ -80,8 +110,9 @@ def time_on_gpu(
     Returns
     -------
     dict
-        By name, a `Timing` whose `latency_us` is the median, with `launch_us` and the calls a graph holds; or the
-        exception that kept the candidate from being timed. All share one `round`.
+        By name, a `Timing` whose `latency_us` is the median, with `launch_us`, the calls a graph holds, the number of
+        `samples` and why there are no more (`stopped`), and what the sensors read (`during`); or the exception that
+        kept the candidate from being timed. All share one `round`.
     """
     results: dict[str, Timing | Exception] = {}
     graphs: dict[str, _Captured] = {}
@@ -96,24 +127,8 @@ def time_on_gpu(
         # On every stream: what a backend leaves running would slow down those that are timed with it.
         torch.cuda.synchronize()
 
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    order = list(graphs)
-    with torch.cuda.stream(stream):
-        for number in range(rounds):
-            pending = []
-            for name in order:
-                captured = graphs[name]
-                if captured.estimate_us > SLOW_CALL_US and number >= SLOW_ROUNDS:
-                    continue
-                before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                before.record(stream)
-                captured.graph.replay()
-                after.record(stream)
-                pending.append((name, captured.calls, before, after))
-            stream.synchronize()
-            for name, calls, before, after in pending:
-                samples[name].append(before.elapsed_time(after) * 1e3 / calls)
-            order = order[1:] + order[:1]
+    with Watch() as watch, torch.cuda.stream(stream):
+        samples, ended = _rounds(graphs, stream, rounds, max(rounds, most_rounds or rounds))
 
     round_id = uuid.uuid4().hex[:12]
     for name, captured in graphs.items():
@@ -122,7 +137,8 @@ def time_on_gpu(
             continue
         results[name] = summarise(
             samples[name], problem, method="graph_replay", round_id=round_id, l2=l2,
-            launch_us=captured.launch_us, calls=captured.calls, input_sets=sets,
+            launch_us=captured.launch_us, calls=captured.calls, input_sets=sets, samples=len(samples[name]),
+            stopped=_stopped(samples[name], captured, ended), during=watch.summary(),
         )  # fmt: skip
     if proof is not None:
         with torch.cuda.stream(stream):
@@ -134,8 +150,131 @@ def time_on_gpu(
                 except Exception as error:  # such as too little memory: what is not proved does not count
                     results[name] = error
         _add_proof(results, proof, candidates)
+    if other_clocks:
+        with torch.cuda.stream(stream):
+            for name, more in _clocked_otherwise(candidates, results, sets, stream).items():
+                if isinstance(results[name], Timing):
+                    results[name] = results[name].model_copy(update=more)
     torch.cuda.current_stream().wait_stream(stream)
     return results
+
+
+def _rounds(
+    graphs: dict[str, _Captured], stream: torch.cuda.Stream, least: int, most: int
+) -> tuple[dict[str, list[float]], str]:
+    """Replay every graph once a round; gives the samples in µs by name, and why the rounds ended where they did."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    order, number, limit = list(graphs), 0, 0.0
+    while number < most:
+        if number == least:
+            limit = _clock() + MORE_S
+        if number >= least and (number - least) % LOOK_AFTER == 0:
+            if all(is_narrow(samples[name]) for name in graphs if graphs[name].estimate_us <= SLOW_CALL_US):
+                return samples, "narrow"
+            if _clock() > limit:
+                return samples, f"{MORE_S:g} s more were up"
+        pending = []
+        for name in order:
+            captured = graphs[name]
+            if captured.estimate_us > SLOW_CALL_US and number >= SLOW_ROUNDS:
+                continue
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(stream)
+            captured.graph.replay()
+            after.record(stream)
+            pending.append((name, captured.calls, before, after))
+        stream.synchronize()
+        for name, calls, before, after in pending:
+            samples[name].append(before.elapsed_time(after) * 1e3 / calls)
+        order = order[1:] + order[:1]
+        number += 1
+    return samples, f"{most} rounds are the most"
+
+
+def is_narrow(samples_us: Sequence[float]) -> bool:
+    """Whether the interval of the median of these samples is at most `NARROW` of that median."""
+    found, middle = compare.median_interval(samples_us), statistics.median(samples_us)
+    return found is not None and found[1] - found[0] <= NARROW * middle
+
+
+def _stopped(samples_us: Sequence[float], captured: _Captured, ended: str) -> str:
+    """Why a backend has no more samples than it has, in words for its record."""
+    if captured.estimate_us > SLOW_CALL_US:
+        return f"a call this slow gets {SLOW_ROUNDS}"
+    return "narrow" if is_narrow(samples_us) else ended
+
+
+def _clocked_otherwise(
+    candidates: Sequence[Candidate], results: dict[str, Timing | Exception], sets: int, stream: torch.cuda.Stream
+) -> dict[str, dict[str, Any]]:
+    """Time the calls that were timed in a graph by other means, on the stream that is current.
+
+    Graph replay is one clock, and whoever doubts it can hold it against these. They come last: the profiler may leave
+    something behind that makes launches slower.
+
+    Returns
+    -------
+    dict
+        By name, in µs a call: ``eager_us``, of calls launched one after the other, on the GPU, between two events;
+        ``single_us``, of one call on an idle GPU from its launch until the host knows that it is over, median;
+        ``cupti_us``, the time that its kernels took by CUPTI, median, with their number ``cupti_kernels``. A clock that
+        could not be read is left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for candidate in candidates:
+        timing = results.get(candidate.name)
+        if isinstance(timing, Timing) and timing.latency_us <= MOST_CLOCKED_US:
+            try:
+                with instruments.watched(candidate.name):
+                    taken = _eager(candidate.call, sets, stream)
+                found[candidate.name] = taken
+            except JudgeTampered as error:
+                results[candidate.name] = error
+            except Exception:  # it was timed, and that stands; what it did here is not known
+                torch.cuda.synchronize()
+    chosen = [candidate for candidate in candidates if candidate.name in found]
+
+    def quietly(candidate: Candidate, number: int) -> None:
+        try:
+            with instruments.watched(candidate.name):
+                candidate.call(number % sets)
+        except Exception as error:  # the profiler goes on with the others
+            found.pop(candidate.name, None)
+            if isinstance(error, JudgeTampered):
+                results[candidate.name] = error
+
+    calls = [lambda c=candidate, i=i: quietly(c, i) for i in range(CUPTI_CALLS) for candidate in chosen]
+    try:
+        measured = profiling.kernel_us(calls) if calls else []
+    except Exception:  # CUPTI belongs to another profiler, or is forbidden to users
+        return found
+    for place, candidate in enumerate(chosen):
+        taken = [one for one in measured[place :: len(chosen)] if one]
+        if taken and candidate.name in found:
+            found[candidate.name] |= {
+                "cupti_us": digits(statistics.median(map(sum, taken))),
+                "cupti_kernels": statistics.median_low(map(len, taken)),
+            }
+    return found
+
+
+def _eager(call: Call, sets: int, stream: torch.cuda.Stream) -> dict[str, float]:
+    """Time of a call launched by the host, in µs: one of many on the GPU, and one alone until its end is known."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    call(0)
+    before.record(stream)
+    for number in range(EAGER_CALLS):
+        call(number % sets)
+    after.record(stream)
+    stream.synchronize()
+    alone = []
+    for number in range(SINGLE_CALLS):
+        started = _clock()
+        call(number % sets)
+        stream.synchronize()
+        alone.append((_clock() - started) * 1e6)
+    eager_us = before.elapsed_time(after) * 1e3 / EAGER_CALLS
+    return {"eager_us": digits(eager_us), "single_us": digits(statistics.median(alone))}
 
 
 def _replay_proof(proof: Proof, name: str, captured: _Captured, sets: int, stream: torch.cuda.Stream) -> None:
@@ -227,13 +366,13 @@ def _host_us(candidate: Candidate) -> tuple[float, Any]:
 
 
 def summarise(samples_us: Sequence[float], problem: Problem, *, method: str, round_id: str, l2: str, **more) -> Timing:
-    """A `Timing` from samples: median, quartiles, TFLOPS by `Problem.flops()`; at most 50 samples are kept."""
+    """A `Timing` from samples: median, quartiles, TFLOPS by `Problem.flops()`; `MOST_ROUNDS` are kept at most."""
     latency_us = statistics.median(samples_us)
     low, _, high = statistics.quantiles(samples_us, n=4) if len(samples_us) > 1 else (latency_us,) * 3
     return Timing(
         method=method,
         latency_us=digits(latency_us),
-        samples_us=[digits(s, 5) for s in samples_us[:50]],
+        samples_us=[digits(s, 5) for s in samples_us[:MOST_ROUNDS]],
         tflops=digits(problem.flops() / latency_us / 1e6),
         round=round_id,
         l2=l2,

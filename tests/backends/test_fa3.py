@@ -66,6 +66,7 @@ def installed(monkeypatch):
     module = types.SimpleNamespace(flash_attn_func=flash, __spec__=types.SimpleNamespace(name="flash_attn_interface"))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     fa3._interface.cache_clear()
+    fa3._left_out.cache_clear()
     yield calls
     fa3._interface.cache_clear()
 
@@ -100,3 +101,47 @@ def test_what_it_does_not_take():
         )  # fmt: skip
     assert backend.why_not(square(1, 1, 8, 20, dtype="float32")).startswith("dtype float32")
     assert backend.why_not(UNEQUAL) is None, "its causal mask is bottom right, so lengths may differ"
+
+
+@pytest.fixture
+def wheel(monkeypatch):
+    """The wheel `fa3-fwd`: the module under its own name, and beside it what the build left out."""
+    flags = {"FLASHATTENTION_DISABLE_FP16": True, "FLASHATTENTION_DISABLE_FP8": False,
+             "FLASHATTENTION_DISABLE_HDIM256": True, "FLASHATTENTION_ENABLE_VCOLMAJOR": False}  # fmt: skip
+    module = types.SimpleNamespace(flash_attn_func=lambda q, k, v, softmax_scale, causal: (q, None), __spec__=None)
+    monkeypatch.setattr(fa3, "MODULES", fa3.MODULES[1:])
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    config = types.SimpleNamespace(CONFIG={"build_flags": flags}, __spec__=None)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_config", config)
+    fa3._interface.cache_clear()
+    fa3._left_out.cache_clear()
+    yield config
+    fa3._interface.cache_clear()
+    fa3._left_out.cache_clear()
+
+
+def test_the_wheel_is_found_under_its_own_name_and_says_what_it_was_built_without(monkeypatch, wheel):
+    backend = backends.get("fa3")
+    monkeypatch.setattr(fa3, "version_of", lambda names: "0.0.3" if names == ("fa3-fwd",) else None)
+    assert backend.software() == "fa3-fwd 0.0.3"
+    assert backend.why_not(square(1, 1, 8, 64)) == "this build of FlashAttention-3 has no kernels for float16"
+    for head_dim, takes in ((64, True), (128, True), (192, True), (200, False), (256, False)):
+        reason = backend.why_not(square(1, 1, 8, head_dim, dtype="bfloat16"))
+        assert reason == (None if takes else f"this build of FlashAttention-3 has no kernels for head_dim {head_dim}")
+    problem = UNEQUAL.with_(dtype="bfloat16")
+    q, k, v = make_inputs(problem)
+    assert torch.equal(backend.run(q, k, v, problem)[0], q)
+
+
+@pytest.mark.parametrize("config", [{"build_flags": None}, {}, None])
+def test_a_build_that_does_not_say_what_it_lacks_is_taken_at_its_word(wheel, config):
+    wheel.CONFIG = config
+    fa3._left_out.cache_clear()
+    assert backends.get("fa3").why_not(square(1, 1, 8, 64)) is None
+
+
+def test_without_a_module_there_is_no_version(monkeypatch):
+    monkeypatch.setattr(fa3, "MODULES", ("no_such_module_xyz",))
+    assert backends.get("fa3").software() is None
+    state = backends.get("fa3").availability()
+    assert not state.ok and "flashcore[peers]" in state.fix

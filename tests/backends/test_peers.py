@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flashcore import backends
-from flashcore.backends import fa3
-from flashcore.backends._peers import readable, with_scale_above_zero
+from flashcore.backends import fa3, fa4, flashinfer
+from flashcore.backends._peers import installed, on_hopper, readable, version_of, with_scale_above_zero
 from flashcore.measure.check import check_attention
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs
@@ -19,7 +19,7 @@ from flashcore.ops import attention
 from flashcore.problem import Problem
 
 PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=96, seqlen_k=96, head_dim=64, causal=True)
-FUSED = ("sdpa-flash", "sdpa-cudnn", "fa3")
+FUSED = ("sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer")
 OURS = ("hopper", "hopper-unsplit", "wmma", "scalar", "cublaslt", "cublaslt-graph", "cublaslt-loop", "decode",
         "hopper-paged", "cublaslt-paged")  # fmt: skip
 
@@ -76,7 +76,7 @@ def kernel_that_reads_16_bytes(q, k, v, scale, is_causal):
 
 @pytest.fixture
 def peers(monkeypatch):
-    """The peers, whose kernels are the one above; `fa3` too, though nobody has installed it."""
+    """The peers, whose kernels are the one above; those too that nobody has installed."""
 
     def sdpa(q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
         assert attn_mask is None
@@ -87,12 +87,29 @@ def peers(monkeypatch):
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         return kernel_that_reads_16_bytes(*heads_first, softmax_scale, causal).transpose(1, 2)
 
+    def prefill(q, k, v, causal, sm_scale, kv_layout, return_lse):
+        """One sequence, rows before heads."""
+        assert kv_layout == "NHD" and not return_lse
+        return flash(q[None], k[None], v[None], sm_scale, causal)[0]
+
+    def forget():
+        for module in (fa3, fa4):
+            module._interface.cache_clear()
+        fa3._left_out.cache_clear()
+        flashinfer._prefill.cache_clear()
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
-    fake = types.SimpleNamespace(flash_attn_func=flash, __spec__=None)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", fake)
-    fa3._interface.cache_clear()
+    fake = types.SimpleNamespace(flash_attn_func=flash, single_prefill_with_kv_cache=prefill, __spec__=None)
+    for name in ("flash_attn_interface", "flash_attn", "flash_attn.cute", "flashinfer"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    forget()
     yield {name: backends.get(name) for name in FUSED}
-    fa3._interface.cache_clear()
+    forget()
+
+
+def takes(name, problem):
+    """The problem, with one sequence where the peer takes no more."""
+    return problem.with_(batch=1) if name == "flashinfer" else problem
 
 
 def right(out, q, k, v, problem, room=4e-3) -> bool:
@@ -103,15 +120,17 @@ def right(out, q, k, v, problem, room=4e-3) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_peer_gets_tensors_that_it_can_read(peers, name, layout):
-    q, k, v = (LAYOUTS[layout](t) for t in make_inputs(PROBLEM))
-    out, _ = peers[name].run(q, k, v, PROBLEM)
-    assert right(out, q, k, v, PROBLEM)
+    problem = takes(name, PROBLEM)
+    q, k, v = (LAYOUTS[layout](t) for t in make_inputs(problem))
+    assert peers[name].why_not(problem) is None
+    out, _ = peers[name].run(q, k, v, problem)
+    assert right(out, q, k, v, problem)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_peer_gets_a_scale_that_it_can_take(peers, name, scale):
-    problem = PROBLEM.with_(softmax_scale=scale)
+    problem = takes(name, PROBLEM.with_(softmax_scale=scale))
     q, k, v = make_inputs(problem)
     out, _ = peers[name].run(q, k, v, problem)
     assert right(out, q, k, v, problem)
@@ -139,6 +158,32 @@ def test_a_scale_is_turned_exactly():
     assert scale == 0.3 and torch.equal(turned, -q)
     zeros, scale = with_scale_above_zero(q, 0.0)
     assert scale > 0 and not zeros.any()
+
+
+def test_a_package_is_found_by_any_of_its_names_and_a_broken_one_is_none(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_package_xyz").mkdir()
+    (tmp_path / "broken_package_xyz" / "__init__.py").write_text("raise OSError('a library is missing')")
+    (tmp_path / "second_name_xyz.py").write_text("raise AssertionError('it was loaded')")
+    assert installed(("broken_package_xyz.inner", "nothing_xyz")) is None
+    assert installed(("nothing_xyz", "second_name_xyz")) == "second_name_xyz", "it is found, and not loaded"
+    monkeypatch.setitem(sys.modules, "first_name_xyz", types.SimpleNamespace(__spec__=None))
+    assert installed(("first_name_xyz", "second_name_xyz")) == "first_name_xyz"
+
+
+def test_a_version_is_that_of_the_first_distribution_there_is():
+    assert version_of(("no-such-distribution-xyz", "torch")) == torch.__version__
+    assert version_of(("no-such-distribution-xyz",)) is None
+
+
+@pytest.mark.parametrize(("capability", "ok"), [(None, False), ((8, 0), False), ((9, 0), True), ((10, 0), False)])
+def test_what_runs_on_hopper_alone_says_so(monkeypatch, capability, ok):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    state = on_hopper("A kernel")
+    assert state.ok == ok and (ok or (state.reason, state.fix) == (
+        "A kernel needs a Hopper GPU", "run on an H100 or H200"
+    ))  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -25,6 +25,22 @@ def test_sdpa_math_is_bottom_right_aligned_and_gives_empty_rows_zero(problem):
     torch.testing.assert_close(out.double(), reference.attention(*inputs, problem)[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("number", "words"), [(91900, "9.19.0"), (92001, "9.20.1"), (8907, "8.9.7"), (100203, "10.2.3")]
+)
+def test_cudnns_version_as_people_write_it(monkeypatch, number, words):
+    assert sdpa.cudnn_version(number) == words
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert backends.get("sdpa-cudnn").software() == f"cuDNN {words}"
+
+
+def test_versions_stand_beside_peers_and_not_beside_ours(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    assert backends.get("sdpa-cudnn").software() is None, "a torch without it"
+    assert backends.get("sdpa-flash").software() == backends.get("sdpa-math").software() == f"torch {torch.__version__}"
+    assert backends.get("hopper").software() is None
+
+
 def test_fused_peers_say_what_they_do_not_take():
     for name in ("sdpa-flash", "sdpa-cudnn"):
         backend = backends.get(name)

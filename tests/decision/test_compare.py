@@ -10,7 +10,7 @@ from support import synthetic_records as synthetic
 
 from flashcore.decision import compare
 from flashcore.problem import PRESETS, square
-from flashcore.records import Trial
+from flashcore.records import Timing, Trial
 
 REPORT = PRESETS["report"]
 
@@ -220,3 +220,19 @@ def test_a_figure_is_a_number_that_can_be_reckoned_with(value, can):
 )  # fmt: skip
 def test_digits_left_of_the_point_are_never_dropped(value, digits, text):
     assert compare.number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("taken", "kept", "latency", "wrong"),
+    [
+        (100, 100, 100.0, None), (100, 100, 101.0, "is not the median of its samples"),
+        (None, 100, 101.0, None), (300, 100, 101.0, None), (60, 100, 100.0, "keeps more samples than it says"),
+        ("many", 100, 101.0, None), (30, 30, 101.0, "is not the median of its samples"),
+    ],
+)  # fmt: skip
+def test_a_timing_that_says_how_many_samples_it_took_is_held_to_it(taken, kept, latency, wrong):
+    samples = [100.0] * (kept - 10) + [102.0] * 10
+    more = {} if taken is None else {"samples": taken}
+    timing = Timing(method="graph_replay", latency_us=latency, samples_us=samples, **more)
+    found = compare.contradiction(Trial(kind="attention_timing", backend="wmma", problem=REPORT, timing=timing))
+    assert found is None if wrong is None else wrong in found

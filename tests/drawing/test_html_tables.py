@@ -169,3 +169,40 @@ def test_facts_of_the_machine_have_sensible_units():
     held = row(html, "Held down by")
     assert (held["Before"], held["After"]) == ("nothing", "heat, power") and row(html, "own fact")["Before"] == "a b 1"
     assert row(html_tables.environment_table({"before": before}), "GPU memory")["After"] == "not recorded"
+
+
+def with_extra(trial, *, version=None, **more):
+    data = {**trial.data, **({"version": version} if version else {})}
+    return trial.model_copy(update={"timing": trial.timing.model_copy(update=more), "data": data})
+
+
+def timed_trials():
+    return [t for t in TRIALS if t.kind == "attention_timing" and t.problem == REPORT and t.timing is not None]
+
+
+def test_a_peers_version_stands_beside_its_name():
+    trials = [with_extra(t, version="cuDNN 9.19.0" if t.backend == "sdpa-cudnn" else None) for t in timed_trials()]
+    assert row(html_tables.times_table(trials), html_tables.spaced(REPORT))["Best peer"] == "sdpa-cudnn (cuDNN 9.19.0)"
+    assert html_tables.with_version(trials[0]) == trials[0].backend
+
+
+def test_shares_of_the_data_sheet_are_columns_where_there_are_some():
+    plain = html_tables.times_table(timed_trials())
+    assert "Of peak" not in plain and "Of memory" not in plain
+    html = html_tables.times_table([with_extra(t, peak_share=0.6214) for t in timed_trials()])
+    assert row(html, html_tables.spaced(REPORT))["Of peak"] == "62 %" and "at the clock seen during the timing" in html
+    junk = html_tables.times_table([with_extra(t, peak_share="a lot", memory_share=math.nan) for t in timed_trials()])
+    assert "Of peak" not in junk
+
+
+def test_two_clocks_are_held_against_each_other_in_one_sentence():
+    trials = timed_trials()
+    assert html_tables.clocks_sentence(trials) == ""
+    shares = (0.93, 1.02)
+    both = [with_extra(t, cupti_us=s * compare.latency_us(t)) for t, s in zip(trials, shares, strict=False)]
+    sentence = html_tables.clocks_sentence([*both, *trials[2:]])
+    assert "the kernels of each of 2 calls take 0.930 to 1.02 times what the call takes in a graph" in sentence
+    assert sentence in html_tables.times_table([*both, *trials[2:]])
+    assert "the kernels of a call take 0.930 times" in html_tables.clocks_sentence(both[:1])
+    junk = [with_extra(trials[0], cupti_us="soon"), with_extra(trials[1], cupti_us=-1.0)]
+    assert html_tables.clocks_sentence(junk) == ""

@@ -12,7 +12,7 @@ from support.html_tools import label, svgs
 
 from flashcore.decision import compare
 from flashcore.drawing import html_tables, plots
-from flashcore.problem import PRESETS
+from flashcore.problem import PRESETS, square
 
 TRIALS = synthetic.gpu_trials()
 LATENCY = PRESETS["latency"]
@@ -31,6 +31,16 @@ def test_panels_keep_one_problem_a_length_for_all_backends():
         for length in (512, 2048, 16384):
             assert len({points[length].problem for points in lines.values()}) == 1
     assert plots.panels(TRIALS)[64, False, "float16"]["wmma"][512].problem.batch == 16  # not the small one
+
+
+def test_what_lies_beside_a_line_is_left_to_the_table():
+    beside = [(square(32, 12, 197, 64), "odd"), (square(16, 16, 2048, 64, dtype="bfloat16"), "of another dtype")]
+    more = [synthetic.timing("wmma", problem, 100.0, round_=name) for problem, name in beside]
+    assert plots.panels([*TRIALS, *more]) == plots.panels(TRIALS)
+    alone = plots.panels(more)
+    assert {key: list(lines["wmma"]) for key, lines in alone.items()} == {
+        (64, False, "float16"): [197], (64, False, "bfloat16"): [2048],
+    }, "where nothing makes a line, each point is shown"  # fmt: skip
 
 
 def test_plain_kernels_are_the_lower_of_compute_and_memory():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,3 +91,42 @@ def test_environment_is_json_that_any_tool_reads(run):
 )  # fmt: skip
 def test_a_repository_is_named_as_others_reach_it_and_never_with_a_password(remote, told):
     assert device.public_url(remote) == told
+
+
+class Nvml:
+    """NVML of a GPU that tells its clock and its power, and not its temperature."""
+
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU, NVML_FI_DEV_POWER_INSTANT, NVML_SUCCESS = 1, 0, 186, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, instant):
+        self.instant = instant
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        return {1: 1755}[kind]
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 412_340
+
+    def nvmlDeviceGetTemperature(self, handle, kind):
+        raise self.NVMLError("not supported")
+
+    def nvmlDeviceGetFieldValues(self, handle, fields):
+        if self.instant is None:
+            raise AttributeError("an older library")
+        value = SimpleNamespace(uiVal=self.instant)
+        return [SimpleNamespace(nvmlReturn=0 if self.instant else 3, value=value)]
+
+
+@pytest.mark.parametrize(("instant", "power"), [(698_760, 698.8), (0, 412.3), (None, 412.3)])
+def test_sensors_say_what_nvml_tells_and_leave_out_the_rest(monkeypatch, instant, power):
+    monkeypatch.setattr(device, "_nvml_handle", lambda: "the GPU")
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(instant))
+    assert device.sensors() == {"sm_clock_mhz": 1755, "power_w": power}
+
+
+def test_without_nvml_there_are_no_sensors(monkeypatch):
+    monkeypatch.setattr(device, "_nvml_handle", lambda: None)
+    assert device.sensors() is None

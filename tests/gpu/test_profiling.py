@@ -51,7 +51,9 @@ class Profiled:
 
 
 def event(name, start, kind):
-    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start))
+    """Each kernel runs for as long as its name is, in tenths of a µs."""
+    end = start + len(name) / 10
+    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
 
 
 @pytest.fixture
@@ -76,6 +78,19 @@ def test_a_profiler_that_lost_events_names_none(profiler):
         profiler.append("q k")
 
     assert profiling.kernels_of([lambda: profiler.append("softmax"), loses]) == [[], []]
+
+
+def test_the_time_of_each_kernel_is_its_own_and_not_that_of_what_lies_between(profiler):
+    calls = [lambda: profiler.extend(["q k", "softmax"]), lambda: None, lambda: profiler.append("p v")]
+    found = profiling.kernel_us(calls)
+    assert [[pytest.approx(us) for us in one] for one in ([0.3, 0.7], [], [0.3])] == found
+    assert profiling.kernel_us([]) == []
+
+    def loses():
+        profiler.clear()
+        profiler.append("q k")
+
+    assert profiling.kernel_us([lambda: profiler.append("softmax"), loses]) == [[], []]
 
 
 @pytest.fixture
@@ -149,6 +164,13 @@ def test_the_kernels_of_calls_on_the_gpu():
     a = torch.randn(256, 256, device="cuda").half()
     product, nothing, twice = profiling.kernels_of([lambda: a @ a, lambda: None, lambda: (a.relu_(), a.neg_())])
     assert len(product) >= 1 and nothing == [] and len(twice) == 2
+
+
+@pytest.mark.gpu
+def test_cupti_and_graph_replay_agree_on_a_call_that_takes_long():
+    a = torch.randn(4096, 4096, device="cuda").half()
+    (kernels,) = profiling.kernel_us([lambda: a @ a])
+    assert sum(kernels) == pytest.approx(profiling.graph_us(lambda _: a @ a), rel=0.2)
 
 
 @pytest.mark.gpu

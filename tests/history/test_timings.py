@@ -179,3 +179,12 @@ def test_only_a_slowdown_of_ours_beyond_what_matters_on_one_machine_is_a_regress
     for changes in ({"percent": -2.9}, {"role": "peer"}, {"same_machine": False}, {"word": "too noisy to say"}):
         assert not replace(row, **changes).regression, changes
     assert not replace(row, word="not compared").judged
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "common"), [("1.0", "1.0", True), ("1.0", "1.1", False), (None, "1.1", True)]
+)
+def test_a_peer_of_another_version_is_no_common_measure(before, now, common):
+    like = synthetic.timing("fa4", REPORT, 100.0, round_="r")
+    first, second = (like.model_copy(update={"data": {"version": v} if v else {}}) for v in (before, now))
+    assert timings._same_version(first, second) is common

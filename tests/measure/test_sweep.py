@@ -6,9 +6,12 @@ import torch
 from flashcore import backends
 from flashcore.backends import Availability, Backend
 from flashcore.backends.cpu import CpuBackend
-from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.decision.claims import Gpu
+from flashcore.errors import ClaimsError, InvalidProblem, UnknownName
 from flashcore.measure import sweep
+from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import PRESETS, square
+from flashcore.records import Timing
 
 PROBLEM = square(1, 1, 32, 16, dtype="float32")
 
@@ -117,6 +120,91 @@ def test_problems_of_a_profile_hold_the_reports_workload_and_grow_with_full():
     assert len(set(full)) == len(full)
     assert {p.head_dim for p in full} == {64, 128} and {p.causal for p in full} == {True, False}
     assert all(p.flops() < 2e9 for p in sweep.sweep_problems("full", False)), "a CPU's problems stay small"
+
+
+def test_a_sweep_has_the_shapes_that_people_have():
+    quick, full = sweep.sweep_problems("quick", True), sweep.sweep_problems("full", True)
+    assert {197, 777, 3000} <= {p.seqlen_q for p in full} and 197 in {p.seqlen_q for p in quick}
+    for problems in (quick, full):
+        assert any((p.num_heads_q, p.num_heads_kv) == (32, 8) for p in problems)
+        assert any(p == PRESETS["report"].with_(dtype="bfloat16") for p in problems)
+    assert all(square(32, 12, 197, d) in full for d in (64, 128))
+    assert sum(p.flops() for p in sweep.AWKWARD_PROBLEMS) < 0.5 * sum(p.flops() for p in full), "a report stays short"
+
+
+class Peer(CpuBackend):
+    id, role = "peer", "peer"
+
+    def software(self):
+        return "somebody's 1.2"
+
+
+def test_the_version_of_a_peers_software_stands_in_its_timing(run):
+    trials = sweep.sweep(run, [PROBLEM], [CpuBackend(), Peer()])
+    timed = {t.backend: t.data for t in trials if t.kind == "attention_timing"}
+    assert timed == {"cpu": {}, "peer": {"version": "somebody's 1.2"}}
+
+
+SHEET = Gpu(id="a", names=("A",), peak_tflops={"float16": 1000.0}, peak_clock_ghz=2.0, boost_ghz=2.0, sm_count=1,
+            memory_tb_s=4.0, l2_mb=50, launch_us=1.0, source="made up")  # fmt: skip
+
+
+def test_shares_of_what_the_gpu_can_do_at_the_clock_that_was_seen():
+    problem = PRESETS["report"]
+    fields = {"method": "graph_replay", "latency_us": 500.0, "tflops": problem.flops() / 500 / 1e6, "l2": "rotating"}
+    during = {"sm_clock_mhz": [900, 1500, 2000], "readings": 9}
+    found = sweep.speed_of_light(Timing(**fields, during=during), problem, SHEET)
+    assert found["peak_share"] == pytest.approx(549.8 / 750, rel=1e-3), "1000 TFLOPS at 2 GHz are 750 at 1.5"
+    assert found["memory_share"] == pytest.approx(problem.bytes() / 500e-6 / 4e12, rel=1e-3)
+    warm = sweep.speed_of_light(Timing(**fields | {"l2": "warm"}, during=during), problem, SHEET)
+    assert warm.keys() == {"peak_share"}, "what stays in the cache is not read from memory"
+    for more in ({}, {"during": {"readings": 0, "reason": "not available"}}):
+        assert sweep.speed_of_light(Timing(**fields, **more), problem, SHEET).keys() == {"memory_share"}
+    assert sweep.speed_of_light(Timing(**fields, during=during), problem, None) == {}
+    single = problem.with_(dtype="float32")
+    assert "peak_share" not in sweep.speed_of_light(Timing(**fields, during=during), single, SHEET)
+
+
+@pytest.mark.parametrize(
+    ("name", "sheet"), [("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H200", "H200"), (None, None)]
+)
+def test_the_data_sheet_is_that_of_the_gpu_here(monkeypatch, name, sheet):
+    monkeypatch.setattr(sweep.device, "gpu_name", lambda: name)
+    sweep._data_sheet.cache_clear()
+    found = sweep._data_sheet()
+    sweep._data_sheet.cache_clear()
+    assert (found and found.id) == sheet
+
+
+def test_a_file_of_claims_that_cannot_be_read_costs_no_timing(monkeypatch):
+    def damaged():
+        raise ClaimsError("claims.toml", 3, "is damaged")
+
+    monkeypatch.setattr(sweep.claims, "load_claims", damaged)
+    sweep._data_sheet.cache_clear()
+    assert sweep._data_sheet() is None
+    sweep._data_sheet.cache_clear()
+
+
+def test_what_gates_ask_for_is_timed_by_other_clocks_too(monkeypatch):
+    """On a GPU, emulated: what the sweep asks of the timing, and what it adds to its result."""
+    asked = []
+
+    def time_on_gpu(chosen, problem, **options):
+        asked.append(options)
+        return {"cpu": Timing(method="graph_replay", latency_us=10.0, tflops=1.0, l2=options["l2"])}
+
+    monkeypatch.setattr(sweep, "time_on_gpu", time_on_gpu)
+    monkeypatch.setattr(sweep, "make_inputs", lambda problem, seed, device: make_inputs(problem, seed=seed))
+    monkeypatch.setattr(sweep.device, "l2_bytes", lambda: 0)
+    monkeypatch.setattr(sweep, "_data_sheet", lambda: SHEET)
+    monkeypatch.setattr(sweep, "REPORT_PROBLEMS", (PROBLEM,))
+    other = PROBLEM.with_(dtype="float16")
+    for problem in (PROBLEM, other):
+        (timing,) = sweep._time([(CpuBackend(), None)], problem, 0, True)
+        assert timing.model_extra["clocks_before"].keys() and timing.model_extra["memory_share"] > 0
+    assert [o["other_clocks"] for o in asked] == [True, False]
+    assert {o["most_rounds"] for o in asked} == {100} and all(o["proof"] is not None for o in asked)
 
 
 def test_problems_by_name():

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from flashcore import backends
-from flashcore.errors import InvalidTiming, WrongWhenTimed
+from flashcore.errors import InvalidTiming, JudgeTampered, WrongWhenTimed
 from flashcore.measure import timing
 from flashcore.measure.proof import Proof
 from flashcore.measure.timing import Candidate, input_sets, summarise, time_on_cpu, time_on_gpu
+from flashcore.measure.watching import Watch
 from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import PRESETS, square
 
@@ -27,10 +28,73 @@ def test_a_summary_is_the_median_with_quartiles_and_tflops():
     assert summary.quartiles_us[0] <= 3.0 <= summary.quartiles_us[1] and summary.launch_us == 7.0
 
 
-def test_at_most_fifty_samples_are_kept_and_all_count_for_the_median():
-    samples = [1.0] * 50 + [9.0] * 60
+def test_no_more_samples_are_kept_than_a_timing_takes_and_all_count_for_the_median():
+    samples = [1.0] * timing.MOST_ROUNDS + [9.0] * (timing.MOST_ROUNDS + 10)
     summary = summarise(samples, SMALL, method="host", round_id="r", l2="warm")
-    assert len(summary.samples_us) == 50 and summary.latency_us == 9.0
+    assert len(summary.samples_us) == timing.MOST_ROUNDS and summary.latency_us == 9.0
+
+
+def test_an_interval_is_narrow_by_its_width_over_the_median():
+    even = [100.0] * 20
+    assert timing.is_narrow(even) and not timing.is_narrow(even[:6]), "six samples have no interval"
+    for step, narrow in ((0.03, True), (0.3, False)):  # the 9th and the 22nd of 30 lie 13 steps apart
+        assert timing.is_narrow([100 + step * i for i in range(30)]) is narrow
+
+
+class Replays:
+    """A graph whose replays take these times in ms, over and over."""
+
+    def __init__(self, *taken):
+        self.taken, self.count = taken, 0
+
+    def replay(self):
+        Emulated.now_ms += self.taken[self.count % len(self.taken)]
+        self.count += 1
+
+
+def captured_of(graph, estimate_us=1000.0):
+    return timing._Captured(graph, calls=1, estimate_us=estimate_us, launch_us=1.0, results=None, kept=0)
+
+
+STEADY, NOISY = (1.0,), (1.0, 1.1, 0.9, 1.3)
+
+
+@pytest.mark.parametrize(
+    ("graphs", "seconds", "rounds", "why"),
+    [
+        ({"a": STEADY, "b": STEADY}, 0, 30, "narrow"),
+        ({"a": STEADY, "b": NOISY}, 0, 100, "100 rounds are the most"),
+        ({"a": STEADY, "b": NOISY}, 0.5, 35, "0.6 s more were up"),
+    ],
+)
+def test_rounds_go_on_until_every_interval_is_narrow_or_the_time_is_up(
+    emulated, monkeypatch, graphs, seconds, rounds, why
+):
+    now = [0.0]
+
+    def clock():
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(timing, "_clock", clock)
+    graphs = {name: captured_of(Replays(*taken)) for name, taken in graphs.items()}
+    samples, ended = timing._rounds(graphs, emulated.Stream(), 30, timing.MOST_ROUNDS)
+    assert ended == why and {len(s) for s in samples.values()} == {rounds}
+    assert samples["a"] == pytest.approx([1000.0] * rounds)
+    stopped = {name: timing._stopped(samples[name], graphs[name], ended) for name in graphs}
+    assert stopped["a"] == "narrow" and stopped["b"] == why
+
+
+def test_a_slow_call_gets_few_samples_and_keeps_nobody_waiting(emulated):
+    graphs = {"slow": captured_of(Replays(30.0, 60.0), 2 * timing.SLOW_CALL_US), "fast": captured_of(Replays(1.0))}
+    samples, ended = timing._rounds(graphs, emulated.Stream(), 30, timing.MOST_ROUNDS)
+    assert len(samples["slow"]) == timing.SLOW_ROUNDS and len(samples["fast"]) == 30 and ended == "narrow"
+    assert timing._stopped(samples["slow"], graphs["slow"], ended) == "a call this slow gets 10"
+
+
+def test_rounds_that_were_asked_for_are_all_there_are(emulated):
+    samples, ended = timing._rounds({"a": captured_of(Replays(*NOISY))}, emulated.Stream(), 5, 5)
+    assert len(samples["a"]) == 5 and ended == "5 rounds are the most"
 
 
 def test_one_sample_is_its_own_spread():
@@ -234,6 +298,77 @@ def test_the_whole_way_of_a_timing_on_a_gpu_emulated(emulated, sets):
     assert without["cached"].latency_us < 1 and "proved" not in without["cached"].model_dump()
 
 
+def test_a_timing_says_how_many_samples_it_has_why_and_what_the_sensors_read(emulated, monkeypatch):
+    problem = square(1, 1, 16, 8)
+    buffers = [make_inputs(problem)]
+    monkeypatch.setattr(timing, "Watch", lambda: Watch(lambda: {"sm_clock_mhz": 1755}))
+    candidate = Candidate("a", lambda number: emulated.backend(buffers[number], problem))
+    found = time_on_gpu([candidate], problem, rounds=10, most_rounds=60)["a"].model_extra
+    assert (found["samples"], found["stopped"]) == (10, "narrow")
+    assert found["during"]["sm_clock_mhz"] == [1755, 1755, 1755] and found["during"]["readings"] >= 1
+    assert not found.keys() & {"eager_us", "single_us", "cupti_us"}, "nobody asked for them"
+    monkeypatch.setattr(timing, "Watch", lambda: Watch(lambda: None))
+    found = time_on_gpu([candidate], problem, rounds=3)["a"].model_extra
+    assert found["stopped"] == "3 rounds are the most" and found["during"]["reason"].startswith("not available")
+
+
+def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monkeypatch):
+    problem = square(1, 1, 16, 8)
+    buffers = [make_inputs(problem, seed=i) for i in range(2)]
+    profiled = []
+
+    def kernel_us(calls):
+        """Two kernels of 20 and 25 µs of each call; the third call's were lost."""
+        for call in calls:
+            call()
+        profiled.append(len(calls))
+        return [[] if number == 2 else [20.0, 25.0] for number in range(len(calls))]
+
+    def fine(number):
+        return emulated.backend(buffers[number], problem)
+
+    def only_when_timed(number):
+        if emulated.capturing is None and len(seen) > 40:
+            raise RuntimeError("no more")
+        seen.append(number)
+        return fine(number)
+
+    def patches(number):
+        if emulated.capturing is None and len(patched) > 40:
+            torch.backends.cuda.enable_math_sdp(False)
+        patched.append(number)
+        return fine(number)
+
+    seen, patched = [], []
+    monkeypatch.setattr(timing.profiling, "kernel_us", kernel_us)
+    calls = [Candidate(one.__name__, one) for one in (fine, only_when_timed, patches)]
+    monkeypatch.setattr(timing, "SAMPLE_US", 50.0)  # one call a graph
+    found = time_on_gpu(calls, problem, sets=2, rounds=3, other_clocks=True)
+    clocks = found["fine"].model_extra
+    assert clocks["eager_us"] == pytest.approx(50) and clocks["single_us"] > 0
+    assert (clocks["cupti_us"], clocks["cupti_kernels"]) == (45.0, 2)
+    assert "cupti_us" not in found["only_when_timed"].model_extra, "its timing stands, and says no more than it knows"
+    assert found["only_when_timed"].latency_us == pytest.approx(50, rel=0.05)
+    assert isinstance(found["patches"], JudgeTampered)
+    assert profiled == [timing.CUPTI_CALLS], "the two others were left out"
+
+
+def test_without_a_profiler_the_other_clocks_remain_and_slow_calls_have_none(emulated, monkeypatch):
+    problem = square(1, 1, 16, 8)
+    buffers = [make_inputs(problem)]
+
+    def forbidden(calls):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(timing.profiling, "kernel_us", forbidden)
+    calls = [Candidate("a", lambda number: emulated.backend(buffers[number], problem))]
+    found = time_on_gpu(calls, problem, rounds=3, other_clocks=True)["a"].model_extra
+    assert found["eager_us"] == pytest.approx(50) and "cupti_us" not in found
+    monkeypatch.setattr(timing, "MOST_CLOCKED_US", 49.0)
+    found = time_on_gpu(calls, problem, rounds=3, other_clocks=True)["a"].model_extra
+    assert "eager_us" not in found and found["samples"] == 3
+
+
 def test_calls_that_take_no_time_at_all_are_no_timing(emulated, monkeypatch):
     monkeypatch.setattr(emulated.CUDAGraph, "replay", lambda self: None)
     found = time_on_gpu([Candidate("nothing", lambda number: None)], SMALL, rounds=3)
@@ -260,6 +395,19 @@ def test_a_timing_on_a_gpu_is_proved(l2):
         found = time_on_gpu(calls, problem, sets=len(sets), rounds=3, l2=l2, proof=Proof(problem, sets))
     assert found["honest"].proved
     assert isinstance(found["cached"], (WrongWhenTimed, InvalidTiming))
+
+
+@pytest.mark.gpu
+def test_the_clocks_of_a_gpu_agree_and_its_sensors_are_read():
+    problem = PRESETS["report"].with_(batch=4)
+    inputs = make_inputs(problem, device="cuda")
+    call = Candidate("sdpa-flash", lambda _: backends.get("sdpa-flash").run(*inputs, problem))
+    found = time_on_gpu([call], problem, most_rounds=timing.MOST_ROUNDS, other_clocks=True)["sdpa-flash"]
+    more = found.model_extra
+    assert more["cupti_us"] == pytest.approx(found.latency_us, rel=0.1) and more["cupti_kernels"] >= 1
+    assert 0.8 * found.latency_us < more["eager_us"] and more["single_us"] > 0.8 * found.latency_us
+    assert more["samples"] == len(found.samples_us) >= 30 and more["stopped"]
+    assert more["during"]["readings"] >= 1
 
 
 @pytest.mark.gpu

@@ -1,0 +1,78 @@
+"""`fa4`: FlashAttention-4, the form of FlashAttention in CuTe's Python language, where the user has installed it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from flashcore.backends._contract import Availability, Backend
+from flashcore.backends._peers import installed, on_hopper, readable, version_of, with_scale_above_zero
+from flashcore.backends._registry import register
+from flashcore.problem import Problem
+
+MODULE = "flash_attn.cute"
+DISTRIBUTIONS = ("flash-attn-4", "fa4")
+COMPILER = "cutlass"
+"""The module of nvidia-cutlass-dsl, which compiles its kernels at the first call of each kind."""
+
+
+@functools.cache
+def _interface() -> tuple[Callable[..., Any], bool]:
+    """FlashAttention-4's function, and whether it has to be asked for `lse` (older releases always return it)."""
+    function = importlib.import_module(MODULE).flash_attn_func
+    return function, "return_lse" in inspect.signature(function).parameters
+
+
+@register
+class FlashAttention4(Backend):
+    """FlashAttention-4, forward only; its causal mask is bottom-right aligned."""
+
+    id = "fa4"
+    title = "FlashAttention-4"
+    role = "peer"
+    device = "cuda"
+
+    def availability(self) -> Availability:
+        if installed((MODULE,)) is None:
+            return Availability(
+                False, f"FlashAttention-4 is not installed (no module '{MODULE}')", "pip install 'flashcore[peers]'"
+            )
+        if installed((COMPILER,)) is None:
+            return Availability(
+                False, f"FlashAttention-4 lacks its compiler (no module '{COMPILER}')", "pip install nvidia-cutlass-dsl"
+            )
+        return on_hopper("FlashAttention-4")
+
+    def software(self) -> str | None:
+        number = version_of(DISTRIBUTIONS) if installed((MODULE,)) else None
+        return f"flash-attn-4 {number}" if number else None
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and (problem.head_dim > 256 or problem.head_dim % 8):
+            reason = "FlashAttention-4 takes a head_dim that is a multiple of 8, up to 256"
+        return reason
+
+    def run(self, q, k, v, problem):
+        function, ask_for_lse = _interface()
+        extra = {"return_lse": True} if ask_for_lse else {}
+        q, scale = with_scale_above_zero(q, problem.scale)
+        q, k, v = readable(q), readable(k), readable(v)
+        # It takes [B, S, H, D]; a transposed view costs nothing.
+        result = function(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            softmax_scale=scale, causal=problem.causal, **extra,
+        )  # fmt: skip
+        out, lse = (result[0], result[1]) if isinstance(result, (tuple, list)) else (result, None)
+        out = out.transpose(1, 2)
+        # What rows that see no key get is not promised, as with FlashAttention-2.
+        num_empty = max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
+        if num_empty:
+            out[:, :, :num_empty] = 0
+            if lse is not None:
+                lse[:, :, :num_empty] = -math.inf
+        return out, lse

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WORDS = {"ok": "PASS", "failed": "FAIL", "error": "ERROR", "unsupported": "unsupported", "unavailable": "unavailable"}
 """What a reader sees for the status of a trial."""
+CONFORM = "conform:"
+"""What the variant of a record of kind `diagnosis` begins with that says whether one promise is kept."""
 
 
 def correctness_table(trials: Iterable[Trial]) -> pandas.DataFrame:
@@ -97,7 +99,7 @@ def diagnosis_table(trials: Iterable[Trial]) -> pandas.DataFrame:
 
     rows = []
     for trial in trials:
-        if trial.kind != "diagnosis" or trial.variant in (None, "clean"):
+        if trial.kind != "diagnosis" or trial.variant in (None, "clean") or _of_a_promise(trial):
             continue
         data = trial.data
         names = ", ".join(h["name"] for h in data.get("hypotheses", [])) or str(data.get("finding", trial.reason or ""))
@@ -106,6 +108,68 @@ def diagnosis_table(trials: Iterable[Trial]) -> pandas.DataFrame:
                      "hypothesis or finding": names[:80], "seconds": f"{data.get('seconds', 0):.1f}"})  # fmt: skip
     columns = ["fault", "backend", "stage", "outcome", "told", "hypothesis or finding", "seconds"]
     return pandas.DataFrame(rows, columns=columns)
+
+
+def _of_a_promise(trial: Trial) -> bool:
+    return trial.kind == "diagnosis" and (trial.variant or "").startswith(CONFORM)
+
+
+def promises_of(trials: Iterable[Trial]) -> list[Trial]:
+    """The records that say whether a promise is kept; of one that was asked for again the last."""
+    last = {(t.backend, t.variant): t for t in trials if _of_a_promise(t)}
+    return list(last.values())
+
+
+def conform_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a promise, one column an implementation: kept, broken, refused, or why there is no answer."""
+    import pandas
+
+    trials = promises_of(trials)
+    names = list(dict.fromkeys(str(t.backend) for t in trials))
+    rows: dict[str, dict[str, str]] = {}
+    for trial in sorted(trials, key=lambda t: _number(t.variant)):
+        data = trial.data
+        row = rows.setdefault(str(trial.variant), {
+            "id": str(data.get("promise_id", "")), "promise": str(data.get("promise", "")),
+            **dict.fromkeys(names, "not asked"),
+        })  # fmt: skip
+        row[str(trial.backend)] = str(data.get("result", WORDS[trial.status]))
+    return pandas.DataFrame(list(rows.values()))
+
+
+def _number(variant: str | None) -> int:
+    """The number of a promise, to sort by: P10 comes after P9."""
+    digits = "".join(filter(str.isdigit, variant or ""))
+    return int(digits or 0)
+
+
+def conform_breaks_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row for each promise that was not kept: who, on which smallest case, and what happened; breaks first."""
+    import pandas
+
+    order = ("broken", "not judged", "not promised", "refused")
+    found = [t for t in promises_of(trials) if t.data.get("result") in order]
+    found.sort(key=lambda t: (order.index(t.data["result"]), str(t.backend), _number(t.variant)))
+    rows = [{
+        "implementation": str(t.backend), "promise": f"{t.data.get('promise_id')}, {t.data.get('promise_name')}",
+        "result": str(t.data["result"]), "smallest case": str(t.data.get("smallest") or ""),
+        "what happened": str(t.data.get("sentence", "")),
+    } for t in found]  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def conform_sentence(trials: Iterable[Trial]) -> str:
+    """How many promises were kept, broken and refused, and which were broken, as one line."""
+    trials = promises_of(trials)
+    if not trials:
+        return "no promise was asked for"
+    results = [str(t.data.get("result")) for t in trials]
+    applies = len(results) - results.count("does not apply")
+    parts = [f"{results.count('kept')} of {applies} promises that apply are kept"]
+    parts += [f"{results.count(one)} {one}" for one in ("broken", "not promised", "refused", "not judged")
+              if one in results]  # fmt: skip
+    broken = [f"{t.backend} {t.data.get('promise_id')}" for t in trials if t.data.get("result") == "broken"]
+    return ", ".join(parts) + (f"; broken: {', '.join(broken)}" if broken else "")
 
 
 def _outcome(trial: Trial) -> str:

@@ -12,6 +12,31 @@ from flashcore.records import RunFolder, Trial
 SMALL = square(1, 2, 40, 16, page_size=16)
 
 
+def promise(number: int, backend: str, result: str, status: str = "ok", **data) -> Trial:
+    data = {"promise_id": f"P{number}", "promise_name": "a name", "promise": f"Sentence {number}.", "result": result,
+            "sentence": "it does", "smallest": "B=1", **data}  # fmt: skip
+    return Trial(kind="diagnosis", backend=backend, variant=f"conform:P{number}", status=status, data=data)
+
+
+def test_promises_stand_by_number_with_the_last_answer_of_each_implementation():
+    trials = [promise(10, "a", "kept"), promise(9, "a", "broken", "failed"), promise(9, "b", "refused", "unsupported"),
+              promise(9, "a", "not promised", "unsupported"), promise(1, "b", "broken", "failed"),
+              promise(10, "b", "does not apply", "unsupported")]  # fmt: skip
+    trials.append(Trial(kind="diagnosis", variant="F1", backend="a"))
+    table = tables.conform_table(trials)
+    assert list(table["id"]) == ["P1", "P9", "P10"] and list(table["promise"])[0] == "Sentence 1."
+    assert list(table["a"]) == ["not asked", "not promised", "kept"]
+    assert list(table["b"]) == ["broken", "refused", "does not apply"]
+    breaks = tables.conform_breaks_table(trials)
+    assert list(zip(breaks["implementation"], breaks["result"], strict=True)) == [
+        ("b", "broken"), ("a", "not promised"), ("b", "refused")]  # fmt: skip
+    assert breaks["promise"][0] == "P1, a name" and breaks["smallest case"][0] == "B=1"
+    said = tables.conform_sentence(trials)
+    assert said == "1 of 4 promises that apply are kept, 1 broken, 1 not promised, 1 refused; broken: b P1"
+    assert tables.conform_sentence([]) == "no promise was asked for" and tables.conform_table([]).empty
+    assert tables.conform_breaks_table([]).empty and len(tables.diagnosis_table(trials)) == 1
+
+
 def test_exploits_are_told_with_what_caught_each():
     caught, missed, away = (
         Trial(kind="exploit", variant=name, status=status, reason=None if status == "ok" else "Said.",

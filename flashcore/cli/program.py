@@ -15,6 +15,7 @@ from flashcore.cli import (
     claims,
     compare,
     completing,
+    conform,
     debug,
     diagnose,
     exploits,
@@ -175,6 +176,7 @@ report.add_to(app)
 verdict.add_to(app)
 debug.add_to(app)
 diagnose.add_to(app)
+conform.add_to(app)
 exploits.add_to(app)
 survey.add_to(app)
 paging.add_to(app)

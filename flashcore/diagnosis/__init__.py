@@ -2,18 +2,21 @@
 
 `diagnose` compares it with float64, probes it with inputs made so that an output reveals one step, and names the bug
 that explains the wrong elements; `diagnose_apart` does so in a process of its own. `load` finds a function by file and
-name, and `write_test` keeps the smallest failing case as a test.
+name, and `write_test` keeps the smallest failing case as a test. `conform` asks for the promises of attention, one by
+one: memory past the end, empty rows, odd strides, graphs and the like.
 """
 
 from __future__ import annotations
 
 from flashcore.diagnosis.apart import diagnose_apart
 from flashcore.diagnosis.calling import Answer, Candidate, candidate_of, load
+from flashcore.diagnosis.conforming import Conformance, conform, conform_all, conform_apart
 from flashcore.diagnosis.diagnosing import Diagnosis, diagnose
 from flashcore.diagnosis.naming import Hypothesis
+from flashcore.diagnosis.promises import PROMISES, Promise
 from flashcore.diagnosis.writing import write_test
 
 __all__ = [
-    "Answer", "Candidate", "Diagnosis", "Hypothesis", "candidate_of", "diagnose", "diagnose_apart", "load",
-    "write_test",
+    "PROMISES", "Answer", "Candidate", "Conformance", "Diagnosis", "Hypothesis", "Promise", "candidate_of", "conform",
+    "conform_all", "conform_apart", "diagnose", "diagnose_apart", "load", "write_test",
 ]  # fmt: skip

@@ -86,6 +86,8 @@ class Candidate:
     """It stores its scores in 16 bits by design, and says so."""
     calls: list[float] = field(default_factory=list, compare=False)
     """Seconds of each call so far."""
+    backend: backends.Backend | None = None
+    """The backend that it stands for; None for a function."""
 
     def __call__(self, q, k, v, problem: Problem, *, default_scale: bool = False) -> Answer:
         """Call it, and check that what comes back is an answer.
@@ -104,10 +106,29 @@ class Candidate:
         Broken
             It hung, or gave no tensor of the right shape, dtype and device, or changed its inputs.
         """
-        given = (q, k, v)
-        before = [t.clone() for t in given]
-        passed = given if self.layout == "bhsd" else tuple(t.transpose(1, 2).contiguous() for t in given)
-        kept = [t.clone() for t in passed] if self.layout == "bshd" else before
+        answer, changed = self.ask(q, k, v, problem, default_scale=default_scale)
+        if changed:
+            raise Broken("inputs", changed)
+        return answer
+
+    def ask(
+        self, q, k, v, problem: Problem, *, default_scale: bool = False, as_given: bool = False
+    ) -> tuple[Answer, str]:
+        """The answer, and a sentence on the input that the call changed; empty for none.
+
+        Parameters
+        ----------
+        as_given
+            Hand over these very views, whatever their strides; otherwise a function of layout ``bshd`` gets contiguous
+            copies.
+
+        Raises
+        ------
+        Refusal, Broken
+            As when it is called; a changed input is told, and does not raise.
+        """
+        passed = self.handed((q, k, v), as_given=as_given)
+        kept = [t.clone() for t in passed]
         started = time.perf_counter()
         try:
             with limited(self.time_limit_s), poisoned_outputs():
@@ -119,13 +140,21 @@ class Candidate:
             raise Refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}") from error
         finally:
             self.calls.append(time.perf_counter() - started)
-        answer = self._answer(result, q, problem)
+        answer = self.answer(result, q)
         for name, now, then in zip("qkv", passed, kept, strict=True):
-            if not _same_bits(now, then):
-                raise Broken("inputs", f"It changes its input {name}: {_changed(now, then)}.")
-        return answer
+            if not same_bits(now, then):
+                return answer, f"It changes its input {name}: {_changed(now, then)}."
+        return answer, ""
 
-    def _answer(self, result: Any, q: torch.Tensor, problem: Problem) -> Answer:
+    def handed(self, given: tuple[torch.Tensor, ...], *, as_given: bool = False) -> tuple[torch.Tensor, ...]:
+        """The tensors in the layout that the function wants, as copies unless they are to stay `as_given`."""
+        if self.layout == "bhsd":
+            return given
+        turned = (t.transpose(1, 2) for t in given)
+        return tuple(turned if as_given else (t.contiguous() for t in turned))
+
+    def answer(self, result: Any, q: torch.Tensor) -> Answer:
+        """What the function returned for these queries as an `Answer`; `Broken` where it is none."""
         parts = list(result) if isinstance(result, (tuple, list)) else [result]
         out = parts[0] if parts else None
         if not isinstance(out, torch.Tensor):
@@ -213,7 +242,7 @@ def _of_backend(backend: backends.Backend, device: str | None, time_limit_s: flo
     gives_lse = backend.role != "peer" or _peer_gives_lse(backend, place)
     return Candidate(backend.id, call, tried.takes, lse="natural" if gives_lse else "none", device=place,
                      default_scale=True, time_limit_s=time_limit_s,
-                     rounds_scores=backend.rounds_scores)  # fmt: skip
+                     rounds_scores=backend.rounds_scores, backend=backend)  # fmt: skip
 
 
 def _peer_gives_lse(backend: backends.Backend, device: str) -> bool:
@@ -361,7 +390,8 @@ def wait(device: torch.device, seconds: float) -> None:
         time.sleep(20e-6)
 
 
-def _same_bits(now: torch.Tensor, then: torch.Tensor) -> bool:
+def same_bits(now: torch.Tensor, then: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, NaN included."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[now.element_size()]
     return bool((now.view(kind) == then.view(kind)).all())
 

@@ -101,13 +101,19 @@ def screen_one(candidate: Candidate, inputs: Inputs, *, again: bool = False) -> 
 
 
 @ambient.judging
-def find_home(candidate: Candidate) -> tuple[Problem | None, list[Screened]]:
-    """The richest ordinary problem that the function takes, and what it said to those before it."""
+def find_home(candidate: Candidate, start: Problem = HOME) -> tuple[Problem | None, list[Screened]]:
+    """The richest ordinary problem that the function takes, and what it said to those before it.
+
+    Parameters
+    ----------
+    start
+        What is tried first; those after it have other dtypes, head_dims, lengths, and K/V heads for each query head.
+    """
     tried: list[Screened] = []
     for head_dim in _HEAD_DIMS:
         for dtype in _DTYPES:
             for change in _EASIER:
-                problem = HOME.with_(head_dim=head_dim, dtype=dtype, **change)
+                problem = start.with_(head_dim=head_dim, dtype=dtype, **change)
                 found = screen_one(candidate, Inputs(problem))
                 tried.append(found)
                 if found.refused is None:

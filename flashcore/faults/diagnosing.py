@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flashcore import backends as registry
+from flashcore import tables
 from flashcore.backends import Backend
 from flashcore.diagnosis import Diagnosis, diagnose
 from flashcore.errors import FlashCoreError, Unsupported
@@ -188,6 +189,7 @@ def ask_clean(backend_id: str, cases: int = CLEAN_CASES, seed: int = 0) -> Trial
 
 def sentence(trials: Sequence[Trial]) -> str:
     """What the proof says, counted."""
+    trials = [t for t in trials if not (t.variant or "").startswith(tables.CONFORM)]
     planted = [t for t in trials if t.variant != "clean" and t.data.get("outcome") != "not visible"]
     hidden = sum(t.data.get("outcome") == "not visible" for t in trials)
     clean = [t for t in trials if t.variant == "clean" and t.status in ("ok", "failed")]

@@ -25,7 +25,9 @@ def proof_html(evidence: Evidence) -> str:
     """What stands behind the checks: planted bugs found, clean runs silent, repeats alike, memory checked."""
     parts = []
     for heading, trials in _sources(evidence):
+        promises = _promises_html(trials)
         if not any(t.kind == "fault" for t in trials):
+            parts += [heading, promises] if promises else []
             continue
         clean, ids = tables.clean_runs_table(trials), {t.backend for t in trials}
         parts += [heading, Markup("<p><strong>Planted bugs.</strong> {}.</p>").format(tables.faults_sentence(trials))]
@@ -33,6 +35,7 @@ def proof_html(evidence: Evidence) -> str:
         found = frame_html(tables.fault_matrix(trials), "Planted bugs, and where bisection found them", ids=ids)
         parts.append(fold("Every planted bug", found))
         parts.append(_exploits_html(trials))
+        parts.append(promises)
         repeats = frame_html(tables.determinism_table(trials), "The same inputs again: the same bits or not")
         memory = frame_html(tables.sanitizer_table(trials), "compute-sanitizer")
         parts.append(fold("Repeated runs, and compute-sanitizer", repeats + memory))
@@ -47,6 +50,19 @@ def _exploits_html(trials: Sequence[Trial]) -> str:
     return str(said) + fold(
         "Every exploit", frame_html(tables.exploits_table(trials), "Exploits, and what caught them")
     )
+
+
+def _promises_html(trials: Sequence[Trial]) -> str:
+    """Which promises of attention each implementation keeps; empty for a run that asked for none."""
+    asked = tables.promises_of(trials)
+    if not asked:
+        return ""
+    ids = {t.backend for t in asked}
+    said = Markup("<p><strong>Promises of attention.</strong> {}.</p>").format(tables.conform_sentence(asked))
+    table = frame_html(tables.conform_table(asked), "Promises: kept, broken or refused", ids=ids)
+    breaks = tables.conform_breaks_table(asked)
+    why = frame_html(breaks, "What was not kept, and on which case") if len(breaks) else ""
+    return str(said) + fold("Every promise", table + why)
 
 
 def machine_html(evidence: Evidence) -> str:

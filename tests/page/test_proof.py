@@ -57,6 +57,19 @@ def test_exploits_are_counted_and_folded_and_left_out_where_none_was_planted():
     assert "a &lt;trick&gt;: it cheats" in html[html.index("<summary>Every exploit") :]
 
 
+def test_promises_are_counted_and_folded_also_where_no_bug_was_planted():
+    assert "Promises" not in page.proof_html(evidence(planted("F1", "found")))
+    data = {"promise_id": "P2", "promise_name": "empty rows", "promise": "A <row>.", "result": "broken",
+            "sentence": "row 0 is <bad>", "smallest": "B=1,H=1,Sq=2,Sk=1,D=64,causal"}  # fmt: skip
+    broken = Trial(kind="diagnosis", backend="fa3", variant="conform:P2", status="failed", data=data)
+    for html in (page.proof_html(evidence(broken)), page.proof_html(evidence(planted("F1", "found"), broken))):
+        assert "0 of 1 promises that apply are kept, 1 broken; broken: fa3 P2" in html
+        folded = html[html.index("<summary>Every promise") :]
+        assert ">fa3<" in folded and "A &lt;row&gt;." in folded and "row 0 is &lt;bad&gt;" in folded
+        assert "Sq=2,Sk=1" in folded and "<bad>" not in html
+    assert "No planted bug" not in page.proof_html(evidence(broken))
+
+
 def test_each_machine_has_its_own_proof_and_one_without_bugs_none():
     other = verdict.Recorded((planted("F1", "found"),), synthetic.environment(), "synthetic")
     html = page.proof_html(evidence(*TRIALS, recorded=other))

@@ -579,9 +579,16 @@ def _beside(home: Problem) -> list[tuple[dict, str, str]]:
             (heads, "head NaN", "NaN in the other K/V heads")]  # fmt: skip
 
 
+CROWD = 24
+"""Batches of which one is called alone too."""
+
+
 def _single(home: Problem) -> list[tuple[dict, str, str]]:
     group = home.num_heads_q // home.num_heads_kv
+    # Few rows of many keys: alone they leave a GPU idle, so there a kernel may share out the keys in another way.
+    crowd = {"seqlen_q": min(home.seqlen_q, 64), "seqlen_k": 768}
     return [({"batch": max(2, home.batch)}, "batch", "the first batch alone"),
+            ({**crowd, "batch": CROWD}, "batch", f"the first of {CROWD} batches alone"),
             ({"num_heads_kv": 2, "num_heads_q": 2 * group}, "head", "the first K/V head alone")]  # fmt: skip
 
 

@@ -368,6 +368,7 @@ def test_work_on_another_stream_and_a_value_read_at_capture_are_found_on_a_gpu()
         other = torch.cuda.Stream()
         with torch.cuda.stream(other):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        other.synchronize()  # so that only what it reads too early is wrong
         return out
 
     first = {}

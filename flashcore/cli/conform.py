@@ -20,19 +20,22 @@ def conform(
     function: Annotated[
         list[str] | None,
         typer.Argument(
-            help="FILE.py:function, MODULE:function, or ids of backends.  [default: all that run here]",
+            help="FILE.py:function, MODULE:function, or ids of backends; none for all that run here.",
             autocompletion=completing.backend,
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="ID,...", help="Promises to ask for, such as P1,P6.  [default: all]")
+        str | None,
+        typer.Option("--only", metavar="ID,...", help="Promises to ask for, such as P1,P6; all when it is left out."),
     ] = None,
     problem: Annotated[
-        str | None, typer.Option(help="An ordinary problem that the function takes.  [default: one is looked for]")
+        str | None, typer.Option(help="An ordinary problem that the function takes; left out, one is looked for.")
     ] = None,
     layout: Annotated[str, typer.Option(help="How the function wants its tensors: bhsd or bshd.")] = "bhsd",
     lse: Annotated[str | None, typer.Option(help="What it returns beside its output: none, natural or log2.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: the GPU where there is one]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the GPU where there is one when it is left out.")
+    ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds that one call may take.")] = 20.0,
     json: JsonOption = False,
     run: RunOption = None,

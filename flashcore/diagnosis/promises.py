@@ -385,6 +385,11 @@ def repeats(candidate: Candidate, asked: Asked) -> str | None:
     return next(filter(None, (_differ(seen[0], later) for later in seen[1:])), None)
 
 
+def steady(candidate: Candidate, asked: Asked) -> str | None:
+    """Right, and with the same bits each time: what bits beside other neighbours can be compared for."""
+    return plain(candidate, asked) or repeats(candidate, asked)
+
+
 def neighbours(candidate: Candidate, asked: Asked) -> str | None:
     """Other values in the other batches, or in the other K/V heads; the shape stays."""
     problem, what = asked.problem, asked.key.split()[0]
@@ -646,10 +651,10 @@ PROMISES: tuple[Promise, ...] = (
     Promise("P15", "same bits again", "The same inputs give the same bits.", f"{REPEATS} calls", _both_masks(("", "")),
             repeats),
     Promise("P16", "bits do not hang on neighbours", "What other batches and heads hold changes no bit.",
-            "other values, and NaN, in the other batches and in the other K/V heads", _beside, neighbours, repeats,
+            "other values, and NaN, in the other batches and in the other K/V heads", _beside, neighbours, steady,
             _has_neighbours),
     Promise("P17", "same bits alone", "A batch or a head alone has the bits that it has among others.",
-            "the first batch and the first K/V head in a call of their own", _single, alone, repeats, _has_neighbours,
+            "the first batch and the first K/V head in a call of their own", _single, alone, steady, _has_neighbours,
             binding=False),
     Promise("P18", "inputs stay", "Q, K and V are as they were after the call.", "their bits before and after",
             _both_masks(("", "")), inputs_stay),

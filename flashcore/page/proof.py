@@ -58,7 +58,8 @@ def _promises_html(trials: Sequence[Trial]) -> str:
     if not asked:
         return ""
     ids = {t.backend for t in asked}
-    said = Markup("<p><strong>Promises of attention.</strong> {}.</p>").format(tables.conform_sentence(asked))
+    said = Markup("<p><strong>Promises of attention.</strong> {}. ‘Not promised’ is no fault: the table says who keeps "
+                  "a promise that binds nobody.</p>").format(tables.conform_sentence(asked))  # fmt: skip
     table = frame_html(tables.conform_table(asked), "Promises: kept, broken or refused", ids=ids)
     breaks = tables.conform_breaks_table(asked)
     why = frame_html(breaks, "What was not kept, and on which case") if len(breaks) else ""

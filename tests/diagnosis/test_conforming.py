@@ -192,6 +192,13 @@ def test_a_promise_that_does_not_bind_is_told_and_is_no_break():
     assert whole.to_trials()[0].status == "unsupported"
 
 
+def test_reading_another_head_is_no_matter_of_neighbours():
+    def other_head(q, k, v):
+        return right(q, k.roll(1, 1), v)
+
+    assert results(other_head, only="P1,P16,P17")[0] == {"P1": "broken", "P16": "not judged", "P17": "not judged"}
+
+
 def test_a_function_that_is_wrong_everywhere_is_blamed_for_that_alone(short):
     found, whole = results(lambda q, k, v: right(q, k, v, softmax_scale=1.0))
     assert [name for name, result in found.items() if result == "broken"] == ["P1"]
@@ -368,6 +375,7 @@ def test_work_on_another_stream_and_a_value_read_at_capture_are_found_on_a_gpu()
         other = torch.cuda.Stream()
         with torch.cuda.stream(other):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        other.synchronize()  # so that only what it reads too early is wrong
         return out
 
     first = {}

@@ -172,6 +172,24 @@ def conform_sentence(trials: Iterable[Trial]) -> str:
     return ", ".join(parts) + (f"; broken: {', '.join(broken)}" if broken else "")
 
 
+def diagnoses_table(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row a function that was diagnosed: the finding, its stage, and the smallest case that fails."""
+    import pandas
+
+    rows = []
+    for trial in trials:
+        if trial.kind != "diagnosis" or trial.variant is not None:
+            continue
+        data = trial.data
+        smallest = data.get("smallest") or {}
+        case = ", ".join(str(smallest[k]) for k in ("problem", "pattern") if k in smallest)
+        rows.append({"backend": trial.backend, "finding": str(data.get("finding", trial.reason or "")),
+                     "stage": ", ".join(map(str, data.get("stages", []))), "smallest case that fails": case,
+                     "calls": data.get("calls")})  # fmt: skip
+    columns = ["backend", "finding", "stage", "smallest case that fails", "calls"]
+    return pandas.DataFrame(rows, columns=columns)
+
+
 def _outcome(trial: Trial) -> str:
     outcome = str(trial.data.get("outcome", WORDS[trial.status]))
     if outcome == "found elsewhere":

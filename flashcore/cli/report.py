@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,6 +79,17 @@ def report(
         str | None, typer.Option("--run", metavar="RUN", help="The run that --only is about.  [default: latest]",
                                  autocompletion=completing.run)
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option("--kernel", metavar="FILE.py:FUNCTION", help="A function of yours to check, diagnose, time and judge "
+                                                                  "beside the others; MODULE:FUNCTION also.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="With --kernel: how it wants its tensors, bhsd or bshd.  [default: bhsd]")
+    ] = None,
+    lse: Annotated[
+        str | None, typer.Option(help="With --kernel: what it returns beside its output, none, natural or log2.")
+    ] = None,
     audience: AudienceOption = None,
     title: TitleOption = None,
     organisation: OrganisationOption = None,
@@ -97,18 +112,46 @@ def report(
             "--run names the run that --only PART does again; 'flashcore report' alone makes a new run."
         )
     common = {"variant": variant, "pdf": pdf, "progress": lambda line: errors().print(escape(line))}
+    if kernel is None and (layout is not None or lse is not None):
+        raise FlashCoreError("--layout and --lse say how the function of --kernel is called; name it by --kernel too.")
+    if kernel is not None and only is not None:
+        raise FlashCoreError("--kernel makes a new run; leave --only out.")
     if only is not None:
         result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
     else:
         defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
                     "seed": 0}  # fmt: skip
-        result = reporting.report(**{**defaults, **given}, out=out_dir, **common)
+        with _adopted(kernel, layout or "bhsd", lse) as adopted:
+            result = reporting.report(**{**defaults, **given}, out=out_dir, kernel=adopted, **common)
     print_decision(result.decision)
     for name, reason in result.failed.items():
         say(f"Notebook {name} did not finish: {escape(reason)}")
     _say_pdf(result.pdf, result.no_pdf)
     say(f"Report: {escape(shown(result.html))}")
     raise typer.Exit(1 if result.failed else 0)
+
+
+@contextlib.contextmanager
+def _adopted(kernel: str | None, layout: str, lse: str | None) -> Iterator[dict[str, Any] | None]:
+    """The function as a backend of every process that is started inside; None for none."""
+    if kernel is None:
+        yield None
+        return
+    from flashcore.diagnosis import write_plugin
+
+    where, _, name = kernel.rpartition(":")
+    place = f"{Path(where).expanduser().resolve()}:{name}" if where.endswith(".py") else kernel
+    before = os.environ.get("FLASHCORE_PLUGINS")
+    with tempfile.TemporaryDirectory(prefix="flashcore-kernel-") as folder:
+        backend = write_plugin(Path(folder), place, layout=layout, lse=lse)
+        os.environ["FLASHCORE_PLUGINS"] = os.pathsep.join(filter(None, [before, folder]))
+        try:
+            yield {"backend": backend, "place": place, "layout": layout, "lse": lse}
+        finally:
+            if before is None:
+                os.environ.pop("FLASHCORE_PLUGINS", None)
+            else:
+                os.environ["FLASHCORE_PLUGINS"] = before
 
 
 def render(

@@ -3,11 +3,12 @@
 `diagnose` compares it with float64, probes it with inputs made so that an output reveals one step, and names the bug
 that explains the wrong elements; `diagnose_apart` does so in a process of its own. `load` finds a function by file and
 name, and `write_test` keeps the smallest failing case as a test. `conform` asks for the promises of attention, one by
-one: memory past the end, empty rows, odd strides, graphs and the like.
+one: memory past the end, empty rows, odd strides, graphs and the like. `adopt` makes a backend of a function.
 """
 
 from __future__ import annotations
 
+from flashcore.diagnosis.adopting import adopt, write_plugin
 from flashcore.diagnosis.apart import diagnose_apart
 from flashcore.diagnosis.calling import Answer, Candidate, candidate_of, load
 from flashcore.diagnosis.conforming import Conformance, conform, conform_all, conform_apart
@@ -17,6 +18,6 @@ from flashcore.diagnosis.promises import PROMISES, Promise
 from flashcore.diagnosis.writing import write_test
 
 __all__ = [
-    "PROMISES", "Answer", "Candidate", "Conformance", "Diagnosis", "Hypothesis", "Promise", "candidate_of", "conform",
-    "conform_all", "conform_apart", "diagnose", "diagnose_apart", "load", "write_test",
+    "PROMISES", "Answer", "Candidate", "Conformance", "Diagnosis", "Hypothesis", "Promise", "adopt", "candidate_of",
+    "conform", "conform_all", "conform_apart", "diagnose", "diagnose_apart", "load", "write_plugin", "write_test",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ def proof_html(evidence: Evidence) -> str:
     """What stands behind the checks: planted bugs found, clean runs silent, repeats alike, memory checked."""
     parts = []
     for heading, trials in _sources(evidence):
-        promises = _promises_html(trials)
+        promises = _diagnoses_html(trials) + _promises_html(trials)
         if not any(t.kind == "fault" for t in trials):
             parts += [heading, promises] if promises else []
             continue
@@ -50,6 +50,15 @@ def _exploits_html(trials: Sequence[Trial]) -> str:
     return str(said) + fold(
         "Every exploit", frame_html(tables.exploits_table(trials), "Exploits, and what caught them")
     )
+
+
+def _diagnoses_html(trials: Sequence[Trial]) -> str:
+    """What outputs alone told of functions that were diagnosed; empty for a run that diagnosed none."""
+    found = tables.diagnoses_table(trials)
+    if not len(found):
+        return ""
+    said = Markup("<p><strong>Diagnosis.</strong> {}.</p>").format("; ".join(found["finding"]))
+    return str(said) + frame_html(found, "Functions diagnosed from their outputs alone", ids=set(found["backend"]))
 
 
 def _promises_html(trials: Sequence[Trial]) -> str:

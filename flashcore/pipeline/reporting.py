@@ -105,6 +105,7 @@ def report(
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
+    kernel: Mapping[str, Any] | None = None,
 ) -> ReportResult:
     """Measure, judge and render: the whole job of ``make report``.
 
@@ -132,6 +133,9 @@ def report(
         Whether to print the page to PDF, where there is a browser.
     progress
         Called with one line at each step.
+    kernel
+        A function that the caller adopted as a backend, to be diagnosed beside what the notebooks measure: its
+        ``backend`` id, its ``place``, and the ``layout`` and ``lse`` of `flashcore.diagnosis.diagnose`.
 
     Raises
     ------
@@ -150,12 +154,26 @@ def report(
     sweep_runs(run.path.parent)
     say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
     asked = {**common, "notebooks": planned, "peers": planned_peers(backends)}
+    if kernel is not None:
+        asked["kernel"] = dict(kernel)
     device.record_environment(run, "before", asked)
     failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress)
+    if kernel is not None:
+        _diagnose(run, kernel, say)
     device.record_environment(run, "after")
     result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
     point_latest_at(run)
     return result
+
+
+def _diagnose(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:
+    """Diagnose the adopted function by its outputs, and write the record."""
+    from flashcore.diagnosis import diagnose_apart
+
+    say(f"Diagnosing {kernel['place']} ...")
+    found = diagnose_apart(kernel["place"], layout=kernel["layout"], lse=kernel["lse"])
+    run.append(found.to_trial().model_copy(update={"backend": kernel["backend"]}))
+    say(f"{found.headline()}.")
 
 
 def check_request(common: Mapping[str, Any]) -> None:

@@ -164,7 +164,7 @@ def _normal(name: str) -> str:
 def test_every_dependency_is_pinned_exactly_in_each_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for pins_file, names in (("cuda12", ["gpu"]), ("cuda13", ["compile", "gpu-cuda13"])):
+    for pins_file, names in (("cuda12", ["gpu"]), ("cuda13", ["compile", "gpu-cuda13", "peers"])):
         lines = [*(ROOT / "constraints" / "common.txt").read_text().splitlines(),
                  *(ROOT / "constraints" / f"{pins_file}.txt").read_text().splitlines()]  # fmt: skip
         pins = [line for line in lines if line and not line.startswith(("#", "-c "))]

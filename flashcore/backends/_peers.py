@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flashcore.backends._contract import AVAILABLE, Availability
 
@@ -72,10 +72,21 @@ def version_of(distributions: Sequence[str]) -> str | None:
     return None
 
 
-def on_hopper(title: str) -> Availability:
-    """Whether torch sees a Hopper GPU, which the peer of this title is called on."""
+def on_hopper(title: str, load: Callable[[], Any]) -> Availability:
+    """Whether torch sees a Hopper GPU, which the peer of this title is called on, and the peer can be imported here.
+
+    A wheel that was built for another torch or another CUDA is installed, and fails only when it is loaded.
+    """
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return Availability(False, f"{title} needs a Hopper GPU", "run on an H100 or H200")
+    try:
+        load()
+    except Exception as error:  # whatever an import may raise, it is the reason
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        return Availability(
+            False, f"{title} is installed and cannot be imported ({said})",
+            f"install a build of it for torch {torch.__version__} and CUDA {torch.version.cuda}",
+        )  # fmt: skip
     return AVAILABLE

@@ -63,7 +63,7 @@ class FlashAttention3(Backend):
                 False, "FlashAttention-3 is not installed (no module 'flash_attn_interface' or 'fa3_fwd_interface')",
                 "pip install 'flashcore[peers]', or build it from the flash-attention repository's 'hopper' folder",
             )  # fmt: skip
-        return on_hopper("FlashAttention-3")
+        return on_hopper("FlashAttention-3", _interface)
 
     def software(self) -> str | None:
         module = installed(MODULES)

@@ -45,7 +45,7 @@ class FlashAttention4(Backend):
             return Availability(
                 False, f"FlashAttention-4 lacks its compiler (no module '{COMPILER}')", "pip install nvidia-cutlass-dsl"
             )
-        return on_hopper("FlashAttention-4")
+        return on_hopper("FlashAttention-4", _interface)
 
     def software(self) -> str | None:
         number = version_of(DISTRIBUTIONS) if installed((MODULE,)) else None

@@ -59,7 +59,7 @@ class FlashInfer(Backend):
                 False, "FlashInfer has no compiled kernels here, and finds no nvcc and ninja to compile them",
                 "install its package flashinfer-jit-cache, or a CUDA toolkit and ninja",
             )  # fmt: skip
-        return on_hopper("FlashInfer's prefill")
+        return on_hopper("FlashInfer", _prefill)
 
     def software(self) -> str | None:
         number = version_of(("flashinfer-python",)) if installed((MODULE,)) else None

@@ -91,6 +91,7 @@ def test_what_is_missing_is_named_with_what_mends_it(monkeypatch):
     state = backend.availability()
     assert (state.ok, state.fix) == (False, "pip install nvidia-cutlass-dsl") and "cutlass" in state.reason
     there["cutlass"] = True
+    install(monkeypatch, asked)
     assert backend.availability().ok and backend.software() == "flash-attn-4 4.0.0b36"
 
 

@@ -84,6 +84,7 @@ def test_what_is_missing_is_named_with_what_mends_it(monkeypatch, tmp_path):
     state = backend.availability()
     assert not state.ok and "nvcc" in state.reason and "flashinfer-jit-cache" in state.fix
     there.add("flashinfer_jit_cache")
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(single_prefill_with_kv_cache=prefill))
     assert backend.availability().ok and backend.software() == "flashinfer-python 0.7.2"
     there.remove("flashinfer_jit_cache")
     (tmp_path / "bin").mkdir()

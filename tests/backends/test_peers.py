@@ -180,10 +180,29 @@ def test_a_version_is_that_of_the_first_distribution_there_is():
 def test_what_runs_on_hopper_alone_says_so(monkeypatch, capability, ok):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    state = on_hopper("A kernel")
+    state = on_hopper("A kernel", lambda: ok or pytest.fail("it was loaded without need"))
     assert state.ok == ok and (ok or (state.reason, state.fix) == (
         "A kernel needs a Hopper GPU", "run on an H100 or H200"
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("libcudart.so.13: no such file\nmore"), "(ImportError: libcudart.so.13: no such file)"),
+        (OSError(), "(OSError)"), (RuntimeError(""), "(RuntimeError)"),
+    ],
+)  # fmt: skip
+def test_what_is_installed_and_does_not_load_is_not_available(monkeypatch, error, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def load():
+        raise error
+
+    state = on_hopper("A kernel", load)
+    assert not state.ok and state.reason == f"A kernel is installed and cannot be imported {said}"
+    assert f"torch {torch.__version__}" in state.fix
 
 
 @pytest.mark.gpu

@@ -353,6 +353,27 @@ def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monk
     assert profiled == [timing.CUPTI_CALLS], "the two others were left out"
 
 
+def test_a_backend_that_spoils_the_profile_spoils_only_its_own(emulated, monkeypatch):
+    """Its kernels are called as the marker is, so that a profile that holds it tells no calls apart."""
+    problem = square(1, 1, 16, 8)
+    buffers, ran, sessions = [make_inputs(problem)], [], []
+
+    def backend(name):
+        return Candidate(name, lambda number: (ran.append(name), emulated.backend(buffers[number], problem))[1])
+
+    def kernel_us(calls):
+        ran.clear()
+        for call in calls:
+            call()
+        sessions.append(set(ran))
+        return [[] if "spoils" in ran else [45.0] for _ in calls]
+
+    monkeypatch.setattr(timing.profiling, "kernel_us", kernel_us)
+    found = time_on_gpu([backend("fine"), backend("spoils")], problem, rounds=3, other_clocks=True)
+    assert sessions == [{"fine", "spoils"}, {"fine"}, {"spoils"}]
+    assert found["fine"].model_extra["cupti_us"] == 45.0 and "cupti_us" not in found["spoils"].model_extra
+
+
 def test_without_a_profiler_the_other_clocks_remain_and_slow_calls_have_none(emulated, monkeypatch):
     problem = square(1, 1, 16, 8)
     buffers = [make_inputs(problem)]

@@ -81,8 +81,8 @@ def report(
     ] = None,
     kernel: Annotated[
         str | None,
-        typer.Option("--kernel", metavar="FILE.py:FUNCTION", help="A function of yours to check, diagnose, time and judge "
-                                                                  "beside the others; MODULE:FUNCTION also.")
+        typer.Option("--kernel", metavar="FILE.py:FUNCTION", help="A function of yours, or MODULE:FUNCTION, to check, "
+                                                                  "diagnose, time and judge beside the others.")
     ] = None,
     layout: Annotated[
         str | None, typer.Option(help="With --kernel: how it wants its tensors, bhsd or bshd.  [default: bhsd]")

@@ -122,7 +122,8 @@ class Source:
         if not trial.environment or trial.environment != self.environment.get("id"):
             return f"{trial.backend or trial.kind} was measured on another machine than the run's environment names"
         if trial.source_hash is None:
-            if compare.role(trial) == "ours" and trial.backend not in compare.WITHOUT_KERNEL and trial.backend:
+            without = {*compare.WITHOUT_KERNEL, self.adopted}
+            if compare.role(trial) == "ours" and trial.backend not in without and trial.backend:
                 return f"the record of {trial.backend} does not say which kernel source was measured"
             return None
         kernel = trial.data.get("kernel")
@@ -135,6 +136,14 @@ class Source:
             if fresh
             else f"{trial.backend or kernel or trial.kind} was measured on other kernel source than the current one"
         )
+
+    @cached_property
+    def adopted(self) -> str | None:
+        """The backend that is a function of the user's: it has no kernel of ours, and the run names its file's hash."""
+        parameters = self.environment.get("parameters")
+        kernel = parameters.get("kernel") if isinstance(parameters, dict) else None
+        backend = kernel.get("backend") if isinstance(kernel, dict) else None
+        return backend if isinstance(backend, str) else None
 
     @property
     def origin(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -155,7 +156,11 @@ def report(
     say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
     asked = {**common, "notebooks": planned, "peers": planned_peers(backends)}
     if kernel is not None:
-        asked["kernel"] = dict(kernel)
+        where, _, name = kernel["place"].rpartition(":")
+        asked["kernel"] = {
+            "backend": kernel["backend"], "function": f"{Path(where).name}:{name}", "layout": kernel["layout"],
+            "lse": kernel["lse"], "sha256": _digest(Path(where)),
+        }  # fmt: skip
     device.record_environment(run, "before", asked)
     failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress)
     if kernel is not None:
@@ -164,6 +169,11 @@ def report(
     result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
     point_latest_at(run)
     return result
+
+
+def _digest(path: Path) -> str | None:
+    """16 hex digits of the SHA-256 of a function's file; None for an installed module."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def _diagnose(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:

@@ -17,7 +17,7 @@ _PIXELS = 9
 """Edge of one element in a map."""
 _LEFT, _TOP = 44, 20
 """Room for the numbers of rows and columns."""
-_TABLE = "border-collapse:collapse;font-size:12px;font-variant-numeric:tabular-nums;margin:4px 0"
+_TABLE = "border-collapse:collapse;font-size:12px;line-height:1.3;font-variant-numeric:tabular-nums;margin:4px 0"
 _CELL = "padding:2px 6px;text-align:right;border:none;background:none"
 PANELS = ("got", "expected", "difference")
 
@@ -61,7 +61,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence
         f'<tr style="background:none"><th scope="row" style="{_CELL}">{escape(name)}</th>{"".join(cells)}</tr>'
         for name, cells in rows
     )
-    said = f'<caption style="text-align:left;padding:2px 6px">{escape(caption)}</caption>'
+    said = f'<caption style="text-align:left;padding:2px 6px;white-space:nowrap">{escape(caption)}</caption>'
     return f'<table style="{_TABLE}">{said}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -171,7 +171,7 @@ def numbers_html(window: Mapping[str, Any]) -> str:
             rows.append((str(window["first_down"] + i), cells))
         columns = [str(window["first_across"] + n) for n in range(len(panels[name][0]))]
         tables.append(_table(f"{name} ({window['down']} down, {window['across']} across)", ["", *columns], rows))
-    return "".join(tables)
+    return f'<div style="display:flex;flex-wrap:wrap;column-gap:1.5em">{"".join(tables)}</div>'
 
 
 def numbers_text(window: Mapping[str, Any]) -> str:

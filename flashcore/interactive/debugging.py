@@ -47,7 +47,7 @@ class Debugging:
         word = WORDS["ok" if self.right else "failed"]
         said = "".join(f"<div>{escape(line)}</div>" for line in self.sentences[1:])
         more = f"<details open><summary>More</summary>{said}</details>" if said else ""
-        return f"<div><b>{word}:</b> {escape(self.sentences[0])}</div>{more}"
+        return f'<div style="line-height:1.4"><b>{word}:</b> {escape(self.sentences[0])}{more}</div>'
 
     def grids_html(self) -> str:
         """The heat maps: stages by pages, or heads by tiles of keys."""

@@ -33,7 +33,7 @@ def test_a_function_shows_its_finding_then_heads_by_keys_then_the_tile(of_functi
     html = of_function._repr_html_()
     finding = of_function.diagnosis.headline()
     places = [html.index(x) for x in (finding.split(":")[0], "weights that each head gives", "<svg", "got (row down")]
-    assert places == sorted(places) and html.startswith("<div><b>FAIL:</b>")
+    assert places == sorted(places) and html.startswith('<div style="line-height:1.4"><b>FAIL:</b>')
     assert "batch 0, head 3" in html and "FAIL</td>" in html and not of_function.right
     assert "weights, batch 0, head 0: " in html and "elements of this tile are beyond their bounds" in html
 
@@ -58,7 +58,7 @@ def test_a_backend_shows_stages_by_pages_both_ways(of_backend):
 def test_what_is_right_says_so_and_shows_no_tile():
     for found in (debug("cpu"), debug(zoo.two_pass, SMALL, device="cpu", pattern="normal")):
         html = found._repr_html_()
-        assert found.right and html.startswith("<div><b>PASS:</b>") and "<svg" not in html
+        assert found.right and html.startswith('<div style="line-height:1.4"><b>PASS:</b>') and "<svg" not in html
         assert "[" not in str(found).split("\n")[0]
     assert "every stage is right" in str(debug("cpu", square(1, 1, 16, 16)))
 

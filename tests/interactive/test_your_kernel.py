@@ -35,7 +35,7 @@ def test_it_names_the_bug_of_its_kernel_and_then_finds_it_right(tmp_path, monkey
     first, checked, bisected = (data_of(cells[f"cell-{n:02}"])[-1] for n in (7, 13, 15))
     assert first["text/plain"].startswith("attention is wrong") and "This explains all" in first["text/plain"]
     assert "FAIL" in first["text/html"] and "<svg" in first["text/html"]
-    assert checked["text/html"].startswith("<div><b>PASS:</b> attention is right")
+    assert checked["text/html"].startswith('<div style="line-height:1.4"><b>PASS:</b> attention is right')
     assert "cpu on B=1,H=2,S=256,D=64,page=64: every stage is right" in bisected["text/plain"]
     assert "Probe" in data_of(cells["cell-09"])[-1]["text/html"]
 

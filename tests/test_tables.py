@@ -86,8 +86,8 @@ def test_the_finding_of_checks_and_bisections_is_one_sentence_with_the_worst_fir
     alarm = Trial(kind="bisection", backend="cpu", variant="clean-runs", status="failed", reason="one false alarm")
     assert tables.finding_sentence([right, planted]) == "Nothing is wrong: all 1 checks and bisections passed."
     assert tables.finding_sentence([right, wrong, away, found]) == (
-        f"1 of 2 checks and bisections found something wrong; 1 could not run here. The first: wmma on {SMALL.label()}: "
-        "probs goes wrong first. Of 1 proofs of the checker itself, none failed."
+        "1 of 2 checks and bisections found something wrong; 1 could not run here. "
+        f"The first: wmma on {SMALL.label()}: probs goes wrong first. Of 1 proofs of the checker itself, none failed."
     )
     assert tables.finding_sentence([right, found, alarm]).endswith("1 failed, the first: one false alarm.")
     assert tables.finding_sentence([away]) == "Nothing was checked; 1 could not run here."

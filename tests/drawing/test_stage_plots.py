@@ -90,7 +90,8 @@ def test_a_bisection_shows_its_finding_and_folds_what_is_right(clean, planted):
     assert "<details>" not in html and html.count("<svg") == 3, "both maps and the zoom stand open"
     away = Trial(kind="bisection", backend="<wmma>", status="unavailable", reason="no GPU")
     assert stage_plots.bisection_html(away) == (
-        "<p><strong>&lt;wmma&gt; on no problem: unavailable.</strong> no GPU. Coverage: 0 values, not all there are.</p>"
+        "<p><strong>&lt;wmma&gt; on no problem: unavailable.</strong> no GPU. "
+        "Coverage: 0 values, not all there are.</p>"
     )
 
 

@@ -20,6 +20,7 @@ _HOMES = {
     "check_attention": "flashcore.measure.check",
     "bisect": "flashcore.bisection",
     "diagnose": "flashcore.diagnosis",
+    "debug": "flashcore.interactive",
     "report": "flashcore.pipeline.reporting",
 }
 
@@ -36,3 +37,10 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def load_ipython_extension(shell) -> None:
+    """What ``%load_ext flashcore`` calls: it gives a notebook the magics ``%diagnose`` and ``%bisect``."""
+    from flashcore.interactive import load_magics
+
+    load_magics(shell)

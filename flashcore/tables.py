@@ -329,6 +329,41 @@ def styled(table: pandas.DataFrame, caption: str) -> Styler:
     )
 
 
+def folded(html_of_it: str, summary: str, *, fold: bool = True) -> str:
+    """What passed, folded under a line that says so; whatever did not (`fold` is false) stands open, as it is."""
+    return f"<details><summary>{html.escape(summary)}</summary>{html_of_it}</details>" if fold else html_of_it
+
+
+def finding_sentence(trials: Iterable[Trial]) -> str:
+    """What checks, bisections and planted bugs found, the worst first: how many are wrong, and which is the first.
+
+    A check that could not run here is counted, and says nothing against its backend.
+    """
+    trials = list(trials)
+    of_checker = [t for t in trials if t.kind in ("fault", "exploit") or t.variant == "clean-runs"]
+    judged = [t for t in of_checker if t.status in ("ok", "failed", "error")]
+    asked = [t for t in trials if t.kind in ("correctness", "bisection") and not t.data.get("fault")
+             and t not in of_checker]  # fmt: skip
+    wrong = [t for t in asked if t.status in ("failed", "error")]
+    ran = [t for t in asked if t.status in ("ok", "failed", "error")]
+    rest = f"; {len(asked) - len(ran)} could not run here" if len(ran) < len(asked) else ""
+    missed = [t for t in judged if t.status in ("failed", "error")]
+    proof = ""
+    if judged:
+        proof = f" Of {len(judged)} proofs of the checker itself, " + (
+            f"{len(missed)} failed, the first: {missed[0].reason or missed[0].data.get('outcome')}." if missed
+            else "none failed.")  # fmt: skip
+    if wrong:
+        first = wrong[0]
+        where = f" on {first.problem.label()}" if first.problem else ""
+        why = (first.reason or WORDS[first.status]).rstrip(".")
+        return (f"{len(wrong)} of {len(ran)} checks and bisections found something wrong{rest}. "
+                f"The first: {first.backend}{where}: {why}.{proof}")  # fmt: skip
+    if not ran:
+        return f"Nothing was checked{rest}.{proof}"
+    return f"Nothing is wrong: all {len(ran)} checks and bisections passed{rest}.{proof}"
+
+
 def describe(element: dict[str, Any] | None) -> str:
     """An element's coordinates and both its values, in words."""
     if not element:

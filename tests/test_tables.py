@@ -77,6 +77,27 @@ def test_styled_is_an_html_table_with_a_caption_and_no_glyphs():
     assert not set("✅❌✓✗") & set(html) and "http" not in html
 
 
+def test_the_finding_of_checks_and_bisections_is_one_sentence_with_the_worst_first():
+    right = Trial(kind="correctness", backend="cpu", problem=SMALL)
+    wrong = Trial(kind="bisection", backend="wmma", problem=SMALL, status="failed", reason="probs goes wrong first.")
+    away = Trial(kind="correctness", backend="fa3", problem=SMALL, status="unavailable", reason="not installed")
+    planted = Trial(kind="bisection", backend="cpu", problem=SMALL, status="failed", data={"fault": "F8"})
+    found = Trial(kind="fault", backend="cpu", data={"outcome": "found"})
+    alarm = Trial(kind="bisection", backend="cpu", variant="clean-runs", status="failed", reason="one false alarm")
+    assert tables.finding_sentence([right, planted]) == "Nothing is wrong: all 1 checks and bisections passed."
+    assert tables.finding_sentence([right, wrong, away, found]) == (
+        "1 of 2 checks and bisections found something wrong; 1 could not run here. "
+        f"The first: wmma on {SMALL.label()}: probs goes wrong first. Of 1 proofs of the checker itself, none failed."
+    )
+    assert tables.finding_sentence([right, found, alarm]).endswith("1 failed, the first: one false alarm.")
+    assert tables.finding_sentence([away]) == "Nothing was checked; 1 could not run here."
+
+
+def test_what_passed_is_folded_and_what_did_not_stands_open():
+    assert tables.folded("<p>x</p>", "All <2>") == "<details><summary>All &lt;2&gt;</summary><p>x</p></details>"
+    assert tables.folded("<p>x</p>", "All", fold=False) == "<p>x</p>"
+
+
 def test_an_empty_run_makes_empty_tables():
     assert tables.correctness_table([]).empty and tables.verdict_grid([]).empty
 

@@ -11,12 +11,13 @@ reference, while `out` and `lse` depend on none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashcore import backends
 from flashcore.bisection.stagewise import Judgement, Judges
-from flashcore.bisection.zoom import zoom
+from flashcore.bisection.zoom import tile, zoom
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
 from flashcore.measure.check import device_of, guarded
 from flashcore.numerics import ambient, reference
@@ -29,6 +30,7 @@ from flashcore.tables import describe, stage_table
 
 if TYPE_CHECKING:
     import pandas
+    import torch
 
 GRID_CELLS = 12
 """Cells along the pages of a recorded error grid; more pages share a cell, which then holds the worst of them."""
@@ -134,7 +136,35 @@ class Bisection:
                      source_hash=self.source_hash)  # fmt: skip
 
 
-@ambient.judging
+@dataclass(frozen=True)
+class Traced:
+    """One run of a backend with its inputs and all of its stages, to be judged and looked at closely."""
+
+    backend: str
+    problem: Problem
+    own: Trace
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """Q, K and V."""
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    """What the backend gave as it runs in production."""
+    context: dict[str, Any]
+    source_hash: str | None = None
+
+    def judge(self, *, progress: Callable[[str, int, int], None] | None = None) -> Bisection:
+        """Every stage of it, judged; `progress` as in `bisect`."""
+        return judge(self.own, *self.inputs, self.problem, out=self.out, lse=self.lse, backend=self.backend,
+                     source_hash=self.source_hash, context=self.context, progress=progress)  # fmt: skip
+
+    def window(self, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
+        """Got and expected around an element (`flashcore.bisection.zoom.zoom`)."""
+        return zoom(self.own, *self.inputs, self.problem, element, is_local=is_local)
+
+    def tile(self, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
+        """How wrong each element of the tile around one is (`flashcore.bisection.zoom.tile`)."""
+        return tile(self.own, *self.inputs, self.problem, element, is_local=is_local)
+
+
 def bisect(
     backend: str | backends.Backend,
     problem: Problem,
@@ -143,11 +173,13 @@ def bisect(
     pattern: str = "normal",
     layout: str = "apart",
     device: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Bisection:
     """Trace a backend on one problem and judge every element of every stage, locally and globally.
 
     The inputs lie in different memory orders unless `layout` says otherwise. The backend's buffers start out full of
-    NaN. Judging runs on the trace's device, a few heads at a time.
+    NaN. Judging runs on the trace's device, a few heads at a time. `progress` is told what is done, how many heads are
+    done, and how many there are.
 
     Raises
     ------
@@ -158,6 +190,20 @@ def bisect(
     FlashCoreError
         The backend's trace has tensors of the wrong shape.
     """
+    return traced(backend, problem, seed=seed, pattern=pattern, layout=layout, device=device).judge(progress=progress)
+
+
+@ambient.judging
+def traced(
+    backend: str | backends.Backend,
+    problem: Problem,
+    *,
+    seed: int = 0,
+    pattern: str = "normal",
+    layout: str = "apart",
+    device: str | None = None,
+) -> Traced:
+    """Trace a backend on one problem, and run it as in production; parameters and errors as in `bisect`."""
     chosen = backends.get(backend) if isinstance(backend, str) else backend
     chosen.require(problem)
     if not chosen.traceable:
@@ -169,8 +215,8 @@ def bisect(
     with poisoned_outputs():
         own = chosen.trace(q, k, v, problem)
         out, lse = chosen.run(q, k, v, problem)
-    return judge(own, q, k, v, problem, out=out, lse=lse, backend=chosen.id, source_hash=chosen.source_hash(),
-                 context={"seed": seed, "pattern": pattern, "layout": layout, "device": q.device.type})  # fmt: skip
+    context = {"seed": seed, "pattern": pattern, "layout": layout, "device": q.device.type}
+    return Traced(chosen.id, problem, own, (q, k, v), out, lse, context, chosen.source_hash())
 
 
 def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -> Trial:
@@ -181,7 +227,8 @@ def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -
 
 @ambient.judging
 def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=None, source_hash=None,
-          context: dict[str, Any] | None = None) -> Bisection:  # fmt: skip
+          context: dict[str, Any] | None = None,
+          progress: Callable[[str, int, int], None] | None = None) -> Bisection:  # fmt: skip
     """Judge a trace that is already there; with `out` and `lse`, also that production agrees with it."""
     page_size = own.page_size
     num_pages = len(reference.pages(problem, page_size))
@@ -194,6 +241,8 @@ def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=
     production = Judgement()
     for start in range(0, total, step):
         heads = slice(start, min(start + step, total))
+        if progress:
+            progress(f"judging the stages of {backend}, head by head", start, total)
         mine = own.map(lambda t, heads=heads: t.reshape(total, *t.shape[2:])[heads].double())
         inputs = reference.flat_inputs(q, k, v, problem, heads)
         judges = Judges(mine, own, inputs, problem, heads.start)

@@ -245,21 +245,30 @@ class Judges:
     def all(self, into: dict[str, Judgement], wanted: Trace, models, scores, *, is_local: bool) -> None:
         """Judge every stage of this chunk. Locally a NaN that follows from a NaN in the inputs is no new error."""
         for stage in STAGES:
-            got, expected = getattr(self.mine, stage), getattr(wanted, stage)
-            if stage == "row_max":
-                slack = None if is_local else HEADROOM * models["scores"]
-                error, expected = self._legal_row_max(scores, slack)
-                self._record(into[stage], stage, got, expected, error, torch.zeros_like(error), ~(error <= 0))
-            elif stage == "rescale":
-                # While the chain has seen no key the accumulator is zero, and any finite number may multiply it.
-                free = (self.before == -math.inf) & got.isfinite()
-                self.add(into[stage], stage, got, torch.where(free, got, expected), models[stage], is_local)
-            elif stage == "probs" and is_local:
-                # A prob past the largest number is the fault of the reference that was subtracted, judged above.
-                spilt = (got == math.inf) & (expected > math.exp(_LOG_MAX[self.problem.dtype]))
-                self.add(into[stage], stage, got, expected.masked_fill(spilt, math.inf), models[stage], is_local)
-            else:
-                self.add(into[stage], stage, got, expected, models[stage], is_local)
+            self._record(into[stage], stage, *self._compared(stage, wanted, models, scores, is_local))
+
+    def shares(self, stage: str, wanted: Trace, models, scores, *, is_local: bool) -> torch.Tensor:
+        """Error of each element of a stage as a share of its bound, shaped as the stage: what is beyond 1 is wrong."""
+        _, _, error, bound, bad = self._compared(stage, wanted, models, scores, is_local)
+        found = torch.where(error == 0, 0.0, error.nan_to_num(nan=math.inf, posinf=math.inf) / bound)
+        return found.masked_fill(bad & ~(found > 1), math.inf)
+
+    def _compared(self, stage: str, wanted: Trace, models, scores, is_local: bool) -> tuple[torch.Tensor, ...]:
+        """Got, expected, error, bound of each element of one stage, and whether it is bad."""
+        got, expected = getattr(self.mine, stage), getattr(wanted, stage)
+        if stage == "row_max":
+            slack = None if is_local else HEADROOM * models["scores"]
+            error, expected = self._legal_row_max(scores, slack)
+            return got, expected, error, torch.zeros_like(error), ~(error <= 0)
+        if stage == "rescale":
+            # While the chain has seen no key the accumulator is zero, and any finite number may multiply it.
+            free = (self.before == -math.inf) & got.isfinite()
+            expected = torch.where(free, got, expected)
+        elif stage == "probs" and is_local:
+            # A prob past the largest number is the fault of the reference that was subtracted, judged above.
+            spilt = (got == math.inf) & (expected > math.exp(_LOG_MAX[self.problem.dtype]))
+            expected = expected.masked_fill(spilt, math.inf)
+        return self._within(got, expected, models[stage], is_local)
 
     def _legal_row_max(self, scores, slack=None) -> tuple[torch.Tensor, torch.Tensor]:
         """How far outside the legal range each row_max lies (0 inside, NaN for NaN), and the running maximum.
@@ -305,6 +314,10 @@ class Judges:
 
     def add(self, into: Judgement, stage, got, expected, model, nan_is_equal: bool) -> None:
         """Judge one stage of this chunk against ``HEADROOM * model``."""
+        self._record(into, stage, *self._within(got, expected, model, nan_is_equal))
+
+    @staticmethod
+    def _within(got, expected, model, nan_is_equal: bool) -> tuple[torch.Tensor, ...]:
         # Where the model is NaN only equality will do; where it is past the largest number, any finite value will.
         bound = (HEADROOM * model).nan_to_num(nan=0.0)
         same = got == expected
@@ -312,7 +325,7 @@ class Judges:
             same |= got.isnan() & expected.isnan()
         error = (got - expected).abs().masked_fill(same, 0.0)
         good = same | ((error <= bound) & expected.isfinite())
-        self._record(into, stage, got, expected, error, bound, ~good)
+        return got, expected, error, bound, ~good
 
     def _record(self, into: Judgement, stage, got, expected, error, bound, bad) -> None:
         error = error.nan_to_num(nan=math.inf, posinf=math.inf)

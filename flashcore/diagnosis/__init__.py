@@ -2,8 +2,9 @@
 
 `diagnose` compares it with float64, probes it with inputs made so that an output reveals one step, and names the bug
 that explains the wrong elements; `diagnose_apart` does so in a process of its own. `load` finds a function by file and
-name, and `write_test` keeps the smallest failing case as a test. `conform` asks for the promises of attention, one by
-one: memory past the end, empty rows, odd strides, graphs and the like. `adopt` makes a backend of a function.
+name, `see` shows a wrong answer element by element, and `write_test` keeps the smallest failing case as a test.
+`conform` asks for the promises of attention, one by one: memory past the end, empty rows, odd strides, graphs and the
+like. `adopt` makes a backend of a function.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from flashcore.diagnosis.conforming import Conformance, conform, conform_all, co
 from flashcore.diagnosis.diagnosing import Diagnosis, diagnose
 from flashcore.diagnosis.naming import Hypothesis
 from flashcore.diagnosis.promises import PROMISES, Promise
+from flashcore.diagnosis.seeing import Seen, see
 from flashcore.diagnosis.writing import write_test
 
 __all__ = [
-    "PROMISES", "Answer", "Candidate", "Conformance", "Diagnosis", "Hypothesis", "Promise", "adopt", "candidate_of",
-    "conform", "conform_all", "conform_apart", "diagnose", "diagnose_apart", "load", "write_plugin", "write_test",
+    "PROMISES", "Answer", "Candidate", "Conformance", "Diagnosis", "Hypothesis", "Promise", "Seen", "adopt",
+    "candidate_of", "conform", "conform_all", "conform_apart", "diagnose", "diagnose_apart", "load", "see",
+    "write_plugin", "write_test",
 ]  # fmt: skip

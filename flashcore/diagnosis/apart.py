@@ -23,7 +23,7 @@ def diagnose_apart(place: str, problem: Problem | str | None = None, **options: 
     place
         ``FILE.py:function``, ``MODULE:function`` or the id of a backend: what another process can find too.
     problem, options
-        As in `diagnose`.
+        As in `diagnose`, without `progress`.
 
     Returns
     -------

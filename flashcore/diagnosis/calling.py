@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import math
@@ -341,15 +342,36 @@ def _module(where: str) -> Any:
     if not path.is_file():
         raise UnknownName("file", where, ["the path of a Python file that exists"])
     name = f"_diagnosed_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    for beside in _BESIDE.pop(path, ()):
+        sys.modules.pop(beside, None)  # what lies beside the file may have been edited too
+    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Anew(name, str(path)))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported, as when it is run
+    before = set(sys.modules)
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
+        _BESIDE[path] = {new for new in set(sys.modules) - before if _lies_in(new, path.parent)}
     return module
+
+
+_BESIDE: dict[Path, set[str]] = {}
+"""By file, the modules in its folder that it imported: they are imported again when the file is."""
+
+
+def _lies_in(name: str, folder: Path) -> bool:
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return file is not None and Path(file).resolve().parent == folder
+
+
+class _Anew(importlib.machinery.SourceFileLoader):
+    """Compile a file from its text each time: kept bytecode counts seconds, and an edit may take less."""
+
+    def get_code(self, fullname: str):
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 @contextlib.contextmanager

@@ -231,6 +231,7 @@ def diagnose(
     pattern: str | None = None,
     seed: int = 0,
     time_limit_s: float = TIME_LIMIT_S,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Diagnosis:
     """Say whether an attention function is right, and if not, at which stage, where and why it goes wrong.
 
@@ -254,6 +255,8 @@ def diagnose(
         Of the inputs, together with `problem`; None for all patterns (`flashcore.numerics.inputs`).
     time_limit_s
         Seconds that one call may take; a call that takes longer is a finding.
+    progress
+        Called before each step with what is done, how many such steps are done, and how many there are at most.
 
     Returns
     -------
@@ -281,7 +284,7 @@ def diagnose(
     if isinstance(fn, backends.Backend) or (isinstance(fn, str) and ":" not in fn):
         context["backend"] = candidate.name
     with ambient.shield(), _one_thread(candidate.device):
-        return _diagnose(candidate, problem, pattern, seed, context, started)
+        return _diagnose(candidate, problem, pattern, seed, context, started, progress or _silent)
 
 
 @contextlib.contextmanager
@@ -296,7 +299,11 @@ def _one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _diagnose(candidate: Candidate, problem, pattern, seed, context, started) -> Diagnosis:
+def _silent(what: str, done: int, total: int) -> None:
+    """Nobody wants to know how far it is."""
+
+
+def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, told) -> Diagnosis:
     home, screened = (problem, []) if problem is not None else find_home(candidate)
     notes = _refusals(screened) if problem is None else []
 
@@ -306,9 +313,10 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started) ->
 
     if home is None:
         return done(False)
-    asked = ordinary(candidate, home) if problem is None else of_problem(candidate, problem, pattern, seed)
+    asked = list(ordinary(candidate, home) if problem is None else of_problem(candidate, problem, pattern, seed))
     screened = [] if problem is not None else screened[-1:]
-    for inputs in asked if not any(s.broken for s in screened) else ():
+    for number, inputs in enumerate(asked if not any(s.broken for s in screened) else ()):
+        told(f"comparing {candidate.name} with float64", number, len(asked))
         if any(s.inputs == inputs for s in screened):
             continue
         found = screen_one(candidate, inputs, again=inputs.pattern == "normal")
@@ -326,14 +334,15 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started) ->
             notes.append("Repeated calls give other bits, within the bounds.")
         if home is None or all(s.refused for s in screened):
             return done(False)
-        closer = look_closer(candidate, home) if pattern is None and _size(home) <= _limit(candidate) else None
+        closer = look_closer(candidate, home, told) if pattern is None and _size(home) <= _limit(candidate) else None
         return done(not closer or not (closer.hypotheses or closer.suspicions), peeled=closer)
     broken = next((s for s in failing if s.broken), None)
     if broken:
+        told("making the failing case smaller", 0, 1)
         return done(False, smallest=shrinking.shrink(candidate, broken))
     focus = _readable(candidate, _focus(failing, home))
     home = focus.inputs.problem
-    peeled = peel(candidate, home, _alike(failing, focus))
+    peeled = peel(candidate, home, _alike(failing, focus), told=told)
     for _ in range(2):  # what is left may be another bug, which shows on other problems alone
         known = peeled.behaviour.without_tables()
         left = [s for s in failing if not s.inputs.problem == home and not _told(candidate, peeled, known, s)]
@@ -341,8 +350,9 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started) ->
             break
         focus = _readable(candidate, max(left, key=_telling))
         home = focus.inputs.problem
-        peeled = _together(peeled, peel(candidate, home, _alike(failing, focus), known))
+        peeled = _together(peeled, peel(candidate, home, _alike(failing, focus), known, told=told))
     plainest = min(failing, key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
+    told("making the failing case smaller", 0, 1)
     return done(False, peeled=peeled, smallest=shrinking.shrink(candidate, plainest))
 
 

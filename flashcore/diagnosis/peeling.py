@@ -28,6 +28,8 @@ LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
 LANES = tuple(("mod", n) for n in (2, 4, 8, 16, 32, 64)) + tuple(("block", n) for n in (2, 8, 16, 32, 64))
 LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
 """What is added to all scores of a row, which may change nothing."""
+PROBES = 12
+"""How many there are."""
 EXPLAINED = 0.98
 """Share of the wrong elements that a hypothesis has to predict to stand."""
 
@@ -71,15 +73,21 @@ class Peeled:
 
 
 @ambient.judging
-def peel(candidate: Candidate, problem: Problem, failing: list[Screened], known: Behaviour = RIGHT) -> Peeled:
-    """Probe a function that is wrong on `failing`, at the shapes of `problem`; `known` was found at other shapes."""
-    return _Peeling(candidate, problem, failing, known).all()
+def peel(
+    candidate: Candidate, problem: Problem, failing: list[Screened], known: Behaviour = RIGHT,
+    *, told: Callable[[str, int, int], None] | None = None,
+) -> Peeled:  # fmt: skip
+    """Probe a function that is wrong on `failing`, at the shapes of `problem`; `known` was found at other shapes.
+
+    `told` hears the name of each probe before it, how many there were, and how many there are at most.
+    """
+    return _Peeling(candidate, problem, failing, known, told).all()
 
 
 @ambient.judging
-def look_closer(candidate: Candidate, problem: Problem) -> Peeled:
+def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int, int], None] | None = None) -> Peeled:
     """Probe a function whose outputs are all within their bounds: for what bounds of ordinary inputs let pass."""
-    peeling = _Peeling(candidate, problem, [], RIGHT)
+    peeling = _Peeling(candidate, problem, [], RIGHT, told)
     peeling.probe("equal keys", "mask and list of keys", peeling.counts)
     peeling.probe("keys that do not exist", "padding", peeling.phantoms)
     peeling.probe("lifted scores", "subtraction of the maximum", peeling.lifted)
@@ -99,9 +107,10 @@ def explains(candidate: Candidate, behaviour: Behaviour, one: Screened) -> bool:
 
 
 class _Peeling:
-    def __init__(self, candidate: Candidate, problem: Problem, failing: list[Screened], known: Behaviour):
+    def __init__(self, candidate: Candidate, problem: Problem, failing: list[Screened], known: Behaviour, told=None):
         self.candidate, self.problem, self.failing = candidate, problem, failing
         self.state = known
+        self.told = told or (lambda *_: None)
         self.varies = False
         self.alternatives: list[Hypothesis] = []
         self.found: list[Hypothesis] = []
@@ -145,6 +154,7 @@ class _Peeling:
 
     def probe(self, name: str, looks_at: str, run: Callable[[], str | None]) -> None:
         before = len(self.candidate.calls)
+        self.told(f"probe '{name}', which shows {looks_at}", len(self.probes), PROBES)
         try:
             showed = run()
         except Refusal as refusal:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from flashcore import tables
 from flashcore.drawing.html_tables import nothing
 from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
 from flashcore.records import Trial
@@ -95,6 +97,29 @@ def error_html(trial: Trial, *, view: str = "local") -> str:
     )
     caption = f"{trial.backend}, each stage {seen}: error as a share of its bound; FAIL is beyond it"
     return figure_html(error_figure(trial, view=view), alt, caption=caption)
+
+
+def bisection_html(trial: Trial, *, planted: str = "") -> str:
+    """One bisection whole: its finding in words, then stages, maps and the zoom; folded where every stage is right.
+
+    `planted` names a bug that was planted for it.
+    """
+    coverage, of = trial.data.get("coverage", {}), f" with {planted} planted" if planted else ""
+    label = trial.problem.label() if trial.problem else "no problem"
+    all_there = "all there are" if coverage.get("complete") else "not all there are"
+    said = str(trial.reason or trial.data.get("finding", "nothing was judged")).rstrip(".")
+    head = f"{trial.backend}{of} on {label}: {tables.WORDS[trial.status]}."
+    covered = f"Coverage: {coverage.get('elements', 0)} values, {all_there}."
+    finding = f"<p><strong>{escape(head)}</strong> {escape(said)}. {covered}</p>"
+    parts = []
+    if trial.data.get("stages"):
+        caption = f"Stages of {trial.backend}{of}, {label}"
+        parts.append(tables.styled(tables.stage_table(trial), caption).to_html())
+    views = ["local"] if trial.status == "ok" else ["local", "global"]
+    parts += [error_html(trial, view=view) for view in views if trial.data.get("grid")]
+    if trial.data.get("window"):
+        parts.append(zoom_html(trial))
+    return finding + (tables.folded("".join(parts), "Its stages", fold=trial.status == "ok") if parts else "")
 
 
 _PANELS = ("got", "expected", "difference")

@@ -14,6 +14,7 @@ from support.sampling import first
 from flashcore import backends
 from flashcore.backends import Availability
 from flashcore.backends.cpu import CpuBackend
+from flashcore.bisection import bisecting
 from flashcore.bisection.bisecting import bisect, bisect_trial, judge
 from flashcore.errors import FlashCoreError, Unsupported
 from flashcore.measure.check import check_attention
@@ -247,6 +248,13 @@ def test_a_planted_bug_is_found_where_it_was_made(case, chunk, monkeypatch):
     first = next(row for row in result.stages if row.role == "producer").local.first_bad
     assert first.items() >= place.items(), first
     assert first["got"] != first["expected"]
+
+
+def test_progress_is_told_head_by_head(monkeypatch):
+    monkeypatch.setitem(bisecting.CHUNK_ELEMENTS, "cpu", 1)
+    told = []
+    assert bisect("cpu", square(1, 3, 16, 16), progress=lambda *said: told.append(said)).passed
+    assert [said[1:] for said in told] == [(0, 3), (1, 3), (2, 3)] and "stages of cpu" in told[0][0]
 
 
 def test_two_bugs_at_once_are_both_found():

@@ -9,7 +9,7 @@ from support.split_traces import SIX_PAGES, Continues, SplitCpu
 
 from flashcore import backends
 from flashcore.bisection.bisecting import bisect
-from flashcore.bisection.zoom import zoom
+from flashcore.bisection.zoom import tile, zoom
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.numerics.reference import STAGES, interleaved
@@ -136,3 +136,36 @@ def test_numbers_are_short_and_plain_nan_and_infinities_too():
     assert window["got"][down][across] == math.inf
     for number in (x for row in window["expected"] for x in row):
         assert type(number) is float and number == float(f"{number:.5g}")
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_tile_has_an_error_beyond_its_bound_where_one_element_is_wrong(stage, is_local):
+    problem = square(1, 2, 70, 16, page_size=32)
+    q, k, v = make_inputs(problem)
+    own = reference.trace(q, k, v, problem, page_size=32)
+    tensor = getattr(own, stage)
+    at = {4: (0, 1, 41, 8), 5: (0, 1, 1, 41, 8), 3: (0, 1, 41)}[tensor.dim()]
+    if stage in ("row_max", "rescale", "row_sum"):
+        at = (0, 1, 2, 41)  # the last page, which no other goes on from
+    if stage in ("scores", "probs"):
+        at = (0, 1, 41, 67)  # in the last page, which has six keys
+    tensor[at] = 1e9 if stage != "row_max" else math.nan
+    element = {"stage": stage, "batch": 0, "head": 1, "page": 1 if stage == "accum" else 2, "row": 41,
+               "column": at[-1]}  # fmt: skip
+    found = tile(own, q, k, v, problem, element, is_local=is_local)
+    down, across = found["at"]
+    wrong = [(i, j) for i, row in enumerate(found["shares"]) for j, share in enumerate(row) if not share <= 1]
+    assert wrong == [(down, across)], "every other element of the tile is right"
+    if stage in ("scores", "probs"):
+        assert (found["first_down"], found["first_across"], len(found["shares"][0])) == (32, 64, 6)
+
+
+def test_a_tile_ends_with_the_rows_and_begins_at_a_multiple_of_its_size():
+    problem = square(1, 1, 70, 16, page_size=128)
+    q, k, v = make_inputs(problem)
+    own = reference.trace(q, k, v, problem, page_size=128)
+    element = {"stage": "probs", "batch": 0, "head": 0, "page": 0, "row": 69, "column": 65}
+    found = tile(own, q, k, v, problem, element, is_local=True)
+    assert (found["first_down"], found["first_across"], found["at"]) == (64, 64, [5, 1])
+    assert (len(found["shares"]), len(found["shares"][0])) == (6, 6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 
@@ -133,6 +135,18 @@ def test_functions_are_found_by_file_and_by_module(tmp_path):
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(InvalidProblem, match="cannot be imported: ModuleNotFoundError"):
         calling.load(f"{file}:run")
+
+
+def test_an_edited_file_is_read_anew_also_within_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # kept bytecode is what could be stale
+    file, beside = tmp_path / "edited.py", tmp_path / "lies_beside.py"
+    beside.write_text("SHIFT = 10\n")
+    for step in (1, 2, 3):
+        file.write_text(f"import lies_beside\ndef run(q):\n    return q + lies_beside.SHIFT + {step}\n")
+        os.utime(file, (1000, 1000))  # the same second and the same size: all that Python looks at
+        assert calling.load(f"{file}:run")(0) == 10 + step
+    beside.write_text("SHIFT = 200\n")
+    assert calling.load(f"{file}:run")(0) == 203, "what lies beside it may have been edited too"
 
 
 def test_backends_are_candidates_and_say_what_they_lack():

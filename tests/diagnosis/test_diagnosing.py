@@ -56,6 +56,14 @@ def test_right_functions_are_right(name):
     assert found.stage is None and found.smallest is None
 
 
+def test_progress_says_what_is_done_and_never_more_than_there_is():
+    told = []
+    diagnose(zoo.one_key_too_many, SMALL + ",causal", device="cpu", progress=lambda *said: told.append(said))
+    assert all(0 <= done < total for _, done, total in told)
+    phases = [what.split(" ")[0] for what, _, _ in told]
+    assert list(dict.fromkeys(phases)) == ["comparing", "probe", "making"]
+
+
 def test_a_backend_is_diagnosed_by_its_id():
     assert flashcore.diagnose("cpu", SMALL).right
 

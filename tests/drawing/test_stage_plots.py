@@ -79,6 +79,22 @@ def test_every_stage_can_be_drawn_also_with_nan(name):
         assert "NaN" in words_of(stage_plots.zoom_html(trial))
 
 
+@pytest.mark.slow
+def test_a_bisection_shows_its_finding_and_folds_what_is_right(clean, planted):
+    html = stage_plots.bisection_html(clean)
+    before, _, folded = html.partition("<details>")
+    assert "cpu on B=1,H=2,S=128,D=32,page=32: PASS.</strong> every stage is right" in before
+    assert "all there are." in before and folded.count("<svg") == 1 and "Stages of cpu" in folded
+    html = stage_plots.bisection_html(planted, planted="F8")
+    assert "with F8 planted" in html and "FAIL.</strong> scores goes wrong first" in html
+    assert "<details>" not in html and html.count("<svg") == 3, "both maps and the zoom stand open"
+    away = Trial(kind="bisection", backend="<wmma>", status="unavailable", reason="no GPU")
+    assert stage_plots.bisection_html(away) == (
+        "<p><strong>&lt;wmma&gt; on no problem: unavailable.</strong> no GPU. "
+        "Coverage: 0 values, not all there are.</p>"
+    )
+
+
 def test_nothing_to_draw_is_a_sentence(clean):
     assert "Nothing to look at closely" in stage_plots.zoom_html(clean)
     trial = Trial(kind="bisection", backend="wmma", status="unavailable", reason="no GPU")

@@ -27,7 +27,7 @@ def asked(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", first(list(zoo.ZOO), 9))
+@pytest.mark.parametrize("name", first(list(zoo.ZOO), 5))
 def test_each_bug_of_the_zoo_is_named(name):
     wrong = zoo.ZOO[name]
     found = diagnose(wrong.function, asked(name), device="cpu")
@@ -70,7 +70,8 @@ def test_a_backend_is_diagnosed_by_its_id():
 
 @pytest.mark.slow
 def test_three_bugs_at_once_are_all_named():
-    names = {h.name for h in diagnose(zoo.two_bugs, device="cpu").hypotheses}
+    problem = "B=2,H=4,Hkv=2,Sq=90,Sk=150,D=32,causal"
+    names = {h.name for h in diagnose(zoo.two_bugs, problem, device="cpu").hypotheses}
     assert {"K of another head", "V of another head", "scale twice", "top-left mask"} <= names
 
 
@@ -129,8 +130,8 @@ def test_layout_says_how_tensors_lie():
     def bshd(q, k, v, causal=False):
         return zoo.two_pass(*(t.transpose(1, 2) for t in (q, k, v)), causal).transpose(1, 2)
 
-    assert diagnose(bshd, SMALL, device="cpu", layout="bshd").right
-    assert not diagnose(bshd, SMALL, device="cpu").right
+    assert diagnose(bshd, "B=2,H=2,S=30,D=16", device="cpu", layout="bshd").right
+    assert not diagnose(bshd, "B=2,H=2,S=30,D=16", device="cpu").right
 
 
 def test_a_problem_says_what_is_meant_where_the_function_takes_no_option():

@@ -81,10 +81,10 @@ def patched() -> dict[tuple, list[tuple[str, str]]]:
 
 
 def sampled(variants: dict[tuple, list]) -> list:
-    """Every variant as a parameter: one of each kernel by a fixed seed, the rest `exhaustive`."""
-    groups: dict[str, list[tuple]] = {}
+    """Every variant as a parameter: one of each kernel and macros by a fixed seed, the rest `exhaustive`."""
+    groups: dict[tuple, list[tuple]] = {}
     for variant in variants:
-        groups.setdefault(variant[0], []).append(variant)
+        groups.setdefault(variant[:2], []).append(variant)
     chosen = {random.Random(0).choice(group) for group in groups.values()}
     return [
         pytest.param(*variant, id="-".join(patches[0]), marks=[] if variant in chosen else pytest.mark.exhaustive)

@@ -88,6 +88,7 @@ def test_these_tests_see_what_is_not_there():
     assert "flashcore.paging" in names_named(text)
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_readme_run_one_after_the_other_without_a_gpu(monkeypatch, capsys):
     import torch
 

@@ -142,6 +142,7 @@ def test_the_changelog_begins_with_this_version():
     assert first[1] == flashcore.__version__
 
 
+@pytest.mark.slow
 def test_no_kept_file_names_a_machine_or_a_package_registry():
     folders = [f"/{name}/" for name in ("work", "root", "home")]
     hosts = ["py" + "pi.org", "python" + "hosted", "download.py" + "torch"]

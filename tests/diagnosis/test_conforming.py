@@ -211,6 +211,7 @@ def test_a_function_that_is_wrong_everywhere_is_blamed_for_that_alone(short):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "sdpa-math"])
+@pytest.mark.slow
 def test_what_we_compare_with_keeps_all_that_applies(backend):
     found = conform(backend, device="cpu")
     assert found.keeps, found
@@ -240,6 +241,7 @@ def test_other_layouts_other_lse_and_fewer_options_are_asked_alike(short):
     assert found == {"P1": "kept", "P2": "broken"} and "its lse is 0 where -inf is meant" in str(whole)
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_no_break(short):
     def contiguous(q, k, v, causal=False):
         if not all(t.is_contiguous() for t in (q, k, v)):

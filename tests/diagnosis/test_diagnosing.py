@@ -56,6 +56,7 @@ def test_right_functions_are_right(name):
     assert found.stage is None and found.smallest is None
 
 
+@pytest.mark.slow
 def test_progress_says_what_is_done_and_never_more_than_there_is():
     told = []
     diagnose(zoo.one_key_too_many, SMALL + ",causal", device="cpu", progress=lambda *said: told.append(said))
@@ -102,6 +103,7 @@ def test_no_answer_is_a_finding_in_one_sentence(function, kind, words):
     assert [s.broken.kind for s in found.screened if s.broken] == [kind]
 
 
+@pytest.mark.slow
 def test_a_function_that_raises_says_what_it_raised():
     found = diagnose(zoo.raises, device="cpu")
     assert not found.right and "RuntimeError: no kernel image is available" in found.headline()
@@ -112,11 +114,13 @@ def test_a_function_that_hangs_is_ended():
     assert not found.right and "did not return within 0.2 s" in found.headline() and found.calls == 1
 
 
+@pytest.mark.slow
 def test_what_a_function_refuses_is_said_and_is_no_fault():
     found = diagnose(zoo.contiguous_only, device="cpu")
     assert found.right and "strided inputs: ValueError: tensors must be contiguous" in str(found)
 
 
+@pytest.mark.slow
 def test_lse_of_another_base_is_named_and_allowed_for():
     in_base_2 = functools.partial(zoo.with_lse, base=2.0)
     assert diagnose(zoo.with_lse, SMALL, device="cpu", lse="natural").right
@@ -134,6 +138,7 @@ def test_layout_says_how_tensors_lie():
     assert not diagnose(bshd, "B=2,H=2,S=30,D=16", device="cpu").right
 
 
+@pytest.mark.slow
 def test_a_problem_says_what_is_meant_where_the_function_takes_no_option():
     def causal_by_nature(q, k, v):
         return zoo.two_pass(q, k, v, causal=True)
@@ -143,6 +148,7 @@ def test_a_problem_says_what_is_meant_where_the_function_takes_no_option():
     assert [h.name for h in found.hypotheses] == ["causal mask not asked for"]
 
 
+@pytest.mark.slow
 def test_the_default_scale_of_a_function_is_asked_about_too():
     def other_default(q, k, v, softmax_scale=0.1):
         return zoo.two_pass(q, k, v, softmax_scale=softmax_scale)
@@ -151,12 +157,14 @@ def test_the_default_scale_of_a_function_is_asked_about_too():
     assert not found.right and "its own default scale" in str(found)
 
 
+@pytest.mark.slow
 def test_torch_is_left_as_it_was():
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     diagnose(zoo.last_rows_not_written, SMALL, device="cpu")
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
+@pytest.mark.slow
 def test_a_diagnosis_is_a_record():
     trial = diagnose(zoo.no_scale, SMALL, device="cpu").to_trial()
     assert trial.kind == "diagnosis" and trial.status == "failed"

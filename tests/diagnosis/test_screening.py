@@ -15,6 +15,7 @@ def of(function, **options):
     return candidate_of(function, device="cpu", **options)
 
 
+@pytest.mark.slow
 def test_the_home_is_the_richest_problem_that_is_taken():
     assert screening.find_home(of(zoo.two_pass))[0] == HOME
 

@@ -13,6 +13,7 @@ def of(trials, environment=synthetic.ENVIRONMENT) -> list[str]:
     return [" ".join(a.sentences) for a in answers(trials, environment=environment)]
 
 
+@pytest.mark.slow
 def test_the_seven_questions_are_answered_in_two_sentences_with_a_figure():
     found = answers(synthetic.everything(), environment=synthetic.ENVIRONMENT)
     assert len(found) == 7 and not any(a.missing for a in found)

@@ -99,6 +99,7 @@ def test_a_death_is_a_sentence_and_the_next_call_gets_a_new_worker(worker, funct
     assert worker.call(add, 1).value == 2
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended_with_everything_it_started(worker):
     worker.call(add, 1)
     group = worker.pid

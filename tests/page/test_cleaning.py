@@ -140,6 +140,7 @@ def test_nothing_takes_the_place_of_the_pages_own_records():
     ],
     ids=["speed", "latency", "times", "small", "correctness", "ceilings"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_what_our_own_notebooks_display_survives(draw):
     html = draw(synthetic.gpu_trials())
     drawn = Seen(html)

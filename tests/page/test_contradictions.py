@@ -38,11 +38,13 @@ def recorded():
     return run, verdict.gather(run), verdict.judge(run)
 
 
+@pytest.mark.slow
 def test_nothing_on_the_page_of_the_recorded_run_is_contradicted(recorded):
     _, evidence, decision = recorded
     assert contradictions(drawn(evidence, decision), evidence.trials) == []
 
 
+@pytest.mark.slow
 def test_nothing_on_a_page_of_a_run_that_fails_is_contradicted():
     trials = synthetic.gpu_trials()
     evidence = verdict.Evidence(tuple(trials), synthetic.environment(), synthetic.HASHES)

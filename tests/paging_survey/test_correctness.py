@@ -129,6 +129,7 @@ def test_a_right_backend_passes_the_whole_matrix(run, monkeypatch):
 
 @pytest.mark.usefixtures("each_case_once")
 @pytest.mark.parametrize("planted", [LetsThrough, InOrder, Deaf, OneShort, Unwritten], ids=lambda c: c.__name__)
+@pytest.mark.slow
 def test_a_planted_bug_is_found_and_its_first_bad_element_named(run, monkeypatch, planted):
     trials = check_only(run, monkeypatch, planted())
     failed = [t for t in trials if t.status == "failed" and t.variant is None]

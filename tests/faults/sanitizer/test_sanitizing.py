@@ -57,6 +57,7 @@ def test_what_the_tool_printed_becomes_a_trial(tmp_path, monkeypatch, run, tool,
         assert first["kernel"] and first["file"] and first["line"]
 
 
+@pytest.mark.slow
 def test_a_tool_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     backend = fake_tool(tmp_path, monkeypatch, CLEAN, before="sleep 60")
     [trial] = sanitizing.sanitize(None, [backend], tools="memcheck", time_limit_s=0.5)

@@ -38,6 +38,8 @@ class Behaviour:
 
     q_heads: torch.Tensor | None = None
     """int64 ``[B*Hq]``: the flat query head that each query head reads in place of its own."""
+    q_rows: torch.Tensor | None = None
+    """int64 ``[Sq]``: the row of Q that each row is computed from."""
     k_heads: torch.Tensor | None = None
     """int64 ``[B*Hq]``: the flat K head that each query head reads."""
     v_heads: torch.Tensor | None = None
@@ -77,8 +79,8 @@ class Behaviour:
 
     def without_tables(self) -> Behaviour:
         """The same without what says something of one shape alone: tables of heads, keys and columns."""
-        return replace(self, q_heads=None, k_heads=None, v_heads=None, counts=None, extra=None, k_of=None, v_of=None,
-                       metric=None, unwritten=())  # fmt: skip
+        return replace(self, q_heads=None, q_rows=None, k_heads=None, v_heads=None, counts=None, extra=None,
+                       k_of=None, v_of=None, metric=None, unwritten=())  # fmt: skip
 
 
 RIGHT = Behaviour()
@@ -108,6 +110,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     kv = reference.kv_head_index(problem, q.device)
     q, k, v = (t.reshape(-1, *t.shape[2:]).double() for t in (q, k, v))
     q = q if b.q_heads is None else q[b.q_heads]
+    q = q if b.q_rows is None else q[:, b.q_rows]
     k = k[kv if b.k_heads is None else b.k_heads]
     v = v[kv if b.v_heads is None else b.v_heads]
     if b.k_of is not None:

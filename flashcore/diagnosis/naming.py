@@ -260,6 +260,8 @@ def of_extra(extra: torch.Tensor, problem: Problem) -> Hypothesis | None:
     if not rows:
         return None
     amount = float(extra[rows].median())
+    if not math.isfinite(amount):
+        return None
     whole = round(amount)
     if whole > 0 and abs(amount - whole) < 0.2:
         tile = next((t for t in TILES if -(-problem.seqlen_k // t) * t - problem.seqlen_k == whole), None)
@@ -280,6 +282,9 @@ def of_factor(factor: float, problem: Problem) -> Hypothesis | None:
     """A name for what the scores are multiplied by besides the right scale; None where that is nothing."""
     if not math.isfinite(factor) or abs(factor - 1.0) < 0.004:
         return None
+    if abs(factor) < 1e-3:
+        return Hypothesis("scores without influence", "Q and K have no influence: all keys of a row weigh the same",
+                          ("scores",), {"scale_factor": 0.0})  # fmt: skip
     scale, width = problem.scale, problem.head_dim
     default = 1 / math.sqrt(width)
     known: dict[str, tuple[float, str, str]] = {
@@ -347,6 +352,23 @@ def of_metric(metric: torch.Tensor, problem: Problem) -> Hypothesis | None:
         return Hypothesis("columns of head_dim in another order", words, ("scores",), {"metric": metric})
     return Hypothesis("columns of head_dim mixed", "columns of Q are multiplied with other columns of K", ("scores",),
                       {"metric": metric})  # fmt: skip
+
+
+def of_rows(q_rows: torch.Tensor) -> Hypothesis | None:
+    """A name for rows that are computed from another row of Q, from ``int64 [Sq]``; None where all are their own."""
+    place = torch.arange(len(q_rows), device=q_rows.device)
+    moved = (q_rows != place).nonzero().flatten().tolist()
+    if not moved:
+        return None
+    distances = (q_rows - place)[moved].unique().tolist()
+    if len(set(q_rows.tolist())) == 1:
+        words = f"every row has the result of row {int(q_rows[0])}"
+    elif len(distances) == 1 or (len(distances) == 2 and max(distances) - min(distances) == len(q_rows)):
+        by = min(distances, key=abs)
+        words = f"rows {_ranges(moved)} are computed from the row of Q {abs(by)} {'before' if by < 0 else 'after'} them"
+    else:
+        words = f"rows {_ranges(moved)} are computed from other rows of Q, the first from row {int(q_rows[moved[0]])}"
+    return Hypothesis("Q of another row", words, ("scores", "out"), {"q_rows": q_rows}, {"row": moved[0]})
 
 
 # --- which key's K or V stands at each place -------------------------------------------------------------------------

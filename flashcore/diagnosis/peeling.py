@@ -159,6 +159,8 @@ class _Peeling:
             showed = run()
         except Refusal as refusal:
             showed = f"refused: {refusal}"
+        except (ArithmeticError, torch.linalg.LinAlgError) as error:  # outputs that no reading makes sense of
+            showed = f"nothing that could be read: {error}"
         except Broken as broken:
             showed = broken.sentence
             self.suspicions.append(Suspicion((), broken.sentence))
@@ -213,6 +215,10 @@ class _Peeling:
         if not found.clear:
             self.suspicions.append(self._unclear(found.counts, wanted))
             return self.suspicions[-1].sentence
+        if not bool(found.total[:, rows].any()):
+            words = "every element is 0, also where V is 1"
+            self.suspicions.append(Suspicion(("scores", "probs", "accum", "out"), words))
+            return words
         said = []
         self.alternatives = naming.of_counts(found.counts[:, rows], self.problem) if rows.all() else naming.of_counts(
             found.counts.masked_fill(~rows[:, None], 0.0), self.problem)  # fmt: skip
@@ -283,7 +289,7 @@ class _Peeling:
             if factor:
                 consider([*extra, factor], base)
             for more in ([], [factor]) if factor else ([],):
-                for one in self._order_hypotheses(found, base, more):
+                for one in (*self._row_hypotheses(found, base, more), *self._order_hypotheses(found, base, more)):
                     consider([*extra, *more, one], base)
             for lanes in LANES:
                 consider([*extra, Hypothesis("maximum not reduced over lanes", "each lane keeps a maximum of its own "
@@ -311,6 +317,20 @@ class _Peeling:
 
     def _without_counts(self) -> Behaviour:
         return self.state.with_(counts=None)
+
+    def _row_hypotheses(self, found: reading.Scores, base: Behaviour, more: list[Hypothesis]) -> Iterator[Hypothesis]:
+        """Rows whose weights are those of another row, the same one in every head."""
+        changes: dict[str, Any] = {}
+        for one in more:
+            changes |= one.changes
+        wanted = simulated_weights(found.q, found.k, self.problem, base.with_(**changes, q_rows=None))
+        got = found.weights
+        if not bool(got.isfinite().all()) or self.problem.seqlen_q < 2:
+            return
+        distance = torch.cdist(got.transpose(0, 1).flatten(1), wanted.transpose(0, 1).flatten(1))
+        named = naming.of_rows(distance.argmin(dim=-1))
+        if named:
+            yield named
 
     def _order_hypotheses(self, found: reading.Scores, base: Behaviour, more: list[Hypothesis]) -> Iterator[Hypothesis]:
         """K or V rows at other places: each row's weights beside those that another key would have."""
@@ -764,7 +784,7 @@ class _Peeling:
     def _fits_shape(self, problem: Problem) -> bool:
         """Whether what was read at the probed shapes says something of this problem."""
         shaped = (self.state.counts, self.state.extra, self.state.k_of, self.state.v_of, self.state.q_heads,
-                  self.state.k_heads, self.state.v_heads, self.state.unwritten or None)  # fmt: skip
+                  self.state.k_heads, self.state.v_heads, self.state.q_rows, self.state.unwritten or None)  # fmt: skip
         same = all(getattr(problem, name) == getattr(self.problem, name)
                    for name in ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "head_dim",
                                 "causal"))  # fmt: skip

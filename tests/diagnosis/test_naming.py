@@ -88,6 +88,7 @@ def test_weight_that_went_nowhere():
     assert naming.of_extra(torch.full((40,), 28.02), PROBLEM).name == "last partial page taken as whole"
     assert naming.of_extra(torch.full((40,), 1.0), PROBLEM).name == "keys that do not exist"
     assert naming.of_extra(torch.full((40,), 0.5), PROBLEM) is None
+    assert naming.of_extra(torch.full((40,), math.inf), PROBLEM) is None
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,18 @@ def test_factors(factor, name):
     assert (found and found.name) == name
     if found:
         assert abs(found.changes["scale_factor"] / factor - 1) < 0.004
+
+
+def test_scores_that_count_for_nothing():
+    assert naming.of_factor(1e-9, PROBLEM).name == "scores without influence"
+
+
+def test_rows_of_q():
+    place = torch.arange(40)
+    assert naming.of_rows(place) is None
+    assert naming.of_rows(place.roll(1)).sentence == "rows 0 to 39 are computed from the row of Q 1 before them"
+    assert naming.of_rows(torch.zeros(40).long()).sentence == "every row has the result of row 0"
+    assert "the first from row 39" in naming.of_rows(place.flip(0)).sentence
 
 
 def test_matrices_of_scores():

@@ -215,6 +215,21 @@ def scores_in_half(q, k, v):
     return finish((a @ b.mT).half().float() * scale, c, q.dtype)
 
 
+@_wrong("Q of another row", "scores")
+def rows_shifted(q, k, v):
+    return two_pass(q.roll(1, 2), k, v)
+
+
+@_wrong("scores without influence", "scores")
+def mean_of_v(q, k, v):
+    return two_pass(q * 0, k, v)
+
+
+@_wrong("V of a page missing", "accum")
+def nothing_but_zeros(q, k, v):
+    return torch.zeros_like(q)
+
+
 # --- heads ---
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from flashcore.backends import Backend, register
-from flashcore.diagnosis.calling import Candidate, Layout, Lse, Refusal, candidate_of
+from flashcore.diagnosis.calling import Candidate, Layout, Lse, candidate_of
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
 from flashcore.problem import Problem
 
@@ -83,9 +83,8 @@ class _Adopted(Backend):
         except FlashCoreError:
             raise
         except Exception as error:  # a function that was not written for this problem says so in its own way
-            raise Unsupported(
-                self.id, str(Refusal(f"it raised {type(error).__name__}: {error}")).rstrip(".")
-            ) from error
+            reason = f"it raised {type(error).__name__}: {error}".rstrip(".")
+            raise Unsupported(self.id, reason) from error
         answer = self.function.answer(result, q)
         lse = answer.lse if answer.lse is None else answer.lse.float()
         return answer.out if answer.out.is_contiguous() else answer.out.contiguous(), lse

@@ -43,8 +43,6 @@ class Behaviour:
     k_heads: torch.Tensor | None = None
     """int64 ``[B*Hq]``: the flat K head that each query head reads."""
     v_heads: torch.Tensor | None = None
-    layout_confused: bool = False
-    """``[B, H, S, D]`` memory is read as ``[B, S, H, D]``, and the output written so."""
     strides_ignored: bool = False
     """Memory is read as if it were contiguous, whatever the strides say."""
     counts: torch.Tensor | None = None
@@ -105,8 +103,6 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     shape = tuple(q.shape)
     if b.strides_ignored:
         q, k, v = (_as_contiguous(t) for t in (q, k, v))
-    if b.layout_confused:
-        q, k, v = (_reread(t) for t in (q, k, v))
     kv = reference.kv_head_index(problem, q.device)
     q, k, v = (t.reshape(-1, *t.shape[2:]).double() for t in (q, k, v))
     q = q if b.q_heads is None else q[b.q_heads]
@@ -131,8 +127,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     if b.unwritten:
         out[:, list(b.unwritten)] = math.nan
     lse = _other_lse(lse, shared, row_sum, b.lse, problem) if b.lse else lse
-    out, lse = out.view(shape), lse.view(shape[:3])
-    return (_reread(out) if b.layout_confused else out), lse
+    return out.view(shape), lse.view(shape[:3])
 
 
 def mask_of(problem: Problem, device) -> torch.Tensor:
@@ -234,12 +229,6 @@ def _other_lse(lse, shared, row_sum, kind: LseKind, problem: Problem) -> torch.T
         "negative": lambda: -lse,
         "scaled": lambda: lse * problem.scale,
     }[kind]()
-
-
-def _reread(t: torch.Tensor) -> torch.Tensor:
-    """The same memory, ``[B, H, S, D]``, read as ``[B, S, H, D]`` and shown as ``[B, H, S, D]`` again."""
-    batch, heads, seqlen, head_dim = t.shape
-    return t.reshape(batch, seqlen, heads, head_dim).transpose(1, 2)
 
 
 def _as_contiguous(t: torch.Tensor) -> torch.Tensor:

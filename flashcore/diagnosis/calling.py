@@ -239,9 +239,8 @@ def _of_backend(backend: backends.Backend, device: str | None, time_limit_s: flo
         return out if lse is None else (out, lse)
 
     place = device or device_of(backend)
-    tried = Candidate(backend.id, call, frozenset(_OPTIONS), device=place, time_limit_s=time_limit_s)
     gives_lse = backend.role != "peer" or _peer_gives_lse(backend, place)
-    return Candidate(backend.id, call, tried.takes, lse="natural" if gives_lse else "none", device=place,
+    return Candidate(backend.id, call, frozenset(_OPTIONS), lse="natural" if gives_lse else "none", device=place,
                      default_scale=True, time_limit_s=time_limit_s,
                      rounds_scores=backend.rounds_scores, backend=backend)  # fmt: skip
 

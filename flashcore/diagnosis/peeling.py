@@ -323,7 +323,7 @@ class _Peeling:
         changes: dict[str, Any] = {}
         for one in more:
             changes |= one.changes
-        wanted = simulated_weights(found.q, found.k, self.problem, base.with_(**changes, q_rows=None))
+        wanted = reading.simulated_weights(found.q, found.k, self.problem, base.with_(**changes, q_rows=None))
         got = found.weights
         if not bool(got.isfinite().all()) or self.problem.seqlen_q < 2:
             return
@@ -339,7 +339,7 @@ class _Peeling:
         for one in more:
             changes |= one.changes
         plain = base.with_(**changes)
-        wanted = simulated_weights(found.q, found.k, problem, plain.with_(counts=None, v_of=None, k_of=None))
+        wanted = reading.simulated_weights(found.q, found.k, problem, plain.with_(counts=None, v_of=None, k_of=None))
         rows = (mask_of(problem, found.q.device) > 0).all(dim=-1)
         if int(rows.sum()) < 4:
             return
@@ -382,7 +382,7 @@ class _Peeling:
                 yield naming.of_order(v_of, problem, "V")
 
     def _unnamed_scores(self, found: reading.Scores) -> str:
-        wanted = simulated_weights(found.q, found.k, self.problem, self.state)
+        wanted = reading.simulated_weights(found.q, found.k, self.problem, self.state)
         if not self._lse_tells() and float((found.weights > 0).double().mean()) < 0.999 * float(
             (wanted > 0).double().mean()
         ):
@@ -490,7 +490,7 @@ class _Peeling:
                                       "2049 times the scale become the same", ("scores",),
                                       {"scores_rounded": True}))  # fmt: skip
         if dtype == torch.float32 and self._scores is not None:
-            wanted = simulated_weights(self._scores.q, self._scores.k, problem, self.state)
+            wanted = reading.simulated_weights(self._scores.q, self._scores.k, problem, self.state)
             off = (self._scores.weights / wanted - 1).abs().masked_fill(wanted == 0, 0.0)
             if 2.0**-15 < float(off.max()) < 2.0**-6:
                 said.append(self._precise("probabilities in 16 bits", "weights are off by up to "
@@ -522,7 +522,7 @@ class _Peeling:
         k[..., 0] = large
         k[:, :, 1::2, 1] = 1.0
         found = reading.weights(self.candidate, q, k, problem)
-        wanted = simulated_weights(q, k, problem, self.state)
+        wanted = reading.simulated_weights(q, k, problem, self.state)
         slack = (0.2 * min(step, 1.0) + reading.tolerance(problem)) * wanted
         return not bool(((found - wanted).abs() <= slack).all())
 
@@ -548,7 +548,7 @@ class _Peeling:
 
     def _strided_alone(self, one: Screened) -> Suspicion:
         """Which of Q, K and V gives a wrong result when it alone lies in memory as ``[B, S, H, D]``."""
-        case = self._case(one)
+        case = one.inputs.case(self.candidate)
         wrong = []
         for place, name in enumerate("qkv"):
             given = [t.contiguous() for t in (case.q, case.k, case.v)]
@@ -670,7 +670,7 @@ class _Peeling:
         """Weights of a failing call that no loop explains."""
         if self.suspicions or one.inputs.problem.mathematics != self.problem.mathematics:
             return None
-        case = self._case(one)
+        case = one.inputs.case(self.candidate)
         lost = ~one.answer.out.isfinite() & case.out.isfinite()
         if bool(lost.any()):
             place = dict(zip(("batch", "head", "row", "column"), lost.nonzero()[0].tolist(), strict=True))
@@ -680,7 +680,7 @@ class _Peeling:
             self.suspicions.append(Suspicion(stages, words, place))
             return words
         found = reading.weights(self.candidate, case.q, case.k, self.problem)
-        wanted = simulated_weights(case.q, case.k, self.problem, self.state)
+        wanted = reading.simulated_weights(case.q, case.k, self.problem, self.state)
         if not bool(self._bad_weights(found, wanted).any()):
             return None
         return self._suspect(found, wanted, f"weights are wrong with inputs '{one.inputs.pattern}'")
@@ -696,7 +696,7 @@ class _Peeling:
         heads = reference.kv_head_index(self.problem, q.device)
         values = v.reshape(-1, *v.shape[2:]).double()[heads if self.state.v_heads is None else self.state.v_heads]
         made = (found @ values).view(one.answer.out.shape)
-        case = self._case(one)
+        case = one.inputs.case(self.candidate)
         bound = 4 * case.out_atol + 8 * case.out_rtol * made.abs()
         off = ~((one.answer.out.double() - made).abs() <= bound)
         if not bool(off.any()):
@@ -711,7 +711,7 @@ class _Peeling:
         for one in wrong:
             q, k, v = one.inputs.make(self.candidate.device)
             got = one.answer.lse
-            case = self._case(one)
+            case = one.inputs.case(self.candidate)
 
             bad = ~((got - case.lse).abs() <= case.lse_atol + case.lse_rtol * case.lse.abs()) & (got != case.lse)
 
@@ -790,15 +790,12 @@ class _Peeling:
                                 "causal"))  # fmt: skip
         return same or all(t is None for t in shaped)
 
-    def _case(self, one: Screened) -> check.Case:
-        return case_of(one, self.candidate)
-
     def agrees(self, found: reading.Scores, behaviour: Behaviour) -> bool:
         return self.disagreement(found, behaviour) == 0.0
 
     def disagreement(self, found: reading.Scores, behaviour: Behaviour) -> float:
         """Share of the weights that the behaviour does not predict."""
-        wanted = simulated_weights(found.q, found.k, self.problem, behaviour)
+        wanted = reading.simulated_weights(found.q, found.k, self.problem, behaviour)
         return float(self._bad_weights(found.weights, wanted).double().mean())
 
     def _bad_weights(self, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -825,27 +822,6 @@ _LSE_WORDS: dict[str, str] = {
 }
 
 
-def case_of(one: Screened, candidate: Candidate) -> check.Case:
-    """Inputs, reference and bounds of a screened call."""
-    inputs = one.inputs
-    return check.make_case(inputs.problem, inputs.seed, inputs.pattern, "apart" if inputs.strided else "bhsd",
-                           candidate.device, candidate.rounds_scores)  # fmt: skip
-
-
-@ambient.judging
-def simulated_weights(q, k, problem: Problem, behaviour: Behaviour) -> torch.Tensor:
-    """What `reading.weights` would read of a function that behaves so."""
-    width = problem.head_dim
-    shape = (problem.batch, problem.num_heads_kv, problem.seqlen_k, width)
-    found = []
-    for start in range(0, problem.seqlen_k, width):
-        v = torch.zeros(shape, dtype=torch.float64, device=q.device)
-        here = torch.arange(start, min(start + width, problem.seqlen_k), device=q.device)
-        v[:, :, here, here - start] = 1.0
-        found.append(simulate(q, k, v, problem, behaviour)[0][..., : len(here)])
-    return torch.cat(found, dim=-1).reshape(-1, problem.seqlen_q, problem.seqlen_k)
-
-
 @ambient.judging
 def share_of(
     got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
@@ -857,7 +833,7 @@ def share_of(
     share, explained, wrong, spoiled
         The share of the wrong elements that are predicted, less the share of right ones that are not; the counts.
     """
-    case = case_of(one, candidate)
+    case = one.inputs.case(candidate)
     truth = case.out
     if got.shape != truth.shape:  # one group of heads stands for all
         truth = truth[-got.shape[0] :, -got.shape[1] :]

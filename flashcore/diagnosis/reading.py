@@ -12,11 +12,12 @@ calls read the whole matrix of weights, whatever the function is. What Q and K a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from flashcore.diagnosis.behaviour import mask_of
+from flashcore.diagnosis.behaviour import RIGHT, Behaviour, mask_of, simulate
 from flashcore.diagnosis.calling import Candidate
 from flashcore.numerics import ambient, reference
 from flashcore.problem import Problem
@@ -79,24 +80,25 @@ def dtype_of(problem: Problem) -> torch.dtype:
 @ambient.judging
 def weights(candidate: Candidate, q, k, problem: Problem) -> torch.Tensor:
     """float64 ``[B*Hq, Sq, Sk]``: the weight of each key in each row, by ``ceil(Sk / D)`` calls."""
-    width = problem.head_dim
-    shape = (problem.batch, problem.num_heads_kv, problem.seqlen_k, width)
-    found = []
-    for start in range(0, problem.seqlen_k, width):
-        v = torch.zeros(shape, dtype=q.dtype, device=q.device)
-        here = torch.arange(start, min(start + width, problem.seqlen_k), device=q.device)
-        v[:, :, here, here - start] = 1.0
-        found.append(candidate(q, k, v, problem).out[..., : len(here)].double())
-    return torch.cat(found, dim=-1).reshape(-1, problem.seqlen_q, problem.seqlen_k)
+    return _weights(lambda v: candidate(q, k, v, problem).out, k)
 
 
 @ambient.judging
-def right_weights(q, k, problem: Problem) -> torch.Tensor:
-    """What `weights` gives for a right function; rows that see no key have zeros."""
-    everything = reference.flat_inputs(q, k, k, problem, slice(None))
-    scores = everything[0] @ everything[1].mT * problem.scale
-    scores = scores.masked_fill(mask_of(problem, q.device) == 0, -math.inf)
-    return torch.softmax(scores, dim=-1).nan_to_num(nan=0.0)
+def simulated_weights(q, k, problem: Problem, behaviour: Behaviour = RIGHT) -> torch.Tensor:
+    """What `weights` would read of a function that behaves so; rows that see no key have zeros."""
+    return _weights(lambda v: simulate(q, k, v, problem, behaviour)[0], k)
+
+
+def _weights(out_of: Callable[[torch.Tensor], torch.Tensor], k: torch.Tensor) -> torch.Tensor:
+    """The output for V made of unit vectors, as many keys at a time as V has columns, flat over batch and heads."""
+    seqlen, width = k.shape[2:]
+    found = []
+    for start in range(0, seqlen, width):
+        v = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
+        here = torch.arange(start, min(start + width, seqlen), device=k.device)
+        v[:, :, here, here - start] = 1.0
+        found.append(out_of(v)[..., : len(here)].double())
+    return torch.cat(found, dim=-1).flatten(0, 1)
 
 
 @ambient.judging

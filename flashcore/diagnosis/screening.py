@@ -34,9 +34,18 @@ class Inputs:
     default_scale: bool = False
     seed: int = 0
 
+    @property
+    def _layout(self) -> str:
+        return "apart" if self.strided else "bhsd"
+
     def make(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return make_inputs(self.problem, seed=self.seed, device=device, pattern=self.pattern,
-                           layout="apart" if self.strided else "bhsd")  # fmt: skip
+                           layout=self._layout)  # fmt: skip
+
+    def case(self, candidate: Candidate) -> check.Case:
+        """The inputs with what is expected of the candidate, and how far off it may be."""
+        return check.make_case(self.problem, self.seed, self.pattern, self._layout, candidate.device,
+                               candidate.rounds_scores)  # fmt: skip
 
     def label(self) -> str:
         """In words, as a finding names it."""
@@ -83,8 +92,7 @@ class Screened:
 def screen_one(candidate: Candidate, inputs: Inputs, *, again: bool = False) -> Screened:
     """Call it once (with `again` twice) and compare every element with float64."""
     problem = inputs.problem
-    case = check.make_case(problem, inputs.seed, inputs.pattern, "apart" if inputs.strided else "bhsd",
-                           candidate.device, candidate.rounds_scores)  # fmt: skip
+    case = inputs.case(candidate)
     try:
         answer = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale)
         second = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale) if again else answer

@@ -12,7 +12,6 @@ from flashcore.diagnosis import reading
 from flashcore.diagnosis.calling import Broken, Candidate, Refusal
 from flashcore.diagnosis.diagnosing import READABLE, Diagnosis
 from flashcore.diagnosis.screening import Inputs, Screened
-from flashcore.measure import check
 from flashcore.numerics import ambient
 from flashcore.numerics.tolerance import UNIT_FLOAT32, coordinates
 from flashcore.problem import Problem
@@ -109,8 +108,7 @@ def see(candidate: Candidate, diagnosis: Diagnosis) -> Seen | None:
         return None
     chosen = min(wrong, key=lambda s: _plainness(s, diagnosis.home))
     inputs, problem, answer = chosen.inputs, chosen.inputs.problem, chosen.answer
-    case = check.make_case(problem, inputs.seed, inputs.pattern, "bshd" if inputs.strided else "bhsd",
-                           candidate.device, candidate.rounds_scores)  # fmt: skip
+    case = inputs.case(candidate)
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double().reshape(-1, problem.seqlen_q, tensor.shape[-1])
@@ -120,7 +118,7 @@ def see(candidate: Candidate, diagnosis: Diagnosis) -> Seen | None:
     if why is None:
         try:
             got = reading.weights(candidate, case.q, case.k, problem)
-            expected = reading.right_weights(case.q, case.k, problem)
+            expected = reading.simulated_weights(case.q, case.k, problem)
             longest = [float(t.float().norm(dim=-1).max()) for t in (case.q, case.k)]
             slack = reading.tolerance(problem) + 2 * UNIT_FLOAT32 * abs(problem.scale) * longest[0] * longest[1]
             parts["weights"] = got, expected, slack * expected + torch.finfo(case.q.dtype).tiny

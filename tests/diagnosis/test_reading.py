@@ -24,7 +24,7 @@ def of(function):
 def test_weights_are_the_probabilities(causal, dtype):
     problem = PROBLEM.with_(causal=causal, dtype=dtype)
     q, k, _ = make_inputs(problem)
-    got, wanted = reading.weights(of(zoo.two_pass), q, k, problem), reading.right_weights(q, k, problem)
+    got, wanted = reading.weights(of(zoo.two_pass), q, k, problem), reading.simulated_weights(q, k, problem)
     assert torch.allclose(got, wanted, rtol=reading.tolerance(problem), atol=1e-6)
     assert torch.allclose(wanted.sum(-1), torch.ones(8, 70).double())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from flashcore.backends._contract import AVAILABLE, Availability
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
     import torch
+
+    from flashcore.problem import Problem
 
 COPY_BYTES = 16
 
@@ -45,6 +48,26 @@ def with_scale_above_zero(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, 
     if scale > 0:
         return q, scale
     return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
+def call_flash_attention(function: Callable[..., Any], q, k, v, problem: Problem, **options: Any):
+    """`out` and `lse` (None where it returns none) of a function of FlashAttention's own signature and layout."""
+    q, scale = with_scale_above_zero(q, problem.scale)
+    # It takes [B, S, H, D]; a transposed view costs nothing.
+    given = (readable(t).transpose(1, 2) for t in (q, k, v))
+    result = function(*given, softmax_scale=scale, causal=problem.causal, **options)
+    out, lse = (result[0], result[1]) if isinstance(result, (tuple, list)) else (result, None)
+    return out.transpose(1, 2), lse
+
+
+def with_empty_rows(out: torch.Tensor, lse: torch.Tensor | None, problem: Problem):
+    """The same results with 0 and -inf, in place, in rows that see no key: there a peer may leave anything."""
+    num_empty = max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
+    if num_empty:
+        out[:, :, :num_empty] = 0
+        if lse is not None:
+            lse[:, :, :num_empty] = -math.inf
+    return out, lse
 
 
 def _is_there(module: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashcore.backends._contract import Availability, Backend
-from flashcore.backends._peers import installed, on_hopper, readable, version_of, with_scale_above_zero
+from flashcore.backends._peers import call_flash_attention, installed, on_hopper, version_of
 from flashcore.backends._registry import register
 from flashcore.problem import Problem
 
@@ -86,12 +86,4 @@ class FlashAttention3(Backend):
     def run(self, q, k, v, problem):
         function, ask_for_lse = _interface()
         extra = {"return_attn_probs": True} if ask_for_lse else {}
-        q, scale = with_scale_above_zero(q, problem.scale)
-        q, k, v = readable(q), readable(k), readable(v)
-        # It takes [B, S, H, D]; a transposed view costs nothing.
-        result = function(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            softmax_scale=scale, causal=problem.causal, **extra,
-        )  # fmt: skip
-        out, lse = (result[0], result[1]) if isinstance(result, (tuple, list)) else (result, None)
-        return out.transpose(1, 2), lse
+        return call_flash_attention(function, q, k, v, problem, **extra)

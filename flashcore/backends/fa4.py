@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 from flashcore.backends._contract import Availability, Backend
-from flashcore.backends._peers import installed, on_hopper, readable, version_of, with_scale_above_zero
+from flashcore.backends._peers import call_flash_attention, installed, on_hopper, version_of, with_empty_rows
 from flashcore.backends._registry import register
 from flashcore.problem import Problem
 
@@ -60,19 +59,5 @@ class FlashAttention4(Backend):
     def run(self, q, k, v, problem):
         function, ask_for_lse = _interface()
         extra = {"return_lse": True} if ask_for_lse else {}
-        q, scale = with_scale_above_zero(q, problem.scale)
-        q, k, v = readable(q), readable(k), readable(v)
-        # It takes [B, S, H, D]; a transposed view costs nothing.
-        result = function(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            softmax_scale=scale, causal=problem.causal, **extra,
-        )  # fmt: skip
-        out, lse = (result[0], result[1]) if isinstance(result, (tuple, list)) else (result, None)
-        out = out.transpose(1, 2)
         # What rows that see no key get is not promised, as with FlashAttention-2.
-        num_empty = max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
-        if num_empty:
-            out[:, :, :num_empty] = 0
-            if lse is not None:
-                lse[:, :, :num_empty] = -math.inf
-        return out, lse
+        return with_empty_rows(*call_flash_attention(function, q, k, v, problem, **extra), problem)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
-from flashcore.backends._peers import readable, with_scale_above_zero
+from flashcore.backends._peers import readable, with_empty_rows, with_scale_above_zero
 from flashcore.backends._registry import register
 from flashcore.errors import Unsupported
 from flashcore.numerics import reference
@@ -108,10 +107,7 @@ class SdpaMath(_Sdpa):
         rows, columns = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
         out = self._call(q, k, v, problem, reference.visible(problem, rows, columns, q.device), False)
         # The first rows may see no key. Torch's releases differ on the softmax of nothing (NaN or 0); here it is 0.
-        num_empty = max(0, problem.seqlen_q - problem.seqlen_k)
-        if num_empty:
-            out[:, :, :num_empty] = 0
-        return out, None
+        return with_empty_rows(out, None, problem)
 
 
 @register
@@ -144,10 +140,7 @@ class SdpaFlash(_Sdpa):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = flash(q, k, v, 0.0, problem.causal, False, scale=scale)[:2]
         # Rows that see no key: there the kernel has lse +inf.
-        num_empty = max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
-        if num_empty:
-            out[:, :, :num_empty] = 0
-            lse[:, :, :num_empty] = -math.inf
+        out, lse = with_empty_rows(out, lse, problem)
         return out[..., : problem.head_dim] if missing else out, lse
 
 

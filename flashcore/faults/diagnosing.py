@@ -129,7 +129,7 @@ def prove_all(
     """Every bug of `plan`, each in a process that may die; records go to `run`."""
     found: list[Trial] = []
     if any(b.device == "cuda" for b in backends):
-        precompile(FAULTS, backends, progress)
+        precompile(FAULTS, backends, progress, traced=(False,))
     with Worker(warm="flashcore.faults.diagnosing") as worker:
         for fault_id, backend_id in plan(backends):
             if progress:

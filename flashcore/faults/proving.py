@@ -144,8 +144,11 @@ def _facts(fault: Fault) -> dict:
     return facts if fault.found_by == "bisection" else {**facts, "found_by": fault.found_by}
 
 
-def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None) -> int:
-    """Compile what the faults will need, traced and not, on all cores at once; returns how many variants.
+def precompile(
+    faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None, *,
+    traced: Sequence[bool] = (True, False),
+) -> int:  # fmt: skip
+    """Compile what the faults will need on all cores at once, `traced` and not; returns how many variants.
 
     Backends of one kernel share what is compiled. What does not compile is left for the trial that needs it to say.
     """
@@ -156,13 +159,13 @@ def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: P
             if isinstance(plant, Source) and fault.why_not(backend.id) is None and backend.kernel:
                 problem = fault.problem_in(backend.id)
                 defines = backend.defines(problem, FIRST_GPU) if isinstance(backend, CudaBackend) else ()
-                jobs |= {(backend.kernel, plant.edits, problem.head_dim, problem.dtype, defines, traced): plant
-                         for traced in (True, False)}  # fmt: skip
+                jobs |= {(backend.kernel, plant.edits, problem.head_dim, problem.dtype, defines, trace): plant
+                         for trace in traced}  # fmt: skip
 
     def compile_one(job: tuple[tuple, Source]) -> None:
-        (kernel, _, head_dim, dtype, defines, traced), plant = job
+        (kernel, _, head_dim, dtype, defines, trace), plant = job
         with contextlib.suppress(FlashCoreError):
-            compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=traced, defines=dict(defines),
+            compile_kernel(kernel, head_dim=head_dim, dtype=dtype, trace=trace, defines=dict(defines),
                            source=plant.text(kernel))  # fmt: skip
 
     if not jobs:

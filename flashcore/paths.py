@@ -57,6 +57,12 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def absolute_place(place: str) -> str:
+    """``FILE.py:function`` with its file from the root, as a process that works elsewhere has to get it."""
+    where, colon, name = place.rpartition(":")
+    return f"{absolute(Path(where).expanduser())}:{name}" if colon and where.endswith(".py") else place
+
+
 def folder_in(variable: str) -> Path | None:
     """The folder that an environment variable names, from the root; None when it is not set, or empty."""
     named = os.environ.get(variable)

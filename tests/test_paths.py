@@ -49,3 +49,9 @@ def test_they_do_not_depend_on_the_folder_that_one_is_in(tmp_path):
     environment = {"PYTHONPATH": str(paths.HOME)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(paths.data_dir("kernels")), done.stderr
+
+
+def test_the_place_of_a_function_is_told_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert paths.absolute_place("mine.py:run") == f"{tmp_path / 'mine.py'}:run"
+    assert paths.absolute_place("a.module:run") == "a.module:run" and paths.absolute_place("hopper") == "hopper"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import completing, printing
+from flashcore.cli import completing, plain, printing
 from flashcore.errors import RecordsError
 from flashcore.records import RunFolder
 
@@ -50,8 +49,7 @@ def claims(
         wanted, evidence.gpu_trials, environment=evidence.gpu_environment, current_hashes=evidence.current_hashes
     )
     if json:
-        for one in audits:
-            sys.stdout.write(one.to_trial().model_dump_json() + "\n")
+        plain.print_records(one.to_trial() for one in audits)
         return
     _print_table(audits)
     _print_findings(audits)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashcore.cli import completing, debug
+from flashcore.cli import completing, plain
 from flashcore.cli.adding import adding_to
 from flashcore.cli.debug import CLEAN, FOUND, JsonOption, RunOption
-from flashcore.cli.diagnose import _absolute
+from flashcore.paths import absolute_place
 
 if TYPE_CHECKING:
     from flashcore.diagnosis import Conformance
@@ -43,7 +43,7 @@ def conform(
     """Ask for the promises of attention: kept, broken or refused. Exit code 0: none is broken; 3: one is."""
     from flashcore import diagnosis, tables
 
-    places = [_absolute(one) for one in function] if function else None
+    places = [absolute_place(one) for one in function] if function else None
     trials: list[Trial] = []
     with adding_to(run) as folder:
 
@@ -52,17 +52,17 @@ def conform(
                 trials.append(folder.append(trial) if folder else trial)
 
         found = diagnosis.conform_all(
-            places, problem, only=only, progress=None if json else debug._progress(), told=keep, layout=layout, lse=lse,
+            places, problem, only=only, progress=None if json else plain.progress(), told=keep, layout=layout, lse=lse,
             device=device, time_limit_s=time_limit,
         )  # fmt: skip
     if json:
-        debug._print_json(trials)
+        plain.print_records(trials)
     else:
-        debug._print_table(tables.conform_table(trials), "Promises of attention")
+        plain.print_frame(tables.conform_table(trials), "Promises of attention")
         for row in tables.conform_breaks_table(trials).to_dict("records"):
             at = f" on {row['smallest case']}" if row["smallest case"] else ""
-            debug._say(f"{row['implementation']}, {row['promise']}: {row['result']}{at}: {row['what happened']}.")
-        debug._say(f"{tables.conform_sentence(trials)}.")
+            plain.say(f"{row['implementation']}, {row['promise']}: {row['result']}{at}: {row['what happened']}.")
+        plain.say(f"{tables.conform_sentence(trials)}.")
     raise typer.Exit(CLEAN if all(one.keeps for one in found) else FOUND)
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from flashcore.cli import completing, printing
-from flashcore.cli.adding import adding_to
+from flashcore.cli import completing, plain
+from flashcore.cli.adding import adding_to, keep
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.problem import parse_problem, square
 from flashcore.records import Trial
 
 if TYPE_CHECKING:
-    import pandas
+    pass
 
 CLEAN, UNFINISHED, FOUND, NOT_AVAILABLE = 0, 1, 3, 4
 """Exit codes: nothing wrong, no answer, a fault found, the tool or the GPU is not here. 2 is a usage error."""
 SMALL = square(1, 2, 256, 64, page_size=64)
 """What is bisected when no problem is named: several pages, and an answer within seconds."""
-_PLAIN_WIDTH = 4000
-"""Columns of output that goes to a file or a pipe: no line of a table is folded there."""
 
 BackendOption = Annotated[
     str,
@@ -86,9 +80,9 @@ def bisect(
         trials = [bisect_trial(chosen, wanted, **options)]
         if repeat:
             trials.append(check_determinism(chosen, wanted, runs=max(2, repeat), **options))
-    _keep(trials, run)
+    keep(trials, run)
     if json:
-        _print_json(trials)
+        plain.print_records(trials)
     else:
         _print_bisection(trials, planned)
     wrong = any(t.status == "failed" or t.data.get("crashed") for t in trials)
@@ -107,20 +101,20 @@ def faults(
 
     chosen = _provable(registry.select(backends), backends)
     with adding_to(run) as folder:
-        trials = proving.run_faults(folder, chosen, progress=None if json else _progress())
+        trials = proving.run_faults(folder, chosen, progress=None if json else plain.progress())
     judged = [t for t in trials if t.data.get("outcome") not in ("not applicable", "not run")]
     if not judged:
         for one in chosen:
             one.require()
         raise Unsupported(backends, "no bug of the catalogue can be planted in it")
     if json:
-        _print_json(trials)
+        plain.print_records(trials)
     else:
-        _print_table(tables.fault_matrix(trials), "Planted bugs")
+        plain.print_frame(tables.fault_matrix(trials), "Planted bugs")
         for trial in trials:
             if trial.status in ("failed", "error"):
-                _say(f"{trial.data.get('fault')} in {trial.backend}: {trial.reason}")
-        _say(f"{tables.faults_sentence(trials)}.")
+                plain.say(f"{trial.data.get('fault')} in {trial.backend}: {trial.reason}")
+        plain.say(f"{tables.faults_sentence(trials)}.")
     raise typer.Exit(CLEAN if all(t.status == "ok" for t in judged) else FOUND)
 
 
@@ -154,11 +148,12 @@ def sanitize(
         for one in chosen:
             catalogue.get(fault).plant(one.id)
     with adding_to(run) as folder:
-        trials = sanitizing.sanitize(folder, chosen, tools=tool, fault=fault, progress=None if json else _progress())
+        told = None if json else plain.progress()
+        trials = sanitizing.sanitize(folder, chosen, tools=tool, fault=fault, progress=told)
     if json:
-        _print_json(trials)
+        plain.print_records(trials)
     else:
-        _print_table(tables.sanitizer_table(trials), "compute-sanitizer")
+        plain.print_frame(tables.sanitizer_table(trials), "compute-sanitizer")
     states = {trial.status for trial in trials}
     raise typer.Exit(FOUND if "failed" in states else UNFINISHED if "error" in states else
                      NOT_AVAILABLE if "unavailable" in states else CLEAN)  # fmt: skip
@@ -173,52 +168,6 @@ def add_to(app: typer.Typer) -> None:
 # ------------------------------------------------------------------------------------------------ printing
 
 
-def _console(*, stderr: bool = False) -> Console:
-    terminal = printing.is_terminal(sys.stderr if stderr else sys.stdout)
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if terminal else _PLAIN_WIDTH)
-
-
-def _say(line: str) -> None:
-    _console().print(escape(line))
-
-
-def _progress():
-    console = _console(stderr=True)
-    return lambda line: console.print(escape(f"{line} ..."))
-
-
-def _keep(trials: list[Trial], folder: Path | None) -> None:
-    with adding_to(folder) as run:
-        for trial in trials if run else ():
-            run.append(trial)
-
-
-def _print_json(trials: list[Trial]) -> None:
-    for trial in trials:
-        sys.stdout.write(trial.model_dump_json() + "\n")
-
-
-def _cell(value: object) -> str:
-    return f"{value:.2e}" if isinstance(value, float) else str(value)
-
-
-def _print_table(frame: pandas.DataFrame, title: str) -> None:
-    """A framed table on a terminal; plain columns, two spaces apart, anywhere else."""
-    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    if printing.is_terminal(sys.stdout):
-        table = Table(title=title)
-        for name in frame.columns:
-            table.add_column(escape(str(name)), overflow="fold")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        _console().print(table)
-        return
-    lines = [list(map(str, frame.columns)), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(frame.columns))]
-    for line in lines:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n")
-
-
 def _print_bisection(trials: list[Trial], planned) -> None:
     from flashcore import tables
 
@@ -227,11 +176,11 @@ def _print_bisection(trials: list[Trial], planned) -> None:
         where = f"{of} on {trial.problem.label()}"
         if (trial.variant or "").endswith("determinism"):
             same = f"{trial.data.get('runs')} runs gave the same bits"
-            _say(f"Repeats: {trial.reason or same}.")
+            plain.say(f"Repeats: {trial.reason or same}.")
             continue
         if trial.data.get("stages"):
-            _print_table(tables.stage_table(trial), where)
+            plain.print_frame(tables.stage_table(trial), where)
             coverage = trial.data["coverage"]
-            _say(f"Judged: {coverage['elements']} values, "
+            plain.say(f"Judged: {coverage['elements']} values, "
                  f"{'all there are' if coverage['complete'] else 'NOT all there are'}.")  # fmt: skip
-        _say(f"{tables.WORDS[trial.status]}: {where}: {(trial.reason or trial.data['finding']).rstrip('.')}.")
+        plain.say(f"{tables.WORDS[trial.status]}: {where}: {(trial.reason or trial.data['finding']).rstrip('.')}.")

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flashcore.cli import debug
+from flashcore.cli import adding, plain
 from flashcore.cli.debug import CLEAN, FOUND, BackendsOption, JsonOption, RunOption
 from flashcore.cli.printing import errors
 from flashcore.errors import InvalidProblem
+from flashcore.paths import absolute_place
 
 
 def diagnose(
@@ -50,29 +51,24 @@ def diagnose(
         raise InvalidProblem("Name a function: flashcore diagnose FILE.py:function, or a backend's id.")
     from flashcore.diagnosis import diagnose_apart, write_test
 
-    place = _absolute(function)
+    place = absolute_place(function)
     found = diagnose_apart(place, problem, layout=layout, lse=lse, device=device, pattern=pattern, seed=seed,
                            time_limit_s=time_limit)  # fmt: skip
     trial = found.to_trial()
-    debug._keep([trial], run)
+    adding.keep([trial], run)
     if json:
-        debug._print_json([trial])
+        plain.print_records([trial])
     else:
         for line in found.sentences():
-            debug._say(line)
+            plain.say(line)
         if probes and found.peeled:
-            debug._print_table(found.table(), "Probes")
+            plain.print_frame(found.table(), "Probes")
     if keep is not None:
         if found.smallest is None:
             errors().print("There is no failing case, so no test was written.")
         else:
             errors().print(escape(f"Wrote {write_test(found, str(keep), place)}."))
     raise typer.Exit(CLEAN if found.right else FOUND)
-
-
-def _absolute(function: str) -> str:
-    where, colon, name = function.rpartition(":")
-    return f"{Path(where).expanduser().resolve()}:{name}" if colon and where.endswith(".py") else function
 
 
 def _refuse(options: dict) -> None:
@@ -83,13 +79,12 @@ def _refuse(options: dict) -> None:
 
 def _prove(names: str, json: bool, run: Path | None) -> None:
     from flashcore import backends as registry
-    from flashcore.cli.adding import adding_to
     from flashcore.faults import diagnosing
     from flashcore.gpu.isolation import isolated_trial
 
     chosen = [b for b in registry.select(names) if b.availability().ok]
-    with adding_to(run) as folder:
-        told = None if json else debug._progress()
+    with adding.adding_to(run) as folder:
+        told = None if json else plain.progress()
         trials = diagnosing.prove_all(folder, chosen, told)
         for one in chosen:
             if told:
@@ -100,14 +95,14 @@ def _prove(names: str, json: bool, run: Path | None) -> None:
             if folder:
                 folder.append(trial)
     if json:
-        debug._print_json(trials)
+        plain.print_records(trials)
     else:
         from flashcore import tables
 
-        debug._print_table(tables.diagnosis_table(trials), "Planted bugs, diagnosed from outputs alone")
+        plain.print_frame(tables.diagnosis_table(trials), "Planted bugs, diagnosed from outputs alone")
         for stage, others in diagnosing.CLASSES.items():
-            debug._say(f"{stage} may show as {', '.join(others)}: {diagnosing.REASONS[stage]}.")
-        debug._say(f"{diagnosing.sentence(trials)}.")
+            plain.say(f"{stage} may show as {', '.join(others)}: {diagnosing.REASONS[stage]}.")
+        plain.say(f"{diagnosing.sentence(trials)}.")
     raise typer.Exit(CLEAN if all(t.status in ("ok", "unsupported", "unavailable") for t in trials) else FOUND)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashcore.cli import printing
+from flashcore.cli import plain, printing
 from flashcore.cli.adding import adding_to
 from flashcore.records import RunFolder, Trial, scratch_run
 
@@ -53,8 +52,7 @@ def paging(
             err.print("No GPU: measured is what any machine can tell; times and tokens a second need an H100 or H200.")
         trials = measure(folder, plan, what=what, seed=seed, progress=lambda line: err.print(escape(line)))
     if json:
-        for trial in trials:
-            sys.stdout.write(trial.model_dump_json() + "\n")
+        plain.print_records(trials)
     else:
         _print(trials, folder)
     wrong = [t for t in trials if t.status in ("failed", "error")]

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from flashcore.cli import completing
 from flashcore.cli.printing import errors, print_decision, say, shown
+from flashcore.paths import absolute_place
 
 
 class Profile(StrEnum):
@@ -139,8 +140,7 @@ def _adopted(kernel: str | None, layout: str, lse: str | None) -> Iterator[dict[
         return
     from flashcore.diagnosis import write_plugin
 
-    where, _, name = kernel.rpartition(":")
-    place = f"{Path(where).expanduser().resolve()}:{name}" if where.endswith(".py") else kernel
+    place = absolute_place(kernel)
     before = os.environ.get("FLASHCORE_PLUGINS")
     with tempfile.TemporaryDirectory(prefix="flashcore-kernel-") as folder:
         backend = write_plugin(Path(folder), place, layout=layout, lse=lse)

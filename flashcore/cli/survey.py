@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flashcore.cli import plain
 from flashcore.cli.adding import adding_to
 from flashcore.errors import BackendUnavailable
-from flashcore.records import Trial, scratch_run
+from flashcore.records import scratch_run
 
 DONE, LABEL_WRONG = 0, 3
 """Exit codes: surveyed; an algorithm that was labelled is not the one that ran. 2 is a usage error."""
@@ -45,7 +45,7 @@ def survey(
         trials = surveying.survey(folder, cases, progress=lambda line: err.print(escape(line)))
         trials += labels.prove_labels(folder, [c for c in cases if c.group in ("report", "row")])
     if json:
-        _print_json(trials)
+        plain.print_records(trials)
     else:
         gathered = evidence.gather(folder)
         for number, answer in enumerate(answers.answers(gathered.trials, environment=gathered.environment), start=1):
@@ -55,11 +55,6 @@ def survey(
     for trial in wrong:
         err.print(escape(f"{trial.data.get('product')}, {trial.data.get('policy')}: {trial.reason}"))
     raise typer.Exit(LABEL_WRONG if wrong else DONE)
-
-
-def _print_json(trials: list[Trial]) -> None:
-    for trial in trials:
-        sys.stdout.write(trial.model_dump_json() + "\n")
 
 
 def add_to(app: typer.Typer) -> None:

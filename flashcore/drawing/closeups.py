@@ -27,13 +27,13 @@ def words_of(share: float) -> str:
     return f"{share:.2f}" if share <= 1 else "FAIL"
 
 
-def number_of(value: float) -> str:
+def number_of(value: float, *, digits: int = 4) -> str:
     """A value as a small table shows it."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "Inf" if value > 0 else "-Inf"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def differences(window: Mapping[str, Any]) -> list[list[float]]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from flashcore import tables
+from flashcore.drawing.closeups import differences, number_of
 from flashcore.drawing.html_tables import nothing
 from flashcore.drawing.svg import COLOURS, FONT_SIZE, figure_html, style
 from flashcore.records import Trial
@@ -122,22 +123,9 @@ def bisection_html(trial: Trial, *, planted: str = "") -> str:
     return finding + (tables.folded("".join(parts), "Its stages", fold=trial.status == "ok") if parts else "")
 
 
-_PANELS = ("got", "expected", "difference")
-
-
 def _panels(window: dict[str, Any]) -> dict[str, list[list[float]]]:
-    got, expected = ([[_share(x) for x in row] for row in window[name]] for name in _PANELS[:2])
-    pairs = [zip(*rows, strict=True) for rows in zip(got, expected, strict=True)]
-    difference = [[0.0 if a == b else a - b for a, b in row] for row in pairs]
-    return dict(zip(_PANELS, (got, expected, difference), strict=True))
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Inf" if value > 0 else "-Inf"
-    return f"{value:.3g}"
+    read = {name: [[_share(x) for x in row] for row in window[name]] for name in ("got", "expected")}
+    return read | {"difference": differences(read)}
 
 
 def zoom_figure(trial: Trial) -> Figure:
@@ -156,7 +144,7 @@ def zoom_figure(trial: Trial) -> Figure:
                         strength = abs(value) / largest if math.isfinite(value) else 1.0
                         axes.add_patch(Rectangle((across, down), 1, 1, facecolor=COLOURS["target"], linewidth=0,
                                                  alpha=0.08 + 0.42 * strength))  # fmt: skip
-                    axes.text(across + 0.5, down + 0.5, _number(value), ha="center", va="center",
+                    axes.text(across + 0.5, down + 0.5, number_of(value, digits=3), ha="center", va="center",
                               fontsize=FONT_SIZE - 3)  # fmt: skip
             down, across = window["at"]
             axes.add_patch(Rectangle((across, down), 1, 1, fill=False, edgecolor=COLOURS["ink"], linewidth=1.6))
@@ -180,7 +168,7 @@ def zoom_html(trial: Trial) -> str:
         return nothing("Nothing to look at closely: no stage holds a wrong element.")
     place = ", ".join(f"{k} {window[k]}" for k in ("batch", "head", "page") if window.get(k) is not None)
     down, across = window["at"]
-    got, expected = (_number(_share(window[name][down][across])) for name in _PANELS[:2])
+    got, expected = (number_of(_share(window[name][down][across]), digits=3) for name in ("got", "expected"))
     where = f"{window['down']} {window['first_down'] + down}, {window['across']} {window['first_across'] + across}"
     alt = (f"{trial.backend}, {window['stage']}, {place}: values around the first bad element at {where}, "
            f"got {got}, expected {expected}.")  # fmt: skip

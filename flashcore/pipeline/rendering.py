@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore import page
-from flashcore.decision import verdict
+from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, PrintError, RecordsError, ToolMissing
 from flashcore.page import Variant, cleaning, pdf, policy
 from flashcore.paths import absolute, data_dir
@@ -213,7 +213,7 @@ td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0}}</style><
 def remove_pages(run: RunFolder) -> None:
     """Remove a run's page and PDF, before what they show is no longer so."""
     try:
-        for name in ("report.html", "report.pdf"):
+        for name in seal.PAGES:
             (run.path / name).unlink(missing_ok=True)
     except OSError as error:
         raise RecordsError(

@@ -10,7 +10,8 @@
 // The warpgroups issue their products in turn (`Turn`), so that they stay out of phase: one on Tensor Cores, the others in
 // their exponentials. O leaves by tensor copy, from the half of Q that its tile no longer needs.
 //
-// With FLASHCORE_PAGED the keys lie in pages, and each sequence has its own length (paged.cuh).
+// With FLASHCORE_PAGED the keys lie in pages, and each sequence has its own length (paged.cuh). With FLASHCORE_MASKS there are
+// other masks than the causal one (masks.cuh).
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"
@@ -34,7 +35,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28;
+constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP || HAS_LENGTHS ? HEAD_DIM / 16 : 0));
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
@@ -59,6 +60,7 @@ constexpr int PRODUCER_THREADS = 1;
 // Rows [first_row, end_row) of a flat head: a tile, or a narrower piece of one. They may reach beyond both ends of the queries.
 struct Rows {
   int batch_head, first_row, end_row;
+  MASKED(Sequence sequence;)
 };
 
 // What the producer tells the consumers of a tile.
@@ -67,10 +69,12 @@ struct Work {
     int first_row;    // beyond the last row for a warpgroup that has none
     int pages;        // that its rows see
     int whole_pages;  // and how many of those need no mask
+    MASKED(int pages_before, whole_from;)  // pages of the tile ahead of its own, and which of its own is the first whole one
   } of[NUM_CONSUMERS];
   Tile tile;
   int pages;  // that any of its rows sees; NO_MORE after the last tile
   PAGED(int seqlen_k;)
+  MASKED(Sequence sequence; int first_page; float sink;)
 };
 constexpr int NO_MORE = -1;
 
@@ -105,6 +109,10 @@ __device__ __forceinline__ int keys_of(const AttentionParams& params, int batch 
   PAGED(return paged.lengths_gmem[batch];)
   return params.seqlen_k;
 }
+
+#ifdef FLASHCORE_MASKS
+#include "sequences.cuh"
+#endif
 
 #ifdef FLASHCORE_PAGED
 constexpr int CLEARING_BARRIER = 1 + NUM_CONSUMERS;  // named barriers, after those of `Turn`
@@ -143,7 +151,8 @@ __device__ __forceinline__ int heavy_to_light(int position, int first, int end, 
 // back. With sections, two rounds of all blocks make one, and the last one is all that is left over; the tiles of a section go
 // from heavy to light, so that each block gets a heavy one and the light one that makes up for it. Few heads' K and V are in
 // use at a time either way. Tiles of the last round, when there are too few for all blocks, are cut into narrower ones.
-__device__ __forceinline__ bool deal(const AttentionParams& params, int sections, int step, Rows& rows) {
+__device__ __forceinline__ bool deal(const AttentionParams& params, int sections, int step, Rows& rows MASKED(, const MaskParams& masks)) {
+  MASKED(if (HAS_LENGTHS) return deal_listed(params, masks, step, rows);)
   const int blocks = gridDim.x;
   const int tiles = (params.seqlen_q + TILE_M - 1) / TILE_M;  // a head
   const int heads = params.num_heads_q * params.batch;
@@ -174,6 +183,7 @@ __device__ __forceinline__ bool deal(const AttentionParams& params, int sections
   const int first_row = params.causal ? whole_warps * WARP_ROWS - (nth + 1) * TILE_M : nth * TILE_M;
   rows.first_row = first_row + piece * piece_rows;
   rows.end_row = min(first_row + TILE_M, rows.first_row + piece_rows);
+  MASKED(rows.sequence = {rows.batch_head / params.num_heads_q, 0, params.seqlen_q, 0, params.seqlen_k};)
   return true;
 }
 
@@ -187,7 +197,7 @@ static_assert(TILE_N == 1 << TILE_SHIFT, "a page of the kernel's is a page of th
 // of those to come, and copies one of those at hand. Where there is none its page is -1, and it is filled with zeros.
 __device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at, const CUtensorMap& k_map,
                                            const CUtensorMap& v_map, const Tile& tile, int pages, int seqlen_k,
-                                           const PagedParams& paged) {
+                                           const PagedParams& paged MASKED(, int first_page)) {
   const int lane = threadIdx.x % WARP;
   const int keys_shift = min(TILE_SHIFT, paged.page_shift), boxes_shift = TILE_SHIFT - keys_shift;  // logarithms
   const int boxes_a_page = 1 << boxes_shift, pages_a_look = WARP >> boxes_shift;
@@ -206,9 +216,9 @@ __device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at,
   };
   int looked;
 #pragma unroll 1
-  for (int page = 0; page < pages; ++page, at = at.next()) {
+  for (int page = 0 MASKED(+ first_page); page < pages; ++page, at = at.next()) {
     const int first_box = (page & (pages_a_look - 1)) << boxes_shift;  // of the look
-    if (first_box == 0) looked = look(page);
+    if (first_box == 0 MASKED(|| page == first_page)) looked = look(page MASKED(& ~(pages_a_look - 1)));
     const int pool_page = __shfl_sync(~0u, looked, first_box + own_box);
     const unsigned present = __ballot_sync(~0u, pool_page >= 0) & ((1u << boxes_a_page) - 1);
     const int row = (page * TILE_N + own_key) & ~(-1 << paged.page_shift);
@@ -222,13 +232,16 @@ __device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at,
 #else
 // The pages of K and V that a tile sees.
 __device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at, const CUtensorMap& k_map,
-                                           const CUtensorMap& v_map, const Tile& tile, int pages) {
+                                           const CUtensorMap& v_map, const Tile& tile,
+                                           int pages MASKED(, int first_page, int first_key)) {
 #pragma unroll 1
-  for (int page = 0; page < pages; ++page, at = at.next()) {
+  for (int page = 0 MASKED(+ first_page); page < pages; ++page, at = at.next()) {
     mbarrier_wait(&smem.k_empty[at.slot], at.parity ^ 1);
-    load_rows<TILE_N>(smem.k[at.slot], k_map, &smem.k_full[at.slot], page * TILE_N, tile.head_kv, tile.batch);
+    load_rows<TILE_N>(smem.k[at.slot], k_map, &smem.k_full[at.slot], page * TILE_N MASKED(+ first_key), tile.head_kv,
+                      tile.batch);
     mbarrier_wait(&smem.v_empty[at.slot], at.parity ^ 1);
-    load_rows<TILE_N>(smem.v[at.slot], v_map, &smem.v_full[at.slot], page * TILE_N, tile.head_kv, tile.batch);
+    load_rows<TILE_N>(smem.v[at.slot], v_map, &smem.v_full[at.slot], page * TILE_N MASKED(+ first_key), tile.head_kv,
+                      tile.batch);
   }
 }
 #endif
@@ -237,30 +250,55 @@ __device__ __forceinline__ void load_pages(SharedMemory& smem, RingPosition& at,
 // becomes free.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const CUtensorMap& q_map,
                                         const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                        int sections PAGED_PARAM) {
+                                        int sections PAGED_PARAM MASKED(, const MaskParams& masks)) {
   RingPosition at;
   for (int step = 0;; ++step) {
     const int half = step % 2;
     Rows rows;
-    if (!deal(params, sections, step, rows)) {
+    if (!deal(params, sections, step, rows MASKED(, masks))) {
       mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
       if (threadIdx.x == CONSUMER_THREADS) {
         smem.work[half].pages = NO_MORE;
-        for (auto& of : smem.work[half].of) of.pages = 0;
+        for (auto& of : smem.work[half].of) of.pages = 0 MASKED(, of.pages_before = 0);
         mbarrier_arrive(&smem.q_full[half]);
       }
       return;
     }
     const Tile tile(params, rows.batch_head, rows.first_row);
     const int seqlen_k = keys_of(params, tile.batch PAGED(, paged));
+#ifdef FLASHCORE_MASKS
+    const Sequence& sequence = rows.sequence;
+    const int keys = HAS_LENGTHS ? sequence.seqlen_k : seqlen_k;
+    const PageSpan span(masks, rows.first_row, rows.end_row - rows.first_row, TILE_N, sequence.seqlen_q, keys);
+    const int pages = span.end - span.first;
+#else
     const int pages = pages_of(params, rows.first_row, rows.end_row - rows.first_row, TILE_N, seqlen_k);
+#endif
     mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
     if (threadIdx.x == CONSUMER_THREADS) {
-      copy_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], rows.first_row, tile.head, tile.batch);
+      copy_rows<TILE_M>(smem.q[half], q_map, &smem.q_full[half], rows.first_row MASKED(+ sequence.first_q), tile.head,
+                        tile.batch);
       Work& work = smem.work[half];
       work.tile = tile;
       work.pages = pages;
       PAGED(work.seqlen_k = seqlen_k;)
+#ifdef FLASHCORE_MASKS
+      work.sequence = sequence;
+      work.first_page = span.first;
+      if (HAS_SINK) work.sink = fmaxf(masks.sink_gmem[tile.head] * LOG2_E, UNSEEN);
+#pragma unroll
+      for (int consumer = 0; consumer < NUM_CONSUMERS; ++consumer) {
+        const int first_row = rows.first_row + consumer * WARPGROUP_ROWS;
+        const int own_rows = max(0, min(WARPGROUP_ROWS, rows.end_row - first_row));
+        const PageSpan own(masks, first_row, own_rows, TILE_N, sequence.seqlen_q, keys);
+        const bool as_they_are = HAS_SOFTCAP || params.softmax_scale >= 0.f;
+        work.of[consumer].first_row = own_rows > 0 ? first_row : sequence.seqlen_q;
+        work.of[consumer].pages = own.end - own.first;
+        work.of[consumer].whole_pages = as_they_are ? own.whole_end - own.first : 0;
+        work.of[consumer].pages_before = own.end > own.first ? own.first - span.first : 0;
+        work.of[consumer].whole_from = own.whole_from - own.first;
+      }
+#else
 #pragma unroll
       for (int consumer = 0; consumer < NUM_CONSUMERS; ++consumer) {
         const int first_row = rows.first_row + consumer * WARPGROUP_ROWS;
@@ -269,9 +307,16 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
         work.of[consumer].pages = any ? pages_of(params, first_row, WARPGROUP_ROWS, TILE_N, seqlen_k) : 0;
         work.of[consumer].whole_pages = pages_as_they_are(params, first_row, TILE_N, seqlen_k);
       }
+#endif
       mbarrier_arrive_expect_tx(&smem.q_full[half], Q_BYTES);
     }
+#if defined(FLASHCORE_MASKS) && defined(FLASHCORE_PAGED)
+    load_pages(smem, at, k_map, v_map, tile, span.end, seqlen_k, paged, span.first);
+#elif defined(FLASHCORE_MASKS)
+    load_pages(smem, at, k_map, v_map, tile, span.end, span.first, sequence.first_k);
+#else
     load_pages(smem, at, k_map, v_map, tile, pages PAGED(, seqlen_k, paged));
+#endif
   }
 }
 
@@ -293,7 +338,8 @@ struct Turn {
 // One warpgroup: 64 rows of each of the block's tiles. The last product of a tile is issued with the first of the next.
 // Lanes take no branch apart here: after one, slots and descriptors would no longer be kept in uniform registers.
 __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params,
-                                        const CUtensorMap& out_map PAGED_PARAM TRACE_PARAM) {
+                                        const CUtensorMap& out_map PAGED_PARAM MASKED(, const MaskParams& masks)
+                                            TRACE_PARAM) {
   const int consumer = uniform(threadIdx.x / WARPGROUP);
   const int warp = uniform(threadIdx.x / WARP % 4);
   const int lane = threadIdx.x % WARP;
@@ -308,10 +354,28 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     release(&smem.q_empty[half]);
   };
   const auto keys_in = [&](const Work& work) {
+    MASKED(if (HAS_LENGTHS) return uniform(work.sequence.seqlen_k);)
     PAGED(return uniform(work.seqlen_k);)
     return params.seqlen_k;
   };
   PAGED(const unsigned all_present = (1u << max(1, TILE_N >> paged.page_shift)) - 1;)
+
+#ifdef FLASHCORE_MASKS
+  const float scale_by_cap = HAS_SOFTCAP ? params.softmax_scale / masks.softcap : 0.f;
+  // Pages that only earlier rows of a tile see: this warpgroup lets them pass, and takes its turns.
+  const auto let_pass = [&](RingPosition from, int pages) {
+#pragma unroll 1
+    for (int page = 0; page < pages; ++page, from = from.next()) {
+      turn.wait();
+      turn.pass();
+      mbarrier_wait(&smem.k_full[from.slot], from.parity);
+      mbarrier_wait(&smem.v_full[from.slot], from.parity);
+      release(&smem.k_empty[from.slot]);
+      release(&smem.v_empty[from.slot]);
+    }
+    return from;
+  };
+#endif
 
   RingPosition at;  // of the page whose V comes next
   float s[TILE_N / 2], o[OUTPUTS];
@@ -323,35 +387,47 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   mbarrier_wait(&smem.q_full[0], 0);
   held_q.template load<TILE_M>(smem.q[0], warp_row, lane);
   const bool any = uniform(smem.work[0].of[consumer].pages) > 0;
-  if (any) mbarrier_wait(&smem.k_full[0], 0);
-  PAGED(unsigned present = smem.present[0];)
+  MASKED(at = let_pass(at, uniform(smem.work[0].of[consumer].pages_before));)
+  if (any) mbarrier_wait(&smem.k_full[0 MASKED(+ at.slot)], 0 MASKED(+ at.parity));
+  PAGED(unsigned present = smem.present[0 MASKED(+ at.slot)];)
   turn.wait();
   wgmma_fence();
-  multiply_q_k<TILE_M, TILE_N>(s, q_halves, k_ring, held_q);
+  multiply_q_k<TILE_M, TILE_N>(s, q_halves, k_ring MASKED(.at(at.slot * PAGE_BYTES)), held_q);
   wgmma_commit();
   turn.pass();
   wgmma_wait<0>();
-  if (any) release(&smem.k_empty[0]);
+  if (any) release(&smem.k_empty[0 MASKED(+ at.slot)]);
 
   for (int step = 0;; ++step) {
     const int half = step % 2, other_half = half ^ 1;
     const Work& work = smem.work[half];
-    const int tile_pages = uniform(work.pages);
+    const int tile_pages = uniform(work.pages) MASKED(- uniform(work.of[consumer].pages_before));
     if (tile_pages == NO_MORE) break;
     const int first_row = uniform(work.of[consumer].first_row), pages = uniform(work.of[consumer].pages);
     const int whole_pages = uniform(work.of[consumer].whole_pages);
     const int seqlen_k = keys_in(work);
+#ifdef FLASHCORE_MASKS
+    const int seqlen_q = HAS_LENGTHS ? uniform(work.sequence.seqlen_q) : params.seqlen_q;
+    const int first_page = uniform(work.first_page) + uniform(work.of[consumer].pages_before);
+    const int first_key = first_page * TILE_N, whole_from = uniform(work.of[consumer].whole_from);
+#endif
     const MatrixDescriptor q = q_halves.at(half * Q_BYTES);
     const int row = first_row + warp * WARP_ROWS + lane / 4;  // a thread's other row is row + 8
     at = {uniform(at.slot), static_cast<unsigned>(uniform(at.parity))};
-    Softmax softmax(params.softmax_scale);
+    Softmax softmax(MASKED(HAS_SOFTCAP ? masks.softcap :) params.softmax_scale);
+#ifdef FLASHCORE_MASKS
+    TRACE(const AccumulatorTrace stages(trace, params, masks, work.tile, row, lane, seqlen_q, seqlen_k);)
+#else
     TRACE(const AccumulatorTrace stages(trace, params, work.tile, row, lane);)
+#endif
 
     if (pages > 0) {
-      if (whole_pages == 0) sign_and_mask(s, params, row, 0, seqlen_k, lane);
+      MASKED(if (HAS_SOFTCAP) cap(s, scale_by_cap);)
+      if (whole_pages == 0 MASKED(|| whole_from > 0))
+        sign_and_mask(s, params MASKED(, masks), row, 0 MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
       softmax.first(s, p);
-      TRACE(stages.page(0, TILE_N, s, p, softmax);)
+      TRACE(stages.page(0 MASKED(+ first_page), TILE_N, s, p, softmax);)
     }
     if (step > 0) release_q(other_half);
 #pragma unroll 1
@@ -371,11 +447,13 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       release(&smem.k_empty[k_at.slot]);
       release(&smem.v_empty[at.slot]);
       at = k_at;
-      if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);
+      MASKED(if (HAS_SOFTCAP) cap(s, scale_by_cap);)
+      if (page >= whole_pages MASKED(|| page < whole_from))
+        sign_and_mask(s, params MASKED(, masks), row, page * TILE_N MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
-      TRACE(stages.accum(page - 1, o);)
+      TRACE(stages.accum(page - 1 MASKED(+ first_page), o);)
       softmax.next(s, p, o);
-      TRACE(stages.page(page, TILE_N, s, p, softmax);)
+      TRACE(stages.page(page MASKED(+ first_page), TILE_N, s, p, softmax);)
     }
 
     // Pages that only later rows of the tile see: this warpgroup lets them pass, and takes its turns.
@@ -396,12 +474,15 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     mbarrier_wait(&smem.q_full[other_half], (step + 1) / 2 % 2);
     const int next_pages = uniform(smem.work[other_half].of[consumer].pages);
     held_q.template load<TILE_M>(smem.q[other_half], warp_row, lane);
+    MASKED(after = let_pass(after, uniform(smem.work[other_half].of[consumer].pages_before));)
     if (next_pages > 0) mbarrier_wait(&smem.k_full[after.slot], after.parity);
     if (pages > 0) mbarrier_wait(&smem.v_full[at.slot], at.parity);
     PAGED(present = smem.present[after.slot];)
-    PAGED(const int left = seqlen_k - (pages - 1) * TILE_N;)
+    PAGED(const int left = seqlen_k - (pages - 1) * TILE_N MASKED(- first_key);)
     PAGED(if (pages > 0 && left < TILE_N)
             clear_rows<TILE_N>(smem.v[at.slot], CLEARING_BARRIER + consumer, [&](int i) { return i >= left; });)
+    MASKED(if (HAS_LENGTHS && pages > 0)
+             clear_after(smem.v[at.slot], seqlen_k - first_key - (pages - 1) * TILE_N, consumer);)
     turn.wait();
     wgmma_fence();
     multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(other_half * Q_BYTES), k_ring.at(after.slot * PAGE_BYTES), held_q);
@@ -411,7 +492,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     wgmma_wait<0>();
     if (next_pages > 0) release(&smem.k_empty[after.slot]);
     if (pages > 0) release(&smem.v_empty[at.slot]);
-    TRACE(if (pages > 0) stages.accum(pages - 1, o);)
+    TRACE(if (pages > 0) stages.accum(pages - 1 MASKED(+ first_page), o);)
     at = after;
 
     // O / l; a row that saw no key gives 0, and lse -inf
@@ -420,17 +501,38 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       for (int i = 0; i < OUTPUTS; ++i) o[i] = 0.f;
       asm volatile("");  // a branch, not a choice for each
     }
+#ifdef FLASHCORE_MASKS
+    float row_sum[2], lse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row_sum[r] = quad_sum(softmax.row_sum[r]);
+      lse[r] = HAS_SINK ? join_sink(work.sink, softmax.reference[r], row_sum[r])
+                        : log_sum_exp(softmax.reference[r], row_sum[r]);
+    }
+#else
     const float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
     const float lse[2] = {log_sum_exp(softmax.reference[0], row_sum[0]), log_sum_exp(softmax.reference[1], row_sum[1])};
+#endif
+    // A tensor copy writes whole warps alone: what comes after a sequence is another one's.
+    MASKED(const bool whole_warp = !HAS_LENGTHS || first_row + (warp + 1) * WARP_ROWS <= seqlen_q;)
     stage_out<TILE_M>(smem.q[half], warp_row, lane, o, row_sum);
     __syncwarp();
 #pragma unroll
     for (int block = 0; block < COLUMN_BLOCKS; ++block)
-      tma_store_4d(lane == 0 && first_row + warp * WARP_ROWS >= 0, out_map,
+      tma_store_4d(lane == 0 && first_row + warp * WARP_ROWS >= 0 MASKED(&& whole_warp), out_map,
                    smem.q[half] + (block * TILE_M + warp_row) * ROW_BYTES, block * BLOCK_COLUMNS,
-                   first_row + warp * WARP_ROWS, work.tile.head, work.tile.batch);
+                   first_row + warp * WARP_ROWS MASKED(+ work.sequence.first_q), work.tile.head, work.tile.batch);
     tma_store_commit();
+#ifdef FLASHCORE_MASKS
+    if (!whole_warp)
+      store_out_rows(params, work, smem.q[half], warp_row, first_row + warp * WARP_ROWS, lane);
+    if (HAS_LENGTHS)
+      store_lse_rows(params, work, row, lane, lse);
+    else
+      store_lse(params, work.tile, row, lane, lse);
+#else
     store_lse(params, work.tile, row, lane, lse);
+#endif
   }
 }
 
@@ -438,7 +540,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_hopper(const __grid_constant__ AttentionParams params, const __grid_constant__ CUtensorMap q_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                      const __grid_constant__ CUtensorMap out_map,
-                     const int sections PAGED(, const __grid_constant__ PagedParams paged) TRACE_PARAM) {
+                     const int sections PAGED(, const __grid_constant__ PagedParams paged)
+                         MASKED(, const __grid_constant__ MaskParams masks) TRACE_PARAM) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared_bytes);
 
@@ -464,14 +567,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x >= CONSUMER_THREADS) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
     if (threadIdx.x < CONSUMER_THREADS + PRODUCER_THREADS)
-      produce(smem, params, q_map, k_map, v_map, sections PAGED(, paged));
+      produce(smem, params, q_map, k_map, v_map, sections PAGED(, paged) MASKED(, masks));
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume(smem, params, out_map PAGED(, paged) TRACE(, trace));
+    consume(smem, params, out_map PAGED(, paged) MASKED(, masks) TRACE(, trace));
     tma_store_wait_read();  // the copies still read the block's shared memory
   }
 }
 
+#ifndef FLASHCORE_MASKS
 #ifndef FLASHCORE_PAGED
 #include "hopper_split.cuh"
+#endif
 #endif

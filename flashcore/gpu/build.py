@@ -127,6 +127,7 @@ class _Snapshot:
     text: str
     version: str
     hash: str
+    hash_with_masks: str
     files: tuple[tuple[Path, int, int], ...]
     """Path, time of change in ns and size of each; the kernel's own file first."""
     looked: float
@@ -151,7 +152,7 @@ def _snapshot(kernel: str) -> _Snapshot:
         if _states(paths) == files:
             break
     version = hashlib.sha256(text.encode()).hexdigest()[:16]
-    made = _Snapshot(text, version, hashlib.sha256(_bare(text).encode()).hexdigest()[:16], files, now)
+    made = _Snapshot(text, version, _hash_of(without_masks(text)), _hash_of(text), files, now)
     _snapshots[kernel] = made
     return made
 
@@ -208,6 +209,10 @@ def _own_header(including: Path, name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
+def _hash_of(text: str) -> str:
+    return hashlib.sha256(_bare(text).encode()).hexdigest()[:16]
+
+
 _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|//[^\n]*|/\*.*?\*/', flags=re.DOTALL)
 
 
@@ -218,14 +223,76 @@ def _bare(text: str) -> str:
     return re.sub(r"\s+", "", without)
 
 
-def source_hash(kernel: str) -> str:
-    """16 hex digits over the kernel and its headers, without comments and white space: names what a record measured."""
-    return _snapshot(kernel).hash
+MASKS = "FLASHCORE_MASKS"
+"""The macro without which a kernel is compiled as if its masks beyond the causal one were not in its source."""
+MASKED = "+masks"
+"""What follows a kernel's name where it is compiled with that macro."""
+
+
+def without_masks(text: str) -> str:
+    """A kernel's source as the compiler sees it where FLASHCORE_MASKS is not defined.
+
+    What stands under a condition that wants the macro, and in ``MASKED(...)``, is gone. A kernel whose masks were
+    edited is the same kernel without them, down to its machine code, and what was measured of it still holds.
+    """
+    kept: list[str] = []
+    open_conditions: list[tuple[bool, bool]] = []
+    """Of every condition that is open: whether it asks for the macro, and whether its lines are kept now."""
+    for line in text.split("\n"):
+        directive = _DIRECTIVE.match(line)
+        word, rest = directive.groups() if directive else ("", "")
+        ours = MASKS in rest
+        if word in ("if", "ifdef", "ifndef"):
+            open_conditions.append((ours, not ours or word == "ifndef"))
+            if ours:
+                continue
+        elif word in ("elif", "else") and open_conditions and open_conditions[-1][0]:
+            open_conditions[-1] = (True, word == "else" and not open_conditions[-1][1])
+            continue
+        elif word == "endif" and open_conditions and open_conditions.pop()[0]:
+            continue
+        if all(keeps for _, keeps in open_conditions) and not (word == "define" and rest.startswith("MASKED(")):
+            kept.append(line)
+    return _without_calls("\n".join(kept), "MASKED")
+
+
+_DIRECTIVE = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else|endif|define)\b\s*(.*)$")
+
+
+def _without_calls(text: str, name: str) -> str:
+    """A source without the calls of a function-like macro, their arguments with them."""
+    parts, start = [], 0
+    for call in re.finditer(rf"\b{name}\(", text):
+        if call.start() < start:
+            continue  # inside of another call
+        depth, end = 1, call.end()
+        while depth and end < len(text):
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        parts.append(text[start : call.start()])
+        start = end
+    return "".join([*parts, text[start:]])
+
+
+def source_hash(kernel: str, *, masks: bool = False) -> str:
+    """16 hex digits over the kernel and its headers, without comments and white space: names what a record measured.
+
+    With `masks` of all of it, otherwise of what is left `without_masks`.
+    """
+    snapshot = _snapshot(kernel)
+    return snapshot.hash_with_masks if masks else snapshot.hash
 
 
 def source_hashes() -> dict[str, str]:
-    """`source_hash` of every kernel."""
-    return {kernel: source_hash(kernel) for kernel in kernel_names()}
+    """`source_hash` of every kernel; of one with masks, under its name and ``+masks``, also the hash with them."""
+    hashes = {kernel: source_hash(kernel) for kernel in kernel_names()}
+    masked = {kernel + MASKED: source_hash(kernel, masks=True) for kernel in kernel_names() if takes_masks(kernel)}
+    return hashes | masked
+
+
+def takes_masks(kernel: str) -> bool:
+    """Whether the kernel can be compiled with masks beyond the causal one."""
+    return MASKS in _text(kernel_path(kernel))
 
 
 def variants(kernel: str) -> list[tuple[int, str]]:
@@ -350,7 +417,7 @@ def compile_kernel(
         macros["FLASHCORE_TRACE"] = 1
     text = kernel_source(kernel) if source is None else source
 
-    return _built(kernel, path, text, macros, source_hash(kernel))
+    return _built(kernel, path, text, macros, source_hash(kernel, masks=MASKS in macros))
 
 
 def compile_text(name: str, text: str) -> Cubin:
@@ -361,7 +428,7 @@ def compile_text(name: str, text: str) -> Cubin:
     CompileError, ToolMissing
         As `compile_kernel`.
     """
-    return _built(name, Path(f"{name}.cu"), text, {}, hashlib.sha256(_bare(text).encode()).hexdigest()[:16])
+    return _built(name, Path(f"{name}.cu"), text, {}, _hash_of(text))
 
 
 def _built(name: str, path: Path, text: str, macros: dict[str, str | int], hashed: str) -> Cubin:

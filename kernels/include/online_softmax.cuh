@@ -6,6 +6,11 @@
 #pragma once
 #include "trace.cuh"
 #include "wgmma.cuh"
+#ifdef FLASHCORE_MASKS
+#include "masks.cuh"
+#else
+#define MASKED(...)
+#endif
 
 // A probability above this would not be finite in 16 bits: the page's sum, which bounds each, has to stay below.
 // bfloat16 has float's range; there the accumulator is what has to stay finite.
@@ -22,6 +27,33 @@ __device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], const Attentio
     s[i] = column_of(i, lane) < keys[row_of(i)] ? score : -INFINITY;
   }
 }
+
+#ifdef FLASHCORE_MASKS
+// The reference of a row that has seen no key yet: below every score, so that the first one it sees outgrows it.
+constexpr float UNSEEN = -1e37f;
+
+// The same for all masks; the sign is in scores that have a cap already.
+template <int SCORES>
+__device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], const AttentionParams& params, const MaskParams& masks,
+                                              int row, int first_key, int seqlen_q, int seqlen_k, int lane) {
+  const Span spans[2] = {seen_by(masks, row, seqlen_q, seqlen_k), seen_by(masks, row + 8, seqlen_q, seqlen_k)};
+#pragma unroll
+  for (int i = 0; i < SCORES; ++i) {
+    const float score = !HAS_SOFTCAP && params.softmax_scale < 0.f ? -s[i] : s[i];
+    const int key = first_key + column_of(i, lane);
+    s[i] = key >= spans[row_of(i)].begin && key < spans[row_of(i)].end ? score : -INFINITY;
+  }
+}
+
+// A sink joins the sum of a row as one more key; returns the lse of them all. sink: the score in the units of the reference.
+__device__ __forceinline__ float join_sink(float sink, float reference, float& row_sum) {
+  constexpr float LARGEST_EXPONENT = 126.f;  // against an O that is finite, all of them are a weight of nothing
+  const float highest = fmaxf(reference, sink);
+  const float sum = row_sum * ex2_approx(reference - highest) + ex2_approx(sink - highest);
+  row_sum += ex2_approx(fminf(sink - reference, LARGEST_EXPONENT));
+  return highest <= UNSEEN ? -INFINITY : (highest + lg2_approx(sum)) * LN_2;
+}
+#endif
 
 // The softmax of a thread's two rows, over the pages so far.
 struct Softmax {
@@ -63,7 +95,7 @@ struct Softmax {
     for (int row = 0; row < 2; ++row) {
       const float highest = fmaxf(reference[row], quad_max(row_max[row]) * scale_log2);
       // A row that has seen no key subtracts 0, since -inf - (-inf) is NaN.
-      const float raised = highest == -INFINITY ? 0.f : highest;
+      const float raised = highest == -INFINITY ? 0.f MASKED(+ UNSEEN) : highest;
       rescale[row] = ex2_approx(reference[row] - raised);
       reference[row] = raised;
       row_sum[row] *= rescale[row];
@@ -106,6 +138,8 @@ struct AccumulatorTrace {
   int visible[2];  // keys that the rows see
   int lane;
   int first_key;  // of the chain of pages that the softmax runs over
+  MASKED(int begins[2] = {0, 0};)  // the first key that the rows see
+  MASKED(float by_scale = 1.f;)    // what scores are stored multiplied by, besides the scale
 
   __device__ AccumulatorTrace(const TraceRow& row, const TraceRow& other, const bool (&exists)[2], const int (&visible)[2],
                               int lane, int first_key)
@@ -117,6 +151,20 @@ struct AccumulatorTrace {
                          {row_exists(params, row), row_exists(params, row + 8)},
                          {visible_keys(params, row), visible_keys(params, row + 8)}, lane, first_key) {}
 
+#ifdef FLASHCORE_MASKS
+  __device__ AccumulatorTrace(const TraceBuffers& trace, const AttentionParams& params, const MaskParams& masks,
+                              const Tile& tile, int row, int lane, int seqlen_q, int seqlen_k)
+      : AccumulatorTrace(TraceRow(trace, params, tile, row), TraceRow(trace, params, tile, row + 8),
+                         {row >= 0 && row < seqlen_q, row + 8 >= 0 && row + 8 < seqlen_q}, {0, 0}, lane, 0) {
+    for (int r = 0; r < 2; ++r) {
+      const Span span = seen_by(masks, row + 8 * r, seqlen_q, seqlen_k);
+      begins[r] = span.begin;
+      visible[r] = span.begin < span.end ? span.end : 0;
+    }
+    if (HAS_SOFTCAP && params.softmax_scale != 0.f) by_scale = masks.softcap / fabsf(params.softmax_scale);
+  }
+#endif
+
   template <int SCORES>
   __device__ void page(int page, int tile_n, const float (&s)[SCORES], const unsigned (&p)[SCORES / 2],
                        const Softmax& softmax) const {
@@ -124,15 +172,15 @@ struct AccumulatorTrace {
       const int r = row_of(i), key = page * tile_n + column_of(i, lane);
       const unsigned short bits = p[i / 2] >> (i % 2 * 16);
       if (!exists[r] || key >= params.seqlen_k) continue;
-      stage[r].score(key, s[i] == -INFINITY ? -INFINITY : s[i] * fabsf(params.softmax_scale));
+      stage[r].score(key, s[i] == -INFINITY ? -INFINITY : s[i] MASKED(* by_scale) * fabsf(params.softmax_scale));
       stage[r].prob(key, to_float(reinterpret_cast<const Element&>(bits)));
     }
     for (int r = 0; r < 2; ++r) {
       const float row_sum = quad_sum(softmax.row_sum[r]);
       if (!exists[r] || lane % 4 != 0) continue;
-      const bool seen = visible[r] > first_key;
+      const bool seen = visible[r] > first_key MASKED(&& begins[r] < (page + 1) * tile_n);
       stage[r].row_max(page, seen ? softmax.reference[r] * LN_2 : -INFINITY);
-      stage[r].rescale(page, softmax.rescale[r]);
+      stage[r].rescale(page, MASKED(!seen ? 0.f :) softmax.rescale[r]);
       stage[r].row_sum(page, row_sum);
     }
   }

@@ -1,0 +1,96 @@
+// Masks that models use besides the causal one: a window, a cap on scores, a sink, and sequences of their own lengths.
+//
+//   FLASHCORE_MASKS   which of them are compiled in, a bit each; where it is not defined MASKED(...) is nothing
+//
+// The query in row i of a sequence stands at position i + seqlen_k - seqlen_q, and sees keys from `window_left` before it to
+// `window_right` after it. Scores become softcap * tanh(scale * q k / softcap) before that. A sink is one more key of each
+// head, with a score of its own and a value of 0. Sequences with lengths lie end to end, or at either end of padded rows.
+#pragma once
+
+constexpr bool HAS_WINDOW = FLASHCORE_MASKS & 1;
+constexpr bool HAS_SOFTCAP = FLASHCORE_MASKS & 2;
+constexpr bool HAS_SINK = FLASHCORE_MASKS & 4;
+constexpr bool HAS_LENGTHS = FLASHCORE_MASKS & 8;
+#define MASKED(...) __VA_ARGS__
+#define MASK_PARAM , const MaskParams& masks
+
+// Where the real rows of a sequence lie: those of Q from row first_q of `batch` on, those of K and V from first_k on.
+struct Sequence {
+  int batch, first_q, seqlen_q, first_k, seqlen_k;
+};
+
+// Some tiles of query rows of a sequence: the nth.
+struct ListedTile {
+  int sequence, nth;
+};
+
+// The order and types of these fields are the launch contract; the host fills a struct of the same layout.
+struct MaskParams {
+  const float* sink_gmem;              // [num_heads_q], natural units
+  const Sequence* sequences_gmem;      // [sequences]
+  const ListedTile* tiles_gmem;        // [num_tiles], from heavy to light
+  const int* num_tiles_gmem;           // [1]
+  int window_left, window_right;       // negative: no limit
+  float softcap;
+};
+
+// Keys [begin, end) of a sequence.
+struct Span {
+  int begin, end;
+};
+
+// The keys that a query row sees.
+__device__ __forceinline__ Span seen_by(const MaskParams& masks, int row, int seqlen_q, int seqlen_k) {
+  const int position = row + seqlen_k - seqlen_q;
+  Span span = {0, seqlen_k};
+  if (masks.window_right >= 0) span.end = max(0, min(seqlen_k, position + masks.window_right + 1));
+  if (HAS_WINDOW && masks.window_left >= 0) span.begin = max(0, min(seqlen_k, position - masks.window_left));
+  return span;
+}
+
+// The pages of `tile_n` keys that some rows see: [first, end), of which [whole_from, whole_end) need no mask. Rows below 0 and
+// from seqlen_q on are not there.
+struct PageSpan {
+  int first, end, whole_from, whole_end;
+
+  __device__ __forceinline__ PageSpan(const MaskParams& masks, int first_row, int rows, int tile_n, int seqlen_q, int seqlen_k) {
+    const int from = max(first_row, 0), to = min(first_row + rows, seqlen_q);
+    const Span of_first = seen_by(masks, from, seqlen_q, seqlen_k), of_last = seen_by(masks, to - 1, seqlen_q, seqlen_k);
+    const bool any = from < to && of_first.begin < of_last.end;
+    first = of_first.begin / tile_n;
+    end = any ? (of_last.end + tile_n - 1) / tile_n : first;
+    whole_from = (of_last.begin + tile_n - 1) / tile_n;
+    whole_end = of_first.end / tile_n;
+  }
+};
+
+// tanh to the last bits of a float: an odd polynomial near 0, where the scores of models lie, fitted at the nodes of
+// Chebyshev (largest error 4.2e-7), and exponentials for a warp that has larger ones.
+constexpr float TANH_NEAR = 0.75f;
+__device__ __forceinline__ float tanh_near_zero(float x) {
+  const float y = x * x;
+  float ratio = fmaf(0.0129166518f, y, -0.0500416086f);
+  ratio = fmaf(ratio, y, 0.132584621f);
+  ratio = fmaf(ratio, y, -0.333281921f);
+  ratio = fmaf(ratio, y, 0.999999424f);
+  return ratio * x;
+}
+__device__ __forceinline__ float tanh_anywhere(float x) { return 1.f - 2.f * rcp_approx(1.f + ex2_approx(2.f * LOG2_E * x)); }
+
+// S = tanh(scale * S / softcap): the cap itself is left to the softmax, which multiplies by it.
+template <int SCORES>
+__device__ __forceinline__ void cap(float (&s)[SCORES], float scale_by_cap) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < SCORES; ++i) {
+    s[i] *= scale_by_cap;
+    largest = fmaxf(largest, fabsf(s[i]));
+  }
+  if (__all_sync(~0u, largest <= TANH_NEAR)) {
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) s[i] = tanh_near_zero(s[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) s[i] = tanh_anywhere(s[i]);
+  }
+}

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from flashcore.errors import InvalidProblem, UnknownName, did_you_mean
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+SELDOM = ("softmax_scale", "page_size", "window_left", "window_right", "softcap", "sink", "lengths")
+"""Fields of a problem that most leave as they are; a record leaves them out then."""
 
 
 class Problem(BaseModel):
@@ -19,6 +21,14 @@ class Problem(BaseModel):
 
     Tensors are ``[batch, num_heads, seqlen, head_dim]``. ``causal`` is aligned bottom right: query row i sees key
     columns ``j <= i + seqlen_k - seqlen_q`` (torch's ``is_causal`` aligns top left; the two agree when the lengths do).
+    The window is aligned alike: with ``position = i + seqlen_k - seqlen_q`` a query sees keys from
+    ``position - window_left`` to ``position + window_right``.
+
+    With `lengths` both count real rows, each sequence by itself: `seqlen_q` and `seqlen_k` of the formulas are then its
+    own, and those of the problem are the shape of the padded tensors. Under ``ragged`` they are bounds that the host
+    knows, `batch` is the number of sequences, and tensors are ``[1, num_heads, total, head_dim]``. Rows that are not
+    real give 0, and -inf in `lse`. The numbers that a mask needs, such as the lengths, come as tensors beside Q, K and
+    V (`flashcore.numerics.masking`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +45,18 @@ class Problem(BaseModel):
     """Multiplies Q K^T; None means ``1 / sqrt(head_dim)``."""
     page_size: int = Field(default=128, gt=0)
     """Keys in a page, for backends that loop over pages of a chosen size."""
+    window_left: int = -1
+    """Keys before its own position that a query sees; -1 for no limit."""
+    window_right: int = -1
+    """Keys after its own position that a query sees; -1 for no limit, and always -1 under `causal`, which allows none.
+    """
+    softcap: float | None = None
+    """Above 0: a score s becomes ``softcap * tanh(s / softcap)`` before any mask; None leaves scores as they are."""
+    sink: bool = False
+    """One more key of each query head, whose value is 0: its score is a float32 number that no scale multiplies."""
+    lengths: Literal["", "right", "left", "ragged"] = ""
+    """Which rows of a sequence are real: all (the empty word), the first (`right` padding), the last (`left`), or those
+    of its own part of tensors in which sequences lie end to end (`ragged`)."""
 
     def __init__(self, **fields):
         try:
@@ -65,6 +87,31 @@ class Problem(BaseModel):
             raise ValueError("softmax_scale must be a finite number; leave it out for 1/sqrt(head_dim)")
         return value
 
+    @field_validator("window_left", "window_right")
+    @classmethod
+    def _window_is_a_limit(cls, value, info):
+        if value < -1:
+            raise ValueError(f"{info.field_name} must be at least 0, or -1 for no limit")
+        return value
+
+    @field_validator("softcap")
+    @classmethod
+    def _softcap_is_above_zero(cls, value):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError("softcap must be a finite number above 0; leave it out for no cap")
+        return value
+
+    @model_validator(mode="after")
+    def _causal_ends_the_window(self):
+        if self.causal and self.window_right > 0:
+            raise ValueError(
+                f"window_right ({self.window_right}) lets a query see keys after its own position, and causal does "
+                "not; leave one of them out"
+            )
+        if self.causal and self.window_right == 0:
+            self.__dict__["window_right"] = -1  # one way to write it, so that equal problems are equal
+        return self
+
     @model_validator(mode="after")
     def _heads_divide(self):
         if self.num_heads_q % self.num_heads_kv:
@@ -78,17 +125,60 @@ class Problem(BaseModel):
         """The softmax scale in force."""
         return 1.0 / math.sqrt(self.head_dim) if self.softmax_scale is None else self.softmax_scale
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """`window_left` and `window_right` that are in force, -1 for no limit; under `causal` the right one is 0."""
+        return self.window_left, 0 if self.causal else self.window_right
+
+    @functools.cached_property
+    def masks(self) -> tuple[str, ...]:
+        """What a backend has to take besides `causal`: some of ``window, softcap, sink, lengths, ragged``."""
+        in_force = {
+            "window": self.window_left >= 0 or self.window_right >= 0,
+            "softcap": self.softcap is not None,
+            "sink": self.sink,
+            "lengths": self.lengths in ("right", "left"),
+            "ragged": self.lengths == "ragged",
+        }
+        return tuple(name for name, is_in_force in in_force.items() if is_in_force)
+
+    def visible_pairs(self) -> int:
+        """Pairs of a query and a key that it sees, in one head of one sequence of `seqlen_q` and `seqlen_k` rows.
+
+        With ``p = i + seqlen_k - seqlen_q`` query i sees ``min(p + right + 1, seqlen_k) - max(p - left, 0)`` keys, each
+        of the two bounds cut to 0 to `seqlen_k`; the sum over i has a closed form, since both grow by 1 a row.
+        """
+        left, right = self.window
+        first, last = self.seqlen_k - self.seqlen_q, self.seqlen_k - 1
+        seen = self.seqlen_q * self.seqlen_k
+        if right >= 0:
+            seen = _sum_within(first + right + 1, last + right + 1, self.seqlen_k)
+        return seen - (_sum_within(first - left, last - left, self.seqlen_k) if left >= 0 else 0)
+
     def flops(self) -> int:
         """Floating-point operations by the field's convention: ``4·B·H·Sq·Sk·D``, halved when causal.
 
         Two products of two operations a multiply-add each; the softmax is not counted (Dao et al., FlashAttention-2).
+        With a window it is ``4·B·H·D`` times the pairs of a query and a key that it sees (`visible_pairs`). Sequences
+        count as whole: how long each really is, the host does not know.
         """
+        if "window" in self.masks:
+            return 4 * self.batch * self.num_heads_q * self.visible_pairs() * self.head_dim
         dense = 4 * self.batch * self.num_heads_q * self.seqlen_q * self.seqlen_k * self.head_dim
         return dense // 2 if self.causal else dense
 
     def bytes(self) -> int:
-        """The fewest bytes of device memory traffic: Q, K and V read once, out written once."""
-        rows = 2 * self.num_heads_q * self.seqlen_q + 2 * self.num_heads_kv * self.seqlen_k
+        """The fewest bytes of device memory traffic: Q, K and V read once, out written once.
+
+        With a window only the rows of K and V count that some query sees: the windows of two queries in a row touch, so
+        these are the keys from that of the first query on its left to that of the last one on its right.
+        """
+        seen_k = self.seqlen_k
+        if "window" in self.masks:
+            left = self.window_left
+            # The last query stands on the last key, so only the keys before the first query's window are hidden to all.
+            seen_k -= max(self.seqlen_k - self.seqlen_q - left, 0) if left >= 0 else 0
+        rows = 2 * self.num_heads_q * self.seqlen_q + 2 * self.num_heads_kv * seen_k
         return self.batch * rows * self.head_dim * DTYPE_BYTES[self.dtype]
 
     def num_pages(self) -> int:
@@ -116,7 +206,22 @@ class Problem(BaseModel):
             parts.append(f"scale={self.softmax_scale!r}")
         if self.page_size != 128:
             parts.append(f"page={self.page_size}")
+        if "window" in self.masks:
+            parts.append("window={}:{}".format(*self.window))
+        if self.softcap is not None:
+            parts.append(f"softcap={self.softcap!r}")
+        if self.sink:
+            parts.append("sink")
+        if self.lengths:
+            parts.append(f"lengths={self.lengths}")
         return ",".join(parts)
+
+
+def _sum_within(first: int, last: int, most: int) -> int:
+    """The sum of the whole numbers from `first` to `last`, each cut to 0 to `most`."""
+    low, high = max(first, 1), min(last, most)
+    rising = (low + high) * (high - low + 1) // 2 if high >= low else 0
+    return rising + most * max(0, last - max(first, most + 1) + 1)
 
 
 def square(batch: int, heads: int, seqlen: int, head_dim: int, **fields) -> Problem:
@@ -151,7 +256,11 @@ _SHORT = {
     "D": ("head_dim",),
     "page": ("page_size",),
     "scale": ("softmax_scale",),
+    "window": ("window_left", "window_right"),
+    "softcap": ("softcap",),
+    "lengths": ("lengths",),
 }
+_FLAGS = ("causal", "sink")
 _DTYPE_WORDS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -175,22 +284,35 @@ def parse_problem(text: str) -> Problem:
         key, equals, value = part.partition("=")
         if not equals:
             word = _DTYPE_WORDS.get(key, key)
-            if word == "causal":
-                fields["causal"] = True
+            if word in _FLAGS:
+                fields[word] = True
             elif word in DTYPE_BYTES:
                 fields["dtype"] = word
             else:
-                hint = did_you_mean(part, ["causal", *DTYPE_BYTES, *_DTYPE_WORDS])
-                told = f"'{part}' in '{text}' is neither a dtype, nor 'causal', nor a key=value pair."
+                hint = did_you_mean(part, [*_FLAGS, *DTYPE_BYTES, *_DTYPE_WORDS])
+                told = f"'{part}' in '{text}' is neither a dtype, nor 'causal' or 'sink', nor a key=value pair."
                 raise InvalidProblem(f"{told} {hint}".rstrip())
             continue
         if key not in _SHORT:
             told = f"'{key}' in '{text}' is no key of a problem; use one of {', '.join(_SHORT)}."
             raise InvalidProblem(f"{told} {did_you_mean(key, _SHORT)}".rstrip())
         try:
-            number = float(value) if key == "scale" else int(value)
+            values = _values(key, value)
         except ValueError:
-            raise InvalidProblem(f"'{value}' in '{part}' is not a number.") from None
-        for name in _SHORT[key]:
-            fields[name] = number
+            raise InvalidProblem(f"'{value}' in '{part}' is not {_WANTED.get(key, 'a number')}.") from None
+        fields.update(zip(_SHORT[key], values, strict=True))
     return Problem(**fields)
+
+
+_WANTED = {"window": "a window, such as 1024:0 (keys to the left and to the right; -1 for no limit)"}
+"""What stands behind a key, where that is not one number."""
+
+
+def _values(key: str, value: str) -> list[object]:
+    """What the fields of a key hold, from its text; `ValueError` for a text that says nothing of the kind."""
+    if key == "window":
+        left, right = value.split(":")
+        return [int(left), int(right)]
+    if key == "lengths":
+        return [value]
+    return [float(value) if key in ("scale", "softcap") else int(value)] * len(_SHORT[key])

@@ -27,7 +27,7 @@ from pydantic_core import PydanticSerializationError, from_json
 
 from flashcore.errors import InvalidProblem, RecordsDamaged, RecordsError, RecordsTooNew
 from flashcore.paths import absolute, partial_path
-from flashcore.problem import Problem
+from flashcore.problem import SELDOM, Problem
 
 SCHEMA_VERSION = 1
 MOST_FLOPS = 10**30
@@ -271,7 +271,7 @@ def _line(trial: Trial) -> bytes:
     }
     if trial.problem:
         usual = type(trial.problem).model_fields
-        absent["problem"] = {n for n in ("softmax_scale", "page_size") if getattr(trial.problem, n) == usual[n].default}
+        absent["problem"] = {n for n in SELDOM if getattr(trial.problem, n) == usual[n].default}
     for name in ("correctness", "timing"):
         if part := getattr(trial, name):
             absent[name] = {n for n in type(part).model_fields if getattr(part, n) in (None, [])}

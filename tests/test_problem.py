@@ -31,6 +31,52 @@ def problems(draw):
     )
 
 
+@st.composite
+def masked_problems(draw):
+    small = st.integers(1, 12)
+    causal = draw(st.booleans())
+    return Problem(
+        batch=draw(small), num_heads_q=2, num_heads_kv=1, seqlen_q=draw(small), seqlen_k=draw(small), head_dim=8,
+        causal=causal, window_left=draw(st.integers(-1, 14)),
+        window_right=draw(st.sampled_from([-1, 0]) if causal else st.integers(-1, 14)),
+        softcap=draw(st.none() | st.floats(0, 1e6, exclude_min=True)), sink=draw(st.booleans()),
+        lengths=draw(st.sampled_from(["", "right", "left", "ragged"])),
+    )  # fmt: skip
+
+
+@given(masked_problems())
+def test_a_label_with_masks_reads_back_and_the_pairs_of_a_window_are_those_that_can_be_counted(problem):
+    assert parse_problem(problem.label()) == problem
+    left, right = problem.window
+    offset = problem.seqlen_k - problem.seqlen_q
+    seen = [
+        (i, j)
+        for i in range(problem.seqlen_q)
+        for j in range(problem.seqlen_k)
+        if (left < 0 or j >= i + offset - left) and (right < 0 or j <= i + offset + right)
+    ]
+    assert problem.visible_pairs() == len(seen)
+    if "window" in problem.masks:
+        assert problem.flops() == 4 * problem.batch * 2 * len(seen) * 8
+        columns = 2 * len({j for _, j in seen})
+        assert problem.bytes() == problem.batch * 2 * 8 * (2 * 2 * problem.seqlen_q + columns)
+    else:
+        plain = problem.with_(softcap=None, sink=False, lengths="")
+        assert (problem.flops(), problem.bytes()) == (plain.flops(), plain.bytes())
+
+
+def test_masks_are_named_in_one_order_and_causal_is_none_of_them():
+    plain = square(1, 2, 8, 64, causal=True)
+    assert plain.masks == () and plain.window == (-1, 0) and plain.label() == "B=1,H=2,S=8,D=64,causal"
+    everything = plain.with_(window_left=3, softcap=30.0, sink=True, lengths="left")
+    assert everything.masks == ("window", "softcap", "sink", "lengths")
+    assert everything.label().endswith("causal,window=3:0,softcap=30.0,sink,lengths=left")
+    assert plain.with_(lengths="ragged").masks == ("ragged",)
+    assert plain.with_(window_right=0) == plain and plain.with_(window_right=0).masks == ()
+    assert plain.with_(causal=False, window_right=0).masks == ("window",)
+    assert parse_problem("B=1,H=1,S=8,D=64,window=-1:2").window == (-1, 2)
+
+
 @given(problems())
 def test_a_label_reads_back_as_the_same_problem(problem):
     assert parse_problem(problem.label()) == problem
@@ -61,13 +107,25 @@ def test_the_scale_defaults_to_one_over_the_root_of_head_dim():
     [
         ("batch", 0), ("num_heads_q", -1), ("num_heads_kv", 0), ("seqlen_q", 0), ("seqlen_k", 0), ("head_dim", 0),
         ("page_size", 0), ("dtype", "float8"), ("softmax_scale", math.inf), ("softmax_scale", math.nan),
-        ("num_heads_kv", 3), ("seqlen_q", 1.5),
+        ("num_heads_kv", 3), ("seqlen_q", 1.5), ("window_left", -2), ("window_right", -7), ("softcap", 0.0),
+        ("softcap", -30.0), ("softcap", math.inf), ("softcap", math.nan), ("lengths", "both"), ("sink", "maybe"),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_with_the_field_or_the_rule_named(field, value):
     good = {"batch": 1, "num_heads_q": 4, "num_heads_kv": 2, "seqlen_q": 8, "seqlen_k": 8, "head_dim": 64}
     with pytest.raises(InvalidProblem, match=field):
         Problem(**{**good, field: value})
+
+
+def test_a_window_to_the_right_contradicts_causal():
+    with pytest.raises(InvalidProblem, match=r"window_right \(2\) lets a query see keys after its own position"):
+        square(1, 1, 8, 64, causal=True, window_right=2)
+
+
+@pytest.mark.parametrize("part", ["window=3", "window=3:x", "window=1:2:3", "softcap=thirty", "lengths=both", "sinks"])
+def test_a_mask_that_no_label_has_is_refused(part):
+    with pytest.raises(InvalidProblem, match=part.partition("=")[0]):
+        parse_problem(f"B=1,H=1,S=8,D=64,{part}")
 
 
 def test_an_unknown_field_is_refused():

@@ -10,7 +10,7 @@ import os
 import pytest
 
 from flashcore.errors import RecordsDamaged, RecordsError, RecordsTooNew
-from flashcore.problem import PRESETS
+from flashcore.problem import PRESETS, square
 from flashcore.records import SCHEMA_VERSION, Correctness, RunFolder, Timing, Trial, append_trials, read_trials
 
 needs_modes = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so a mode keeps nobody out")
@@ -153,3 +153,15 @@ def test_several_processes_may_append_at_once(run):
         assert writer.exitcode == 0
     found = [t.backend for t in read_trials(run.records_path, on_damage="raise")]
     assert found.count("scalar") == found.count("wmma") == 50
+
+
+def test_masks_of_a_problem_are_written_only_where_there_are_some_and_read_back(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    plain = square(1, 2, 8, 64, causal=True)
+    masked = plain.with_(window_left=4, softcap=30.0, sink=True, lengths="ragged")
+    for problem in (plain, masked):
+        run.append(Trial(kind="correctness", backend="cpu", problem=problem))
+    lines = [json.loads(line)["problem"] for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    new = {"window_left": 4, "softcap": 30.0, "sink": True, "lengths": "ragged"}
+    assert not set(new) & set(lines[0]) and lines[1] == lines[0] | new
+    assert [trial.problem for trial in run.trials()] == [plain, masked]

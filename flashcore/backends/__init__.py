@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from flashcore.backends._contract import AVAILABLE, Availability, Backend, with_methods
+from flashcore.backends._contract import AVAILABLE, Availability, Backend, with_masks, with_methods
 from flashcore.backends._registry import all_backends, get, register, select
 
 __all__ = [
-    "AVAILABLE", "Availability", "Backend", "CudaBackend", "all_backends", "get", "register", "select", "with_methods",
-    "cpu", "cublaslt", "cublaslt_paged", "decode",
+    "AVAILABLE", "Availability", "Backend", "CudaBackend", "all_backends", "get", "register", "select", "with_masks",
+    "with_methods", "cpu", "cublaslt", "cublaslt_paged", "decode",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from flashcore.problem import Problem
 if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
     import torch
 
+    from flashcore.numerics.masking import MaskTensors
     from flashcore.numerics.reference import Trace
     from flashcore.paging import PagedKV, PageSelection
 
@@ -30,6 +31,12 @@ class Availability:
 
 AVAILABLE = Availability(ok=True)
 
+
+_MASKS = {
+    "window": "a window", "softcap": "a softcap", "sink": "a sink", "lengths": "lengths of padded sequences",
+    "ragged": "ragged batches",
+}  # fmt: skip
+"""What a reason calls each of `Problem.masks`."""
 
 COMPUTES = ("run", "run_with_lse", "trace", "run_paged")
 """Methods of a backend that compute: what torch has set around their calls, such as autocast, is kept out of them."""
@@ -48,6 +55,8 @@ class Backend(ABC):
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     head_dims: tuple[int, ...] | None = None
     """The head_dims it takes; None for any."""
+    masks: tuple[str, ...] = ()
+    """What it takes besides `causal`: some of ``window, softcap, sink, lengths, ragged`` (`Problem.masks`)."""
     kernel: str | None = None
     """Name of the `.cu` file it launches, if one of ours; its hash goes into every record."""
     swept: bool = True
@@ -84,7 +93,8 @@ class Backend(ABC):
             return f"dtype {problem.dtype} is not among {', '.join(self.dtypes)}"
         if self.head_dims is not None and problem.head_dim not in self.head_dims:
             return f"head_dim {problem.head_dim} is not among {', '.join(map(str, self.head_dims))}"
-        return None
+        refused = [_MASKS[name] for name in problem.masks if name not in self.masks]
+        return f"it does not take {' or '.join(refused)}" if refused else None
 
     def suits(self, problem: Problem) -> Problem:
         """The problem, or one much like it that the backend takes: for checks that ask the same of every backend."""
@@ -92,7 +102,7 @@ class Backend(ABC):
 
     @abstractmethod
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention on the tensors' device and torch's current stream, without synchronising.
 
@@ -100,23 +110,30 @@ class Backend(ABC):
         ----------
         q, k, v
             ``[batch, num_heads_q, seqlen_q, head_dim]`` and ``[batch, num_heads_kv, seqlen_k, head_dim]``, any strides
-            with the last dimension contiguous; already checked against `problem`.
+            with the last dimension contiguous; already checked against `problem`. Of a ragged batch
+            ``[1, num_heads, total, head_dim]``.
+        masks
+            The tensors that the masks of `problem` need, checked and on the same device; never read on the host by a
+            backend on a GPU. Given by name, and only where the problem needs some: a backend that takes no such mask
+            may leave the argument out.
 
         Returns
         -------
         out, lse
             ``[batch, num_heads_q, seqlen_q, head_dim]`` in the dtype of `q`, and the natural log of the softmax
             denominator, float32 ``[batch, num_heads_q, seqlen_q]``, -inf for a row that sees no key
-            (None from a peer that does not return it).
+            (None from a peer that does not return it). Laid out as `q`; rows that are not real hold 0 and -inf.
         """
 
     def run_with_lse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`run`, by another way where there is one that gives `lse` and `run` does not."""
-        return self.run(q, k, v, problem)
+        return self.run(q, k, v, problem, **with_masks(masks))
 
-    def trace(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Trace:
+    def trace(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
+    ) -> Trace:
         """What the backend really computed at each stage (see `flashcore.numerics.reference.Trace`)."""
         raise Unsupported(self.id, "it does not expose its stages, so it cannot be bisected")
 
@@ -164,6 +181,11 @@ class Backend(ABC):
         from flashcore.gpu.build import source_hash
 
         return source_hash(self.kernel)
+
+
+def with_masks(masks: MaskTensors | None) -> dict[str, MaskTensors]:
+    """The keyword arguments that hand `masks` to `Backend.run` and `Backend.trace`; none where there are none."""
+    return {} if masks is None else {"masks": masks}
 
 
 def with_methods(backend: Backend, methods: Mapping[str, Any]) -> Backend:

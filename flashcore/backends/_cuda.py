@@ -12,6 +12,7 @@ import torch
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._traces import TraceBuffers
+from flashcore.errors import Unsupported
 from flashcore.gpu.build import source_version
 from flashcore.gpu.launching import (
     LoadedKernel,
@@ -24,6 +25,7 @@ from flashcore.gpu.launching import (
     load_kernel,
     outputs_for,
 )
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace, interleaved
 from flashcore.problem import Problem
 
@@ -72,13 +74,19 @@ class CudaBackend(Backend):
         return AVAILABLE
 
     def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if masks is not None:
+            self._refuse_masks()
         out, lse = outputs_for(q)
         self._launch(q, k, v, out, lse, problem)
         return out, lse
 
-    def trace(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Trace:
+    def trace(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
+    ) -> Trace:
+        if masks is not None:
+            self._refuse_masks()
         loaded = self.load(problem, q.device, trace=True)
         buffers = TraceBuffers.make(problem, loaded.tile_n, loaded.tile_m, q.device)
         out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q))
@@ -86,6 +94,9 @@ class CudaBackend(Backend):
         pages = -(-problem.seqlen_k // loaded.tile_n)
         previous = interleaved(pages, loaded.num_splits) if loaded.num_splits > 1 else None
         return buffers.trace(problem, loaded.tile_n, out, lse, previous)
+
+    def _refuse_masks(self) -> None:
+        raise Unsupported(self.id, "its kernel takes no sinks and no lengths")
 
     def strides(self, name: str, tensor: torch.Tensor) -> Sequence[int]:
         """Strides of batch, head and row of tensor `name` (q, k, v or out), in elements."""

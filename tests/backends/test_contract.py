@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from flashcore.backends import AVAILABLE, Availability, Backend, with_methods
+from flashcore.backends import AVAILABLE, Availability, Backend, with_masks, with_methods
 from flashcore.errors import BackendUnavailable, FaultError, Unsupported
 from flashcore.gpu import build
+from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import square
 
 PROBLEM = square(1, 2, 8, 16)
@@ -55,6 +56,36 @@ def test_the_reason_against_a_problem_names_what_it_takes():
     )
     backend.head_dims = None
     assert backend.why_not(PROBLEM.with_(head_dim=24)) is None, "None stands for any"
+
+
+def test_a_mask_that_it_does_not_take_is_the_reason():
+    backend = Twice()
+    masked = PROBLEM.with_(window_left=3, softcap=30.0, sink=True, lengths="left")
+    assert backend.masks == () and backend.why_not(PROBLEM.with_(causal=True, window_right=0)) is None
+    assert backend.why_not(masked) == (
+        "it does not take a window or a softcap or a sink or lengths of padded sequences"
+    )
+    backend.masks = ("window", "sink", "lengths")
+    assert backend.why_not(masked) == "it does not take a softcap"
+    assert backend.why_not(PROBLEM.with_(lengths="ragged")) == "it does not take ragged batches"
+    assert backend.why_not(masked.with_(softcap=None)) is None
+
+
+def test_mask_tensors_are_handed_on_by_name_and_only_where_there_are_some():
+    given = []
+
+    class Takes(Twice):
+        def run(self, q, k, v, problem, masks=None):
+            given.append(masks)
+            return super().run(q, k, v, problem)
+
+    masks = MaskTensors(sink=torch.zeros(2))
+    q = torch.zeros(1, 2, 8, 16)
+    assert with_masks(None) == {} and with_masks(masks) == {"masks": masks}
+    Takes().run_with_lse(q, q, q, PROBLEM, masks)
+    Takes().run_with_lse(q, q, q, PROBLEM)
+    assert given == [masks, None]
+    assert Twice().run_with_lse(q, q, q, PROBLEM)[1] is None, "a backend without the argument runs as ever"
 
 
 def test_require_names_the_machine_before_the_problem():

@@ -7,12 +7,12 @@ import importlib.util
 import operator
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._traces import TraceBuffers
-from flashcore.errors import Unsupported
 from flashcore.gpu.build import source_version
 from flashcore.gpu.launching import (
     LoadedKernel,
@@ -31,6 +31,18 @@ from flashcore.problem import Problem
 
 PARAMS = struct.Struct("5Q 12q 6i f 4x")
 """`AttentionParams` of kernels/include/attention.cuh: five pointers, four strides of three, six ints, the scale."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """What a launch needs for the masks of its problem."""
+
+    packed: bytes
+    """The struct that the kernel takes."""
+    ahead: PreparedLaunch | None = None
+    """A launch that has to come first."""
+    blocks: tuple[int, int, int] | None = None
+    """The grid, where masks change it."""
 
 
 is_good_again = operator.attrgetter("again")
@@ -76,27 +88,20 @@ class CudaBackend(Backend):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if masks is not None:
-            self._refuse_masks()
-        out, lse = outputs_for(q)
-        self._launch(q, k, v, out, lse, problem)
+        out, lse = outputs_for(q, self.room(q, problem))
+        self._launch(q, k, v, out, lse, problem, masks)
         return out, lse
 
     def trace(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> Trace:
-        if masks is not None:
-            self._refuse_masks()
         loaded = self.load(problem, q.device, trace=True)
         buffers = TraceBuffers.make(problem, loaded.tile_n, loaded.tile_m, q.device)
-        out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q))
-        self._launch(q, k, v, out, lse, problem, buffers)
+        out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q, self.room(q, problem)))
+        self._launch(q, k, v, out, lse, problem, masks, buffers)
         pages = -(-problem.seqlen_k // loaded.tile_n)
         previous = interleaved(pages, loaded.num_splits) if loaded.num_splits > 1 else None
         return buffers.trace(problem, loaded.tile_n, out, lse, previous)
-
-    def _refuse_masks(self) -> None:
-        raise Unsupported(self.id, "its kernel takes no sinks and no lengths")
 
     def strides(self, name: str, tensor: torch.Tensor) -> Sequence[int]:
         """Strides of batch, head and row of tensor `name` (q, k, v or out), in elements."""
@@ -126,50 +131,75 @@ class CudaBackend(Backend):
             self.entry(problem, number),
         )  # fmt: skip
 
+    def seqlens(self, q, k, problem: Problem) -> tuple[int, int]:
+        """Rows of Q, and of K and V, that the kernel is told of."""
+        return problem.seqlen_q, problem.seqlen_k
+
     def params(self, q, k, v, out, lse, problem: Problem) -> bytes:
         """`AttentionParams`, packed."""
         return PARAMS.pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *self.strides("q", q), *self.strides("k", k), *self.strides("v", v), *self.strides("out", out),
-            problem.batch, problem.num_heads_q, problem.num_heads_kv, problem.seqlen_q, problem.seqlen_k,
+            q.shape[0], problem.num_heads_q, problem.num_heads_kv, *self.seqlens(q, k, problem),
             int(problem.causal), self.scale(problem),
         )  # fmt: skip
 
     def arguments(self, q, k, v, out, lse, problem: Problem, loaded: LoadedKernel) -> list[bytes]:
-        """What the entry function takes, each packed; room for stages comes after it."""
+        """What the entry function takes, each packed; what masks need, and room for stages, come after it."""
         return [self.params(q, k, v, out, lse, problem)]
+
+    def room(self, q, problem: Problem) -> int:
+        """Ints that a launch needs room for besides its outputs; they lie behind `lse`, and go with it."""
+        return 0
+
+    def masked(self, arguments, q, lse, problem: Problem, masks: MaskTensors | None, stream: int) -> Masked:
+        """What the kernel is told of masks, and what has to run before it; for a backend that takes any."""
+        raise NotImplementedError
 
     def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
         """The grid to launch: one block a tile of query rows."""
         return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch, 1, 1
 
-    def _launch(self, q, k, v, out, lse, problem: Problem, buffers: TraceBuffers | None = None) -> None:
+    def _launch(
+        self, q, k, v, out, lse, problem: Problem, masks: MaskTensors | None, buffers: TraceBuffers | None = None
+    ) -> None:
         device = q.device.index or 0
         stream = current_stream(device)
         key = (
             type(self), self.version(), problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-            out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(),
+            out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(), *self._facts(q, k, masks),
         )  # fmt: skip
 
         again = kept_launch(key) if buffers is None else None
         if again is None:
-            again = self._first(q, k, v, out, lse, problem, device, stream, buffers, key)
+            again = self._first(q, k, v, out, lse, problem, masks, device, stream, buffers, key)
         again.launch()
 
-    def _first(self, q, k, v, out, lse, problem: Problem, device: int, stream: int, buffers, key) -> PreparedLaunch:
+    def _facts(self, q, k, masks: MaskTensors | None) -> tuple:
+        """What a launch depends on besides the rest of its key; nothing without the tensors of a mask."""
+        if masks is None:
+            return ()
+        return (q.shape, k.shape, *((name, tensor.data_ptr()) for name, tensor in masks.named()))
+
+    def _first(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, key):
         """A launch that was not made before; kept where its tensors are its arguments, and it stores no stages."""
 
         def prepare() -> PreparedLaunch:
             rows = [aligned(tensor) for tensor in (q, k, v)]
             again = buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True))
-            return self._prepare(*rows, out, lse, problem, device, stream, buffers, again)
+            return self._prepare(*rows, out, lse, problem, masks, device, stream, buffers, again)
 
         return kept(None if buffers is not None else key, prepare, is_good_again)
 
-    def _prepare(self, q, k, v, out, lse, problem: Problem, device: int, stream: int, buffers, again: bool):
+    def _prepare(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
-        arguments = self.arguments(q, k, v, out, lse, problem, loaded)
+        arguments, ahead = self.arguments(q, k, v, out, lse, problem, loaded), None
+        blocks = self.blocks(problem, loaded, device)
+        if problem.masks:
+            found = self.masked(arguments, q, lse, problem, masks, stream)
+            arguments.append(found.packed)
+            ahead, blocks = found.ahead, found.blocks or blocks
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
-        return PreparedLaunch(function, loaded, self.blocks(problem, loaded, device), arguments, stream, again=again)
+        return PreparedLaunch(function, loaded, blocks, arguments, stream, again=again, ahead=ahead)

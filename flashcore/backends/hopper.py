@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import struct
 
 import torch
 
-from flashcore.backends._cuda import CudaBackend
+from flashcore.backends._cuda import CudaBackend, Masked
 from flashcore.backends._dealing import WARP_ROWS, sections
 from flashcore.backends._registry import register
 from flashcore.backends._tensor_maps import tensor_map
-from flashcore.gpu.launching import LoadedKernel, multiprocessors
+from flashcore.gpu.build import MASKS
+from flashcore.gpu.launching import LoadedKernel, PreparedLaunch, behind, entry_point, load_kernel, multiprocessors
+from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
 
 SPLIT = "attention_hopper_split"
@@ -19,6 +23,19 @@ SPLIT_ROWS = 64
 """Query rows of its tiles."""
 SMALL_ROWS = 128
 """Query rows of the tiles of two warpgroups."""
+PLAN = "attention_hopper_plan"
+"""Entry function that lists the tiles of sequences with lengths, and clears the rows that belong to none."""
+MASK_BITS = {"window": 1, "softcap": 2, "sink": 4, "lengths": 8, "ragged": 8}
+"""What FLASHCORE_MASKS says of each of `Problem.masks` (kernels/include/masks.cuh)."""
+MASK_PARAMS = struct.Struct("4Q 2i f 4x")
+"""`MaskParams` of kernels/include/masks.cuh."""
+PLAN_PARAMS = struct.Struct("7Q 3i 4x")
+"""`PlanParams` of kernels/include/sequences.cuh."""
+SEQUENCE_INTS = 5
+TILE_INTS = 2
+"""Ints of a `Sequence`, and of a `ListedTile`."""
+FARTHEST = 1 << 30
+"""Positions are 32 bits: a window that reaches farther sees as much."""
 
 
 @register
@@ -28,6 +45,7 @@ class Hopper(CudaBackend):
     id = "hopper"
     title = "Our Hopper kernel: TMA, wgmma"
     kernel = "attention_hopper"
+    masks = ("window", "softcap", "sink", "lengths", "ragged")
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         """The tile: the kernel's own (head_dim 64: 4 warpgroups, pages of 64 keys; 128: 3, 64), or a smaller one.
@@ -36,11 +54,22 @@ class Hopper(CudaBackend):
         19.3 at B=1, H=16, S=1024, D=64.
         """
         if -(-problem.seqlen_q // SMALL_ROWS) * problem.num_heads_q * problem.batch <= multiprocessors(device):
-            return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim))
-        return ()
+            return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim), *self.mask_defines(problem))
+        return self.mask_defines(problem)
+
+    def mask_defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
+        """The macro that compiles in what the problem asks for besides the causal mask."""
+        if not problem.masks:
+            return ()
+        return ((MASKS, functools.reduce(operator.or_, (MASK_BITS[name] for name in problem.masks))),)
 
     def entry(self, problem: Problem, device: int) -> str:
-        """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then."""
+        """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then.
+
+        That kernel has no other mask than the causal one.
+        """
+        if problem.masks:
+            return self.kernel
         tiles = -(-problem.seqlen_q // SPLIT_ROWS) * problem.num_heads_q * problem.batch
         return SPLIT if tiles <= multiprocessors(device) else self.kernel
 
@@ -68,9 +97,64 @@ class Hopper(CudaBackend):
             return tiles, problem.num_heads_q, problem.batch
         return min(tiles * problem.num_heads_q * problem.batch, multiprocessors(device)), 1, 1
 
+    def seqlens(self, q, k, problem: Problem) -> tuple[int, int]:
+        return (q.shape[2], k.shape[2]) if problem.lengths == "ragged" else super().seqlens(q, k, problem)
+
+    def room(self, q, problem: Problem) -> int:
+        if not problem.lengths:
+            return 0
+        # Whatever the tile: there are no smaller ones.
+        return problem.batch * SEQUENCE_INTS + most_tiles(q, problem, SMALL_ROWS) * TILE_INTS + 1
+
+    def masked(self, arguments, q, lse, problem: Problem, masks: MaskTensors | None, stream: int) -> Masked:
+        left, right = (min(limit, FARTHEST) for limit in problem.window)
+        sink = masks.sink.data_ptr() if problem.sink else 0
+        softcap = problem.softcap or 0.0
+        if not problem.lengths:
+            return Masked(MASK_PARAMS.pack(sink, 0, 0, 0, left, right, softcap))
+        device = q.device.index or 0
+        plan = load_kernel(
+            self.kernel,
+            problem.head_dim,
+            problem.dtype,
+            False,
+            self.source,
+            device,
+            self.defines(problem, device),
+            PLAN,
+        )
+        tiles = most_tiles(q, problem, plan.tile_m)
+        tiles_at = behind(lse)
+        sequences_at = tiles_at + 4 * TILE_INTS * tiles
+        count_at = sequences_at + 4 * SEQUENCE_INTS * problem.batch
+        packed = MASK_PARAMS.pack(sink, sequences_at, tiles_at, count_at, left, right, softcap)
+        given = (masks.cu_seqlens_q, masks.cu_seqlens_k, masks.seqlens_q, masks.seqlens_k)
+        lengths = (0 if tensor is None else tensor.data_ptr() for tensor in given)
+        plan_params = PLAN_PARAMS.pack(
+            *lengths, sequences_at, tiles_at, count_at, problem.batch, tiles, int(problem.lengths == "left")
+        )
+        ahead = PreparedLaunch(
+            entry_point(plan, PLAN, device),
+            plan,
+            (1 + problem.batch, 1, 1),
+            [arguments[0], packed, plan_params],
+            stream,
+        )
+        blocks = min(tiles * problem.num_heads_q, multiprocessors(device))
+        return Masked(packed, ahead, (blocks, 1, 1))
+
     def sections(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
-        """Parts of the deal, each of which runs from heavy tiles to light ones."""
+        """Parts of the deal, each of which runs from heavy tiles to light ones; in a window all are alike."""
+        if problem.masks and problem.window_left >= 0:
+            return 0
         return sections(problem, loaded.tile_m, loaded.tile_n, self.blocks(problem, loaded, device)[0])
+
+
+def most_tiles(q, problem: Problem, tile_m: int) -> int:
+    """Tiles of `tile_m` rows that sequences of these lengths can have at most, for a host that does not know them."""
+    if problem.lengths == "ragged":
+        return q.shape[2] // tile_m + problem.batch
+    return problem.batch * -(-problem.seqlen_q // tile_m)
 
 
 @register
@@ -82,7 +166,7 @@ class HopperUnsplit(Hopper):
     swept = False
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
-        return ()
+        return self.mask_defines(problem)
 
     def entry(self, problem: Problem, device: int) -> str:
         return self.kernel

@@ -19,6 +19,7 @@ class HopperPaged(PagedBackend, HopperUnsplit):
     id = "hopper-paged"
     title = "Our Hopper kernel over pages"
     variant_of = "hopper"
+    masks = ()
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         return (("FLASHCORE_PAGED", 1), *super().defines(problem, device))

@@ -144,8 +144,10 @@ class PreparedLaunch:
         *,
         again: bool = True,
         keeps: object = None,
+        ahead: PreparedLaunch | None = None,
     ):
         self.again = again  # whether its arguments stay good for another call
+        self._ahead = ahead  # a launch whose results this one reads
         self._keeps = keeps  # memory that they point to, and nobody else holds
         self._buffers = [ctypes.create_string_buffer(packed, len(packed)) for packed in arguments]
         self._overlap = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
@@ -165,6 +167,8 @@ class PreparedLaunch:
         LaunchError
             The driver refused.
         """
+        if self._ahead is not None:
+            self._ahead.launch()
         status = self._call(*self._arguments)
         if status:
             from cuda.bindings import driver
@@ -223,6 +227,15 @@ def _rows_aligned(shape: torch.Size, stride: tuple[int, ...], element_size: int)
     return all(size == 1 or step * element_size % COPY_BYTES == 0 for size, step in rows)
 
 
+def _rounded(rows: int) -> int:
+    return -(-rows // 4) * 4
+
+
+def behind(lse: torch.Tensor) -> int:
+    """The address of the room behind `lse` (`outputs_for`), a multiple of 16 bytes."""
+    return lse.data_ptr() + 4 * _rounded(lse.numel())
+
+
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes."""
     return tensor.data_ptr() % COPY_BYTES == 0 and _rows_aligned(tensor.shape, tensor.stride(), tensor.element_size())
@@ -233,8 +246,16 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def outputs_for(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for `out` and `lse`; `out` in the memory order of `q`: a `[B,S,H,D]` view in gives one out."""
-    # No tensor is kept to make `lse` like: the first call may lie inside the memory pool of a graph, which allows none.
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def outputs_for(q: torch.Tensor, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for `out` and `lse`; `out` in the memory order of `q`: a `[B,S,H,D]` view in gives one out.
+
+    With `room`, so many ints lie behind `lse`, from `behind(lse)` on. They are no tensor of their own, which a prepared
+    launch would have to keep: it may have been made inside the memory pool of a graph, which allows none to be kept.
+    """
+    out = torch.empty_like(q)
+    if room:
+        rows = q.shape[0] * q.shape[1] * q.shape[2]
+        lse = torch.empty(_rounded(rows) + room, dtype=torch.float32, device=q.device)[:rows].view(q.shape[:3])
+    else:
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return (poisoned(out), poisoned(lse)) if poisoning() else (out, lse)

@@ -35,7 +35,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP || HAS_LENGTHS ? HEAD_DIM / 16 : 0));
+constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP ? 4 : 0));
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
@@ -90,7 +90,8 @@ struct SharedMemory {
 };
 static_assert(sizeof(SharedMemory) <= SHARED_LIMIT, "a block has 227 KB of shared memory");
 
-extern "C" __device__ const LaunchShape attention_hopper_shape = {TILE_M, TILE_N, THREADS, sizeof(SharedMemory)};
+extern "C" __device__ const LaunchShape attention_hopper_shape = {TILE_M, TILE_N, THREADS,
+                                                                sizeof(SharedMemory) MASKED(, 1, HAS_LENGTHS)};
 
 // Where a ring of slots stands: which slot, and in which round.
 struct RingPosition {
@@ -151,8 +152,8 @@ __device__ __forceinline__ int heavy_to_light(int position, int first, int end, 
 // back. With sections, two rounds of all blocks make one, and the last one is all that is left over; the tiles of a section go
 // from heavy to light, so that each block gets a heavy one and the light one that makes up for it. Few heads' K and V are in
 // use at a time either way. Tiles of the last round, when there are too few for all blocks, are cut into narrower ones.
-__device__ __forceinline__ bool deal(const AttentionParams& params, int sections, int step, Rows& rows MASKED(, const MaskParams& masks)) {
-  MASKED(if (HAS_LENGTHS) return deal_listed(params, masks, step, rows);)
+__device__ __forceinline__ bool deal(const AttentionParams& params, int sections, int step, Rows& rows MASKED(, const MaskParams& masks, int& listed)) {
+  MASKED(if (HAS_LENGTHS) return deal_listed(params, masks, listed, rows);)
   const int blocks = gridDim.x;
   const int tiles = (params.seqlen_q + TILE_M - 1) / TILE_M;  // a head
   const int heads = params.num_heads_q * params.batch;
@@ -252,10 +253,12 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
                                         const CUtensorMap& k_map, const CUtensorMap& v_map,
                                         int sections PAGED_PARAM MASKED(, const MaskParams& masks)) {
   RingPosition at;
+  MASKED(int listed = blockIdx.x;)
+  MASKED(if (HAS_LENGTHS) wait_for_kernel_ahead();)
   for (int step = 0;; ++step) {
     const int half = step % 2;
     Rows rows;
-    if (!deal(params, sections, step, rows MASKED(, masks))) {
+    if (!deal(params, sections, step, rows MASKED(, masks, listed))) {
       mbarrier_wait(&smem.q_empty[half], step / 2 % 2 ^ 1);
       if (threadIdx.x == CONSUMER_THREADS) {
         smem.work[half].pages = NO_MORE;
@@ -361,7 +364,6 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   PAGED(const unsigned all_present = (1u << max(1, TILE_N >> paged.page_shift)) - 1;)
 
 #ifdef FLASHCORE_MASKS
-  const float scale_by_cap = HAS_SOFTCAP ? params.softmax_scale / masks.softcap : 0.f;
   // Pages that only earlier rows of a tile see: this warpgroup lets them pass, and takes its turns.
   const auto let_pass = [&](RingPosition from, int pages) {
 #pragma unroll 1
@@ -422,7 +424,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 #endif
 
     if (pages > 0) {
-      MASKED(if (HAS_SOFTCAP) cap(s, scale_by_cap);)
+      MASKED(if (HAS_SOFTCAP) cap(s, masks.scale_by_cap);)
       if (whole_pages == 0 MASKED(|| whole_from > 0))
         sign_and_mask(s, params MASKED(, masks), row, 0 MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
@@ -447,12 +449,20 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       release(&smem.k_empty[k_at.slot]);
       release(&smem.v_empty[at.slot]);
       at = k_at;
-      MASKED(if (HAS_SOFTCAP) cap(s, scale_by_cap);)
+#ifdef FLASHCORE_MASKS
+      const bool whole = page >= whole_from && page < whole_pages PAGED(&& present == all_present);
+      if (HAS_SOFTCAP && !whole) cap(s, masks.scale_by_cap);
+#endif
       if (page >= whole_pages MASKED(|| page < whole_from))
         sign_and_mask(s, params MASKED(, masks), row, page * TILE_N MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
       TRACE(stages.accum(page - 1 MASKED(+ first_page), o);)
-      softmax.next(s, p, o);
+#ifdef FLASHCORE_MASKS
+      if (HAS_SOFTCAP && whole)
+        softmax.next_capped(s, p, o, masks);
+      else
+#endif
+        softmax.next(s, p, o);
       TRACE(stages.page(page MASKED(+ first_page), TILE_N, s, p, softmax);)
     }
 
@@ -527,7 +537,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     if (!whole_warp)
       store_out_rows(params, work, smem.q[half], warp_row, first_row + warp * WARP_ROWS, lane);
     if (HAS_LENGTHS)
-      store_lse_rows(params, work, row, lane, lse);
+      store_lse_rows(params, work.tile, uniform(work.sequence.first_q), seqlen_q, row, lane, lse);
     else
       store_lse(params, work.tile, row, lane, lse);
 #else

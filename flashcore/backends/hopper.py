@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import struct
 
@@ -27,13 +28,17 @@ PLAN = "attention_hopper_plan"
 """Entry function that lists the tiles of sequences with lengths, and clears the rows that belong to none."""
 MASK_BITS = {"window": 1, "softcap": 2, "sink": 4, "lengths": 8, "ragged": 8}
 """What FLASHCORE_MASKS says of each of `Problem.masks` (kernels/include/masks.cuh)."""
-MASK_PARAMS = struct.Struct("4Q 2i f 4x")
+MASK_PARAMS = struct.Struct("7Q 5i 7f")
 """`MaskParams` of kernels/include/masks.cuh."""
-PLAN_PARAMS = struct.Struct("7Q 3i 4x")
-"""`PlanParams` of kernels/include/sequences.cuh."""
-SEQUENCE_INTS = 5
 TILE_INTS = 2
-"""Ints of a `Sequence`, and of a `ListedTile`."""
+"""Ints of a `ListedTile`."""
+PLANNED_AT_ONCE = 256
+"""Tiles that a block of `PLAN` lists."""
+NEAR = 0.5
+SMALLEST_SLOPE, LARGEST_SLOPE = 1e-4, 1e3
+"""Scales over caps whose powers are floats of full precision."""
+TANH = (0.999999451, -0.333262842, 0.131899394, -0.0443927384)
+"""``tanh(x) = x * (TANH[0] + TANH[1] x^2 + ...)`` up to |x| = NEAR: fitted at the nodes of Chebyshev, off by 2.7e-7."""
 FARTHEST = 1 << 30
 """Positions are 32 bits: a window that reaches farther sees as much."""
 
@@ -103,45 +108,28 @@ class Hopper(CudaBackend):
     def room(self, q, problem: Problem) -> int:
         if not problem.lengths:
             return 0
-        # Whatever the tile: there are no smaller ones.
-        return problem.batch * SEQUENCE_INTS + most_tiles(q, problem, SMALL_ROWS) * TILE_INTS + 1
+        return most_tiles(q, problem, SMALL_ROWS) * TILE_INTS + 2  # whatever the tile: there are no smaller ones
 
     def masked(self, arguments, q, lse, problem: Problem, masks: MaskTensors | None, stream: int) -> Masked:
         left, right = (min(limit, FARTHEST) for limit in problem.window)
         sink = masks.sink.data_ptr() if problem.sink else 0
-        softcap = problem.softcap or 0.0
+        cap = cap_params(problem.softcap, self.scale(problem))
         if not problem.lengths:
-            return Masked(MASK_PARAMS.pack(sink, 0, 0, 0, left, right, softcap))
+            return Masked(MASK_PARAMS.pack(sink, 0, 0, 0, 0, 0, 0, 0, 0, 0, left, right, *cap))
         device = q.device.index or 0
-        plan = load_kernel(
-            self.kernel,
-            problem.head_dim,
-            problem.dtype,
-            False,
-            self.source,
-            device,
-            self.defines(problem, device),
-            PLAN,
-        )
+        defines = self.defines(problem, device)
+        plan = load_kernel(self.kernel, problem.head_dim, problem.dtype, False, self.source, device, defines, PLAN)
         tiles = most_tiles(q, problem, plan.tile_m)
         tiles_at = behind(lse)
-        sequences_at = tiles_at + 4 * TILE_INTS * tiles
-        count_at = sequences_at + 4 * SEQUENCE_INTS * problem.batch
-        packed = MASK_PARAMS.pack(sink, sequences_at, tiles_at, count_at, left, right, softcap)
         given = (masks.cu_seqlens_q, masks.cu_seqlens_k, masks.seqlens_q, masks.seqlens_k)
         lengths = (0 if tensor is None else tensor.data_ptr() for tensor in given)
-        plan_params = PLAN_PARAMS.pack(
-            *lengths, sequences_at, tiles_at, count_at, problem.batch, tiles, int(problem.lengths == "left")
-        )
-        ahead = PreparedLaunch(
-            entry_point(plan, PLAN, device),
-            plan,
-            (1 + problem.batch, 1, 1),
-            [arguments[0], packed, plan_params],
-            stream,
-        )
-        blocks = min(tiles * problem.num_heads_q, multiprocessors(device))
-        return Masked(packed, ahead, (blocks, 1, 1))
+        packed = MASK_PARAMS.pack(
+            sink, *lengths, tiles_at, tiles_at + 4 * TILE_INTS * tiles, problem.batch, tiles,
+            int(problem.lengths == "left"), left, right, *cap,
+        )  # fmt: skip
+        blocks = (-(-tiles // PLANNED_AT_ONCE), 1, 1)
+        ahead = PreparedLaunch(entry_point(plan, PLAN, device), plan, blocks, [arguments[0], packed], stream)
+        return Masked(packed, ahead, (min(tiles, multiprocessors(device)), 1, 1))
 
     def sections(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
         """Parts of the deal, each of which runs from heavy tiles to light ones; in a window all are alike."""
@@ -151,10 +139,21 @@ class Hopper(CudaBackend):
 
 
 def most_tiles(q, problem: Problem, tile_m: int) -> int:
-    """Tiles of `tile_m` rows that sequences of these lengths can have at most, for a host that does not know them."""
+    """Tiles of `tile_m` rows, of all heads, that there can be at most, for a host that does not know the lengths."""
     if problem.lengths == "ragged":
-        return q.shape[2] // tile_m + problem.batch
-    return problem.batch * -(-problem.seqlen_q // tile_m)
+        return (q.shape[2] // tile_m + problem.batch) * problem.num_heads_q
+    return problem.batch * -(-problem.seqlen_q // tile_m) * problem.num_heads_q
+
+
+def cap_params(softcap: float | None, scale: float) -> tuple[float, ...]:
+    """The cap, the series of the capped exponent, and the square up to which it holds (`MaskParams`)."""
+    if softcap is None:
+        return (0.0,) * 7
+    by_cap = scale / softcap
+    if not SMALLEST_SLOPE < abs(by_cap) < LARGEST_SLOPE:
+        return softcap, by_cap, 0.0, 0.0, 0.0, 0.0, -1.0  # no score is near: the kernel then goes by exponentials
+    series = [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(TANH)]
+    return softcap, by_cap, *series, (NEAR / by_cap) ** 2
 
 
 @register

@@ -19,19 +19,28 @@ struct Sequence {
   int batch, first_q, seqlen_q, first_k, seqlen_k;
 };
 
-// Some tiles of query rows of a sequence: the nth.
-struct ListedTile {
-  int sequence, nth;
+// Tile `nth` of query rows of a sequence, for one head.
+struct alignas(8) ListedTile {
+  int sequence;
+  unsigned head : 12, nth : 20;
 };
 
 // The order and types of these fields are the launch contract; the host fills a struct of the same layout.
 struct MaskParams {
-  const float* sink_gmem;              // [num_heads_q], natural units
-  const Sequence* sequences_gmem;      // [sequences]
-  const ListedTile* tiles_gmem;        // [num_tiles], from heavy to light
-  const int* num_tiles_gmem;           // [1]
-  int window_left, window_right;       // negative: no limit
-  float softcap;
+  const float* sink_gmem;        // [num_heads_q], natural units
+  // What the lengths are given as: the ends of sequences that lie end to end, or the real rows of padded ones (null: all).
+  const int* cu_seqlens_q_gmem;  // [sequences + 1], or null
+  const int* cu_seqlens_k_gmem;
+  const int* seqlens_q_gmem;     // [sequences], or null
+  const int* seqlens_k_gmem;
+  ListedTile* tiles_gmem;        // [most_tiles]
+  int* num_tiles_gmem;           // [2]: how many there are, and how many blocks have taken by now
+  int sequences, most_tiles;
+  int padded_left;               // the real rows are the last ones
+  int window_left, window_right; // negative: no limit
+  float softcap, scale_by_cap;
+  float series[4];               // softcap * log2(e) * tanh(scale * s / softcap) = s * (series[0] + series[1] * s^2 + ...)
+  float near_square;             // as long as s^2 is no larger
 };
 
 // Keys [begin, end) of a sequence.
@@ -64,33 +73,10 @@ struct PageSpan {
   }
 };
 
-// tanh to the last bits of a float: an odd polynomial near 0, where the scores of models lie, fitted at the nodes of
-// Chebyshev (largest error 4.2e-7), and exponentials for a warp that has larger ones.
-constexpr float TANH_NEAR = 0.75f;
-__device__ __forceinline__ float tanh_near_zero(float x) {
-  const float y = x * x;
-  float ratio = fmaf(0.0129166518f, y, -0.0500416086f);
-  ratio = fmaf(ratio, y, 0.132584621f);
-  ratio = fmaf(ratio, y, -0.333281921f);
-  ratio = fmaf(ratio, y, 0.999999424f);
-  return ratio * x;
-}
-__device__ __forceinline__ float tanh_anywhere(float x) { return 1.f - 2.f * rcp_approx(1.f + ex2_approx(2.f * LOG2_E * x)); }
-
-// S = tanh(scale * S / softcap): the cap itself is left to the softmax, which multiplies by it.
+// S = tanh(scale * S / softcap), by exponentials: the cap itself is left to the softmax, which multiplies by it.
 template <int SCORES>
 __device__ __forceinline__ void cap(float (&s)[SCORES], float scale_by_cap) {
-  float largest = 0.f;
 #pragma unroll
-  for (int i = 0; i < SCORES; ++i) {
-    s[i] *= scale_by_cap;
-    largest = fmaxf(largest, fabsf(s[i]));
-  }
-  if (__all_sync(~0u, largest <= TANH_NEAR)) {
-#pragma unroll
-    for (int i = 0; i < SCORES; ++i) s[i] = tanh_near_zero(s[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < SCORES; ++i) s[i] = tanh_anywhere(s[i]);
-  }
+  for (int i = 0; i < SCORES; ++i)
+    s[i] = 1.f - 2.f * rcp_approx(1.f + ex2_approx(2.f * LOG2_E * scale_by_cap * s[i]));
 }

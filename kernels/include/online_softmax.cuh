@@ -110,6 +110,52 @@ struct Softmax {
     exponentials(s, p, row_sum);
   }
 
+#ifdef FLASHCORE_MASKS
+  // P = exp2(softcap * log2(e) * tanh(scale * S / softcap) - reference) of scores without a mask, by a polynomial for tanh, under
+  // the exponentials. False where a score is too large for it; P is of no use then.
+  template <int SCORES>
+  __device__ __forceinline__ bool capped_exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&page_sum)[2],
+                                                      const MaskParams& masks) const {
+    page_sum[0] = page_sum[1] = 0.f;
+    float largest = 0.f;
+    const auto probability = [&](float score, float reference) {
+      const float square = score * score;
+      largest = fmaxf(largest, square);
+      float ratio = fmaf(square, masks.series[3], masks.series[2]);
+      ratio = fmaf(square, ratio, masks.series[1]);
+      ratio = fmaf(square, ratio, masks.series[0]);
+      return ex2_approx(fmaf(score, ratio, -reference));
+    };
+#pragma unroll
+    for (int i = 0; i < SCORES; i += 2) {
+      const int row = row_of(i);
+      const float even = probability(s[i], reference[row]), odd = probability(s[i + 1], reference[row]);
+      page_sum[row] += even;
+      page_sum[row] += odd;
+      p[i / 2] = pack_pair(even, odd);
+    }
+    return largest <= masks.near_square;
+  }
+
+  // The softmax of a later page whose scores have no cap yet; leaves them with one.
+  template <int SCORES, int OUTPUTS>
+  __device__ __forceinline__ void next_capped(float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&o)[OUTPUTS],
+                                              const MaskParams& masks) {
+    float page_sum[2];
+    const bool near = capped_exponentials(s, p, page_sum, masks);
+    TRACE(rescale[0] = rescale[1] = 1.f;)
+    const bool fits = page_sum[0] < LARGEST_PAGE_SUM && page_sum[1] < LARGEST_PAGE_SUM;  // NaN does not
+    if (!__all_sync(~0u, near && fits)) {
+      cap(s, masks.scale_by_cap);
+      next(s, p, o);
+      return;
+    }
+    TRACE(cap(s, masks.scale_by_cap);)
+    row_sum[0] += page_sum[0];
+    row_sum[1] += page_sum[1];
+  }
+#endif
+
   // The softmax of a later page: with the reference as it is, or a new one should a row of the warp outgrow it.
   template <int SCORES, int OUTPUTS>
   __device__ __forceinline__ void next(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&o)[OUTPUTS]) {

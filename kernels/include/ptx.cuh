@@ -73,3 +73,28 @@ __device__ __forceinline__ int atomic_add_release(int* sum_gmem, int x) {
 
 // fence.acq_rel.gpu (PTX ISA, membar/fence): what others wrote before a value that the thread has seen can be read.
 __device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+#ifdef FLASHCORE_MASKS
+// st.global, st.shared (PTX ISA, Data Movement: st): 16 bytes, by the threads that `ask` for it. Predicated, since a branch would
+// take what is uniform out of the uniform registers.
+__device__ __forceinline__ void store_16_global(bool ask, void* dst_gmem, const uint4& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ask;\n"
+      "setp.ne.s32 ask, %5, 0;\n"
+      "@ask st.global.v4.b32 [%0], {%1, %2, %3, %4};\n"
+      "}\n" ::"l"(dst_gmem),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(ask))
+      : "memory");
+}
+__device__ __forceinline__ void store_16_shared(bool ask, void* dst_smem, const uint4& x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ask;\n"
+      "setp.ne.s32 ask, %5, 0;\n"
+      "@ask st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n"
+      "}\n" ::"r"(smem_address(dst_smem)),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(ask))
+      : "memory");
+}
+#endif

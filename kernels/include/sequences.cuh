@@ -4,72 +4,6 @@
 
 constexpr int SEQUENCE_BARRIER = 1 + NUM_CONSUMERS;  // named barriers, after those of `Turn`
 
-// Tile `step` of the block, from the list: a tile of all heads comes before the next one, so that heads share out what is
-// heavy, and blocks take turns forth and back.
-__device__ __forceinline__ bool deal_listed(const AttentionParams& params, const MaskParams& masks, int step, Rows& rows) {
-  const int blocks = gridDim.x;
-  const int number = step * blocks + (step % 2 == 0 ? blockIdx.x : blocks - 1 - blockIdx.x);
-  const int nth_tile = number / params.num_heads_q, head = number - nth_tile * params.num_heads_q;
-  // In the last round the first block may have none where the last one has: only the number says.
-  if (nth_tile >= *masks.num_tiles_gmem) return false;
-  const ListedTile listed = masks.tiles_gmem[nth_tile];
-  rows.sequence = masks.sequences_gmem[listed.sequence];
-  rows.batch_head = rows.sequence.batch * params.num_heads_q + head;
-  const int whole_warps = (rows.sequence.seqlen_q + WARP_ROWS - 1) / WARP_ROWS;
-  rows.first_row = params.causal ? whole_warps * WARP_ROWS - (listed.nth + 1) * TILE_M : listed.nth * TILE_M;
-  rows.end_row = rows.first_row + TILE_M;
-  return true;
-}
-
-// Of a page of V with `left` keys of its sequence: the rows after them hold another sequence, or padding, and NaN perhaps.
-__device__ __forceinline__ void clear_after(unsigned char* v_smem, int left, int consumer) {
-  if (left < TILE_N) clear_rows<TILE_N>(v_smem, SEQUENCE_BARRIER + consumer, [&](int i) { return i >= left; });
-}
-
-// The rows of a warp that are there, from where `stage_out` left them; for a warp whose last rows are not.
-__device__ __forceinline__ void store_out_rows(const AttentionParams& params, const Work& work, const unsigned char* out_smem,
-                                               int warp_row, int first_row, int lane) {
-  constexpr int PIECE = 16 / sizeof(Element), PIECES = BLOCK_COLUMNS / PIECE;
-  Element* head_gmem = params.out_gmem + work.tile.batch * params.out.batch + work.tile.head * params.out.head;
-#pragma unroll 1
-  for (int i = lane; i < WARP_ROWS * COLUMN_BLOCKS * PIECES; i += WARP) {
-    const int piece = i % PIECES, block = i / PIECES % COLUMN_BLOCKS, nth = i / (PIECES * COLUMN_BLOCKS);
-    const int row = first_row + nth, own_row = warp_row + nth;
-    if (row < 0 || row >= work.sequence.seqlen_q) continue;
-    const unsigned char* src_smem = out_smem + (block * TILE_M + own_row) * ROW_BYTES + (piece ^ own_row % 8) * 16;
-    Element* dst_gmem = head_gmem + (work.sequence.first_q + row) * params.out.row + block * BLOCK_COLUMNS + piece * PIECE;
-    *reinterpret_cast<uint4*>(dst_gmem) = *reinterpret_cast<const uint4*>(src_smem);
-  }
-}
-
-// The lse of a thread's two rows, where they are rows of the sequence.
-__device__ __forceinline__ void store_lse_rows(const AttentionParams& params, const Work& work, int row, int lane,
-                                               const float (&lse)[2]) {
-  float* head_gmem = params.lse_gmem + (Index(work.tile.batch) * params.num_heads_q + work.tile.head) * params.seqlen_q;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int own = row + 8 * r;
-    if (own >= 0 && own < work.sequence.seqlen_q && lane % 4 == 0) head_gmem[work.sequence.first_q + own] = lse[r];
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- the list
-
-// What the lengths are given as: the ends of sequences that lie end to end, or the real rows of padded ones (null: all).
-// The order and types of these fields are the launch contract; the host fills a struct of the same layout.
-struct PlanParams {
-  const int* cu_seqlens_q_gmem;   // [sequences + 1], or null
-  const int* cu_seqlens_k_gmem;
-  const int* seqlens_q_gmem;      // [sequences], or null
-  const int* seqlens_k_gmem;
-  Sequence* sequences_gmem;
-  ListedTile* tiles_gmem;         // [most_tiles]
-  int* num_tiles_gmem;
-  int sequences, most_tiles;
-  int padded_left;                // the real rows are the last ones
-};
-constexpr int PLAN_THREADS = 1024;
-
 // Whatever the lengths hold, no sequence reaches beyond the tensors.
 __device__ __forceinline__ void place(const int* ends_gmem, const int* seqlens_gmem, int nth, int rows, bool left, int& first,
                                       int& seqlen) {
@@ -81,15 +15,78 @@ __device__ __forceinline__ void place(const int* ends_gmem, const int* seqlens_g
     first = left ? rows - seqlen : 0;
   }
 }
-__device__ __forceinline__ Sequence sequence_at(const AttentionParams& params, const PlanParams& plan, int nth) {
+__device__ __forceinline__ Sequence sequence_at(const AttentionParams& params, const MaskParams& masks, int nth) {
   Sequence sequence;
-  sequence.batch = plan.cu_seqlens_q_gmem != nullptr ? 0 : nth;
-  place(plan.cu_seqlens_q_gmem, plan.seqlens_q_gmem, nth, params.seqlen_q, plan.padded_left, sequence.first_q,
+  sequence.batch = masks.cu_seqlens_q_gmem != nullptr ? 0 : nth;
+  place(masks.cu_seqlens_q_gmem, masks.seqlens_q_gmem, nth, params.seqlen_q, masks.padded_left, sequence.first_q,
         sequence.seqlen_q);
-  place(plan.cu_seqlens_k_gmem, plan.seqlens_k_gmem, nth, params.seqlen_k, plan.padded_left, sequence.first_k,
+  place(masks.cu_seqlens_k_gmem, masks.seqlens_k_gmem, nth, params.seqlen_k, masks.padded_left, sequence.first_k,
         sequence.seqlen_k);
   return sequence;
 }
+
+// The first row of tile `nth`: under a causal mask the last tile, with most keys, is the first, and ends with a whole warp.
+__device__ __forceinline__ int first_row_of(const AttentionParams& params, int seqlen_q, int nth) {
+  const int whole_warps = (seqlen_q + WARP_ROWS - 1) / WARP_ROWS;
+  return params.causal ? whole_warps * WARP_ROWS - (nth + 1) * TILE_M : nth * TILE_M;
+}
+
+// Tile `number` of the list, and then the number of the block's next one: whichever block is free takes it.
+__device__ __forceinline__ bool deal_listed(const AttentionParams& params, const MaskParams& masks, int& number, Rows& rows) {
+  if (number >= masks.num_tiles_gmem[0]) return false;
+  const ListedTile listed = masks.tiles_gmem[number];
+  number = gridDim.x + atomicAdd(&masks.num_tiles_gmem[1], 1);  // nobody waits for it until then
+  rows.sequence = sequence_at(params, masks, listed.sequence);
+  rows.batch_head = rows.sequence.batch * params.num_heads_q + listed.head;
+  rows.first_row = first_row_of(params, rows.sequence.seqlen_q, listed.nth);
+  rows.end_row = rows.first_row + TILE_M;
+  return true;
+}
+
+// Of a page of V with `left` keys of its sequence: the rows after them hold another sequence, or padding, and NaN perhaps.
+__device__ __forceinline__ void clear_after(unsigned char* v_smem, int left, int consumer) {
+  constexpr int PIECES = ROW_BYTES / 16;
+  if (left >= TILE_N) return;
+#pragma unroll 1
+  for (int first = 0; first < TILE_N * COLUMN_BLOCKS * PIECES; first += WARPGROUP) {
+    const int i = first + threadIdx.x % WARPGROUP;
+    store_16_shared(i / PIECES % TILE_N >= left, v_smem + i * 16, make_uint4(0, 0, 0, 0));
+  }
+  fence_proxy_async();
+  barrier_sync(SEQUENCE_BARRIER + consumer, WARPGROUP);
+}
+
+// The rows of a warp that are there, from where `stage_out` left them; for a warp whose last rows are not.
+__device__ __forceinline__ void store_out_rows(const AttentionParams& params, const Work& work, const unsigned char* out_smem,
+                                               int warp_row, int first_row, int lane) {
+  constexpr int PIECE = 16 / sizeof(Element), PIECES = BLOCK_COLUMNS / PIECE;
+  Element* head_gmem = params.out_gmem + work.tile.batch * params.out.batch + work.tile.head * params.out.head;
+#pragma unroll 1
+  for (int first = 0; first < WARP_ROWS * COLUMN_BLOCKS * PIECES; first += WARP) {
+    const int i = first + lane;
+    const int piece = i % PIECES, block = i / PIECES % COLUMN_BLOCKS, nth = i / (PIECES * COLUMN_BLOCKS);
+    const int row = first_row + nth, own_row = warp_row + nth;
+    const unsigned char* src_smem = out_smem + (block * TILE_M + own_row) * ROW_BYTES + (piece ^ own_row % 8) * 16;
+    Element* dst_gmem = head_gmem + (work.sequence.first_q + row) * params.out.row + block * BLOCK_COLUMNS + piece * PIECE;
+    store_16_global(row >= 0 && row < work.sequence.seqlen_q, dst_gmem, *reinterpret_cast<const uint4*>(src_smem));
+  }
+}
+
+// The lse of a thread's two rows, where they are rows of the sequence.
+__device__ __forceinline__ void store_lse_rows(const AttentionParams& params, const Tile& tile, int first_q, int seqlen_q,
+                                               int row, int lane, const float (&lse)[2]) {
+  float* head_gmem = params.lse_gmem + (Index(tile.batch) * params.num_heads_q + tile.head) * params.seqlen_q + first_q;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int own = row + 8 * r;
+    if (static_cast<unsigned>(own) < static_cast<unsigned>(seqlen_q) && lane % 4 == 0) head_gmem[own] = lse[r];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the list
+
+constexpr int PLAN_THREADS = 256;
+constexpr int PLAN_WARPS = PLAN_THREADS / WARP;
 
 // Rows [first, end) of a batch, of all heads, become 0, and their lse -inf.
 __device__ __forceinline__ void clear_outputs(const AttentionParams& params, int batch, int first, int end) {
@@ -104,74 +101,81 @@ __device__ __forceinline__ void clear_outputs(const AttentionParams& params, int
   }
 }
 
-// Every tile of every sequence, with its pages; a sequence a warp, a tile a lane.
-template <typename Act>
-__device__ __forceinline__ void each_tile(const AttentionParams& params, const MaskParams& masks, const PlanParams& plan,
-                                          Act&& act) {
-  const int lane = threadIdx.x % WARP;
-  for (int nth = threadIdx.x / WARP; nth < plan.sequences; nth += PLAN_THREADS / WARP) {
-    const Sequence sequence = sequence_at(params, plan, nth);
-    if (lane == 0) plan.sequences_gmem[nth] = sequence;
-    const int tiles = (sequence.seqlen_q + TILE_M - 1) / TILE_M;
-    const int whole_rows = (sequence.seqlen_q + WARP_ROWS - 1) / WARP_ROWS * WARP_ROWS;
-    for (int tile = lane; tile < tiles; tile += WARP) {
-      const int first_row = params.causal ? whole_rows - (tile + 1) * TILE_M : tile * TILE_M;
-      const PageSpan span(masks, first_row, TILE_M, TILE_N, sequence.seqlen_q, sequence.seqlen_k);
-      act(ListedTile{nth, tile}, span.end - span.first);
-    }
+// The rows that belong to no sequence, before and after the nth.
+__device__ __forceinline__ void clear_around(const AttentionParams& params, const MaskParams& masks, int nth) {
+  const Sequence sequence = sequence_at(params, masks, nth);
+  const bool end_to_end = masks.cu_seqlens_q_gmem != nullptr;
+  if (!end_to_end || nth == 0) clear_outputs(params, sequence.batch, 0, sequence.first_q);
+  if (!end_to_end || nth == masks.sequences - 1)
+    clear_outputs(params, sequence.batch, sequence.first_q + sequence.seqlen_q, params.seqlen_q);
+}
+
+// The sum over the threads up to and with this one; `of_warp` is room for a number a warp.
+__device__ __forceinline__ int sum_up_to(int x, int* of_warp) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int step = 1; step < WARP; step *= 2) {
+    const int before = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += before;
   }
+  if (lane == WARP - 1) of_warp[warp] = x;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) x += of_warp[i];
+  __syncthreads();
+  return x;
 }
 
 extern "C" __device__ const LaunchShape attention_hopper_plan_shape = {TILE_M, TILE_N, PLAN_THREADS, 0};
 
-// Block 0 lists the sequences and their tiles, from heavy to light: a counting sort by pages. The other blocks, one a sequence,
-// clear the rows that belong to none.
+// Lists the tiles: sequence by sequence, head by head, so that few heads' K and V are in use at a time, and each section of the
+// list from heavy to light. A block makes a section of as many tiles as the block has threads.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1)
-    attention_hopper_plan(const __grid_constant__ AttentionParams params, const __grid_constant__ MaskParams masks,
-                          const __grid_constant__ PlanParams plan) {
-  if (blockIdx.x > 0) {
-    const int nth = blockIdx.x - 1;
-    const Sequence sequence = sequence_at(params, plan, nth);
-    const int end = sequence.first_q + sequence.seqlen_q;
-    if (plan.cu_seqlens_q_gmem == nullptr) {
-      clear_outputs(params, sequence.batch, 0, sequence.first_q);
-      clear_outputs(params, sequence.batch, end, params.seqlen_q);
-    } else {
-      if (nth == 0) clear_outputs(params, 0, 0, sequence.first_q);
-      if (nth == plan.sequences - 1) clear_outputs(params, 0, end, params.seqlen_q);
+    attention_hopper_plan(const __grid_constant__ AttentionParams params, const __grid_constant__ MaskParams masks) {
+  __shared__ int ends[PLAN_THREADS];  // of some sequences' tiles, in the list
+  __shared__ int weights[PLAN_THREADS];
+  __shared__ int of_warp[PLAN_WARPS];
+  let_next_kernel_start();
+  for (int nth = blockIdx.x; nth < masks.sequences; nth += gridDim.x) clear_around(params, masks, nth);
+
+  const int number = blockIdx.x * PLAN_THREADS + threadIdx.x;  // in the list
+  ListedTile own = {0, 0, 0};
+  int weight = -1, before = 0;
+  for (int first = 0; first < masks.sequences; first += PLAN_THREADS) {
+    const int nth = first + threadIdx.x;
+    const int seqlen_q = nth < masks.sequences ? sequence_at(params, masks, nth).seqlen_q : 0;
+    const int tiles = (seqlen_q + TILE_M - 1) / TILE_M * params.num_heads_q;
+    ends[threadIdx.x] = before + sum_up_to(tiles, of_warp);
+    __syncthreads();
+    const int end = ends[PLAN_THREADS - 1];
+    if (number >= before && number < end) {
+      int low = 0, high = PLAN_THREADS - 1;  // the first sequence that ends after the number
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (ends[middle] > number) high = middle; else low = middle + 1;
+      }
+      const Sequence sequence = sequence_at(params, masks, first + low);
+      const int tiles_a_head = (sequence.seqlen_q + TILE_M - 1) / TILE_M;
+      const int within = number - (low > 0 ? ends[low - 1] : before), head = within / tiles_a_head;
+      own.sequence = first + low;
+      own.head = head;
+      own.nth = within - head * tiles_a_head;
+      const int first_row = first_row_of(params, sequence.seqlen_q, own.nth);
+      const PageSpan span(masks, first_row, TILE_M, TILE_N, sequence.seqlen_q, sequence.seqlen_k);
+      weight = span.end - span.first;
     }
-    return;
+    before = end;
+    __syncthreads();
+  }
+  if (number == 0) {
+    masks.num_tiles_gmem[0] = min(before, masks.most_tiles);
+    masks.num_tiles_gmem[1] = 0;
   }
 
-  constexpr int WEIGHTS = PLAN_THREADS;  // a weight a thread; heavier tiles count as the heaviest
-  __shared__ int places[WEIGHTS];        // tiles of each weight, then where the next one of them goes
-  __shared__ int of_warp[WARP];
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int most_pages = (params.seqlen_k + TILE_N - 1) / TILE_N, pages_a_weight = most_pages / WEIGHTS + 1;
-
-  places[threadIdx.x] = 0;
+  weights[threadIdx.x] = weight;
   __syncthreads();
-  const auto weight_of = [&](int pages) { return min(WEIGHTS - 1, pages / pages_a_weight); };
-  each_tile(params, masks, plan, [&](ListedTile, int pages) { atomicAdd(&places[weight_of(pages)], 1); });
-  __syncthreads();
-
-  // Thread i has weight WEIGHTS - 1 - i: how many tiles are heavier.
-  const int weight = WEIGHTS - 1 - threadIdx.x, own = places[weight];
-  int sum = own;
-#pragma unroll
-  for (int step = 1; step < WARP; step *= 2) {
-    const int before = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += before;
-  }
-  if (lane == WARP - 1) of_warp[warp] = sum;
-  __syncthreads();
-  int heavier = sum - own;
-  for (int i = 0; i < warp; ++i) heavier += of_warp[i];
-  places[weight] = heavier;
-  if (threadIdx.x == PLAN_THREADS - 1) *plan.num_tiles_gmem = min(plan.most_tiles, heavier + own);
-  __syncthreads();
-  each_tile(params, masks, plan, [&](ListedTile tile, int pages) {
-    const int place = atomicAdd(&places[weight_of(pages)], 1);
-    if (place < plan.most_tiles) plan.tiles_gmem[place] = tile;
-  });
+  int heavier = 0;
+#pragma unroll 8
+  for (int i = 0; i < PLAN_THREADS; ++i) heavier += weights[i] > weight || (weights[i] == weight && i < threadIdx.x);
+  const int place = blockIdx.x * PLAN_THREADS + heavier;
+  if (weight >= 0 && place < masks.most_tiles) masks.tiles_gmem[place] = own;
 }

@@ -50,6 +50,7 @@ def make_inputs(
     device: str | torch.device = "cpu",
     pattern: Pattern = "normal",
     layout: Literal["bhsd", "bshd", "apart"] = "bhsd",
+    masks: MaskTensors | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q, K and V for one problem, in its dtype, with fixed numbers for a seed, pattern and kind of device.
 
@@ -72,8 +73,9 @@ def make_inputs(
         ``bhsd``: contiguous ``[B, H, S, D]``. ``bshd``: the same shape as a strided view of ``[B, S, H, D]`` memory.
         ``apart``: each in an order of its own, so that strides of one are wrong for the others: K as ``bhsd``, V as
         ``bshd``, and Q with room between its rows.
-
-    Where sequences have lengths, these are those of `make_masks` for the same seed, and all other rows hold NaN.
+    masks
+        Where sequences have lengths, says which rows are real, and all others hold NaN; None for `make_masks` of the
+        same seed.
 
     Returns
     -------
@@ -96,12 +98,13 @@ def make_inputs(
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = getattr(torch, problem.dtype)
 
-    masks = make_masks(problem, seed=seed, device=device) if problem.lengths else None
+    if problem.lengths and masks is None:
+        masks = make_masks(problem, seed=seed, device=device)
     batch, rows_q, rows_k = problem.batch, problem.seqlen_q, problem.seqlen_k
     # Position of each key from 0 to 1, to be laid along the first column of the head.
     position = torch.linspace(0.0, 1.0, rows_k, device=device)
     if problem.lengths == "ragged":
-        lengths_q, lengths_k = _lengths(problem, seed)
+        lengths_q, lengths_k = (cu.diff().tolist() for cu in (masks.cu_seqlens_q, masks.cu_seqlens_k))
         batch, rows_q, rows_k = 1, sum(lengths_q) + UNUSED_ROWS, sum(lengths_k) + UNUSED_ROWS
         parts = [torch.linspace(0.0, 1.0, length, device=device) for length in [*lengths_k, UNUSED_ROWS]]
         position = torch.cat(parts)

@@ -7,7 +7,7 @@ first: `right_aligned` brings Q, K and V there, `put_back` brings results from t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,11 @@ class MaskTensors:
             tensor = getattr(self, field.name)
             if tensor is not None:
                 yield field.name, tensor
+
+
+def changed(masks: MaskTensors, change: Callable[[torch.Tensor], torch.Tensor]) -> MaskTensors:
+    """Mask tensors with `change` applied to each that there is."""
+    return replace(masks, **{name: change(tensor) for name, tensor in masks.named()})
 
 
 def needs_tensors(problem: Problem) -> bool:

@@ -46,11 +46,16 @@ class CpuBackend(Backend):
         """K or V with one head for each query head, float32: query heads share K/V heads in consecutive groups."""
         return tensor.float().repeat_interleave(problem.num_heads_q // problem.num_heads_kv, dim=1)
 
-    def scores(self, q, k, problem: Problem, page: slice, lengths=None):
-        """``softmax_scale * Q @ K^T`` of the page after a softcap, -inf where masked."""
+    def scores(self, q, k, problem: Problem, page: slice):
+        """``softmax_scale * Q @ K^T`` of the page after a softcap, -inf where masked in sequences that are whole."""
         scores = reference.capped((q @ k.transpose(-1, -2)).mul_(problem.scale), problem)
-        mask = reference.visible(problem, slice(0, problem.seqlen_q), page, q.device, lengths)
+        mask = reference.visible(problem, slice(0, problem.seqlen_q), page, q.device)
         return scores if mask is None else scores.masked_fill_(~mask, -math.inf)
+
+    def hidden(self, scores, problem: Problem, page: slice, lengths):
+        """The scores, -inf where masked in sequences of these lengths."""
+        mask = reference.visible(problem, slice(0, problem.seqlen_q), page, scores.device, lengths)
+        return scores.masked_fill(~mask, -math.inf)
 
     def row_max(self, scores, row_max):
         """The running maximum after this page."""
@@ -95,13 +100,16 @@ class CpuBackend(Backend):
         """Run all pages; with `kept`, append the stages of each. Real rows come first."""
         dtype = q.dtype
         lengths = None if masks is None else self.lengths(problem, masks)
-        given = () if lengths is None else (lengths,)
+        # Where sequences have lengths, these say where the masks lie, too.
+        open_ = problem if lengths is None else problem.with_(causal=False, window_left=-1, window_right=-1)
         q, k, v = q.float(), self.kv_of_head(k, problem), self.kv_of_head(v, problem)
         row_max = q.new_full(q.shape[:-1], -math.inf)
         row_sum, accum = q.new_zeros(q.shape[:-1]), self.initial_accum(q)
         columns = reference.pages(problem, problem.page_size)
         for j, page in enumerate(columns):
-            scores = self.scores(q, k[..., page, :], problem, page, *given)
+            scores = self.scores(q, k[..., page, :], open_, page)
+            if lengths is not None:
+                scores = self.hidden(scores, problem, page, lengths)
             before, row_max = row_max, self.row_max(scores, row_max)
             rescale = self.rescale(before, row_max)
             probs = self.probs(scores, row_max)

@@ -65,11 +65,14 @@ def test_the_masked_matrix_has_every_mask_and_is_for_backends_that_take_it():
     quick, full = (check.masked_problems(profile, gpu=True) for profile in ("quick", "full"))
     assert {name for p in quick for name in p.masks} == {"window", "softcap", "sink", "lengths", "ragged"}
     assert full[: len(quick)] == quick and len({p.label() for p in full}) == len(full) > 30
-    window, ragged = quick[0], SMALL.with_(lengths="ragged")
+    window, ragged, named = quick[0], quick[-2], SMALL.with_(lengths="ragged")
     math_, cpu, flash = (backends.get(name) for name in ("sdpa-math", "cpu", "sdpa-flash"))
-    assert check.pairs([window, ragged, SMALL], [math_, cpu, flash]) == [
-        (window, math_), (window, cpu), (ragged, cpu), (SMALL, math_), (SMALL, cpu), (SMALL, flash)
+    assert check.pairs([window, ragged, SMALL, named], [math_, cpu, flash]) == [
+        (window, math_), (window, cpu), (ragged, cpu), (SMALL, math_), (SMALL, cpu), (SMALL, flash), (named, math_),
+        (named, cpu), (named, flash),
     ]  # fmt: skip
+    refused = check_attention(math_, named, device="cpu")
+    assert refused.status == "unsupported" and refused.reason == "it does not take ragged batches"
 
 
 class ChangedMasked(Changed):

@@ -127,14 +127,14 @@ def _v_by_strides_of_k(self, q, k, v, problem, kept):
 def _with_other(**changes: Callable) -> Override:
     """Scores of a problem in which these fields are what each function makes of them."""
 
-    def scores(self, q, k, problem, page, *lengths):
+    def scores(self, q, k, problem, page):
         changed = {name: change(getattr(problem, name)) for name, change in changes.items()}
-        return _base("scores")(self, q, k, problem.with_(**changed), page, *lengths)
+        return _base("scores")(self, q, k, problem.with_(**changed), page)
 
     return Override({"scores": scores})
 
 
-def _cut_page_hidden(scores, q, k, problem, page, *lengths):
+def _cut_page_hidden(scores, q, k, problem, page):
     """A page that the left edge of a row's window cuts is taken for one that lies before it."""
     import torch
 
@@ -143,13 +143,12 @@ def _cut_page_hidden(scores, q, k, problem, page, *lengths):
     return scores.masked_fill((page.start < edge) & (edge < page.stop), -math.inf)
 
 
-def _cap_after_mask(self, q, k, problem, page, *lengths):
-    return reference.capped(_base("scores")(self, q, k, problem.with_(softcap=None), page, *lengths), problem)
+def _cap_after_mask(self, q, k, problem, page):
+    return reference.capped(_base("scores")(self, q, k, problem.with_(softcap=None), page), problem)
 
 
-def _cap_before_scale(self, q, k, problem, page, *lengths):
-    unscaled = problem.with_(softmax_scale=1.0)
-    return _base("scores")(self, q, k, unscaled, page, *lengths).mul_(problem.scale)
+def _cap_before_scale(self, q, k, problem, page):
+    return _base("scores")(self, q, k, problem.with_(softmax_scale=1.0), page).mul_(problem.scale)
 
 
 def _sink_changed(change: Callable) -> Override:
@@ -175,10 +174,11 @@ def _one_row_early(self, q, k, v, problem, masks):
     return masking.right_aligned(q, k.roll(1, dims=2), v, problem, masks)
 
 
-def _padded_offset(self, q, k, problem, page, lengths):
+def _padded_offset(self, scores, problem, page, lengths):
     """The causal mask aligned by the lengths of the padded tensors; what is past a sequence stays hidden."""
-    hidden = reference.visible(problem.with_(causal=False), slice(0, problem.seqlen_q), page, q.device, lengths)
-    return _base("scores")(self, q, k, problem, page).masked_fill(~hidden, -math.inf)
+    scores = _base("hidden")(self, scores, problem.with_(causal=False), page, lengths)
+    mask = reference.visible(problem, slice(0, problem.seqlen_q), page, scores.device)
+    return scores.masked_fill(~mask, -math.inf)
 
 
 GUARD_OF_BFLOAT16 = 2.0**64
@@ -230,7 +230,7 @@ CPU: Plants = {
     "G63": _after("with_sink", _sink_needs_a_key),
     "G64": _after("lengths", lambda pair, *_: tuple(n.roll(1, dims=0) for n in pair)),
     "G65": _stages(aligned=_right_padding),
-    "G66": _stages(scores=_padded_offset),
+    "G66": _stages(hidden=_padded_offset),
     "G67": _after("lengths", lambda pair, problem, masks: (pair[0], pair[1] + 1)),
     "G68": _stages(aligned=_one_row_early),
     "G16": _after("scores", lambda s, q, k, problem, page: s if s.shape[-1] == 64 else s.fill_(-math.inf)),

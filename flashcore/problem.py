@@ -63,8 +63,11 @@ class Problem(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "problem"
-            raise InvalidProblem(f"{name}: {first['msg']} (got {first.get('input')!r}).") from None
+            told = first["msg"].removeprefix("Value error, ")
+            if not first["loc"]:  # a rule about several fields, which names them and their values
+                raise InvalidProblem(f"{told}.") from None
+            name = ".".join(str(part) for part in first["loc"])
+            raise InvalidProblem(f"{name}: {told} (got {first.get('input')!r}).") from None
 
     @functools.cached_property
     def _hash(self) -> int:

@@ -67,6 +67,9 @@ class Backend(ABC):
     """The backend whose kernels and stages it runs in another order; a report then checks it on fewer problems."""
     rounds_scores: bool = False
     """Whether scores are rounded to the problem's dtype before the softmax, by design: its bound then allows for it."""
+    tanh_error: float = 2.0**-21
+    """Absolute error of the tanh under a softcap, by design; what a GPU's approximate instruction makes is 2^-11. Its
+    bound then allows for it."""
     traceable: bool = False
     """Whether `trace` returns its stages, so that it can be bisected."""
     paged: bool = False

@@ -25,6 +25,7 @@ from flashcore.gpu.launching import (
     load_kernel,
     outputs_for,
 )
+from flashcore.numerics import masking
 from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace, interleaved
 from flashcore.problem import Problem
@@ -95,13 +96,15 @@ class CudaBackend(Backend):
     def trace(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> Trace:
+        if problem.lengths == "ragged":  # there is room for stages of whole sequences: those with padding, then
+            q, k, v, problem, masks = masking.right_aligned(q, k, v, problem, masks)
         loaded = self.load(problem, q.device, trace=True)
         buffers = TraceBuffers.make(problem, loaded.tile_n, loaded.tile_m, q.device)
         out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q, self.room(q, problem)))
         self._launch(q, k, v, out, lse, problem, masks, buffers)
         pages = -(-problem.seqlen_k // loaded.tile_n)
         previous = interleaved(pages, loaded.num_splits) if loaded.num_splits > 1 else None
-        return buffers.trace(problem, loaded.tile_n, out, lse, previous)
+        return buffers.trace(problem, loaded.tile_n, out, lse, previous, masks)
 
     def strides(self, name: str, tensor: torch.Tensor) -> Sequence[int]:
         """Strides of batch, head and row of tensor `name` (q, k, v or out), in elements."""

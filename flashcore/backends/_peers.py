@@ -62,7 +62,8 @@ def call_flash_attention(function: Callable[..., Any], q, k, v, problem: Problem
 
 def with_empty_rows(out: torch.Tensor, lse: torch.Tensor | None, problem: Problem):
     """The same results with 0 and -inf, in place, in rows that see no key: there a peer may leave anything."""
-    num_empty = max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
+    right = problem.window[1]  # the keys of row i end at key i + seqlen_k - seqlen_q + right
+    num_empty = max(0, problem.seqlen_q - problem.seqlen_k - right) if right >= 0 else 0
     if num_empty:
         out[:, :, :num_empty] = 0
         if lse is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.numerics import masking
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace, links
 from flashcore.problem import Problem
 
@@ -18,7 +20,10 @@ NOT_WRITTEN = 0x7FC0_DEAD
 
 @dataclass(frozen=True)
 class TraceBuffers:
-    """Where a kernel stores its stages; shapes as in `Trace`, `accum` with rows rounded up to whole tiles."""
+    """Where a kernel stores its stages; shapes as in `Trace`, `accum` with rows rounded up to whole tiles.
+
+    Where sequences have lengths, rows and keys count from the first real one of their sequence, as in `Trace`.
+    """
 
     scores: torch.Tensor
     row_max: torch.Tensor
@@ -48,44 +53,62 @@ class TraceBuffers:
 
     def trace(
         self, problem: Problem, page_size: int, out: torch.Tensor, lse: torch.Tensor,
-        previous: tuple[int, ...] | None = None,
+        previous: tuple[int, ...] | None = None, masks: MaskTensors | None = None,
     ) -> Trace:  # fmt: skip
-        """What the kernel stored, its rightly skipped pages filled in; `previous` says which page continues which."""
+        """What the kernel stored, its rightly skipped pages filled in.
+
+        `out` and `lse` lie as the problem says; `previous` says which page continues which, and `masks` are those of
+        the call.
+        """
+        out, lse = masking.aligned_results(out, lse, problem, masks)
         trace = Trace(
             page_size=page_size, scores=self.scores, row_max=self.row_max, rescale=self.rescale, probs=self.probs,
             row_sum=self.row_sum, accum=self.accum[:, :, :, : problem.seqlen_q], out=out, lse=lse,
             previous=previous,
         )  # fmt: skip
-        fill_skipped_pages(trace, problem)
+        fill_skipped_pages(trace, problem, masks)
         return trace
 
 
-def fill_skipped_pages(trace: Trace, problem: Problem) -> None:
-    """Give the pages that a causal kernel rightly never visits the values of an update that changes nothing.
+def fill_skipped_pages(trace: Trace, problem: Problem, masks: MaskTensors | None = None) -> None:
+    """Give the pages that a kernel rightly never visits the values of an update that changes nothing.
 
-    A page may be skipped for a row that sees none of its keys. Only there, and only where the kernel wrote nothing,
-    the trace is filled in, from the page that this one continues; a page skipped wrongly stays NaN and is found.
+    A page may be skipped for a row that sees none of its keys: all lie after those that it sees, or before them, or its
+    sequence has no such row. Only there, and only where the kernel wrote nothing, the trace is filled in, from the page
+    that this one continues; a page skipped wrongly stays NaN and is found.
     """
-    if not problem.causal:
+    if problem.window == (-1, -1) and not problem.lengths:
         return
-    device = trace.scores.device
-    chain = links(trace.previous, trace.row_max.shape[2])
-    rows = torch.arange(problem.seqlen_q, device=device)
-    visible = (rows + 1 + problem.seqlen_k - problem.seqlen_q).clamp(0, problem.seqlen_k)
+    first_seen, end_seen = seen_keys(problem, masks, trace.scores.device)
 
     def not_written(stage: torch.Tensor) -> torch.Tensor:
         return stage.view(torch.int32) == NOT_WRITTEN
 
-    for page, before in enumerate(chain):
+    for page, before in enumerate(links(trace.previous, trace.row_max.shape[2])):
         first, last = page * trace.page_size, min((page + 1) * trace.page_size, problem.seqlen_k)
-        skippable = visible <= first  # [seqlen_q]
+        skippable = (end_seen <= first) | (first_seen >= last) | (end_seen <= first_seen)  # [B or 1, 1, seqlen_q]
         for stage, value in ((trace.scores, float("-inf")), (trace.probs, 0.0)):
             part = stage[:, :, :, first:last]
-            part.masked_fill_(not_written(part) & skippable[:, None], value)
+            part.masked_fill_(not_written(part) & skippable[..., None], value)
         for stage, before_any in ((trace.row_max, float("-inf")), (trace.row_sum, 0.0), (trace.accum, 0.0)):
             part = stage[:, :, page]
             carried = stage[:, :, before] if before >= 0 else torch.full_like(part, before_any)
-            mask = skippable if part.dim() == 3 else skippable[:, None]
+            mask = skippable if part.dim() == 3 else skippable[..., None]
             part.copy_(torch.where(not_written(part) & mask, carried, part))
         part = trace.rescale[:, :, page]
         part.masked_fill_(not_written(part) & skippable, 1.0)
+
+
+def seen_keys(problem: Problem, masks: MaskTensors | None, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first key that each row sees and the one after its last, ``[B or 1, 1, seqlen_q]``; none where they meet."""
+    rows = torch.arange(problem.seqlen_q, device=device).view(1, 1, -1)
+    num_q, num_k = problem.seqlen_q, problem.seqlen_k
+    if problem.lengths:
+        num_q, num_k = (masking.rows_of(problem, masks, name, device).count.view(-1, 1, 1) for name in "qk")
+    position = rows + (num_k - num_q)
+    left, right = problem.window
+    first = (position - left).clamp(min=0) if left >= 0 else torch.zeros_like(position)
+    end = torch.zeros_like(position) + num_k
+    if right >= 0:
+        end = end.minimum(position + right + 1)
+    return first, end.masked_fill(rows >= num_q, 0) if problem.lengths else end

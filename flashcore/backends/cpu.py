@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flashcore.backends._contract import Backend
 from flashcore.backends._registry import register
-from flashcore.numerics import reference
+from flashcore.numerics import masking, reference
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -27,7 +27,18 @@ class CpuBackend(Backend):
     role = "ours"
     device = "cpu"
     dtypes = ("float16", "bfloat16", "float32")
+    masks = ("window", "softcap", "sink", "lengths", "ragged")
     traceable = True
+
+    # Where sequences have lengths, their real rows are brought to the front first, and results back to their places.
+
+    def aligned(self, q, k, v, problem: Problem, masks):
+        """Q, K, V, problem and masks with the real rows of each sequence first (`masking.right_aligned`)."""
+        return masking.right_aligned(q, k, v, problem, masks)
+
+    def lengths(self, problem: Problem, masks):
+        """Real queries and real keys of each sequence, int64 ``[B, 1]`` twice; None where all rows are real."""
+        return (masks.seqlens_q.long()[:, None], masks.seqlens_k.long()[:, None]) if problem.lengths else None
 
     # The stages of one page, in dataflow order. Tensors are [B, Hq, Sq, ...]; k and v are [B, Hq, page, D], float32.
 
@@ -36,10 +47,15 @@ class CpuBackend(Backend):
         return tensor.float().repeat_interleave(problem.num_heads_q // problem.num_heads_kv, dim=1)
 
     def scores(self, q, k, problem: Problem, page: slice):
-        """``softmax_scale * Q @ K^T`` of the page, -inf where masked."""
-        scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
+        """``softmax_scale * Q @ K^T`` of the page after a softcap, -inf where masked in sequences that are whole."""
+        scores = reference.capped((q @ k.transpose(-1, -2)).mul_(problem.scale), problem)
         mask = reference.visible(problem, slice(0, problem.seqlen_q), page, q.device)
         return scores if mask is None else scores.masked_fill_(~mask, -math.inf)
+
+    def hidden(self, scores, problem: Problem, page: slice, lengths):
+        """The scores, -inf where masked in sequences of these lengths."""
+        mask = reference.visible(problem, slice(0, problem.seqlen_q), page, scores.device, lengths)
+        return scores.masked_fill(~mask, -math.inf)
 
     def row_max(self, scores, row_max):
         """The running maximum after this page."""
@@ -61,6 +77,12 @@ class CpuBackend(Backend):
         """``O = O * rescale + P @ V``; `probs` arrive rounded to the problem's dtype, as a Tensor Core takes them."""
         return rescale[..., None] * accum + probs.float() @ v
 
+    def with_sink(self, accum, row_sum, row_max, sink):
+        """The three after the last page, with a key of score `sink` ``[B, Hq, Sq]`` and value 0 counted in."""
+        shared = row_max.maximum(sink)
+        weight = (row_max - reference.safe(shared)).exp()
+        return accum * weight[..., None], row_sum * weight + (sink - reference.safe(shared)).exp(), shared
+
     def finish(self, accum, row_sum, row_max):
         """``out`` and ``lse`` after the last page; 0 and -inf for a row that saw no key."""
         out = accum / row_sum.masked_fill(row_sum == 0, 1.0)[..., None]
@@ -74,15 +96,20 @@ class CpuBackend(Backend):
         """The accumulator before the first page."""
         return q.new_zeros(q.shape)
 
-    def _loop(self, q, k, v, problem: Problem, kept: list | None):
-        """Run all pages; with `kept`, append the stages of each."""
+    def _loop(self, q, k, v, problem: Problem, kept: list | None, masks=None):
+        """Run all pages; with `kept`, append the stages of each. Real rows come first."""
         dtype = q.dtype
+        lengths = None if masks is None else self.lengths(problem, masks)
+        # Where sequences have lengths, these say where the masks lie, too.
+        open_ = problem if lengths is None else problem.with_(causal=False, window_left=-1, window_right=-1)
         q, k, v = q.float(), self.kv_of_head(k, problem), self.kv_of_head(v, problem)
         row_max = q.new_full(q.shape[:-1], -math.inf)
         row_sum, accum = q.new_zeros(q.shape[:-1]), self.initial_accum(q)
         columns = reference.pages(problem, problem.page_size)
         for j, page in enumerate(columns):
-            scores = self.scores(q, k[..., page, :], problem, page)
+            scores = self.scores(q, k[..., page, :], open_, page)
+            if lengths is not None:
+                scores = self.hidden(scores, problem, page, lengths)
             before, row_max = row_max, self.row_max(scores, row_max)
             rescale = self.rescale(before, row_max)
             probs = self.probs(scores, row_max)
@@ -91,17 +118,32 @@ class CpuBackend(Backend):
             accum = self.accum(accum, rescale, rounded, self.page_of_v(v, columns, j))
             if kept is not None:
                 kept.append((scores, row_max, rescale, rounded, row_sum, accum))
+        if problem.sink:
+            sink = masks.sink[None, :, None].expand_as(row_max)
+            if problem.lengths:
+                real = reference.real(slice(0, problem.seqlen_q), masks.seqlens_q)
+                sink = sink.masked_fill(~real[:, None], -math.inf)
+            accum, row_sum, row_max = self.with_sink(accum, row_sum, row_max, sink)
         out, lse = self.finish(accum, row_sum, row_max)
         return out.to(dtype), lse
 
-    def run(self, q, k, v, problem):
-        return self._loop(q, k, v, problem, None)
+    def _masked_loop(self, q, k, v, problem: Problem, kept: list | None, masks):
+        """`_loop`, with real rows brought to the front where the masks of the problem need that."""
+        masking.check_call(masks, problem, q, k)
+        if masks is None:
+            return self._loop(q, k, v, problem, kept)
+        q, k, v, problem, masks = self.aligned(q, k, v, problem, masks)
+        return self._loop(q, k, v, problem, kept, masks)
 
-    def trace(self, q, k, v, problem):
+    def run(self, q, k, v, problem, masks=None):
+        out, lse = self._masked_loop(q, k, v, problem, None, masks)
+        return masking.put_back(out, lse, q, problem, masks)
+
+    def trace(self, q, k, v, problem, masks=None):
         import torch
 
         kept: list = []
-        out, lse = self._loop(q, k, v, problem, kept)
+        out, lse = self._masked_loop(q, k, v, problem, kept, masks)
         scores, row_max, rescale, probs, row_sum, accum = zip(*kept, strict=True)
         return reference.Trace(
             problem.page_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashcore.backends._contract import Backend
 from flashcore.backends._registry import register
-from flashcore.numerics import reference
+from flashcore.numerics import masking, reference
 from flashcore.paging import paged_reference
 
 
@@ -17,15 +17,18 @@ class ReferenceBackend(Backend):
     role = "reference"
     device = "any"
     dtypes = ("float16", "bfloat16", "float32")
+    masks = ("window", "softcap", "sink", "lengths", "ragged")
     traceable = True
     paged = True
 
-    def run(self, q, k, v, problem):
-        out, lse = reference.attention(q, k, v, problem)
+    def run(self, q, k, v, problem, masks=None):
+        masking.check_call(masks, problem, q, k)
+        out, lse = reference.attention(q, k, v, problem, masks)
         return out.to(q.dtype), lse.float()
 
-    def trace(self, q, k, v, problem):
-        return reference.trace(q, k, v, problem)
+    def trace(self, q, k, v, problem, masks=None):
+        masking.check_call(masks, problem, q, k)
+        return reference.trace(q, k, v, problem, masks=masks)
 
     def run_paged(self, q, cache, problem, selection=None):
         out, lse = paged_reference(q, cache, selection, causal=problem.causal, softmax_scale=problem.softmax_scale)

@@ -87,6 +87,7 @@ class SdpaMath(_Sdpa):
     title = "torch SDPA, unfused"
     device = "any"
     dtypes = ("float16", "bfloat16", "float32")
+    masks = ("window",)
     choice = "MATH"
     fused = False
     max_scores = 2**31
@@ -102,7 +103,7 @@ class SdpaMath(_Sdpa):
         return Backend.why_not(self, problem)
 
     def run(self, q, k, v, problem):
-        if not problem.causal or problem.seqlen_q == problem.seqlen_k:
+        if "window" not in problem.masks and (not problem.causal or problem.seqlen_q == problem.seqlen_k):
             return super().run(q, k, v, problem)
         rows, columns = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
         out = self._call(q, k, v, problem, reference.visible(problem, rows, columns, q.device), False)

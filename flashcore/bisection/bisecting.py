@@ -20,10 +20,12 @@ from flashcore.bisection.stagewise import Judgement, Judges
 from flashcore.bisection.zoom import tile, zoom
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
 from flashcore.measure.check import device_of, guarded
-from flashcore.numerics import ambient, reference
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics import ambient, masking, reference
+from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.numerics.reference import STAGES, Trace
+from flashcore.numerics.tolerance import TANH_ERROR
 from flashcore.problem import Problem
 from flashcore.records import Trial
 from flashcore.tables import describe, stage_table
@@ -150,19 +152,25 @@ class Traced:
     """What the backend gave as it runs in production."""
     context: dict[str, Any]
     source_hash: str | None = None
+    masks: MaskTensors | None = None
+    """Where the masks of the problem need tensors."""
+    tanh_error: float = TANH_ERROR
+    """As `Backend.tanh_error`."""
 
     def judge(self, *, progress: Callable[[str, int, int], None] | None = None) -> Bisection:
         """Every stage of it, judged; `progress` as in `bisect`."""
         return judge(self.own, *self.inputs, self.problem, out=self.out, lse=self.lse, backend=self.backend,
-                     source_hash=self.source_hash, context=self.context, progress=progress)  # fmt: skip
+                     source_hash=self.source_hash, context=self.context, progress=progress, masks=self.masks,
+                     tanh_error=self.tanh_error)  # fmt: skip
 
     def window(self, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
         """Got and expected around an element (`flashcore.bisection.zoom.zoom`)."""
-        return zoom(self.own, *self.inputs, self.problem, element, is_local=is_local)
+        return zoom(self.own, *self.inputs, self.problem, element, is_local=is_local, masks=self.masks)
 
     def tile(self, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
         """How wrong each element of the tile around one is (`flashcore.bisection.zoom.tile`)."""
-        return tile(self.own, *self.inputs, self.problem, element, is_local=is_local)
+        return tile(self.own, *self.inputs, self.problem, element, is_local=is_local, masks=self.masks,
+                    tanh_error=self.tanh_error)  # fmt: skip
 
 
 def bisect(
@@ -210,13 +218,15 @@ def traced(
         raise Unsupported(chosen.id, "it does not expose its stages, so it cannot be bisected")
     place = device or device_of(chosen)
     q, k, v = make_inputs(problem, seed=seed, device=place, pattern=pattern, layout=layout)
-    if not all(bool(t.isfinite().all()) for t in (q, k, v)):
+    masks = make_masks(problem, seed=seed, device=q.device)
+    if not all(bool(t.isfinite().all()) for t in masking.right_aligned(q, k, v, problem, masks)[:3]):
         raise InvalidProblem(f"The inputs '{pattern}' of {problem.label()} hold NaN or Inf.")
     with poisoned_outputs():
-        own = chosen.trace(q, k, v, problem)
-        out, lse = chosen.run(q, k, v, problem)
+        own = chosen.trace(q, k, v, problem, **backends.with_masks(masks))
+        out, lse = chosen.run(q, k, v, problem, **backends.with_masks(masks))
     context = {"seed": seed, "pattern": pattern, "layout": layout, "device": q.device.type}
-    return Traced(chosen.id, problem, own, (q, k, v), out, lse, context, chosen.source_hash())
+    return Traced(chosen.id, problem, own, (q, k, v), out, lse, context, chosen.source_hash(), masks,
+                  chosen.tanh_error)  # fmt: skip
 
 
 def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -> Trial:
@@ -228,8 +238,17 @@ def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -
 @ambient.judging
 def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=None, source_hash=None,
           context: dict[str, Any] | None = None,
-          progress: Callable[[str, int, int], None] | None = None) -> Bisection:  # fmt: skip
-    """Judge a trace that is already there; with `out` and `lse`, also that production agrees with it."""
+          progress: Callable[[str, int, int], None] | None = None, masks: MaskTensors | None = None,
+          tanh_error: float = TANH_ERROR) -> Bisection:  # fmt: skip
+    """Judge a trace that is already there; with `out` and `lse`, also that production agrees with it.
+
+    `masks` where those of the problem need tensors; `tanh_error` as in `Backend`. Where sequences have lengths the
+    trace holds real rows first (`Trace`), while Q, K, V, `out` and `lse` lie as the problem says.
+    """
+    asked, given = problem, (q, k, v, problem, masks)
+    if out is not None:
+        out, lse = masking.aligned_results(out, lse, problem, masks)
+    q, k, v, problem, masks = masking.right_aligned(q, k, v, problem, masks)
     page_size = own.page_size
     num_pages = len(reference.pages(problem, page_size))
     _check_shapes(own, problem, num_pages, backend)
@@ -244,11 +263,11 @@ def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=
         if progress:
             progress(f"judging the stages of {backend}, head by head", start, total)
         mine = own.map(lambda t, heads=heads: t.reshape(total, *t.shape[2:])[heads].double())
-        inputs = reference.flat_inputs(q, k, v, problem, heads)
-        judges = Judges(mine, own, inputs, problem, heads.start)
-        wanted = reference.flat_stages_from(mine, *inputs, problem)
+        inputs, of_heads = reference.flat_inputs(q, k, v, problem, heads), reference.flat_masks(problem, masks, heads)
+        judges = Judges(mine, own, inputs, problem, heads.start, of_heads, tanh_error)
+        wanted = reference.flat_stages_from(mine, *inputs, problem, of_heads)
         judges.all(local, wanted, judges.local_models(wanted), mine.scores, is_local=True)
-        truth = reference.flat_trace(*inputs, problem, page_size, row_max=mine.row_max, previous=own.previous)
+        truth = reference.flat_trace(*inputs, problem, page_size, mine.row_max, own.previous, of_heads)
         models = judges.global_models(truth)
         judges.all(overall, truth, models, truth.scores, is_local=False)
         for stage, result in (("out", out), ("lse", lse)):
@@ -262,11 +281,13 @@ def judge(own: Trace, q, k, v, problem: Problem, *, backend: str, out=None, lse=
     coverage = {"batches": problem.batch, "heads": problem.num_heads_q, "pages": num_pages, "page_size": page_size,
                 "elements": judged, "complete": judged == everything}  # fmt: skip
     output = None if out is None else {"finite": bool(out.isfinite().all()), "nonzero": bool((out != 0).any())}
-    found = Bisection(backend, problem, rows, coverage, production, context or {}, source_hash, output)
+    found = Bisection(backend, asked, rows, coverage, production, context or {}, source_hash, output)
     if not found.first_row:
         return found
     row, bad = found.first_row
-    return replace(found, window=zoom(own, q, k, v, problem, bad.first_bad, is_local=row.role == "producer"))
+    q, k, v, problem, masks = given
+    window = zoom(own, q, k, v, problem, bad.first_bad, is_local=row.role == "producer", masks=masks)
+    return replace(found, window=window)
 
 
 def _check_shapes(own: Trace, problem: Problem, num_pages: int, backend: str) -> None:

@@ -10,7 +10,7 @@ Analysis", SIAM J. Sci. Comput. 41, 2019). A stage that is stored in fewer bits 
 Page j continues page p: the one before it, unless the trace has several chains (`flashcore.numerics.reference`).
 
 ========  =======================================================================================================
-scores    ``(sqrt(D) + 4) u scale (|q| @ |k|^T)``
+scores    ``(sqrt(D) + 4) u scale (|q| @ |k|^T)``, and under a softcap ``softcap t`` more
 row_max   no error model: any reference that keeps `probs` finite and does not lose the row (`_legal_row_max`)
 rescale   ``rescale (g(|row_max_p| + |row_max_j|) + u) + 2^-126``; while the chain saw no key, any finite value
 probs     ``probs (g(|scores| + |row_max|) + u_d) + eta_d``
@@ -30,6 +30,9 @@ With ``W = sum_c weight_c row_sum_c``, K the number of keys and V the sum of the
     out  (sum_c (e_c + s) weight_c (|accum_c| + |out| row_sum_c) + 2^-126 (V + |out| K)) / W
     lse  (sum_c (e_c + s) weight_c row_sum_c + 2^-126 K) / W        (and its g has |shared| and |ln W|)
 
+A sink is one more chain, whose row_max is the sink, whose row_sum is 1 and exact, and whose accum is 0. A softcap makes
+no error of its argument larger, and t is that of the tanh: 2^-21, or what the backend says (`Backend.tanh_error`).
+
 Globally the same terms travel with the dataflow: the error of `scores` enters `probs` as a relative error, that of
 `probs` enters both sums, and theirs `out` and `lse`. `row_max` is the backend's own there, since any legal one may be
 subtracted; so `probs`, `row_sum` and `accum` are compared at one reference, and `out` and `lse` depend on none.
@@ -44,8 +47,8 @@ from typing import Any
 import torch
 
 from flashcore.numerics import reference
-from flashcore.numerics.reference import STAGES, Trace
-from flashcore.numerics.tolerance import UNIT_FLOAT32, coordinates
+from flashcore.numerics.reference import STAGES, FlatMasks, Trace
+from flashcore.numerics.tolerance import TANH_ERROR, UNIT_FLOAT32, coordinates
 from flashcore.problem import Problem
 from flashcore.records import digits
 
@@ -114,7 +117,10 @@ def _relative_exp(exponent: torch.Tensor) -> torch.Tensor:
 class Judges:
     """Error models and comparison of one chunk of flat heads; tensors are float64, shapes as in `Trace` with [N]."""
 
-    def __init__(self, mine: Trace, own: Trace, inputs, problem: Problem, head_offset: int):
+    def __init__(
+        self, mine: Trace, own: Trace, inputs, problem: Problem, head_offset: int, masks: FlatMasks | None = None,
+        tanh_error: float = TANH_ERROR,
+    ):  # fmt: skip
         self.mine, self.problem, self.offset = mine, problem, head_offset
         self.q, self.k, self.v = inputs
         self.pages = reference.pages(problem, own.page_size)
@@ -125,7 +131,9 @@ class Judges:
         self.chain = reference.links(own.previous, len(self.pages))
         self.last = reference.ends(self.chain)
         self.before = reference.before_page(mine.row_max, self.chain, -math.inf)
-        self.weights, self.shared = reference.combine_weights(mine.row_max, self.last)
+        self.sink = (masks or FlatMasks()).sink_of_rows(slice(0, problem.seqlen_q))
+        self.weights, self.shared, self.sink_weight = reference.combine_weights(mine.row_max, self.last, self.sink)
+        self.cap_error = 0.0 if problem.softcap is None else problem.softcap * tanh_error
 
     @staticmethod
     def _sum_unit(num_terms: int) -> float:
@@ -139,7 +147,7 @@ class Judges:
         magnitudes = self.q.abs() @ self.k.abs().transpose(-1, -2)
         model = magnitudes.mul_(self._sum_unit(self.problem.head_dim) * abs(self.problem.scale))
         rounding = self.stored["scores"] * self._finite(scores).abs()
-        return model + rounding + (self.eta if self.stored["scores"] else 0.0)
+        return model + rounding + self.cap_error + (self.eta if self.stored["scores"] else 0.0)
 
     @staticmethod
     def _finite(tensor):
@@ -162,19 +170,27 @@ class Judges:
     def _combined(self, sums):
         return reference.combined(sums, self.weights, self.last)
 
+    def _total(self, row_sum):
+        """The softmax denominator: the sums of all chains, and the sink."""
+        total = self._combined(row_sum)
+        return total if self.sink is None else total + self.sink_weight
+
     def _combine_models(self, row_sum, accum, out):
-        """What combining several chains adds to the error of `out` and of `lse`; nothing where there is one."""
-        if len(self.last) == 1:
+        """What combining several chains, or one and a sink, adds to the error of `out` and of `lse`."""
+        if len(self.last) == 1 and self.sink is None:
             return 0.0, 0.0
-        reach = self._finite(self.mine.row_max[:, self.last]).abs() + self._finite(self.shared).abs()[:, None]
-        off = self.weights * (_relative_exp(reach) + self._sum_unit(len(self.last)))
+        shared, unit = self._finite(self.shared).abs(), self._sum_unit(len(self.last) + (self.sink is not None))
+        reach = self._finite(self.mine.row_max[:, self.last]).abs() + shared[:, None]
+        off = self.weights * (_relative_exp(reach) + unit)
         # A flushed weight loses 2^-126 of its chain's sums. Those may be huge, after a reference far below the scores,
         # and to lose them then is an error. So it counts for sums of probs up to 1, as ordinary references leave them.
         keys, values = self.problem.seqlen_k, self.v.abs().sum(dim=1)
         picked = range(len(self.last))
         sums = reference.combined(row_sum[:, self.last].abs(), off, picked) + _FLUSHED * keys
         moved = reference.combined(accum[:, self.last].abs(), off, picked) + _FLUSHED * values[:, None]
-        total = self._or_one(self._combined(row_sum)).abs()
+        if self.sink is not None:
+            sums = sums + self.sink_weight * (_relative_exp(self._finite(self.sink).abs() + shared) + unit)
+        total = self._or_one(self._total(row_sum)).abs()
         return (moved + out.abs() * sums[..., None]) / total[..., None], sums / total
 
     @staticmethod
@@ -203,7 +219,7 @@ class Judges:
             "row_sum": sums + self.stored["row_sum"] * wanted.row_sum.abs(),
             "accum": accum + self.stored["accum"] * wanted.accum.abs(),
             "out": (self.unit + 4 * u) * wanted.out.abs() + self.eta + more_out,
-            "lse": self._lse_model(self._combined(mine.row_sum)) + more_lse,
+            "lse": self._lse_model(self._total(mine.row_sum)) + more_lse,
         }
 
     def global_models(self, truth: Trace) -> dict[str, torch.Tensor]:
@@ -229,7 +245,7 @@ class Judges:
                 accum[:, j] += rescale[..., None] * (accum[:, p] + error[..., None] * size)
                 size = rescale[..., None] * size
             sizes[j] = size + own @ v[:, page]
-        total, off = self._combined(truth.row_sum), self._combined(sums)
+        total, off = self._total(truth.row_sum), self._combined(sums)
         spread = (self._combined(accum) + truth.out.abs() * off[..., None]) / self._or_one(total)[..., None]
         more_out, more_lse = self._combine_models(truth.row_sum, truth.accum, truth.out)
         return {

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.bisection.stagewise import Judges
-from flashcore.numerics import ambient, reference
+from flashcore.numerics import ambient, masking, reference
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace
+from flashcore.numerics.tolerance import TANH_ERROR
 from flashcore.problem import Problem
 
 ROWS, COLUMNS = 5, 8
@@ -30,7 +32,9 @@ def _slice(at: int, size: int, wanted: int) -> slice:
 
 
 @ambient.judging
-def zoom(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
+def zoom(
+    own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_local: bool, masks: MaskTensors | None = None
+) -> dict[str, Any]:
     """The window around `element`, in plain numbers for a record.
 
     Parameters
@@ -43,6 +47,8 @@ def zoom(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_l
         As in `Judgement.first_bad`: stage, page, batch, head, row, column.
     is_local
         Expect what follows from the backend's own inputs to the stage, not from the start.
+    masks
+        Where the masks of `problem` need tensors.
 
     Returns
     -------
@@ -51,7 +57,7 @@ def zoom(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_l
         `first_across`, `at` (the element's place in the window), and `got` and `expected` as lists of rows.
     """
     stage, page = element["stage"], element.get("page")
-    mine, wanted, _ = _one_head(own, q, k, v, problem, element, is_local)
+    mine, wanted, *_ = _one_head(own, q, k, v, problem, element, is_local, masks)
     got, expected = (_plane(getattr(t, stage)[0], stage, page) for t in (mine, wanted))
     down, across, place = _axes(element)
     window = tuple(_slice(at, size, n) for at, size, n in zip(place, got.shape, (ROWS, COLUMNS), strict=True))
@@ -61,8 +67,11 @@ def zoom(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_l
 
 
 @ambient.judging
-def tile(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_local: bool) -> dict[str, Any]:
-    """How wrong each element of the tile around `element` is; parameters as in `zoom`.
+def tile(
+    own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_local: bool,
+    masks: MaskTensors | None = None, tanh_error: float = TANH_ERROR,
+) -> dict[str, Any]:  # fmt: skip
+    """How wrong each element of the tile around `element` is; parameters as in `zoom` and `bisecting.judge`.
 
     Returns
     -------
@@ -71,8 +80,9 @@ def tile(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_l
         of `scores` or `probs` ends with its page.
     """
     stage, page = element["stage"], element.get("page")
-    mine, wanted, inputs = _one_head(own, q, k, v, problem, element, is_local)
-    judges = Judges(mine, own, inputs, problem, element["batch"] * problem.num_heads_q + element["head"])
+    mine, wanted, inputs, of_head = _one_head(own, q, k, v, problem, element, is_local, masks)
+    head = element["batch"] * problem.num_heads_q + element["head"]
+    judges = Judges(mine, own, inputs, problem, head, of_head, tanh_error)
     models = judges.local_models(wanted) if is_local else judges.global_models(wanted)
     scores = mine.scores if is_local else wanted.scores
     shares = _plane(judges.shares(stage, wanted, models, scores, is_local=is_local)[0], stage, page)
@@ -87,16 +97,17 @@ def tile(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], *, is_l
     return _cut(element, down, across, place, cut) | {"shares": _numbers(shares[cut])}
 
 
-def _one_head(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], is_local: bool):
-    """The trace of the element's head, what it should hold, and the head's inputs; float64, shapes with ``[1]``."""
+def _one_head(own: Trace, q, k, v, problem: Problem, element: dict[str, Any], is_local: bool, masks):
+    """The trace of the element's head, what it should hold, and the head's inputs and masks; shapes with ``[1]``."""
+    q, k, v, problem, masks = masking.right_aligned(q, k, v, problem, masks)
     head = element["batch"] * problem.num_heads_q + element["head"]
     one = slice(head, head + 1)
     mine = own.map(lambda t: t.reshape(-1, *t.shape[2:])[one].double())
-    inputs = reference.flat_inputs(q, k, v, problem, one)
+    inputs, of_head = reference.flat_inputs(q, k, v, problem, one), reference.flat_masks(problem, masks, one)
     if is_local:
-        return mine, reference.flat_stages_from(mine, *inputs, problem), inputs
-    truth = reference.flat_trace(*inputs, problem, own.page_size, row_max=mine.row_max, previous=own.previous)
-    return mine, truth, inputs
+        return mine, reference.flat_stages_from(mine, *inputs, problem, of_head), inputs, of_head
+    truth = reference.flat_trace(*inputs, problem, own.page_size, mine.row_max, own.previous, of_head)
+    return mine, truth, inputs, of_head
 
 
 def _axes(element: dict[str, Any]) -> tuple[str, str, tuple[int, int]]:

@@ -60,9 +60,14 @@ def latency_us(trial: Trial) -> float | None:
 
 
 def tflops(trial: Trial) -> float | None:
-    """``Problem.flops()`` over the median latency, in 1e12 a second, worked out again instead of read."""
+    """``Problem.flops()`` over the median latency, in 1e12 a second, worked out again instead of read.
+
+    None where sequences have lengths: the work is that of their real rows, and the problem counts whole ones.
+    """
     latency = latency_us(trial)
-    return None if latency is None or trial.problem is None else trial.problem.flops() / latency / 1e6
+    if latency is None or trial.problem is None or trial.problem.lengths:
+        return None
+    return trial.problem.flops() / latency / 1e6
 
 
 def samples_us(trial: Trial) -> list[float]:

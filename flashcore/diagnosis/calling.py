@@ -217,6 +217,15 @@ def candidate_of(
     return _of_function(function, layout, lse or "none", _device(device), time_limit_s)
 
 
+def refuse_masks(problem: Problem) -> None:
+    """Raise `InvalidProblem` for a problem with masks besides `causal`: a function is not told of them here."""
+    if problem.masks:
+        raise InvalidProblem(
+            f"problem: {problem.label()} has masks ({', '.join(problem.masks)}), and a function is asked about causal "
+            "and softmax_scale alone; bisect a backend, or check it, to ask about masks."
+        )
+
+
 def _device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,7 @@ import torch
 
 from flashcore import backends as registry
 from flashcore import tables
-from flashcore.diagnosis.calling import TIME_LIMIT_S, Broken, Candidate, Refusal, candidate_of
+from flashcore.diagnosis.calling import TIME_LIMIT_S, Broken, Candidate, Refusal, candidate_of, refuse_masks
 from flashcore.diagnosis.promises import PROMISES, Asked, Promise, chosen
 from flashcore.diagnosis.screening import Inputs, find_home
 from flashcore.diagnosis.shrinking import smaller
@@ -159,7 +159,9 @@ def conform(
 def home_of(candidate: Candidate, problem: Problem | str | None = None) -> Problem | Refusal | Broken:
     """An ordinary problem that the function takes; or how it refuses them, or that it never came back."""
     if problem is not None:
-        return parse_problem(problem) if isinstance(problem, str) else problem
+        problem = parse_problem(problem) if isinstance(problem, str) else problem
+        refuse_masks(problem)
+        return problem
     start = candidate.backend.suits(START) if candidate.backend else START
     home, tried = find_home(candidate, start)
     return home or tried[-1].broken or Refusal(tried[-1].refused)

@@ -13,7 +13,7 @@ import torch
 from flashcore import backends
 from flashcore.diagnosis import shrinking
 from flashcore.diagnosis.behaviour import RIGHT, Behaviour
-from flashcore.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of
+from flashcore.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of, refuse_masks
 from flashcore.diagnosis.naming import Hypothesis
 from flashcore.diagnosis.peeling import EXPLAINED, Peeled, explains, look_closer, peel
 from flashcore.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one
@@ -243,6 +243,7 @@ def diagnose(
     problem
         A `Problem` or its label, to ask about that alone; None for ordinary problems of many kinds. ``causal`` and
         ``softmax_scale`` of a problem say what the function is meant to compute, also where it does not take them.
+        Windows, softcaps, sinks and lengths are not asked about.
     layout
         How the function wants its tensors: ``bhsd`` for ``[batch, num_heads, seqlen, head_dim]``, ``bshd`` for
         ``[batch, seqlen, num_heads, head_dim]``.
@@ -273,6 +274,8 @@ def diagnose(
         problem = parse_problem(problem)
     if problem is not None and not isinstance(problem, Problem):
         raise InvalidProblem(f"problem: {type(problem).__name__} is no problem; give a Problem or its label.")
+    if problem is not None:
+        refuse_masks(problem)
     if pattern is not None and pattern not in PATTERNS:
         raise UnknownName("input pattern", pattern, list(PATTERNS))
     if pattern is not None and problem is None:

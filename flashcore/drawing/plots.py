@@ -34,15 +34,16 @@ LINE = 4
 def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dict[int, Trial]]]:
     """Timings for the plots: ``{(head_dim, causal, dtype): {backend: {seqlen: trial}}}``.
 
-    Self-attention with equal heads and lengths only; at each length the problem with the most work that was timed, the
-    same one for every backend. Where some make a line, the table alone has what would be clutter beside it: a backend
-    timed at one length, a panel of few lengths, and lengths between those of a line, such as 197.
+    Self-attention with equal heads and lengths, and without masks besides `causal`, only; at each length the problem
+    with the most work that was timed, the same one for every backend. Where some make a line, the table alone has what
+    would be clutter beside it: a backend timed at one length, a panel of few lengths, and lengths between those of a
+    line, such as 197.
     """
     chosen: dict[tuple[int, bool, str], dict[int, Problem]] = {}
     timed = [t for t in trials if compare.tflops(t) is not None and t.backend not in compare.FOR_CHECKS]
     for trial in timed:
         p = trial.problem
-        if p.seqlen_q != p.seqlen_k or p.num_heads_q != p.num_heads_kv:
+        if p.seqlen_q != p.seqlen_k or p.num_heads_q != p.num_heads_kv or p.masks:
             continue
         lengths = chosen.setdefault((p.head_dim, p.causal, p.dtype), {})
         if p.seqlen_q not in lengths or p.flops() > lengths[p.seqlen_q].flops():

@@ -25,6 +25,15 @@ MANY_TILES = PLAIN.with_(batch=1, num_heads_q=200, num_heads_kv=100, seqlen_q=64
 """More tiles than an H100 or H200 has multiprocessors (132 at most): some blocks get a second one."""
 ROWS_OF_2048 = square(1, 2, 2048, 64)
 """Products large enough that cuBLASLt offers algorithms with different tiles."""
+WINDOW = PLAIN.with_(window_left=40, window_right=25)
+"""A window whose edges cut pages on both sides."""
+CAPPED = PLAIN.with_(causal=True, softcap=1.5)
+"""A cap that bends ordinary scores."""
+SINK = PLAIN.with_(sink=True)
+PADDED = PLAIN.with_(causal=True, lengths="right")
+RAGGED = PLAIN.with_(lengths="ragged")
+SINK_ALONE = PLAIN.with_(batch=4, causal=True, sink=True, lengths="left")
+"""One of the sequences has no key at all."""
 MANY_PAGES = Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=4096, head_dim=64, page_size=16)
 """Pages for every warp of the kernel that selects some of them."""
 
@@ -153,6 +162,27 @@ FAULTS: tuple[Fault, ...] = (
     _fault("G51", "the first sequence's length taken for all", "scores", "right while all are of one length"),
     _fault("G52", "rows of the page table found by their columns, not by their stride", "scores",
            "right while the table has no room to spare, another sequence's keys otherwise"),
+    _fault("G53", "window one key too wide on the left", "scores", "finite, slightly wrong", problem=WINDOW),
+    _fault("G54", "window one key too wide on the right", "scores", "finite, slightly wrong", problem=WINDOW),
+    _fault("G55", "a page that the left edge of a window cuts taken for one before it", "scores", "finite, wrong",
+           problem=WINDOW),
+    _fault("G56", "softcap after the mask: a hidden key scores minus the cap", "scores", "finite, wrong",
+           problem=CAPPED),
+    _fault("G57", "softcap forgotten", "scores", "right while scores are far below the cap", problem=CAPPED),
+    _fault("G58", "softcap taken before the scale", "scores", "finite, too even", problem=CAPPED),
+    _fault("G59", "sink forgotten", "out", "finite, too large", problem=SINK),
+    _fault("G60", "sink of the head before", "out", "finite, wrong", problem=SINK),
+    _fault("G61", "sink multiplied by the softmax scale", "out", "finite, wrong", problem=SINK),
+    _fault("G62", "sink added without being weighed against the row's maximum", "out", "finite, wrong", problem=SINK),
+    _fault("G63", "sink left out of a row that sees no key", "lse", "out is right, lse is -inf", problem=SINK_ALONE),
+    _fault("G64", "lengths of the sequence before", "scores", "right while all are of one length", problem=PADDED),
+    _fault("G65", "left padding taken for right padding", "scores", "another part of each sequence, or NaN",
+           problem=PADDED.with_(lengths="left")),
+    _fault("G66", "causal mask aligned by the padded lengths", "scores", "finite, wrong", problem=PADDED),
+    _fault("G67", "off by one at the end of a sequence: a key of its padding is seen", "scores", "finite, wrong",
+           problem=PADDED.with_(causal=False)),
+    _fault("G68", "keys of a ragged sequence read from one row early", "scores", "another sequence's last key",
+           problem=RAGGED),
 )  # fmt: skip
 
 

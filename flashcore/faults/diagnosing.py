@@ -52,9 +52,13 @@ REASONS: dict[str, str] = {
 
 
 def plan(backends: Sequence[Backend]) -> list[tuple[str, str]]:
-    """Faults and backends that can be asked about: bugs of a backend's stages that change what it returns."""
+    """Faults and backends that can be asked about: bugs of a backend's stages that change what it returns.
+
+    Those that show under a window, a softcap, a sink or lengths are left out: a diagnosis asks about none of these.
+    """
     return [(fault.id, backend.id) for backend in backends for fault in FAULTS
-            if fault.why_not(backend.id) is None and fault.found_by == "bisection"]  # fmt: skip
+            if fault.why_not(backend.id) is None and fault.found_by == "bisection"
+            and not fault.problem_in(backend.id).masks]  # fmt: skip
 
 
 def prove(fault_id: str, backend_id: str) -> Trial:

@@ -384,7 +384,8 @@ def random_cases(backend: Backend, n: int, *, seed: int = 0) -> Iterator[tuple[i
 
     Every pattern comes in turn. Shapes hold single rows, tails on both sides, grouped heads, unequal lengths and rows
     without keys; they are small, since an error does not depend on how often it is made. A backend over pages gets more
-    problems with a few query tokens, groups of many heads, and all page sizes.
+    problems with a few query tokens, groups of many heads, and all page sizes. One that takes masks gets every other
+    problem under some of them.
     """
     rng = random.Random(f"{backend.id} {seed}")
     dtypes = list(backend.dtypes)
@@ -406,9 +407,29 @@ def random_cases(backend: Backend, n: int, *, seed: int = 0) -> Iterator[tuple[i
         layout, pattern = rng.choice(LAYOUTS), PATTERNS[made % len(PATTERNS)]
         if backend.rounds_scores and pattern == "large" and problem.dtype == "float16":
             problem = problem.with_(softmax_scale=None)  # scaled scores past 65504 overflow such a backend by design
+        if backend.masks:
+            problem = _randomly_masked(problem, backend.masks, rng)
         if backend.why_not(problem) is None:
             yield seed + made, problem, pattern, layout
             made += 1
+
+
+def _randomly_masked(problem: Problem, masks: Sequence[str], rng: random.Random) -> Problem:
+    """The problem under some of these masks; every other one stays as it is."""
+    if rng.random() < 0.5:
+        return problem
+    limits, chance = [-1, 0, 1, 17, 64, 200], {}
+    if "window" in masks:
+        left, right = rng.choice(limits), rng.choice(limits)
+        chance |= {"window_left": left, "window_right": -1 if problem.causal else right}
+    if "softcap" in masks:
+        chance["softcap"] = rng.choice([None, None, 1.0, 30.0])
+    if "sink" in masks:
+        chance["sink"] = rng.random() < 0.4
+    lengths = ["right", "left"] * ("lengths" in masks) + ["ragged"] * ("ragged" in masks)
+    if lengths and rng.random() < 0.6:
+        chance |= {"lengths": rng.choice(lengths), "batch": rng.choice([1, 2, 6])}
+    return problem.with_(**chance)
 
 
 def clean_runs(
@@ -443,7 +464,7 @@ def _clean_runs_of(backend: Backend, n: int, seed: int) -> Trial:
         return Trial(**common, status="unavailable", reason=f"{state.reason}; to mend it: {state.fix}",
                      data={"runs": 0, "wanted": n})  # fmt: skip
     counts = {name: collections.Counter() for name in ("dtypes", "patterns", "layouts", "head_dims")}
-    done, alarms, values, first, causal, grouped = 0, 0, 0, None, 0, 0
+    done, alarms, values, first, causal, grouped, masked = 0, 0, 0, None, 0, 0, 0
     started = time.perf_counter()
     try:
         for case_seed, problem, pattern, layout in random_cases(backend, n, seed=seed):
@@ -451,6 +472,7 @@ def _clean_runs_of(backend: Backend, n: int, seed: int) -> Trial:
             done += 1
             values += found.coverage["elements"]
             causal += problem.causal
+            masked += bool(problem.masks)
             grouped += problem.num_heads_q != problem.num_heads_kv
             shown = {"dtypes": problem.dtype, "patterns": pattern, "layouts": layout, "head_dims": problem.head_dim}
             for name, value in shown.items():
@@ -463,7 +485,7 @@ def _clean_runs_of(backend: Backend, n: int, seed: int) -> Trial:
         reason = f"run {done} of {n} did not finish: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Trial(**common, status="error", reason=reason, data={"runs": done, "wanted": n, "alarms": alarms})
     data = {"runs": done, "wanted": n, "alarms": alarms, "first_alarm": first, "values": values,
-            "seeds": [seed, seed + n - 1], "causal": causal, "grouped_heads": grouped,
+            "seeds": [seed, seed + n - 1], "causal": causal, "grouped_heads": grouped, "masked": masked,
             **{name: dict(sorted(count.items())) for name, count in counts.items()},
             "seconds": round(time.perf_counter() - started, 2)}  # fmt: skip
     reason = None

@@ -11,10 +11,11 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import BackendUnavailable, Unsupported
-from flashcore.numerics import ambient, instruments, reference
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics import ambient, instruments, masking, reference
+from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.outputs import poisoned_outputs
-from flashcore.numerics.tolerance import UNIT_FLOAT32, Comparison, compare
+from flashcore.numerics.tolerance import TANH_ERROR, UNIT_FLOAT32, Comparison, compare
 from flashcore.problem import Problem, parse_problem, square
 from flashcore.records import Correctness, Trial, digits
 
@@ -30,26 +31,35 @@ class Case:
     k: torch.Tensor
     v: torch.Tensor
     out: torch.Tensor
-    """float64 ``[B, Hq, Sq, D]``."""
+    """float64 ``[B, Hq, Sq, D]``; of a ragged batch ``[1, Hq, total, D]``."""
     lse: torch.Tensor
-    """float64 ``[B, Hq, Sq]``."""
+    """float64, shaped as `out` without its last dimension."""
     out_atol: float
     out_rtol: float
     lse_atol: float
     lse_rtol: float
     bad_inputs: str | None
     """Why the inputs are no test of a kernel (they hold NaN or Inf), or None."""
+    masks: MaskTensors | None = None
+    """Where the masks of the problem need tensors."""
 
 
 @functools.lru_cache(maxsize=1)
 @ambient.judging
-def make_case(problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False) -> Case:
+def make_case(
+    problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False,
+    tanh_error: float = TANH_ERROR,
+) -> Case:  # fmt: skip
     """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another."""
     q, k, v = make_inputs(problem, seed=seed, device=device, pattern=pattern, layout=layout)
-    return expected(q, k, v, problem, round_scores=round_scores)
+    masks = make_masks(problem, seed=seed, device=q.device)
+    return expected(q, k, v, problem, round_scores=round_scores, masks=masks, tanh_error=tanh_error)
 
 
-def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, *, round_scores: bool) -> Case:
+def expected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, *, round_scores: bool,
+    masks: MaskTensors | None = None, tanh_error: float = TANH_ERROR,
+) -> Case:  # fmt: skip
     """What attention gives for these inputs, in float64, and how far off a backend may be.
 
     Bound of `out`: twice the largest error that the same maths makes at this precision, and of rounding
@@ -57,22 +67,25 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
     ``scale * |q| |k|`` (Cauchy-Schwarz), so an exponent is off by `delta` = 2^-24 of that and `out` by
     ``2 delta max|v|``. The last counts for large inputs alone. Bound of `lse`: 1e-3, twice the error at this precision,
     `delta` and a rounding to float32. A backend that stores its scores in 16 bits (`rounds_scores`) is held to the same
-    maths with that rounding in it.
+    maths with that rounding in it. Under a softcap `delta` also has ``softcap * tanh_error`` (`Backend.tanh_error`).
+    Rows that are not real count for nothing in the bounds, and have to be 0, and -inf in `lse`.
     """
-    out, lse = reference.attention(q, k, v, problem)
-    near_out, near_lse = reference.attention_same_precision(q, k, v, problem, round_scores=round_scores)
-    longest = [float(t.float().norm(dim=-1).max()) for t in (q, k)]
-    delta = UNIT_FLOAT32 * abs(problem.scale) * longest[0] * longest[1]
+    out, lse = reference.attention(q, k, v, problem, masks)
+    near_out, near_lse = reference.attention_same_precision(q, k, v, problem, masks, round_scores=round_scores)
+    real = dict(zip("qkv", masking.right_aligned(q, k, v, problem, masks)[:3], strict=True))
+    longest = [float(real[name].float().norm(dim=-1).max()) for name in "qk"]
+    delta = UNIT_FLOAT32 * abs(problem.scale) * longest[0] * longest[1] + (problem.softcap or 0.0) * tanh_error
     lse_error = torch.where(lse.isfinite(), (near_lse - lse).abs(), 0.0).max()
-    bad = [name for name, t in (("q", q), ("k", k), ("v", v)) if not bool(t.isfinite().all())]
+    bad = [name for name, t in real.items() if not bool(t.isfinite().all())]
     return Case(
         q, k, v, out, lse,
-        out_atol=2 * float((near_out - out).abs().max()) + 2 * delta * float(v.abs().max()),
+        out_atol=2 * float((near_out - out).abs().max()) + 2 * delta * float(real["v"].abs().max()),
         out_rtol=torch.finfo(q.dtype).eps,
         lse_atol=LSE_BOUND + 2 * float(lse_error) + delta,
         lse_rtol=4 * UNIT_FLOAT32,
         bad_inputs=f"the inputs themselves hold NaN or Inf (in {', '.join(bad)}), which says nothing of the backend"
         if bad else None,
+        masks=masks,
     )  # fmt: skip
 
 
@@ -148,17 +161,19 @@ def check_attention(
     data = {"seed": seed, "pattern": pattern, "layout": layout, "role": chosen.role}
 
     def measure() -> Trial:
-        case = make_case(problem, seed, pattern, layout, device or device_of(chosen), chosen.rounds_scores)
+        place = device or device_of(chosen)
+        case = make_case(problem, seed, pattern, layout, place, chosen.rounds_scores, chosen.tanh_error)
         common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash())
         if case.bad_inputs:
             return Trial(status="error", reason=case.bad_inputs, data=data, **common)
-        given = _given(case)
+        masks = None if case.masks is None else masking.changed(case.masks, _room_like)
+        given = _given(case, masks)
         with instruments.watched(chosen.id), poisoned_outputs():
-            results = chosen.run(*given, problem)
-            wrong = wrong_form(results, problem, case.q.device)
+            results = chosen.run(*given, problem, **backends.with_masks(masks))
+            wrong = wrong_form(results, problem, case.q.device, case.out.shape)
             # A copy before anything else runs: what is written later, or elsewhere, is not in it.
             out, lse = (None, None) if wrong else (None if t is None else t.clone() for t in results)
-        if not wrong and (names := changed_inputs(given, _inputs(case))):
+        if not wrong and (names := changed_inputs(given, _inputs(case), masks, case.masks)):
             wrong = f"it changed its inputs ({names}), which belong to whoever calls it"
         if wrong:
             return Trial(status="failed", reason=wrong, data=data, **common)
@@ -184,20 +199,24 @@ DELAY_CYCLES = 2_000_000
 """Of a GPU's clock, about a millisecond: so long do inputs arrive after a call was made."""
 
 
-def _given(case: Case) -> tuple[torch.Tensor, ...]:
-    """The inputs of a check as tensors of the backend's own, with the strides of the case.
+def _given(case: Case, masks: MaskTensors | None = None) -> tuple[torch.Tensor, ...]:
+    """The inputs of a check as tensors of the backend's own, with the strides of the case; `masks` are filled alike.
 
     So nothing that it writes into them reaches the reference, or the backend that is checked next. They begin inside a
     block of memory, and not where those of a timing do, so being right at one address is not enough. On a GPU they are
-    filled on the current stream after a delay: work on a stream that does not wait for that one reads NaN.
+    filled on the current stream after a delay: work on a stream that does not wait for that one reads NaN, and lengths
+    of 0.
     """
     given = tuple(map(_room_like, _inputs(case)))
+    pairs = list(zip(given, _inputs(case), strict=True))
+    if masks is not None:
+        pairs += [(tensor, getattr(case.masks, name)) for name, tensor in masks.named()]
     if case.q.device.type == "cuda":
-        for tensor in given:
-            _once(tensor).fill_(float("nan"))
+        for tensor, _ in pairs:
+            _once(tensor).fill_(float("nan") if tensor.is_floating_point() else 0)
         torch.cuda.synchronize()
         torch.cuda._sleep(DELAY_CYCLES)
-    for tensor, values in zip(given, _inputs(case), strict=True):
+    for tensor, values in pairs:
         _once(tensor).copy_(_once(values))
     return given
 
@@ -218,14 +237,16 @@ def _inputs(case: Case) -> tuple[torch.Tensor, ...]:
     return case.q, case.k, case.v
 
 
-def wrong_form(results, problem: Problem, device: torch.device) -> str | None:
+def wrong_form(results, problem: Problem, device: torch.device, shape: tuple[int, ...] | None = None) -> str | None:
     """What is wrong with the kind, shape, dtype or device of what a backend returned, as a clause; None for nothing.
+
+    `shape` is that of `out`, where the problem does not say it: of a ragged batch.
 
     Plain tensors alone count: one of a class of its own may answer as it likes when it is compared.
     """
     if not isinstance(results, tuple | list) or len(results) != 2:
         return f"it returned {type(results).__name__}; expected out and lse"
-    shape = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim)
+    shape = tuple(shape or (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim))
     wanted = (("out", shape, getattr(torch, problem.dtype)), ("lse", shape[:-1], torch.float32))
     for tensor, (name, shape, dtype) in zip(results, wanted, strict=True):
         if tensor is None and name == "lse":
@@ -242,9 +263,19 @@ def wrong_form(results, problem: Problem, device: torch.device) -> str | None:
     return None
 
 
-def changed_inputs(now: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> str:
-    """Which of Q, K and V are not what they were, by name; empty when all are. They hold no NaN."""
-    return ", ".join(n for n, a, b in zip("qkv", now, before, strict=True) if not torch.equal(a, b))
+def changed_inputs(
+    now: Sequence[torch.Tensor], before: Sequence[torch.Tensor], masks: MaskTensors | None = None,
+    masks_before: MaskTensors | None = None,
+) -> str:  # fmt: skip
+    """Which of Q, K, V and the mask tensors are not what they were, by name; empty when all are. NaN equals NaN."""
+    pairs = list(zip("qkv", now, before, strict=True))
+    if masks is not None:
+        pairs += [(name, tensor, getattr(masks_before, name)) for name, tensor in masks.named()]
+    return ", ".join(name for name, a, b in pairs if not (torch.equal(a, b) or bool(_alike(a, b).all())))
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def correctness_of(found: Comparison, found_lse: Comparison | None) -> Correctness:
@@ -318,12 +349,56 @@ def check_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[P
     return shapes
 
 
+def masked_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[Problem]:
+    """The matrix of problems with masks: windows, softcaps, sinks and lengths, alone and together.
+
+    Among them are windows that reach across one page and across several, that hide every key of some rows, and that end
+    on a page's edge; a decode step; sequences without keys, without queries, with one of either, and whole ones
+    (`flashcore.numerics.inputs.make_masks`). ``profile="full"`` has each in both dtypes and head_dims, and lengths that
+    fill a GPU.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    plain = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=150, seqlen_k=300, head_dim=64)
+    six = plain.with_(batch=6)
+    shapes = [
+        plain.with_(causal=True, window_left=40),
+        plain.with_(window_left=127, window_right=128, head_dim=128, dtype="bfloat16"),
+        plain.with_(seqlen_q=300, seqlen_k=150, causal=True, window_left=5, head_dim=128),
+        plain.with_(softcap=30.0, causal=True),
+        plain.with_(sink=True, head_dim=128),
+        plain.with_(seqlen_q=1, window_left=100, softcap=5.0, sink=True, page_size=64),
+        six.with_(lengths="right", dtype="bfloat16"),
+        six.with_(lengths="left", causal=True, sink=True),
+        six.with_(lengths="ragged", causal=True, head_dim=128),
+        six.with_(
+            lengths="ragged", causal=True, window_left=64, softcap=30.0, sink=True, dtype="bfloat16", head_dim=128
+        ),
+    ]
+    if profile == "full":
+        length = 2048 if gpu else 256
+        even = square(6, 8 if gpu else 2, length, 64)
+        odd = even.with_(num_heads_q=8, num_heads_kv=2, seqlen_q=length // 2 - 1, seqlen_k=length - 3)
+        for dtype in ("float16", "bfloat16"):
+            for head_dim in (64, 128):
+                kind = {"dtype": dtype, "head_dim": head_dim}
+                shapes += [
+                    even.with_(**kind, batch=1, causal=True, window_left=length // 8),
+                    odd.with_(**kind, batch=1, window_left=length // 4, window_right=31, sink=True),
+                    even.with_(**kind, batch=1, softcap=15.0),
+                    odd.with_(**kind, lengths="right", causal=True, softcap=50.0),
+                    odd.with_(**kind, lengths="left", window_left=100),
+                    even.with_(**kind, lengths="ragged", causal=True, sink=True),
+                    odd.with_(**kind, lengths="ragged", window_left=33, window_right=length // 8),
+                ]
+    return shapes
+
+
 CPU_FLOPS = 5e9
 """The largest problem that is checked without a GPU: its float64 reference takes about a second on two cores."""
 
 
 def named_problems(names: str, profile: str, *, gpu: bool | None = None) -> tuple[list[Problem], list[Problem]]:
-    """The matrix of `check_problems` and those named in a `;`-separated list of presets and labels.
+    """The two matrices of problems, and what a `;`-separated list of presets and labels names.
 
     Returns
     -------
@@ -333,17 +408,23 @@ def named_problems(names: str, profile: str, *, gpu: bool | None = None) -> tupl
     gpu = torch.cuda.is_available() if gpu is None else gpu
     named = [] if names.strip() == "default" else [parse_problem(n) for n in names.split(";") if n.strip()]
     left_out = [problem for problem in named if not gpu and problem.flops() > CPU_FLOPS]
-    problems = check_problems(profile, gpu=gpu)
+    problems = check_problems(profile, gpu=gpu) + masked_problems(profile, gpu=gpu)
     return problems + [p for p in named if p not in left_out and p not in problems], left_out
 
 
 def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple[Problem, backends.Backend]]:
-    """What to check, problem by problem; a variant of another backend on every sixth, as its code is that one's."""
+    """What to check, problem by problem; a variant of another backend on every sixth, as its code is that one's.
+
+    A problem of the masked matrix is for the backends that take its masks. One that somebody named is for all: a
+    backend that does not take it says so in its record.
+    """
+    optional = {*masked_problems("full", gpu=False), *masked_problems("full", gpu=True)}
     return [
         (problem, one)
         for number, problem in enumerate(problems)
         for one in chosen
-        if one.variant_of is None or number % 6 == 0
+        if (one.variant_of is None or number % 6 == 0)
+        and (problem not in optional or set(problem.masks) <= set(one.masks))
     ]
 
 

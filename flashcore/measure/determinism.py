@@ -14,7 +14,8 @@ from flashcore import backends
 from flashcore.errors import InvalidProblem
 from flashcore.measure.check import device_of, guarded
 from flashcore.numerics import ambient
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.outputs import poisoned_outputs
 from flashcore.numerics.reference import STAGES, Trace
 from flashcore.numerics.tolerance import coordinates
@@ -66,13 +67,14 @@ def check_determinism(
 
     def measure() -> Trial:
         q, k, v = make_inputs(problem, seed=seed, device=device or device_of(chosen), pattern=pattern)
+        masks = make_masks(problem, seed=seed, device=q.device)
         differing: dict[str, int] = {}
         first: dict[str, dict[str, Any]] = {}
         runs_that_differ = 0
         before: dict[str, Any] | None = None
         with poisoned_outputs():
             for _ in range(runs):
-                now = _everything(chosen, q, k, v, problem)
+                now = _everything(chosen, q, k, v, problem, masks)
                 if before is None:
                     before = now
                     continue
@@ -100,13 +102,16 @@ def check_determinism(
     return guarded("bisection", chosen, problem, measure, variant="determinism", data=data)
 
 
-def _everything(backend: backends.Backend, q, k, v, problem: Problem) -> dict[str, torch.Tensor]:
+def _everything(
+    backend: backends.Backend, q, k, v, problem: Problem, masks: MaskTensors | None
+) -> dict[str, torch.Tensor]:
     """All that can be compared: the stages by name, and the results of the production build."""
     named: dict[str, torch.Tensor] = {}
+    given = backends.with_masks(masks)
     if backend.traceable:
-        trace: Trace = backend.trace(q, k, v, problem)
+        trace: Trace = backend.trace(q, k, v, problem, **given)
         named = {stage: getattr(trace, stage) for stage in STAGES}
-    out, lse = backend.run(q, k, v, problem)
+    out, lse = backend.run(q, k, v, problem, **given)
     named["production out"] = out
     if lse is not None:
         named["production lse"] = lse

@@ -16,7 +16,8 @@ import torch
 
 from flashcore.measure.check import Case, changed_inputs, expected, wrong_form
 from flashcore.numerics.inputs import make_inputs
-from flashcore.numerics.tolerance import Comparison, compare
+from flashcore.numerics.masking import MaskTensors
+from flashcore.numerics.tolerance import TANH_ERROR, Comparison, compare
 from flashcore.problem import Problem
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -63,13 +64,20 @@ class Proof:
         What they compute.
     buffers
         The tensors that they read, one triple an input set; they are overwritten.
+    masks
+        Where the masks of the problem need tensors: those that all calls are given.
+    tanh_error
+        The largest `Backend.tanh_error` of the backends that are timed.
     """
 
-    def __init__(self, problem: Problem, buffers: Sequence[Tensors]):
-        self.problem, self.buffers = problem, list(buffers)
+    def __init__(
+        self, problem: Problem, buffers: Sequence[Tensors], masks: MaskTensors | None = None,
+        tanh_error: float = TANH_ERROR,
+    ):  # fmt: skip
+        self.problem, self.buffers, self.masks, self.tanh_error = problem, list(buffers), masks, tanh_error
         self.seed = secrets.randbits(48)
         """Of the values: drawn when the timing begins, so that no backend can have prepared for them."""
-        self._values = make_inputs(problem, seed=self.seed, device=buffers[0][0].device)
+        self._values = make_inputs(problem, seed=self.seed, device=buffers[0][0].device, masks=masks)
         self._laid: Tensors = self._values
         self._turns: set[Turn] = set()
         self._taken: dict[str, list[_Taken]] = {}
@@ -93,7 +101,8 @@ class Proof:
 
     def take(self, name: str, turn: Turn, results, number: int = 0) -> None:
         """Keep what a call returned for a turn: a copy made at once, so that nothing that comes later is in it."""
-        wrong = wrong_form(results, self.problem, self.buffers[number][0].device)
+        given = self.buffers[number][0]
+        wrong = wrong_form(results, self.problem, given.device, given.shape)
         out, lse = (None, None) if wrong else (None if t is None else t.clone() for t in results)
         if not wrong and (names := changed_inputs(self.buffers[number], self._laid)):
             wrong = f"it changed its inputs ({names})"
@@ -120,5 +129,7 @@ class Proof:
     def _case(self, round_scores: bool) -> Case:
         """What is expected of the secret case: computed when every call is over, so that nobody can copy it."""
         if round_scores not in self._cases:
-            self._cases[round_scores] = expected(*self._values, self.problem, round_scores=round_scores)
+            self._cases[round_scores] = expected(
+                *self._values, self.problem, round_scores=round_scores, masks=self.masks, tanh_error=self.tanh_error
+            )
         return self._cases[round_scores]

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flashcore.backends import Backend
+from flashcore.backends import Backend, with_masks
 from flashcore.decision import claims
 from flashcore.errors import FlashCoreError, WrongWhenTimed
 from flashcore.gpu import device
 from flashcore.measure.check import check_attention, correctness_of
 from flashcore.measure.proof import Proof
 from flashcore.measure.timing import MOST_ROUNDS, Candidate, input_sets, time_on_cpu, time_on_gpu
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.problem import PRESETS, Problem, parse_problem, square
 from flashcore.records import RunFolder, Timing, Trial, digits
 
@@ -163,14 +163,17 @@ def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int, 
         return []
     l2 = "warm" if problem in LATENCY_PROBLEMS or not gpu else "rotating"
     sets = input_sets(problem, l2=l2, l2_bytes=device.l2_bytes()) if gpu else 1
-    tensors = [make_inputs(problem, seed=seed + i, device="cuda" if gpu else "cpu") for i in range(sets)]
+    place = "cuda" if gpu else "cpu"
+    masks = make_masks(problem, seed=seed, device=place)
+    given = with_masks(masks)
+    tensors = [make_inputs(problem, seed=seed + i, device=place, **given) for i in range(sets)]
 
     def call_of(backend: Backend) -> Candidate:
-        return Candidate(backend.id, lambda i: backend.run(*tensors[i], problem), backend.rounds_scores)
+        return Candidate(backend.id, lambda i: backend.run(*tensors[i], problem, **given), backend.rounds_scores)
 
     chosen = [call_of(backend) for backend, _ in candidates]
     before = _clocks()
-    proof = Proof(problem, tensors)
+    proof = Proof(problem, tensors, masks, max(backend.tanh_error for backend, _ in candidates))
     if gpu:
         decides = problem in REPORT_PROBLEMS or problem in LATENCY_PROBLEMS
         timings = time_on_gpu(
@@ -199,7 +202,8 @@ def speed_of_light(timing: Timing, problem: Problem, sheet: claims.Gpu | None) -
     dict
         ``peak_share``: of the peak of dense matrix products, at the clock seen during the timing instead of the one
         that the data sheet counts with; left out where no clock was seen. ``memory_share``: of the memory's bandwidth,
-        by `Problem.bytes`; left out where the buffers stayed in the L2 cache.
+        by `Problem.bytes`; left out where the buffers stayed in the L2 cache, and where sequences have lengths, which
+        say what is read.
     """
     if sheet is None:
         return {}
@@ -208,7 +212,7 @@ def speed_of_light(timing: Timing, problem: Problem, sheet: claims.Gpu | None) -
     peak = sheet.peak_tflops.get(problem.dtype)
     if clock_mhz and peak and sheet.peak_clock_ghz and timing.tflops:
         found["peak_share"] = digits(timing.tflops / (peak * clock_mhz[1] / 1e3 / sheet.peak_clock_ghz), 4)
-    if timing.l2 != "warm":
+    if timing.l2 != "warm" and not problem.lengths:
         found["memory_share"] = digits(problem.bytes() / timing.latency_us / 1e6 / sheet.memory_tb_s, 4)
     return found
 

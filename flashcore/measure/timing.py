@@ -372,14 +372,17 @@ def _host_us(candidate: Candidate) -> tuple[float, Any]:
 
 
 def summarise(samples_us: Sequence[float], problem: Problem, *, method: str, round_id: str, l2: str, **more) -> Timing:
-    """A `Timing` from samples: median, quartiles, TFLOPS by `Problem.flops()`; `MOST_ROUNDS` are kept at most."""
+    """A `Timing` from samples: median, quartiles, TFLOPS by `Problem.flops()`; `MOST_ROUNDS` are kept at most.
+
+    No TFLOPS where sequences have lengths: the work is that of the real rows, and the problem counts whole ones.
+    """
     latency_us = statistics.median(samples_us)
     low, _, high = statistics.quantiles(samples_us, n=4) if len(samples_us) > 1 else (latency_us,) * 3
     return Timing(
         method=method,
         latency_us=digits(latency_us),
         samples_us=[digits(s, 5) for s in samples_us[:MOST_ROUNDS]],
-        tflops=digits(problem.flops() / latency_us / 1e6),
+        tflops=None if problem.lengths else digits(problem.flops() / latency_us / 1e6),
         round=round_id,
         l2=l2,
         quartiles_us=[digits(low), digits(high)],

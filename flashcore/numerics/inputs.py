@@ -1,11 +1,14 @@
-"""Make the Q, K and V of a problem: seeded, in the patterns that attention kernels break on."""
+"""Make the Q, K and V of a problem and what its masks need: seeded, in the patterns that attention kernels break on."""
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import TYPE_CHECKING, Literal, get_args
 
 from flashcore.errors import UnknownName
-from flashcore.numerics import ambient
+from flashcore.numerics import ambient, masking
+from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -33,6 +36,10 @@ SUNKEN = 200.0
 key has set may be, is then gone: float32 ends at e^-87."""
 SPARE = 8
 """Elements between the rows of Q under `apart`."""
+UNUSED_ROWS = 3
+"""Rows of a ragged batch behind its last sequence."""
+SINKS = (1.0, 5.0)
+"""Least and greatest size of a sink: beside a few hundred scores about 0 it takes part of a row, or nothing."""
 
 
 @ambient.judging
@@ -43,6 +50,7 @@ def make_inputs(
     device: str | torch.device = "cpu",
     pattern: Pattern = "normal",
     layout: Literal["bhsd", "bshd", "apart"] = "bhsd",
+    masks: MaskTensors | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q, K and V for one problem, in its dtype, with fixed numbers for a seed, pattern and kind of device.
 
@@ -65,11 +73,15 @@ def make_inputs(
         ``bhsd``: contiguous ``[B, H, S, D]``. ``bshd``: the same shape as a strided view of ``[B, S, H, D]`` memory.
         ``apart``: each in an order of its own, so that strides of one are wrong for the others: K as ``bhsd``, V as
         ``bshd``, and Q with room between its rows.
+    masks
+        Where sequences have lengths, says which rows are real, and all others hold NaN; None for `make_masks` of the
+        same seed.
 
     Returns
     -------
     q, k, v
-        ``[batch, num_heads_q, seqlen_q, head_dim]`` and twice ``[batch, num_heads_kv, seqlen_k, head_dim]``.
+        ``[batch, num_heads_q, seqlen_q, head_dim]`` and twice ``[batch, num_heads_kv, seqlen_k, head_dim]``. Of a
+        ragged batch ``[1, num_heads, total, head_dim]``, where `UNUSED_ROWS` belong to no sequence.
 
     Raises
     ------
@@ -86,8 +98,19 @@ def make_inputs(
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = getattr(torch, problem.dtype)
 
-    def draw(heads: int, seqlen: int) -> torch.Tensor:
-        shape = (problem.batch, heads, seqlen, problem.head_dim)
+    if problem.lengths and masks is None:
+        masks = make_masks(problem, seed=seed, device=device)
+    batch, rows_q, rows_k = problem.batch, problem.seqlen_q, problem.seqlen_k
+    # Position of each key from 0 to 1, to be laid along the first column of the head.
+    position = torch.linspace(0.0, 1.0, rows_k, device=device)
+    if problem.lengths == "ragged":
+        lengths_q, lengths_k = (cu.diff().tolist() for cu in (masks.cu_seqlens_q, masks.cu_seqlens_k))
+        batch, rows_q, rows_k = 1, sum(lengths_q) + UNUSED_ROWS, sum(lengths_k) + UNUSED_ROWS
+        parts = [torch.linspace(0.0, 1.0, length, device=device) for length in [*lengths_k, UNUSED_ROWS]]
+        position = torch.cat(parts)
+
+    def draw(heads: int, rows: int) -> torch.Tensor:
+        shape = (batch, heads, rows, problem.head_dim)
         if pattern == "uniform":
             return torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1)
         values = torch.randn(shape, generator=generator, device=device)
@@ -96,19 +119,17 @@ def make_inputs(
             values = torch.where(picked, values * OUTLIER, values)
         return values
 
-    q = draw(problem.num_heads_q, problem.seqlen_q)
-    k = draw(problem.num_heads_kv, problem.seqlen_k)
-    v = draw(problem.num_heads_kv, problem.seqlen_k)
+    q = draw(problem.num_heads_q, rows_q)
+    k = draw(problem.num_heads_kv, rows_k)
+    v = draw(problem.num_heads_kv, rows_k)
 
-    # Position of each key from 0 to 1, to be laid along the first column of the head.
-    position = torch.linspace(0.0, 1.0, problem.seqlen_k, device=device)
     if pattern == "large":
         q, k = q * LARGE, k * LARGE
     elif pattern == "constant":
         k = torch.ones_like(k) * 0.5
         q = torch.ones_like(q)
     elif pattern == "alternating":
-        sign = 1.0 - 2.0 * (torch.arange(problem.seqlen_k, device=device) % 2)
+        sign = 1.0 - 2.0 * (torch.arange(rows_k, device=device) % 2)
         k = k.abs() * sign[:, None]
         q = q.abs()
     elif pattern == "tiny":
@@ -126,6 +147,10 @@ def make_inputs(
         k[..., column] = level / (problem.scale or 1.0)
 
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if problem.lengths:
+        for tensor, name in ((q, "q"), (k, "k"), (v, "k")):
+            padding = ~masking.real_rows(tensor, problem, masks, name)
+            tensor.masked_fill_(padding[:, None, :, None], float("nan"))
     if layout == "bhsd":
         return q, k, v
     if layout == "bshd":
@@ -137,3 +162,44 @@ def make_inputs(
 def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers and shape, in the memory order ``[B, S, H, D]``."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@ambient.judging
+def make_masks(problem: Problem, *, seed: int = 0, device: str | torch.device = "cpu") -> MaskTensors | None:
+    """The tensors that a problem's masks need, with fixed numbers for a seed; None where it needs none.
+
+    Sinks of both signs take turns. Of six sequences in a row one has all of its queries and some keys, one all keys,
+    one a single key, one no key, one no query, and one a single query; which comes first depends on the seed.
+    """
+    import torch
+
+    if not masking.needs_tensors(problem):
+        return None
+    device, given = torch.device(device), {}
+    if problem.sink:
+        generator = torch.Generator().manual_seed(seed)
+        size = SINKS[0] + (SINKS[1] - SINKS[0]) * torch.rand(problem.num_heads_q, generator=generator)
+        sign = 1.0 - 2.0 * ((torch.arange(problem.num_heads_q) + seed) % 2)
+        given["sink"] = (size * sign).to(device)
+    if problem.lengths:
+        for name, lengths in zip("qk", _lengths(problem, seed), strict=True):
+            if problem.lengths == "ragged":
+                lengths, name = [0, *itertools.accumulate(lengths)], f"cu_seqlens_{name}"
+            else:
+                name = f"seqlens_{name}"
+            given[name] = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return masking.mask_tensors(problem, device, **given)
+
+
+def _lengths(problem: Problem, seed: int) -> tuple[list[int], list[int]]:
+    """Real queries and real keys of each sequence, as `make_masks` says."""
+    rng = random.Random(f"lengths {seed}")
+    lengths_q, lengths_k = [], []
+    for sequence in range(problem.batch):
+        some_q, some_k = rng.randint(1, problem.seqlen_q), rng.randint(1, problem.seqlen_k)
+        pair = (
+            (problem.seqlen_q, some_k), (some_q, problem.seqlen_k), (some_q, 1), (some_q, 0), (0, some_k), (1, some_k),
+        )[(sequence + seed) % 6]  # fmt: skip
+        lengths_q.append(pair[0])
+        lengths_k.append(pair[1])
+    return lengths_q, lengths_k

@@ -24,7 +24,7 @@ _NOTHING = object()
 CLOCKS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns")
 TORCH = (
     "allclose", "argmax", "empty", "empty_like", "equal", "exp", "full_like", "isclose", "isfinite", "isnan", "log",
-    "matmul", "rand", "randn", "softmax", "where", "zeros", "zeros_like",
+    "matmul", "maximum", "rand", "randn", "softmax", "where", "zeros", "zeros_like",
 )  # fmt: skip
 """Functions of torch that the reference, the inputs and the comparison are made of."""
 CUDA = ("Event", "CUDAGraph", "Stream", "graph")

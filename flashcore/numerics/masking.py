@@ -7,14 +7,15 @@ first: `right_aligned` brings Q, K and V there, `put_back` brings results from t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from flashcore.errors import InvalidProblem
-from flashcore.numerics import plain
 from flashcore.problem import Problem
+
+if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
+    import torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class MaskTensors:
             tensor = getattr(self, field.name)
             if tensor is not None:
                 yield field.name, tensor
+
+
+def changed(masks: MaskTensors, change: Callable[[torch.Tensor], torch.Tensor]) -> MaskTensors:
+    """Mask tensors with `change` applied to each that there is."""
+    return replace(masks, **{name: change(tensor) for name, tensor in masks.named()})
 
 
 def needs_tensors(problem: Problem) -> bool:
@@ -83,6 +89,10 @@ def mask_tensors(
 
 def check(masks: MaskTensors | None, problem: Problem, device: torch.device | str) -> None:
     """Raise `InvalidProblem` unless these are the mask tensors of that problem on that device (see `mask_tensors`)."""
+    import torch
+
+    if masks is None and not needs_tensors(problem):
+        return
     given = {} if masks is None else dict(masks.named())
     padded, ragged = ("seqlens_q", "seqlens_k"), ("cu_seqlens_q", "cu_seqlens_k")
     asked = {"sink"} if problem.sink else set()
@@ -114,6 +124,10 @@ _USE = {
 
 
 def _check_one(name: str, tensor, dtype: torch.dtype, size: int, what: str, device) -> None:
+    import torch
+
+    from flashcore.numerics import plain
+
     kind = f"a contiguous {str(dtype).removeprefix('torch.')} tensor [{size}], {what}"
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != (size,):
         raise InvalidProblem(f"{name} is {plain.shown(tensor)}; it has to be {kind}.")
@@ -125,6 +139,8 @@ def _check_one(name: str, tensor, dtype: torch.dtype, size: int, what: str, devi
 
 def _numbered(device: torch.device | str) -> torch.device:
     """The device with the number that tensors on it have."""
+    import torch
+
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -173,6 +189,13 @@ def check_values(masks: MaskTensors | None, problem: Problem, rows_q: int, rows_
             raise InvalidProblem(f"cu_seqlens_{name} ends at row {places[-1]}, and {name} has {rows} rows.")
 
 
+def check_call(masks: MaskTensors | None, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
+    """`check`, and of tensors in the host's memory `check_values` too: what a backend asks before it computes."""
+    check(masks, problem, q.device)
+    if q.device.type == "cpu":
+        check_values(masks, problem, q.shape[2], k.shape[2])
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Where the real rows of each sequence lie: sequence b has `count[b]`, from row `first[b]` of tensor `index[b]`."""
@@ -187,6 +210,8 @@ class Rows:
 
 def rows_of(problem: Problem, masks: MaskTensors | None, name: str, device) -> Rows:
     """The real rows of ``q`` or ``k`` (`name`), computed on the device."""
+    import torch
+
     batch = torch.arange(problem.batch, device=device)
     padded = problem.seqlen_q if name == "q" else problem.seqlen_k
     if problem.lengths == "ragged":
@@ -222,6 +247,8 @@ def right_aligned(
 
 def _picked(tensor: torch.Tensor, rows: Rows, size: int) -> torch.Tensor:
     """``[batch, heads, size, ...]``: the real rows of each sequence, then 0."""
+    import torch
+
     row = torch.arange(size, device=tensor.device)
     real = row < rows.count[:, None]
     if tensor.shape[2] == 0:
@@ -239,6 +266,8 @@ def aligned_results(
 
     What a backend left in rows that are not real is not in the result.
     """
+    import torch
+
     if not problem.lengths:
         return out, lse
     rows = rows_of(problem, masks, "q", out.device)
@@ -253,6 +282,8 @@ def put_back(
     out: torch.Tensor, lse: torch.Tensor, like: torch.Tensor, problem: Problem, masks: MaskTensors | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results of `right_aligned` inputs where the rows of `like` (Q as it was given) are; 0 and -inf in other rows."""
+    import torch
+
     if not problem.lengths:
         return out, lse
     rows = rows_of(problem, masks, "q", out.device)
@@ -267,6 +298,8 @@ def put_back(
 
 def real_rows(like: torch.Tensor, problem: Problem, masks: MaskTensors | None, name: str = "q") -> torch.Tensor:
     """bool ``[like.shape[0], like.shape[2]]``: which rows of a tensor laid out as ``q`` (or ``k``) are real."""
+    import torch
+
     rows = rows_of(problem, masks, name, like.device)
     row = torch.arange(like.shape[2], device=like.device)
     inside = (row >= rows.first[:, None]) & (row < (rows.first + rows.count)[:, None])

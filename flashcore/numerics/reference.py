@@ -19,6 +19,16 @@ and with c running over the last page of every chain::
     weight_c = exp(row_max_c - safe(shared))
     out      = sum_c weight_c * accum_c / sum_c weight_c * row_sum_c      (0 for a row that sees no key)
     lse      = shared + ln(sum_c weight_c * row_sum_c)                    (-inf for a row that sees no key)
+
+Masks
+-----
+Scores are ``scale * q k^T``, then ``softcap * tanh(scores / softcap)`` under a softcap, and -inf where a key is hidden
+by `causal`, a window or lengths (`visible`). A sink takes part at the end alone, as one more chain: its row_max is the
+sink, its row_sum 1 and its accum 0, in every real row. So `row_sum` of a trace is without it, and a row that sees no
+key gives 0 and the sink.
+
+Where sequences have lengths, all but `attention` count rows and keys from a sequence's first real one, as
+`masking.right_aligned` lays them; a ragged batch is then one of padded sequences.
 """
 
 from __future__ import annotations
@@ -29,11 +39,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from flashcore.errors import FlashCoreError
-from flashcore.numerics import ambient
+from flashcore.numerics import ambient, masking
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
     import torch
+
+    from flashcore.numerics.masking import MaskTensors
 
 STAGES = ("scores", "row_max", "rescale", "probs", "row_sum", "accum", "out", "lse")
 """The stages of attention over key pages, in dataflow order."""
@@ -49,11 +61,15 @@ class Trace:
     ``safe(m)`` is 0 where m is -inf, else m. Page j holds keys ``j*page_size`` to ``(j+1)*page_size - 1``, and p stands
     for the page that it continues: j-1 unless `previous` says otherwise.
     A page that a backend skips is a no-op: scores -inf, probs 0, the other stages carried over from page p.
+
+    Where sequences have lengths, row i and key j are the i-th and the j-th real ones of their sequence, however it is
+    padded, also in `out` and `lse`; shapes are those of the padded problem, in a ragged batch with `seqlen_q` and
+    `seqlen_k` of the problem. A row past the end of its sequence sees no key.
     """
 
     page_size: int
     scores: torch.Tensor
-    """``[B, Hq, Sq, Sk]``: ``softmax_scale * q @ k^T``, -inf where masked."""
+    """``[B, Hq, Sq, Sk]``: ``softmax_scale * q @ k^T``, after a softcap, -inf where masked."""
     row_max: torch.Tensor
     """``[B, Hq, P, Sq]``: the reference after page j; the running maximum, or any value that keeps probs finite."""
     rescale: torch.Tensor
@@ -61,13 +77,15 @@ class Trace:
     probs: torch.Tensor
     """``[B, Hq, Sq, Sk]``: ``exp(scores_j - safe(row_max_j))``."""
     row_sum: torch.Tensor
-    """``[B, Hq, P, Sq]``: ``rescale_j * row_sum_p + sum(probs_j)``."""
+    """``[B, Hq, P, Sq]``: ``rescale_j * row_sum_p + sum(probs_j)``; a sink is not in it."""
     accum: torch.Tensor
     """``[B, Hq, P, Sq, D]``: ``rescale_j * accum_p + probs_j @ v_j``."""
     out: torch.Tensor
-    """``[B, Hq, Sq, D]``: ``accum / row_sum`` after the last page, chains combined; 0 for a row that sees no key."""
+    """``[B, Hq, Sq, D]``: ``accum / row_sum`` after the last page, chains and sink combined; 0 where a row sees no key.
+    """
     lse: torch.Tensor
-    """``[B, Hq, Sq]``: ``row_max + ln(row_sum)`` after the last page, chains combined; -inf where a row sees no key."""
+    """``[B, Hq, Sq]``: ``row_max + ln(row_sum)`` after the last page, chains and sink combined; -inf where a row sees
+    neither key nor sink."""
     previous: tuple[int, ...] | None = None
     """For each page the page whose state it continues, -1 where a chain begins; None: each continues the one before."""
 
@@ -140,15 +158,91 @@ def safe(row_max: torch.Tensor) -> torch.Tensor:
     return row_max.masked_fill(row_max == -math.inf, 0.0)
 
 
-def visible(problem: Problem, rows: slice, columns: slice, device) -> torch.Tensor | None:
-    """Which keys a query may see: bool ``[rows, columns]``, or None when all. Bottom-right aligned causal mask."""
+def visible(
+    problem: Problem, rows: slice, columns: slice, device,
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor | None:  # fmt: skip
+    """Which keys a query may see: bool, or None when all. Causal mask, window and lengths, aligned bottom right.
+
+    Parameters
+    ----------
+    rows, columns
+        Queries and keys, counted from the first real one of their sequence.
+    lengths
+        Real queries and real keys of each sequence, int64 ``[...]`` each; None where all rows are real.
+
+    Returns
+    -------
+    torch.Tensor or None
+        ``[rows, columns]``, with `lengths` ``[..., rows, columns]``.
+    """
     import torch
 
-    if not problem.causal:
+    left, right = problem.window
+    if left < 0 and right < 0 and lengths is None:
         return None
-    row = torch.arange(rows.start, rows.stop, device=device)
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     column = torch.arange(columns.start, columns.stop, device=device)
-    return column[None, :] <= row[:, None] + (problem.seqlen_k - problem.seqlen_q)
+    num_q, num_k = (problem.seqlen_q, problem.seqlen_k) if lengths is None else (n[..., None, None] for n in lengths)
+    position = row + (num_k - num_q)
+    parts = [] if lengths is None else [row < num_q, column < num_k]
+    if right >= 0:
+        parts.append(column <= position + right)
+    if left >= 0:
+        parts.append(column >= position - left)
+    seen = parts[0]
+    for part in parts[1:]:
+        seen = seen & part
+    return seen
+
+
+def seen_columns(problem: Problem, rows: slice) -> slice:
+    """Keys that some of these queries may see, where all rows of every sequence are real; all of them without a window.
+
+    May be empty. It only saves work: what it leaves out, `visible` hides.
+    """
+    if problem.lengths or "window" not in problem.masks:
+        return slice(0, problem.seqlen_k)
+    (left, right), offset = problem.window, problem.seqlen_k - problem.seqlen_q
+    first = max(rows.start + offset - left, 0) if left >= 0 else 0
+    last = min(rows.stop + offset + right, problem.seqlen_k) if right >= 0 else problem.seqlen_k
+    return slice(first, max(first, last))
+
+
+def real(rows: slice, lengths: torch.Tensor) -> torch.Tensor:
+    """bool ``[..., rows]``: which rows of sequences of these `lengths` ``[...]`` are real, where those come first."""
+    import torch
+
+    return torch.arange(rows.start, rows.stop, device=lengths.device) < lengths[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class FlatMasks:
+    """The mask tensors of some flat heads, whose rows are laid as by `masking.right_aligned`."""
+
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None
+    """int64 ``[N]`` twice: real queries and real keys; None where all rows are."""
+    sink: torch.Tensor | None = None
+    """float64 ``[N]``; None where there is none."""
+
+    def sink_of_rows(self, rows: slice) -> torch.Tensor | None:
+        """``[N, rows]``: the sink of each row, -inf in one that is not real; None where there is none."""
+        if self.sink is None:
+            return None
+        found = self.sink[:, None].expand(-1, rows.stop - rows.start)
+        return found if self.lengths is None else found.masked_fill(~real(rows, self.lengths[0]), -math.inf)
+
+
+def flat_masks(problem: Problem, masks: MaskTensors | None, heads: slice) -> FlatMasks:
+    """The mask tensors of a slice of the flat query heads ``b*Hq + h``, from those that `right_aligned` gave."""
+    import torch
+
+    if masks is None:
+        return FlatMasks()
+    flat = torch.arange(*heads.indices(problem.batch * problem.num_heads_q), device=next(masks.named())[1].device)
+    batch, head = flat // problem.num_heads_q, flat % problem.num_heads_q
+    lengths = (masks.seqlens_q.long()[batch], masks.seqlens_k.long()[batch]) if problem.lengths else None
+    return FlatMasks(lengths, masks.sink.double()[head] if problem.sink else None)
 
 
 def kv_head_index(problem: Problem, device) -> torch.Tensor:
@@ -168,10 +262,17 @@ def pages(problem: Problem, page_size: int) -> list[slice]:
     return [slice(j, min(j + page_size, problem.seqlen_k)) for j in range(0, problem.seqlen_k, page_size)]
 
 
-def _scores(q, k, problem: Problem, rows: slice) -> torch.Tensor:
-    """``[N, rows, Sk]`` masked scores of flat heads, in the dtype of `q` and `k`."""
-    scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
-    mask = visible(problem, rows, slice(0, problem.seqlen_k), q.device)
+def capped(scores: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """`scores` after the softcap of the problem, in place where there is one."""
+    if problem.softcap is None:
+        return scores
+    return scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+
+
+def _scores(q, k, problem: Problem, rows: slice, columns: slice, masks: FlatMasks) -> torch.Tensor:
+    """``[N, rows, columns]`` capped and masked scores of flat heads, in the dtype of `q` and `k`."""
+    scores = capped((q @ k.transpose(-1, -2)).mul_(problem.scale), problem)
+    mask = visible(problem, rows, columns, q.device, masks.lengths)
     return scores if mask is None else scores.masked_fill_(~mask, -math.inf)
 
 
@@ -187,7 +288,7 @@ def _chunks(problem: Problem, device_type: str) -> Iterator[tuple[slice, slice]]
 
 
 def _attention(
-    q, k, v, problem: Problem, compute, round_probs, round_scores=lambda scores: scores
+    q, k, v, problem: Problem, masks: MaskTensors | None, compute, round_probs, round_scores=lambda scores: scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two-pass softmax attention computed in dtype `compute`, chunk by chunk; `round_probs` is applied before P @ V."""
     import torch
@@ -195,45 +296,66 @@ def _attention(
     def flat(tensor):
         return tensor.reshape(-1, *tensor.shape[2:])
 
+    given, as_given, masks_given = q, problem, masks
+    q, k, v, problem, masks = masking.right_aligned(q, k, v, problem, masks)
     q, k, v = flat(q), flat(k), flat(v)
     kv_head = kv_head_index(problem, q.device)
     out = torch.empty(q.shape, dtype=compute, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=compute, device=q.device)
     for heads, rows in _chunks(problem, q.device.type):
-        k_chunk, v_chunk = k[kv_head[heads]].to(compute), v[kv_head[heads]].to(compute)
-        probs = round_scores(_scores(q[heads, rows].to(compute), k_chunk, problem, rows))
+        of_heads, columns = flat_masks(problem, masks, heads), seen_columns(problem, rows)
+        if columns.start == columns.stop:
+            columns = slice(0, 1)  # a key that none of these rows sees
+        k_chunk, v_chunk = (t[kv_head[heads], columns].to(compute) for t in (k, v))
+        probs = round_scores(_scores(q[heads, rows].to(compute), k_chunk, problem, rows, columns, of_heads))
         row_max = probs.amax(dim=-1, keepdim=True)
         probs = probs.sub_(safe(row_max)).exp_()
         row_sum = probs.sum(dim=-1, keepdim=True)
+        accum, sink = round_probs(probs) @ v_chunk, of_heads.sink_of_rows(rows)
+        if sink is not None:
+            accum, row_sum, row_max = _with_sink(accum, row_sum, row_max, sink.to(compute)[..., None])
         # A row that sees no key has accum 0 and row_sum 0: dividing by 1 gives the 0 that is wanted.
-        out[heads, rows] = (round_probs(probs) @ v_chunk) / row_sum.masked_fill(row_sum == 0, 1.0)
+        out[heads, rows] = accum / row_sum.masked_fill(row_sum == 0, 1.0)
         lse[heads, rows] = (row_max + row_sum.log()).squeeze(-1)
     shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-    return out.view(*shape, problem.head_dim), lse.view(shape)
+    return masking.put_back(out.view(*shape, problem.head_dim), lse.view(shape), given, as_given, masks_given)
+
+
+def _with_sink(accum, row_sum, row_max, sink):
+    """The three of a softmax after a key of score `sink` and value 0 joined it; all broadcast against `accum`."""
+    import torch
+
+    shared = torch.maximum(row_max, sink)
+    weight = torch.exp(row_max - safe(shared))
+    return accum * weight, row_sum * weight + torch.exp(sink - safe(shared)), shared
 
 
 @ambient.judging
-def attention(q, k, v, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(q, k, v, problem: Problem, masks: MaskTensors | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention: ``softmax(scale * q k^T + mask) v`` in float64, on the tensors' device.
 
     Parameters
     ----------
     q, k, v
-        ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]`` twice; any dtype and strides.
+        ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]`` twice; any dtype and strides. Of a ragged batch
+        ``[1, heads, total, D]``.
+    masks
+        Where the masks of `problem` need tensors.
 
     Returns
     -------
     out, lse
-        float64 ``[B, Hq, Sq, D]`` (0 for a row that sees no key) and ``[B, Hq, Sq]`` (natural logarithm, -inf there).
+        float64, laid out as `q`: ``[B, Hq, Sq, D]`` (0 for a row that sees no key) and ``[B, Hq, Sq]`` (natural
+        logarithm, -inf there, or the sink). Rows that are not real give 0 and -inf, whatever lies in them.
     """
     import torch
 
-    return _attention(q, k, v, problem, torch.float64, lambda probs: probs)
+    return _attention(q, k, v, problem, masks, torch.float64, lambda probs: probs)
 
 
 @ambient.judging
 def attention_same_precision(
-    q, k, v, problem: Problem, *, round_scores: bool = False
+    q, k, v, problem: Problem, masks: MaskTensors | None = None, *, round_scores: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same maths at the precision a good kernel has: its distance from `attention` sets the bound of a check.
 
@@ -243,7 +365,7 @@ def attention_same_precision(
     Returns
     -------
     out, lse
-        ``[B, Hq, Sq, D]`` in `q.dtype`, float32 ``[B, Hq, Sq]``.
+        In `q.dtype` and float32, shapes as in `attention`.
     """
     import torch
 
@@ -251,7 +373,7 @@ def attention_same_precision(
         return tensor.to(q.dtype).float()
 
     scores = {"round_scores": rounded} if round_scores else {}
-    out, lse = _attention(q, k, v, problem, torch.float32, rounded, **scores)
+    out, lse = _attention(q, k, v, problem, masks, torch.float32, rounded, **scores)
     return out.to(q.dtype), lse
 
 
@@ -273,7 +395,9 @@ def running_maximum(scores: torch.Tensor, columns: list[slice], chain: tuple[int
     return running
 
 
-def combine_weights(row_max: torch.Tensor, last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def combine_weights(
+    row_max: torch.Tensor, last: list[int], sink: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What the sums of each chain are multiplied by to be added up, and the reference that they then share.
 
     Parameters
@@ -282,20 +406,26 @@ def combine_weights(row_max: torch.Tensor, last: list[int]) -> tuple[torch.Tenso
         ``[N, P, Sq]``.
     last
         The last page of every chain (`ends`).
+    sink
+        ``[N, Sq]``: the score of the sink in each row; None where there is none.
 
     Returns
     -------
-    weights, shared
-        ``[N, C, Sq]``, ``exp(row_max_c - safe(shared))``, and ``[N, Sq]``, the largest row_max_c. A chain that is alone
-        has nothing to be weighed against: its weight is 1 and the reference its own, whatever that is.
+    weights, shared, sink_weight
+        ``[N, C, Sq]``, ``exp(row_max_c - safe(shared))``, and ``[N, Sq]``, the largest row_max_c or the sink, and its
+        weight (None where there is none). A chain that is alone, and without a sink, has nothing to be weighed against:
+        its weight is 1 and the reference its own, whatever that is.
     """
     import torch
 
     row_max = row_max[:, last]
-    if len(last) == 1:
-        return torch.ones_like(row_max), row_max[:, 0]
+    if len(last) == 1 and sink is None:
+        return torch.ones_like(row_max), row_max[:, 0], None
     shared = row_max.amax(dim=1)
-    return torch.exp(row_max - safe(shared)[:, None]), shared
+    if sink is not None:
+        shared = torch.maximum(shared, sink)
+    sink_weight = None if sink is None else torch.exp(sink - safe(shared))
+    return torch.exp(row_max - safe(shared)[:, None]), shared, sink_weight
 
 
 def combined(sums: torch.Tensor, weights: torch.Tensor, last: Sequence[int]) -> torch.Tensor:
@@ -307,10 +437,12 @@ def combined(sums: torch.Tensor, weights: torch.Tensor, last: Sequence[int]) -> 
     return total
 
 
-def _results(row_max, row_sum, accum, last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` and `lse` of flat heads from the three stages that a chain hands on."""
-    weights, shared = combine_weights(row_max, last)
+def _results(row_max, row_sum, accum, last: list[int], sink) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` and `lse` of flat heads from the three stages that a chain hands on, and the sink of each row."""
+    weights, shared, sink_weight = combine_weights(row_max, last, sink)
     total = combined(row_sum, weights, last)
+    if sink_weight is not None:
+        total = total + sink_weight
     return _ratio(combined(accum, weights, last), total), shared + total.log()
 
 
@@ -322,7 +454,7 @@ def _ratio(accum, row_sum):
 @ambient.judging
 def flat_trace(
     q, k, v, problem: Problem, page_size: int, row_max: torch.Tensor | None = None,
-    previous: tuple[int, ...] | None = None,
+    previous: tuple[int, ...] | None = None, masks: FlatMasks | None = None,
 ) -> Trace:  # fmt: skip
     """The page loop of flat heads in float64; with `row_max`, subtracting that instead of the running maximum.
 
@@ -334,6 +466,8 @@ def flat_trace(
         ``[N, P, Sq]``: another backend's reference. Any is legal, so it is the one to share when stages are compared.
     previous
         The chains of pages, as in `Trace`; the running maximum is that of each chain.
+    masks
+        The mask tensors of these heads (`flat_masks`), where the problem needs some.
 
     Returns
     -------
@@ -342,9 +476,9 @@ def flat_trace(
     """
     import torch
 
-    columns = pages(problem, page_size)
-    chain = links(previous, len(columns))
-    scores = _scores(q, k, problem, slice(0, problem.seqlen_q))
+    columns, masks = pages(problem, page_size), masks or FlatMasks()
+    chain, rows = links(previous, len(columns)), slice(0, problem.seqlen_q)
+    scores = _scores(q, k, problem, rows, slice(0, problem.seqlen_k), masks)
     if row_max is None:
         row_max = running_maximum(scores, columns, chain)
     rescale = torch.exp(before_page(row_max, chain, -math.inf) - safe(row_max))
@@ -357,22 +491,22 @@ def flat_trace(
         sums, total = (no_sum, no_accum) if p < 0 else (row_sum[:, p], accum[:, p])
         row_sum[:, j] = rescale[:, j] * sums + probs[..., page].sum(dim=-1)
         accum[:, j] = rescale[:, j, :, None] * total + probs[..., page] @ v[:, page]
-    out, lse = _results(row_max, row_sum, accum, ends(chain))
+    out, lse = _results(row_max, row_sum, accum, ends(chain), masks.sink_of_rows(rows))
     return Trace(page_size, scores, row_max, rescale, probs, row_sum, accum, out, lse, previous)
 
 
 @ambient.judging
-def flat_stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:
-    """Each stage in float64 from the inputs that `own` gave to that stage, for flat heads (shapes as in `flat_trace`).
+def flat_stages_from(own: Trace, q, k, v, problem: Problem, masks: FlatMasks | None = None) -> Trace:
+    """Each stage in float64 from the inputs that `own` gave to that stage, for flat heads (as in `flat_trace`).
 
     `row_max` is the running maximum of `own.scores` in each of its chains: what an ordinary backend does, though any
     finite one is legal.
     """
     import torch
 
-    columns = pages(problem, own.page_size)
-    chain = links(own.previous, len(columns))
-    scores = _scores(q, k, problem, slice(0, problem.seqlen_q))
+    columns, masks = pages(problem, own.page_size), masks or FlatMasks()
+    chain, rows = links(own.previous, len(columns)), slice(0, problem.seqlen_q)
+    scores = _scores(q, k, problem, rows, slice(0, problem.seqlen_k), masks)
     running = running_maximum(own.scores, columns, chain)
     rescale = torch.exp(before_page(own.row_max, chain, -math.inf) - safe(own.row_max))
     probs, row_sum, accum = torch.empty_like(scores), torch.empty_like(running), own.accum.new_empty(own.accum.shape)
@@ -383,12 +517,15 @@ def flat_stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:
         if p >= 0:
             row_sum[:, j] += own.rescale[:, j] * own.row_sum[:, p]
             accum[:, j] += own.rescale[:, j, :, None] * own.accum[:, p]
-    out, lse = _results(own.row_max, own.row_sum, own.accum, ends(chain))
+    out, lse = _results(own.row_max, own.row_sum, own.accum, ends(chain), masks.sink_of_rows(rows))
     return Trace(own.page_size, scores, running, rescale, probs, row_sum, accum, out, lse, own.previous)
 
 
 def flat_inputs(q, k, v, problem: Problem, heads: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float64 ``[N, S, D]`` copies of Q, K and V for a slice of the flat query heads."""
+    """float64 ``[N, S, D]`` copies of Q, K and V for a slice of the flat query heads.
+
+    Those of a problem with lengths have to be laid as by `masking.right_aligned`.
+    """
     kv_head = kv_head_index(problem, q.device)[heads]
     q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
     return q[heads].double(), k[kv_head].double(), v[kv_head].double()
@@ -400,22 +537,27 @@ def _unflatten(flat: Trace, problem: Problem) -> Trace:
 
 @ambient.judging
 def trace(
-    q, k, v, problem: Problem, page_size: int | None = None, previous: tuple[int, ...] | None = None
+    q, k, v, problem: Problem, page_size: int | None = None, previous: tuple[int, ...] | None = None,
+    masks: MaskTensors | None = None,
 ) -> Trace:  # fmt: skip
     """Every stage of the page loop in float64, for pages of `page_size` keys (`problem.page_size` when None).
 
-    `previous` says which page continues which, as in `Trace`: one chain over all pages when None.
+    `previous` says which page continues which, as in `Trace`: one chain over all pages when None. `masks` as in
+    `attention`; what it means for rows and keys stands at `Trace`.
     """
-    everything = flat_inputs(q, k, v, problem, slice(None))
-    flat = flat_trace(*everything, problem, page_size or problem.page_size, previous=previous)
+    q, k, v, problem, masks = masking.right_aligned(q, k, v, problem, masks)
+    everything, every = flat_inputs(q, k, v, problem, slice(None)), flat_masks(problem, masks, slice(None))
+    flat = flat_trace(*everything, problem, page_size or problem.page_size, previous=previous, masks=every)
     return _unflatten(flat, problem)
 
 
 @ambient.judging
-def stages_from(own: Trace, q, k, v, problem: Problem) -> Trace:
+def stages_from(own: Trace, q, k, v, problem: Problem, masks: MaskTensors | None = None) -> Trace:
     """What each stage should hold, in float64, given the inputs that the traced backend itself fed to that stage.
 
     A wrong stage shows here alone; those after it, right for their wrong inputs, do not.
     """
+    q, k, v, problem, masks = masking.right_aligned(q, k, v, problem, masks)
     flat = own.map(lambda t: t.reshape(-1, *t.shape[2:]).double())
-    return _unflatten(flat_stages_from(flat, *flat_inputs(q, k, v, problem, slice(None)), problem), problem)
+    every = flat_masks(problem, masks, slice(None))
+    return _unflatten(flat_stages_from(flat, *flat_inputs(q, k, v, problem, slice(None)), problem, every), problem)

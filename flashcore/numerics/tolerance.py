@@ -13,6 +13,8 @@ from flashcore.tables import describe
 
 UNIT_FLOAT32 = 2.0**-24
 """Unit roundoff of float32, in which scores are accumulated."""
+TANH_ERROR = 8 * UNIT_FLOAT32
+"""Absolute error of a tanh that is made of float32 operations: an exponential, a sum and a division."""
 ELEMENTS_AT_ONCE = 1 << 24
 """Elements compared in one piece (128 MB of float64)."""
 

@@ -9,8 +9,10 @@ import torch
 
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
+from flashcore.errors import InvalidProblem
 from flashcore.numerics import reference
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import STAGES
 from flashcore.problem import Problem, square
 
@@ -96,3 +98,36 @@ def test_one_wrong_stage_is_one_overridden_method():
     right, wrong = CpuBackend().run(*inputs, problem), Doubled().run(*inputs, problem)
     torch.testing.assert_close(wrong[0], 2 * right[0])
     assert torch.equal(wrong[1], right[1]) and torch.equal(Doubled().trace(*inputs, problem).out, wrong[0])
+
+
+MASKED = UNEQUAL.with_(batch=6, page_size=16, window_left=30, softcap=4.0, sink=True)
+
+
+@pytest.mark.parametrize("lengths", ["", "right", "left", "ragged"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_masks_agree_with_the_reference_and_rows_that_are_not_real_hold_nothing(backend, lengths):
+    problem = MASKED.with_(lengths=lengths)
+    inputs, masks = make_inputs(problem, layout="bshd"), make_masks(problem)
+    chosen = backends.get(backend)
+    out, lse = chosen.run(*inputs, problem, masks)
+    expected, expected_lse = reference.attention(*inputs, problem, masks)
+    assert out.shape == inputs[0].shape and out.dtype == inputs[0].dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    trace, truth = chosen.trace(*inputs, problem, masks), reference.trace(*inputs, problem, masks=masks)
+    for stage in STAGES:
+        assert getattr(trace, stage).shape == getattr(truth, stage).shape
+        torch.testing.assert_close(getattr(trace, stage).double(), getattr(truth, stage), rtol=3e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_mask_tensors_that_are_missing_or_make_no_sense_are_refused(backend):
+    problem = UNEQUAL.with_(lengths="right")
+    inputs, chosen = make_inputs(problem), backends.get(backend)
+    for ask in (chosen.run, chosen.trace):
+        with pytest.raises(InvalidProblem, match="needs seqlens_q, seqlens_k or both"):
+            ask(*inputs, problem)
+        with pytest.raises(InvalidProblem, match=r"seqlens_k\[0\] is 51; it has to be from 0 to the 50 rows of k"):
+            ask(*inputs, problem, MaskTensors(seqlens_k=torch.tensor([51], dtype=torch.int32)))
+        with pytest.raises(InvalidProblem, match="sink is given, and .* has no use for it"):
+            ask(*make_inputs(UNEQUAL), UNEQUAL, MaskTensors(sink=torch.zeros(4)))

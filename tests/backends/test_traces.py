@@ -9,10 +9,11 @@ import torch
 from support import launch_structs
 from support.split_traces import CAUSAL, EMPTY_ROWS, THIRDS, SplitCpu
 
+from flashcore import backends
 from flashcore.backends._traces import NOT_WRITTEN, TRACE, TraceBuffers
 from flashcore.bisection.bisecting import judge
-from flashcore.numerics import reference
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics import masking, reference
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.reference import interleaved
 from flashcore.problem import Problem
 
@@ -59,6 +60,59 @@ def test_a_page_skipped_wrongly_is_found():
     result = judge(read, *inputs, CAUSAL, backend="stored")
     first = next(row for row in result.stages if row.role == "producer")
     assert first.stage == "row_max" and first.local.first_bad.items() >= {"page": 2, "row": 32, "kind": "NaN"}.items()
+
+
+MASKED = Problem(batch=3, num_heads_q=2, num_heads_kv=1, seqlen_q=70, seqlen_k=90, head_dim=16, page_size=16)
+MASKS = {
+    "left": {"causal": True, "window_left": 20}, "both sides": {"window_left": 5, "window_right": 3},
+    "right": {"window_right": 9}, "hides all": {"causal": True, "window_left": 2, "seqlen_q": 90, "seqlen_k": 40},
+    "lengths": {"lengths": "right"}, "left padding": {"lengths": "left", "causal": True, "sink": True},
+    "ragged": {"batch": 6, "lengths": "ragged", "causal": True, "window_left": 11},
+}  # fmt: skip
+
+
+def seen_by(problem, masks):
+    """bool ``[B, Sq, Sk]``, of real rows first."""
+    lengths = None
+    if problem.lengths:
+        lengths = [masking.rows_of(problem, masks, name, "cpu").count for name in "qk"]
+    seen = reference.visible(problem, slice(0, problem.seqlen_q), slice(0, problem.seqlen_k), "cpu", lengths)
+    return seen.expand(problem.batch, -1, -1)
+
+
+def store_seen(trace, problem, masks, tile_m: int, forgotten=None) -> TraceBuffers:
+    """Buffers of a kernel whose tiles store no page of which none of their rows sees a key, nor the `forgotten` one."""
+    buffers, seen = TraceBuffers.make(problem, problem.page_size, tile_m, trace.scores.device), seen_by(problem, masks)
+    for b in range(problem.batch):
+        for first in range(0, problem.seqlen_q, tile_m):
+            rows = slice(first, min(first + tile_m, problem.seqlen_q))
+            for j, page in enumerate(reference.pages(problem, problem.page_size)):
+                if not seen[b, rows, page].any() or (b, first, j) == forgotten:
+                    continue
+                for stage in ("scores", "probs"):
+                    getattr(buffers, stage)[b, :, rows, page] = getattr(trace, stage)[b, :, rows, page].float()
+                for stage in ("row_max", "rescale", "row_sum", "accum"):
+                    getattr(buffers, stage)[b, :, j, rows] = getattr(trace, stage)[b, :, j, rows]
+    return buffers
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_pages_that_a_mask_hides_may_be_skipped_and_no_other(name):
+    problem = MASKED.with_(**MASKS[name])
+    inputs, masks, backend = make_inputs(problem), make_masks(problem), backends.get("cpu")
+    given = backends.with_masks(masks)
+    trace, (out, lse) = backend.trace(*inputs, problem, **given), backend.run(*inputs, problem, **given)
+    buffers = store_seen(trace, problem, masks, 16)
+    skipped = int(buffers.row_max.isnan().sum())
+    read = buffers.trace(problem, 16, out, lse, masks=masks)
+    result = judge(read, *inputs, problem, backend="stored", out=out, lse=lse, masks=masks)
+    assert skipped and result.passed, result.finding()
+    b, row, key = (int(x) for x in seen_by(problem, masks).nonzero()[-1])
+    place = b, row // 16 * 16, key // 16
+    read = store_seen(trace, problem, masks, 16, forgotten=place).trace(problem, 16, out, lse, masks=masks)
+    result = judge(read, *inputs, problem, backend="stored", masks=masks)
+    bad = result.first_row[1].first_bad
+    assert bad["kind"] == "NaN" and (bad["batch"], bad["row"] // 16 * 16, bad["page"]) == place
 
 
 # ------------------------------------------------------------------------------------------------ room for stages

@@ -16,10 +16,11 @@ from flashcore.backends import Availability
 from flashcore.backends.cpu import CpuBackend
 from flashcore.bisection import bisecting
 from flashcore.bisection.bisecting import bisect, bisect_trial, judge
+from flashcore.bisection.zoom import tile
 from flashcore.errors import FlashCoreError, Unsupported
 from flashcore.measure.check import check_attention
-from flashcore.numerics import reference
-from flashcore.numerics.inputs import PATTERNS, make_inputs
+from flashcore.numerics import masking, reference
+from flashcore.numerics.inputs import PATTERNS, make_inputs, make_masks
 from flashcore.numerics.reference import STAGES, Trace
 from flashcore.problem import Problem, square
 from flashcore.records import Trial
@@ -46,6 +47,66 @@ def random_problem(rng: random.Random) -> Problem:
         causal=rng.random() < 0.5, page_size=rng.choice([16, 64, 100, 128]),
         softmax_scale=rng.choice([None, None, 1.0, -0.3, 0.0]),
     )  # fmt: skip
+
+
+MASKED = {
+    "window": GROUPED.with_(window_left=20, window_right=9), "cap": CAUSAL.with_(softcap=5.0, dtype="bfloat16"),
+    "sink": EMPTY_ROWS.with_(sink=True, window_left=3), "right": GROUPED.with_(batch=6, lengths="right", sink=True),
+    "left": CAUSAL.with_(batch=6, lengths="left", window_left=30),
+    "ragged": GROUPED.with_(batch=6, lengths="ragged", causal=True, softcap=30.0, sink=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["normal", "large", "sunken"])
+@pytest.mark.parametrize("name", MASKED)
+def test_no_false_alarm_under_masks(name, pattern):
+    problem = MASKED[name]
+    result = bisect("cpu", problem, seed=3, pattern=pattern)
+    assert result.passed and set(roles(result).values()) == {"clean"}, result.finding()
+    assert result.problem == problem and Trial.model_validate_json(result.to_trial().model_dump_json())
+
+
+@pytest.mark.parametrize("name", ["sink", "right", "ragged"])
+def test_chains_of_pages_and_a_sink_are_judged_together(name):
+    """As a split kernel keeps them, in float32; 2 % of a sink too much in one row is found where it joins."""
+    problem = MASKED[name].with_(sink=True)
+    inputs, masks = make_inputs(problem), make_masks(problem)
+    previous = reference.interleaved(len(reference.pages(problem, 32)), 2)
+    trace = reference.trace(*inputs, problem, previous=previous, masks=masks).map(torch.Tensor.float)
+    assert judge(trace, *inputs, problem, backend="split", masks=masks).passed
+    more = masking.changed(masks, lambda t: t + 0.02 if t.is_floating_point() else t)
+    wrong = reference.trace(*inputs, problem, previous=previous, masks=more).map(torch.Tensor.float)
+    found = judge(wrong, *inputs, problem, backend="split", masks=masks)
+    assert found.producers == ["out", "lse"]
+
+
+@pytest.mark.parametrize("lengths", ["right", "left", "ragged"])
+def test_a_wrong_value_is_placed_by_the_real_rows_of_its_sequence(lengths):
+    problem = GROUPED.with_(batch=3, lengths=lengths)
+    inputs, masks = make_inputs(problem), make_masks(problem)
+    trace = backends.get("cpu").trace(*inputs, problem, masks)
+    trace.scores[1, 2, 4, 70] += 1.0  # sequence 1 has all keys, and some queries
+    found = judge(trace, *inputs, problem, backend="spoilt", masks=masks)
+    place = {"stage": "scores", "page": 2, "batch": 1, "head": 2, "row": 4, "column": 70}
+    first = found.first_row[1].first_bad
+    assert first.items() >= place.items() and first["got"] == pytest.approx(first["expected"] + 1, abs=1e-3)
+    down, across = found.window["at"]
+    assert found.window["got"][down][across] == pytest.approx(first["got"], rel=1e-4)
+    assert tile(trace, *inputs, problem, first, is_local=True, masks=masks)["stage"] == "scores"
+
+
+def test_production_under_lengths_is_compared_with_its_trace_row_by_row():
+    class Late(CpuBackend):
+        id = "late"
+
+        def run(self, q, k, v, problem, masks=None):
+            out, lse = super().run(q, k, v, problem, masks)
+            out[0, 1, -2] += 0.5
+            return out, lse
+
+    found = bisect(Late(), GROUPED.with_(batch=1, lengths="left"))
+    assert not found.passed and found.producers == [] and found.production.num_bad
+    assert found.production.first_bad["row"] == 126 and found.production.first_bad["head"] == 1
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

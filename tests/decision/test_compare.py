@@ -78,6 +78,8 @@ def test_tflops_are_worked_out_from_the_latency_and_not_read():
     failed = timed().model_copy(update={"status": "failed"})
     assert compare.latency_us(failed) is None and compare.tflops(failed) is None
     assert compare.latency_us(synthetic.correctness("wmma", REPORT)) is None
+    padded = timed(1000.0).model_copy(update={"problem": REPORT.with_(lengths="left")})
+    assert compare.tflops(padded) is None and compare.latency_us(padded) == 1000.0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])

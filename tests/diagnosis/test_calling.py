@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from flashcore.diagnosis import calling
+from flashcore.diagnosis import calling, conform, diagnose
 from flashcore.diagnosis.calling import Broken, Refusal, candidate_of, limited
 from flashcore.errors import BackendUnavailable, InvalidProblem, UnknownName
-from flashcore.problem import Problem
+from flashcore.problem import Problem, square
 
 PROBLEM = Problem(batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=3, seqlen_k=5, head_dim=8, dtype="float32",
                   causal=True, softmax_scale=0.25)  # fmt: skip
@@ -158,3 +158,12 @@ def test_backends_are_candidates_and_say_what_they_lack():
             candidate_of("hopper")
         with pytest.raises(InvalidProblem, match="torch finds no GPU"):
             candidate_of(lambda q, k, v: q, device="cuda")
+
+
+def test_a_problem_with_masks_is_no_question_about_a_function():
+    calling.refuse_masks(square(1, 1, 8, 16, causal=True))
+    with pytest.raises(InvalidProblem, match=r"has masks \(window, sink\), and a function is asked about causal"):
+        calling.refuse_masks(square(1, 1, 8, 16, window_left=3, sink=True))
+    for ask in (diagnose, conform):
+        with pytest.raises(InvalidProblem, match="bisect a backend"):
+            ask("cpu", "B=1,H=1,S=8,D=16,softcap=3.0")

@@ -33,6 +33,14 @@ def test_panels_keep_one_problem_a_length_for_all_backends():
     assert plots.panels(TRIALS)[64, False, "float16"]["wmma"][512].problem.batch == 16  # not the small one
 
 
+def test_panels_leave_masked_problems_to_the_table():
+    plain = square(1, 8, 512, 64, causal=True)
+    masked = [plain.with_(batch=4, **more) for more in ({"window_left": 64}, {"softcap": 30.0}, {"sink": True})]
+    trials = [synthetic.timing("wmma", problem, 10.0, round_="m") for problem in (plain, *masked)]
+    (lines,) = plots.panels(trials).values()
+    assert lines == {"wmma": {512: trials[0]}}
+
+
 def test_what_lies_beside_a_line_is_left_to_the_table():
     beside = [(square(32, 12, 197, 64), "odd"), (square(16, 16, 2048, 64, dtype="bfloat16"), "of another dtype")]
     more = [synthetic.timing("wmma", problem, 100.0, round_=name) for problem, name in beside]

@@ -242,6 +242,14 @@ def test_the_random_problems_are_the_same_again_and_fit_the_kernels():
     assert any(p.causal and p.seqlen_q > p.seqlen_k for _, p, _, _ in cases), "rows without keys have to be among them"
 
 
+def test_a_backend_that_takes_masks_draws_every_other_problem_under_some():
+    problems = [problem for _, problem, _, _ in proving.random_cases(CPU, 120)]
+    masked = [problem for problem in problems if problem.masks]
+    assert {name for problem in masked for name in problem.masks} == set(CPU.masks)
+    assert 30 < len(masked) < 70 and any(len(problem.masks) > 2 for problem in masked)
+    assert not any(p.masks for _, p, _, _ in proving.random_cases(backends.get("wmma"), 60))
+
+
 def test_a_backend_over_pages_draws_problems_of_its_own():
     for name in ("decode", "hopper-paged", "cublaslt-paged"):
         problems = [problem for _, problem, _, _ in proving.random_cases(backends.get(name), 60)]

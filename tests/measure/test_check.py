@@ -51,6 +51,77 @@ def test_right_backends_pass(backend, problem):
     assert c.max_abs_error <= c.bound and c.num_bad == 0
 
 
+@pytest.mark.parametrize("problem", check.masked_problems("quick", gpu=False), ids=lambda p: p.label())
+def test_right_backends_pass_under_masks(problem):
+    able = [b for b in backends.all_backends() if b.device != "cuda" and b.why_not(problem) is None]
+    assert {"cpu", "reference"} <= {b.id for b in able}
+    for backend in able:
+        trial = check_attention(backend, problem, device="cpu", pattern="rising", layout="apart")
+        assert trial.status == "ok", (backend.id, trial.reason)
+        assert trial.problem.label() == problem.label() and trial.correctness.checked > 0
+
+
+def test_the_masked_matrix_has_every_mask_and_is_for_backends_that_take_it():
+    quick, full = (check.masked_problems(profile, gpu=True) for profile in ("quick", "full"))
+    assert {name for p in quick for name in p.masks} == {"window", "softcap", "sink", "lengths", "ragged"}
+    assert full[: len(quick)] == quick and len({p.label() for p in full}) == len(full) > 30
+    window, ragged, named = quick[0], quick[-2], SMALL.with_(lengths="ragged")
+    math_, cpu, flash = (backends.get(name) for name in ("sdpa-math", "cpu", "sdpa-flash"))
+    assert check.pairs([window, ragged, SMALL, named], [math_, cpu, flash]) == [
+        (window, math_), (window, cpu), (ragged, cpu), (SMALL, math_), (SMALL, cpu), (SMALL, flash), (named, math_),
+        (named, cpu), (named, flash),
+    ]  # fmt: skip
+    refused = check_attention(math_, named, device="cpu")
+    assert refused.status == "unsupported" and refused.reason == "it does not take ragged batches"
+
+
+class ChangedMasked(Changed):
+    """The same, where masks need tensors."""
+
+    def run(self, q, k, v, problem, masks=None):
+        return self.change(*CpuBackend.run(self, q, k, v, problem, masks), masks)
+
+
+@pytest.mark.parametrize("lengths", ["right", "left", "ragged"])
+def test_what_is_left_in_rows_that_are_not_real_is_wrong(lengths):
+    """Seed 0 leaves queries unused in sequence 1, and three rows behind a ragged batch."""
+    problem = SMALL.with_(lengths=lengths, sink=True)
+    assert check_attention(ChangedMasked(lambda out, lse, masks: (out, lse)), problem).status == "ok"
+    row = {"right": (1, 0, -1), "left": (1, 0, 0), "ragged": (0, 0, -1)}[lengths]
+    for change in (
+        lambda out, lse, masks: (spoil(out, (*row, 3), 1e-3), lse),
+        lambda out, lse, masks: (out, spoil(lse, row, 0.0)),
+        lambda out, lse, masks: (out.nan_to_num(), lse.nan_to_num(neginf=-1e30)),
+    ):
+        assert check_attention(ChangedMasked(change), problem).status == "failed"
+
+
+def test_a_backend_may_not_write_into_what_its_masks_are_given():
+    def shorten(out, lse, masks):
+        masks.seqlens_k.sub_(1)
+        return out, lse
+
+    trial = check_attention(ChangedMasked(shorten), SMALL.with_(lengths="right"))
+    assert trial.status == "failed" and "it changed its inputs (seqlens_k)" in trial.reason
+    assert check_attention("cpu", SMALL.with_(lengths="right")).status == "ok"
+
+
+def test_a_softcap_bounds_by_the_tanh_that_a_backend_says_it_has(monkeypatch):
+    """A tanh off by up to 2^-11, as a GPU's instruction makes it, is wrong unless that is by design."""
+
+    class Coarse(CpuBackend):
+        id = "coarse"
+
+        def scores(self, q, k, problem, page, *more):
+            scores = super().scores(q, k, problem, page, *more)
+            return scores + problem.softcap * 2.0**-11 * torch.sin(1e4 * scores).where(scores.isfinite(), 0.0)
+
+    problem = SMALL.with_(softcap=30.0)
+    assert check_attention(Coarse(), problem).status == "failed" and check_attention("cpu", problem).status == "ok"
+    Coarse.tanh_error = 2.0**-11
+    assert check_attention(Coarse(), problem).status == "ok"
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])

@@ -94,3 +94,9 @@ def test_every_kernel_of_ours_gives_the_same_bits():
             for problem in (square(2, 16, 777, 64, causal=True), square(1, 16, 500, 128)):
                 trial = check_determinism(backend, backend.suits(problem), runs=5)
                 assert trial.status == "ok", trial.reason
+
+
+def test_masked_problems_are_repeated_with_their_tensors():
+    masked = square(3, 2, 40, 16).with_(sink=True, lengths="left", causal=True, window_left=5)
+    trial = check_determinism("cpu", masked, runs=3)
+    assert trial.status == "ok" and trial.data["identical"] and trial.problem == masked

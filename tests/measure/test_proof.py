@@ -12,8 +12,8 @@ from flashcore.errors import WrongWhenTimed
 from flashcore.measure import proof as module
 from flashcore.measure.proof import Proof, Turn
 from flashcore.measure.timing import Candidate, time_on_cpu
-from flashcore.numerics import reference
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics import masking, reference
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.problem import Problem, square
 
 SMALL = square(2, 2, 40, 16)
@@ -58,6 +58,22 @@ def test_right_results_have_no_fault(name, problem):
         one.lay(turn)
         one.take("x", turn, backends.get(name).run(*one.buffers[0], problem))
     assert one.fault("x") is None
+
+
+MASKED = GROUPED.with_(batch=3, window_left=9, softcap=4.0, sink=True, lengths="ragged")
+
+
+def test_masked_calls_are_proved_with_the_lengths_that_all_are_given():
+    masks = make_masks(MASKED, seed=4)
+    one = Proof(MASKED, [make_inputs(MASKED, seed=seed, masks=masks) for seed in (4, 5)], masks)
+    for number in (0, 1):
+        turn = one.next_turn()
+        one.lay(turn, number)
+        one.take("x", turn, CPU.run(*one.buffers[number], MASKED, masks=masks), number)
+        changed = masking.changed(masks, lambda t: t + 1 if t.is_floating_point() else t)
+        one.take(f"sinks {number}", turn, CPU.run(*one.buffers[number], MASKED, masks=changed), number)
+    assert one.fault("x") is None
+    assert "on values it had not seen" in one.fault("sinks 1")[0]
 
 
 def spoilt(out, lse, value=1.0):

@@ -227,3 +227,14 @@ def test_backends_of_one_problem_share_a_round_on_a_gpu(run, monkeypatch):
     assert len(timed) == 2 and len({t.timing.round for t in timed}) == 1
     assert all(t.timing.method == "graph_replay" and t.timing.l2 == "warm" for t in timed)
     torch.cuda.synchronize()
+
+
+def test_masked_problems_are_timed_and_proved_and_lengths_have_no_tflops(run):
+    window = PROBLEM.with_(causal=True, window_left=8, softcap=20.0, sink=True)
+    trials = sweep.sweep(run, [window, PROBLEM.with_(lengths="ragged")], [CpuBackend()])
+    timings = [trial for trial in trials if trial.kind == "attention_timing"]
+    assert [t.status for t in trials] == ["ok"] * 4 and all(t.timing.model_extra["proved"] for t in timings)
+    assert timings[0].timing.tflops > 0 and timings[1].timing.tflops is None
+    assert (
+        sweep.speed_of_light(timings[1].timing.model_copy(update={"l2": "rotating"}), timings[1].problem, SHEET) == {}
+    )

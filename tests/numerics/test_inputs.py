@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flashcore.errors import UnknownName
-from flashcore.numerics.inputs import PATTERNS, make_inputs
+from flashcore.numerics import masking
+from flashcore.numerics.inputs import LAYOUTS, PATTERNS, UNUSED_ROWS, make_inputs, make_masks
 from flashcore.problem import Problem, square
 
 GROUPED = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=5, seqlen_k=300, head_dim=64)
@@ -65,3 +66,38 @@ def test_unknown_pattern_and_layout_name_the_known_ones():
         make_inputs(GROUPED, pattern="weird")
     with pytest.raises(UnknownName, match="layout 'sbhd'.*bshd"):
         make_inputs(GROUPED, layout="sbhd")
+
+
+SIX = Problem(batch=6, num_heads_q=4, num_heads_kv=2, seqlen_q=20, seqlen_k=50, head_dim=8, sink=True)
+
+
+def test_masks_have_sinks_of_both_signs_and_sequences_that_are_whole_empty_and_single():
+    masks = make_masks(SIX.with_(lengths="left"))
+    assert masks.sink.dtype == torch.float32 and (masks.sink > 0).tolist() == [True, False, True, False]
+    assert bool((masks.sink.abs() >= 1).all()) and bool((masks.sink.abs() <= 5).all())
+    lengths_q, lengths_k = masks.seqlens_q.tolist(), masks.seqlens_k.tolist()
+    assert {0, 1, 20} <= set(lengths_q) and {0, 1, 50} <= set(lengths_k) and len(set(lengths_k)) > 3
+    other = make_masks(SIX.with_(lengths="left"), seed=1)
+    assert other.seqlens_k.tolist() != lengths_k and (other.sink > 0).tolist() == [False, True, False, True]
+    assert make_masks(SIX.with_(sink=False, window_left=3, softcap=2.0)) is None
+    ragged = make_masks(SIX.with_(lengths="ragged", sink=False))
+    assert ragged.cu_seqlens_q.diff().tolist() == lengths_q and ragged.cu_seqlens_k.diff().tolist() == lengths_k
+    assert ragged.sink is None and ragged.cu_seqlens_q.dtype == torch.int32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", ["right", "left", "ragged"])
+def test_rows_that_are_not_real_hold_nan_and_all_others_are_finite(lengths, layout):
+    problem = SIX.with_(lengths=lengths)
+    masks = make_masks(problem, seed=2)
+    tensors = make_inputs(problem, seed=2, layout=layout, pattern="rising")
+    for tensor, name in zip(tensors, "qkk", strict=True):
+        real = masking.real_rows(tensor, problem, masks, name)
+        assert torch.equal(tensor.isfinite(), real[:, None, :, None].expand_as(tensor))
+        assert tensor.stride(-1) == 1
+    if lengths == "ragged":
+        assert tensors[0].shape == (1, 4, int(masks.cu_seqlens_q[-1]) + UNUSED_ROWS, 8)
+        assert tensors[1].shape == (1, 2, int(masks.cu_seqlens_k[-1]) + UNUSED_ROWS, 8)
+        first, last = masks.cu_seqlens_k[5:7].tolist()
+        ramp = tensors[1][0, 0, first:last, 0] * problem.scale
+        assert float(ramp[0]) == 0 and float(ramp[-1]) == pytest.approx(4, rel=1e-3), "each sequence has its own ramp"

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from flashcore.compat import masked
 from flashcore.errors import FlashCoreError
-from flashcore.numerics import reference
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics import masking, reference
+from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import STAGES
 from flashcore.problem import Problem, square
 
@@ -204,6 +208,125 @@ def test_the_combined_results_depend_on_the_reference_of_each_chain():
     found = reference.stages_from(reference.Trace(16, **values, previous=clean.previous), *inputs, problem)
     changed = {s for s in STAGES if not torch.allclose(getattr(found, s), getattr(clean, s), rtol=1e-9, atol=1e-9)}
     assert changed == {"probs", "out", "lse"}, "page 1 is a chain alone, so no rescale follows from its reference"
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+def by_other_code(q, k, v, problem, masks):
+    """`out` and `lse` by `flashcore.compat.masked`, which shares no line with the reference; one sequence at a time."""
+    out, lse = q.new_zeros(q.shape), torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
+    counts = [[n] * problem.batch for n in (problem.seqlen_q, problem.seqlen_k)]
+    for b in range(problem.batch):
+        index, (rows, keys) = b, (slice(0, counts[0][b]), slice(0, counts[1][b]))
+        if problem.lengths == "ragged":
+            index = 0
+            rows, keys = (slice(*cu[b : b + 2].tolist()) for cu in (masks.cu_seqlens_q, masks.cu_seqlens_k))
+        elif problem.lengths:
+            num_q, num_k = int(masks.seqlens_q[b]), int(masks.seqlens_k[b])
+            rows, keys = slice(0, num_q), slice(0, num_k)
+            if problem.lengths == "left":
+                rows = slice(problem.seqlen_q - num_q, problem.seqlen_q)
+                keys = slice(problem.seqlen_k - num_k, problem.seqlen_k)
+        if rows.start == rows.stop:
+            continue
+        sink = None if not problem.sink else masks.sink.double()
+        described = masked.Masking(
+            causal=problem.causal, window_left=problem.window_left, window_right=problem.window_right,
+            softcap=problem.softcap or 0.0, sink=sink,
+        )  # fmt: skip
+        if keys.start == keys.stop:
+            if sink is not None:
+                lse[index, :, rows] = sink[:, None]
+            continue
+        one = slice(index, index + 1)
+        found = masked.attention(q[one, :, rows], k[one, :, keys], v[one, :, keys], described, problem.scale)
+        out[one, :, rows], lse[one, :, rows] = found
+    return out, lse
+
+
+@st.composite
+def masked_problems(draw):
+    """Small problems under every mask: windows that hide all, one row, empty sequences, more queries than keys."""
+    size = st.sampled_from([1, 2, 5, 9, 16])
+    causal = draw(st.booleans())
+    limit = st.sampled_from([-1, -1, 0, 1, 3, 40])
+    return Problem(
+        batch=draw(st.integers(1, 7)), num_heads_q=4, num_heads_kv=draw(st.sampled_from([1, 2, 4])),
+        seqlen_q=draw(size), seqlen_k=draw(size), head_dim=3, dtype="float32", causal=causal, window_left=draw(limit),
+        window_right=-1 if causal else draw(limit), softcap=draw(st.sampled_from([None, None, 0.5, 30.0])),
+        sink=draw(st.booleans()), lengths=draw(st.sampled_from(["", "right", "left", "ragged"])),
+        page_size=draw(st.sampled_from([1, 4, 64])), softmax_scale=draw(st.sampled_from([None, -0.7, 3.0])),
+    )  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(masked_problems(), st.integers(0, 5), st.sampled_from(["normal", "large", "rising", "sunken"]))
+def test_masks_mean_the_same_to_other_code_and_to_the_page_loop(problem, seed, pattern):
+    """Padding holds NaN here, and 0 for the other code."""
+    q, k, v = make_inputs(problem, seed=seed, pattern=pattern, layout="apart")
+    masks = make_masks(problem, seed=seed)
+    out, lse = reference.attention(q, k, v, problem, masks)
+    expected, expected_lse = by_other_code(*(t.double().nan_to_num(nan=0.0) for t in (q, k, v)), problem, masks)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
+    previous = [None, reference.interleaved(-(-problem.seqlen_k // problem.page_size), 2)][seed % 2]
+    trace = reference.trace(q, k, v, problem, previous=previous, masks=masks)
+    aligned = masking.aligned_results(out, lse, problem, masks)
+    assert trace.out.shape[0] == problem.batch and trace.row_max.shape[3] == problem.seqlen_q
+    torch.testing.assert_close(trace.out, aligned[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(trace.lse, aligned[1], rtol=1e-9, atol=1e-9)
+    again = reference.stages_from(trace, q, k, v, problem, masks)
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(again, stage), getattr(trace, stage), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 40])
+def test_a_chunk_reads_only_the_keys_that_its_rows_may_see(chunk, monkeypatch):
+    """Keys far left of every window hold NaN, and rows whose window holds no key give zeros."""
+    monkeypatch.setitem(reference.CHUNK_SCORES, "cpu", chunk)
+    problem = Problem(batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=6, seqlen_k=30, head_dim=4, causal=True,
+                      window_left=3)  # fmt: skip
+    q, k, v = make_inputs(problem)
+    expected = by_other_code(q.double(), k.double(), v.double(), problem, None)
+    k[:, :, :21], v[:, :, :21] = math.nan, math.nan
+    for got, right in zip(reference.attention(q, k, v, problem), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+    assert reference.seen_columns(problem, slice(2, 4)) == slice(23, 28)
+    hidden = problem.with_(seqlen_q=30, seqlen_k=5)
+    out, lse = reference.attention(*make_inputs(hidden), hidden)
+    assert not out[:, :, :25].any() and bool((lse[:, :, :25] == -math.inf).all())
+    assert reference.seen_columns(hidden, slice(0, 10)) == slice(0, 0)
+
+
+def test_a_softcap_comes_before_the_mask_and_a_sink_takes_its_part_by_hand():
+    """Scores 2 and -2 capped at 1 are tanh(2) and -tanh(2); the third key is hidden; the sink scores 0.5."""
+    problem = Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=3, head_dim=1, softmax_scale=2.0,
+                      window_left=1, softcap=1.0, sink=True, dtype="float32")  # fmt: skip
+    q, k, v = (torch.tensor(rows).view(1, 1, -1, 1) for rows in ([1.0], [9.0, 1.0, -1.0], [7.0, 3.0, 5.0]))
+    masks = MaskTensors(sink=torch.tensor([0.5]))
+    up, down, sink = math.exp(math.tanh(2)), math.exp(-math.tanh(2)), math.exp(0.5)
+    out, lse = reference.attention(q, k, v, problem, masks)
+    assert float(out) == pytest.approx((3 * up + 5 * down) / (up + down + sink), abs=1e-14)
+    assert float(lse) == pytest.approx(math.log(up + down + sink), abs=1e-14)
+    trace = reference.trace(q, k, v, problem, masks=masks)
+    assert trace.scores.flatten().tolist() == pytest.approx([-math.inf, math.tanh(2), -math.tanh(2)])
+    assert float(trace.row_sum) == pytest.approx(1 + down / up), "a sink enters out and lse alone"
+    near, near_lse = reference.attention_same_precision(q, k, v, problem, masks)
+    assert float(near) == pytest.approx(float(out), rel=1e-6) and float(near_lse) == pytest.approx(float(lse), rel=1e-6)
+
+
+@pytest.mark.parametrize("sink", [-1e4, 1e4, -math.inf])
+def test_a_sink_far_from_the_scores_overflows_nothing(sink):
+    problem = square(1, 2, 4, 8, causal=True, sink=True).with_(seqlen_k=3)
+    inputs, masks = make_inputs(problem), MaskTensors(sink=torch.tensor([sink, 0.0]))
+    plain, plain_lse = reference.attention(*inputs, problem.with_(sink=False))
+    for compute in (reference.attention, reference.attention_same_precision):
+        out, lse = compute(*inputs, problem, masks)
+        assert not out.isnan().any() and bool((lse[:, 0, 0] == sink).all()), "row 0 sees no key"
+        torch.testing.assert_close(out[:, 0].double(), plain[:, 0] if sink < 0 else 0 * plain[:, 0], rtol=0, atol=1e-3)
+        wanted = plain_lse[:, 0, 1:] if sink < 0 else torch.full_like(plain_lse[:, 0, 1:], sink)
+        torch.testing.assert_close(lse[:, 0, 1:].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_grouped_heads_share_consecutive_heads():

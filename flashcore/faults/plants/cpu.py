@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from flashcore.faults.planting import Override
 from flashcore.faults.plants.host import Plants
-from flashcore.numerics import reference
+from flashcore.numerics import masking, reference
 
 
 def _stages(**methods: Callable) -> Override:
@@ -124,6 +124,63 @@ def _v_by_strides_of_k(self, q, k, v, problem, kept):
     return _base("_loop")(self, q, k, v.as_strided(v.shape, k.stride()), problem, kept)
 
 
+def _with_other(**changes: Callable) -> Override:
+    """Scores of a problem in which these fields are what each function makes of them."""
+
+    def scores(self, q, k, problem, page):
+        changed = {name: change(getattr(problem, name)) for name, change in changes.items()}
+        return _base("scores")(self, q, k, problem.with_(**changed), page)
+
+    return Override({"scores": scores})
+
+
+def _cut_page_hidden(scores, q, k, problem, page):
+    """A page that the left edge of a row's window cuts is taken for one that lies before it."""
+    import torch
+
+    row = torch.arange(problem.seqlen_q)[:, None]
+    edge = row + problem.seqlen_k - problem.seqlen_q - problem.window_left
+    return scores.masked_fill((page.start < edge) & (edge < page.stop), -math.inf)
+
+
+def _cap_after_mask(self, q, k, problem, page):
+    return reference.capped(_base("scores")(self, q, k, problem.with_(softcap=None), page), problem)
+
+
+def _cap_before_scale(self, q, k, problem, page):
+    return _base("scores")(self, q, k, problem.with_(softmax_scale=1.0), page).mul_(problem.scale)
+
+
+def _sink_changed(change: Callable) -> Override:
+    return Override({"with_sink": lambda self, a, s, m, sink: _base("with_sink")(self, a, s, m, change(sink))})
+
+
+def _sink_unweighed(self, accum, row_sum, row_max, sink):
+    """The sink's exponential, added to a sum that was taken against the row's maximum."""
+    return accum, row_sum + sink.exp(), row_max
+
+
+def _sink_needs_a_key(result, accum, row_sum, row_max, sink):
+    import torch
+
+    return result[0], torch.where(row_sum == 0, row_sum, result[1]), torch.where(row_sum == 0, row_max, result[2])
+
+
+def _right_padding(self, q, k, v, problem, masks):
+    return masking.right_aligned(q, k, v, problem.with_(lengths="right"), masks)
+
+
+def _one_row_early(self, q, k, v, problem, masks):
+    return masking.right_aligned(q, k.roll(1, dims=2), v, problem, masks)
+
+
+def _padded_offset(self, scores, problem, page, lengths):
+    """The causal mask aligned by the lengths of the padded tensors; what is past a sequence stays hidden."""
+    scores = _base("hidden")(self, scores, problem.with_(causal=False), page, lengths)
+    mask = reference.visible(problem, slice(0, problem.seqlen_q), page, scores.device)
+    return scores.masked_fill(~mask, -math.inf)
+
+
 GUARD_OF_BFLOAT16 = 2.0**64
 CPU: Plants = {
     "F1": _stages(row_sum=lambda self, s, r, p: r * s[..., :1] + p.sum(dim=-1)),
@@ -160,5 +217,21 @@ CPU: Plants = {
     ),
     "G14": _after("finish", lambda result, a, s, m: (result[0], m + s.log2())),
     "G15": _after("finish", _last_row_unwritten),
+    "G53": _with_other(window_left=lambda left: left + 1),
+    "G54": _with_other(window_right=lambda right: right + 1),
+    "G55": _after("scores", _cut_page_hidden),
+    "G56": _stages(scores=_cap_after_mask),
+    "G57": _with_other(softcap=lambda cap: None),
+    "G58": _stages(scores=_cap_before_scale),
+    "G59": _stages(with_sink=lambda self, a, s, m, sink: (a, s, m)),
+    "G60": _sink_changed(lambda sink: sink.roll(1, dims=1)),
+    "G61": _sink_changed(lambda sink: sink / 8),
+    "G62": _stages(with_sink=_sink_unweighed),
+    "G63": _after("with_sink", _sink_needs_a_key),
+    "G64": _after("lengths", lambda pair, *_: tuple(n.roll(1, dims=0) for n in pair)),
+    "G65": _stages(aligned=_right_padding),
+    "G66": _stages(hidden=_padded_offset),
+    "G67": _after("lengths", lambda pair, problem, masks: (pair[0], pair[1] + 1)),
+    "G68": _stages(aligned=_one_row_early),
     "G16": _after("scores", lambda s, q, k, problem, page: s if s.shape[-1] == 64 else s.fill_(-math.inf)),
 }  # fmt: skip

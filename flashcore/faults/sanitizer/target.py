@@ -14,6 +14,11 @@ PROBLEMS = (
     Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=130, seqlen_k=65, head_dim=128, dtype="bfloat16"),
 )
 """Grouped heads, tails on both sides, several pages, a causal mask, both head_dims and dtypes."""
+MASKED = (
+    PROBLEMS[0].with_(batch=6, window_left=40, softcap=30.0, sink=True, lengths="ragged"),
+    PROBLEMS[1].with_(batch=6, window_left=20, window_right=9, lengths="left"),
+)
+"""All masks, and sequences that end before their tensors do; for backends that take them."""
 
 
 def main(arguments: list[str]) -> None:
@@ -22,17 +27,18 @@ def main(arguments: list[str]) -> None:
 
     from flashcore import backends
     from flashcore.faults import catalogue
-    from flashcore.numerics.inputs import make_inputs
+    from flashcore.numerics.inputs import make_inputs, make_masks
 
     backend_id, *fault = arguments
     chosen = catalogue.get(fault[0]).plant(backend_id) if fault else backends.get(backend_id)
     chosen.require(chosen.suits(PROBLEMS[0]))
-    for problem in map(chosen.suits, PROBLEMS):
+    for problem in map(chosen.suits, (*PROBLEMS, *MASKED)):
         if chosen.why_not(problem) is None:
             q, k, v = make_inputs(problem, device="cuda")
-            chosen.run(q, k, v, problem)
+            masks = backends.with_masks(make_masks(problem, device="cuda"))
+            chosen.run(q, k, v, problem, **masks)
             if chosen.traceable:
-                chosen.trace(q, k, v, problem)
+                chosen.trace(q, k, v, problem, **masks)
     torch.cuda.synchronize()
 
 

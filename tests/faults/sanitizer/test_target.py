@@ -12,6 +12,7 @@ from flashcore.backends import AVAILABLE
 from flashcore.errors import UnknownName
 from flashcore.faults import catalogue
 from flashcore.faults.sanitizer import target
+from flashcore.numerics.inputs import make_inputs, make_masks
 
 
 @pytest.fixture
@@ -37,6 +38,22 @@ def test_the_production_and_the_traced_build_run_on_each_problem_and_are_waited_
     target.main(["scalar"])
     asked = [(how, problem, False) for problem in target.PROBLEMS for how in ("run", "trace")]
     assert launched == [*asked, "waited"]
+
+
+def test_masked_problems_are_for_backends_that_take_them(launched, monkeypatch):
+    here, given = backends.get("scalar"), []
+
+    def run(self, q, k, v, problem, masks=None):
+        given.append((problem, masks))
+
+    here.__class__ = type("Masked", (type(here),), {"run": run, "trace": run, "masks": backends.get("cpu").masks})
+    made = make_inputs(target.PROBLEMS[0])
+    monkeypatch.setattr("flashcore.numerics.inputs.make_inputs", lambda problem, device: made)
+    monkeypatch.setattr("flashcore.numerics.inputs.make_masks", lambda problem, device: make_masks(problem))
+    target.main(["scalar"])
+    assert [p for p, _ in given] == [problem for problem in (*target.PROBLEMS, *target.MASKED) for _ in range(2)]
+    assert given[0][1] is None and given[4][1].sink.shape == (2,) and given[4][1].cu_seqlens_q.shape == (7,)
+    assert given[6][1].sink is None and given[6][1].seqlens_k.shape == (6,)
 
 
 def test_a_planted_backend_runs_the_patched_source(launched):

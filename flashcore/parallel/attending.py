@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName
 from flashcore.library.dense import DTYPES
 from flashcore.numerics import ambient, plain, transforms
 from flashcore.parallel.joining import join
-from flashcore.parallel.plan import PLANS, Call, Round, Zigzag, held, length, owned
+from flashcore.parallel.plan import PLANS, Call, Zigzag, held, length, owned
 from flashcore.parallel.ranks import (
     Ranks,
     check_length,
@@ -68,8 +69,9 @@ def attention(
     return_lse
         Return ``(out, lse)``.
     plan
-        ``gather``: each rank holds the keys and values that its queries see, and joins nothing. ``ring``: it holds two
-        shards of other ranks at a time, and joins partial results in float32 (see `flashcore.parallel.plan`).
+        ``gather``: each rank fetches all keys and values that its queries see, and joins nothing: the fastest, and
+        rounded as on one card. ``ring``: it holds two shards of other ranks at a time, and joins partial results in
+        float32 (see `flashcore.parallel.plan`).
     seqlen_q, seqlen_k
         Lengths of the whole sequences, where they are known: the ranks then tell each other nothing, and the host does
         not wait for the other ranks. Give both, on every rank. A first call on a mesh is checked all the same.
@@ -178,34 +180,41 @@ class _Result:
     def __init__(self, q: torch.Tensor, calls: Sequence[Call], scale: float | None, with_lse: bool, backend: str):
         self.q, self.scale, self.backend = q, scale, backend
         rows = sorted(call.rows for call in calls)
-        self.joins = any(one[1] > other[0] for one, other in zip(rows, rows[1:], strict=False))
+        self.joins = any(one[1] > other[0] for one, other in pairwise(rows))
         """Whether rows have more than one call, so that results are joined in float32."""
         self.with_lse = with_lse or self.joins
         self.out = torch.empty_like(q, dtype=torch.float32 if self.joins else q.dtype)
         self.lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if self.with_lse else None
         self.begun: list[tuple[int, int]] = []
         """Rows that hold a result."""
-        if sum(map(length, set(rows))) < q.shape[2] or self.joins:  # rows without any key, or that other calls come to
+        if self.joins or sum(map(length, rows)) < q.shape[2]:  # there are rows that a first call leaves as they are
             self.out.zero_()
             if self.lse is not None:
                 self.lse.fill_(-torch.inf)
 
-    def take(self, calls: Sequence[Call], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Call the kernel, with keys and values ``[batch, num_heads_kv, rows, head_dim]`` of the buffer."""
+    def computed(self, calls: Sequence[Call], keys: torch.Tensor, values: torch.Tensor) -> list[tuple]:
+        """Call the kernel on keys and values ``[batch, num_heads_kv, rows, head_dim]`` of a buffer: rows, out, lse."""
+        found = []
         for call in calls:
             rows, seen = slice(*call.rows), slice(*call.keys)
-            found = ops.attention(
+            got = ops.attention(
                 self.q[:, :, rows], keys[:, :, seen], values[:, :, seen], causal=call.causal, softmax_scale=self.scale,
                 backend=self.backend, return_lse=self.with_lse,
             )  # fmt: skip
-            out, lse = found if self.with_lse else (found, None)
-            if any(rows.start < stop and start < rows.stop for start, stop in self.begun):
+            found.append((call.rows, *(got if self.with_lse else (got, None))))
+        return found
+
+    def take(self, found: Sequence[tuple]) -> None:
+        """Put what the kernel gave in its place, or join it with what is there."""
+        for (start, stop), out, lse in found:
+            rows = slice(start, stop)
+            if any(start < end and begin < stop for begin, end in self.begun):
                 join(self.out[:, :, rows], self.lse[:, :, rows], out, lse)
             else:
                 self.out[:, :, rows] = out
                 if lse is not None:
                     self.lse[:, :, rows] = lse
-            self.begun.append(call.rows)
+            self.begun.append((start, stop))
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         out = self.out if self.out.dtype == self.q.dtype else torch.empty_like(self.q).copy_(self.out)
@@ -235,57 +244,50 @@ class _Rows:
 
 @ambient.shielded
 def _computed(q, k, v, ranks: Ranks, cut: Zigzag, plan: str, scale: float | None, return_lse: bool, backend: str):
-    if plan == "gather":
-        rounds = cut.gathered(ranks.rank)
-        result = _Result(q, [call for one in rounds for call in one.calls], scale, return_lse, backend)
-        _gather(k, v, ranks, cut, rounds, result)
-    else:
-        home = cut.at_home(ranks.rank)
-        rounds = [cut.arriving(ranks.rank, step) for step in range(1, ranks.size)]
-        result = _Result(q, [*home, *(call for one in rounds for call in one.calls)], scale, return_lse, backend)
-        _ring(k, v, ranks, cut, home, rounds, result)
-    return result.whole()
+    return (_gathered if plan == "gather" else _in_a_ring)(q, k, v, ranks, cut, scale, return_lse, backend).whole()
 
 
-def _gather(k, v, ranks: Ranks, cut: Zigzag, rounds: Sequence[Round], result: _Result) -> None:
-    """Everything is sent at once, first what early queries wait for; their call runs while the rest is on its way."""
-    mine = owned(ranks.rank, ranks.size)
-    room = _Rows(k, cut.key_chunks[max(*mine, *rounds[0].wanted, *rounds[1].wanted)][1])
-    wanted = {rank: cut.wanted(rank) for rank in range(ranks.size) if rank != ranks.rank}
+def _gathered(q, k, v, ranks: Ranks, cut: Zigzag, *options) -> _Result:
+    """Everything is sent at once, and the kernel begins when all has come."""
+    only, mine = cut.gathered(ranks.rank), owned(ranks.rank, ranks.size)
+    room = _Rows(k, cut.key_chunks[max(*mine, *only.wanted)][1])
     at = 0
     for chunk in mine:
         start, stop = cut.key_chunks[chunk]
         room.put(start, k[:, :, at : at + stop - start], v[:, :, at : at + stop - start])
         at += stop - start
-    under_way = []
-    for number, one in enumerate(rounds):
-        sent = {rank: _parts(room, cut, [c for c in mine if c in theirs[number]]) for rank, theirs in wanted.items()}
-        received: dict[int, list[torch.Tensor]] = {}
-        for chunk in one.wanted:
-            owner = min(chunk, 2 * ranks.size - 1 - chunk)
-            received.setdefault(owner, []).extend(_parts(room, cut, [chunk]))
-        under_way.append(travel(ranks, sent, received))
-    for one, moves in zip(rounds, under_way, strict=True):
-        _wait(moves)
-        result.take(one.calls, *room.views())
+
+    def parts(sender: int, receiver: int) -> list[torch.Tensor]:
+        return [tensor for chunk in cut.sent(sender, receiver) for tensor in room.part(*cut.key_chunks[chunk])]
+
+    others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+    sent, received = ({r: parts(ranks.rank, r) for r in others}, {r: parts(r, ranks.rank) for r in others})
+    _wait(travel(ranks, sent, received))
+    result = _Result(q, only.calls, *options)
+    for call in only.calls:
+        result.take(result.computed([call], *room.views()))
+    return result
 
 
-def _parts(room: _Rows, cut: Zigzag, some: Sequence[int]) -> list[torch.Tensor]:
-    return [tensor for chunk in some for tensor in room.part(*cut.key_chunks[chunk])]
+def _in_a_ring(q, k, v, ranks: Ranks, cut: Zigzag, *options) -> _Result:
+    """Shard by shard, in two buffers by turns.
 
-
-def _ring(k, v, ranks: Ranks, cut: Zigzag, home: Sequence[Call], rounds: Sequence[Round], result: _Result) -> None:
-    """Shard by shard: one is on its way while the kernel works on the one before, in two buffers by turns."""
+    Joining stands between the start of a transfer and the next call of the kernel. The kernel takes the whole GPU until
+    it ends; a transfer that began after it would wait for it, and keep another rank waiting, which has given up
+    multiprocessors to its end of the transfer. What joins is made of short blocks, between which the transfer begins.
+    """
     mine = _Rows(k, k.shape[2])
     mine.put(0, k, v)
-    first = length(cut.key_chunks[owned(ranks.rank, ranks.size)[0]])
-    places = dict(zip(owned(ranks.rank, ranks.size), ((0, first), (first, k.shape[2])), strict=True))
-    most = max(map(length, cut.key_chunks))
-    buffers = [_Rows(k, 2 * most) for _ in range(min(2, len(rounds)))]
+    early, late = owned(ranks.rank, ranks.size)
+    first = length(cut.key_chunks[early])
+    places = {early: (0, first), late: (first, k.shape[2])}
+    home = cut.at_home(ranks.rank)
+    rounds = [cut.arriving(ranks.rank, step) for step in range(1, ranks.size)]
+    buffers = [_Rows(k, 2 * length(cut.key_chunks[0])) for _ in rounds[:2]]
 
     def start(step: int) -> list[dist.Work]:
         to, sender = (ranks.rank + step) % ranks.size, (ranks.rank - step) % ranks.size
-        sent = [t for chunk in cut.sent(ranks.rank, to) for t in mine.part(*places[chunk])]
+        sent = [tensor for chunk in cut.sent(ranks.rank, to) for tensor in mine.part(*places[chunk])]
         received, at = [], 0
         for chunk in rounds[step - 1].wanted:
             received += buffers[step % len(buffers)].part(at, at + length(cut.key_chunks[chunk]))
@@ -293,11 +295,15 @@ def _ring(k, v, ranks: Ranks, cut: Zigzag, home: Sequence[Call], rounds: Sequenc
         return travel(ranks, {to: sent}, {sender: received})
 
     moves = start(1)
-    result.take(home, *mine.views())
+    result = _Result(q, [*home, *(call for one in rounds for call in one.calls)], *options)
+    found = result.computed(home, *mine.views())
     for step, one in enumerate(rounds, start=1):
         _wait(moves)
         moves = start(step + 1) if step < len(rounds) else []
-        result.take(one.calls, *buffers[step % len(buffers)].views())
+        result.take(found)
+        found = result.computed(one.calls, *buffers[step % len(buffers)].views())
+    result.take(found)
+    return result
 
 
 def _wait(moves: Sequence[dist.Work]) -> None:

@@ -3,18 +3,19 @@
 A sequence of S keys on n ranks is cut into 2n chunks, and rank r holds chunks r and 2n-1-r. Under a causal mask query
 chunk c works on c + 1/2 chunks of keys, so each rank works on (r + 1/2) + (2n-1-r + 1/2) = 2n of them: the same on all.
 
-Plan `gather` has each query chunk call the kernel once, on all the keys that it sees: two calls a rank, and nothing to
-join. Keys that the early chunk needs travel first, and the others while its call runs. Plan `ring` starts with the
-keys at home, then takes one rank's shard after the other while the kernel works on the shard before, and joins what the
-calls gave; it holds two shards of other ranks, where `gather` holds the whole of K and V.
+Plan `gather` fetches all keys that a rank sees, and then calls the kernel once for each query chunk: nothing has to be
+joined. Plan `ring` starts with the keys at home, then takes one rank's shard after the other. The next shard travels
+while what the kernel gave is joined and while it works. It holds two shards of other ranks, and `gather` holds all.
 
 The arithmetic for H200 cards on NVLink (32 heads on 8, D=128, bfloat16, 32k keys a card, causal): a chunk of L = 16k
 keys is 2*8*128*2*L = 67 MB of K and V, or 0.2 ms at 350 GB/s. A query chunk against a whole key chunk is
 4*32*128*L^2 = 4.4e12 operations, or 7.3 ms at 600 TFLOPS, and a card does 2n of these: 29 ms for n = 2, and 58 ms for
-n = 4. Rank r has to get 2n-2-r chunks (2: 0.4 ms; 6: 1.2 ms), so even a transfer that hid behind nothing would cost
-1.4 % and 2 %. Joining float32 with torch's operations costs about 1 ms for each shard that comes in (18 bytes an
-element), which is more than `gather` can lose. That is why `gather` is the default: within 95 %, and no rounding of
-partial results. `ring` is for K and V too large to stand whole on each card, and for links ten times as slow.
+n = 4. Rank r has to get 2n-2-r chunks (at most 2: 0.4 ms; 6: 1.2 ms), 1.4 % and 2 % of that. Copying the keys and the
+result costs 0.2 ms more, so `gather` should reach 97 % of one card. `ring` saves less than it costs: joining takes
+torch some 18 bytes an element, 0.6 ms or more for each shard that comes in. And a transfer hides behind joining alone:
+our kernel deals its work out to all multiprocessors once and for all, and those that NCCL's kernel has for a while
+finish later by as long. So `gather` is the default, whose results are rounded once, as on one card; `ring` is for K and
+V too large to stand whole on each card.
 
 A chunk goes from its owner straight to each rank that sees it. An all-gather would bring every rank 2n-2 chunks, of
 which a causal mask hides (n-1)/2 on average; and a ring that hands shards on moves as many bytes a card as sending them
@@ -82,22 +83,15 @@ class Zigzag:
             return self.seqlen_k
         return max(0, self.query_chunks[chunk][1] + self.seqlen_k - self.seqlen_q)
 
-    def wanted(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Chunks of keys that a rank has to get: those that its early queries see, and those that only the late do."""
-        early, late = (self.seen(chunk) for chunk in owned(rank, self.ranks))
+    def wanted(self, rank: int) -> tuple[int, ...]:
+        """Chunks of keys that a rank's queries see and that it does not hold."""
         mine = owned(rank, self.ranks)
-        starts = [(c, start) for c, (start, _) in enumerate(self.key_chunks) if c not in mine]
-        return tuple(c for c, start in starts if start < early), tuple(
-            c for c, start in starts if early <= start < late
-        )
+        seen = max(map(self.seen, mine))
+        return tuple(c for c, (start, _) in enumerate(self.key_chunks) if start < seen and c not in mine)
 
-    def gathered(self, rank: int) -> tuple[Round, Round]:
+    def gathered(self, rank: int) -> Round:
         """Plan `gather`: the buffer holds the keys at their positions in the sequence."""
-        first, second = self.wanted(rank)
-        calls = self._calls(rank, [((0, self.seqlen_k), 0)])
-        split = length(self.query_chunks[owned(rank, self.ranks)[0]])
-        early = tuple(call for call in calls if call.rows[1] <= split)
-        return Round(first, early), Round(second, tuple(call for call in calls if call.rows[1] > split))
+        return Round(self.wanted(rank), self._calls(rank, [((0, self.seqlen_k), 0)]))
 
     def at_home(self, rank: int) -> tuple[Call, ...]:
         """Plan `ring`: the calls on the keys that the rank holds itself, its shard being the buffer."""
@@ -111,7 +105,7 @@ class Zigzag:
 
     def sent(self, sender: int, receiver: int) -> tuple[int, ...]:
         """The chunks of one rank that another has to get, in the order of the sequence."""
-        wanted = {chunk for part in self.wanted(receiver) for chunk in part}
+        wanted = self.wanted(receiver)
         return tuple(chunk for chunk in owned(sender, self.ranks) if chunk in wanted)
 
     def _placed(self, some: Iterable[int]) -> list[tuple[tuple[int, int], int]]:

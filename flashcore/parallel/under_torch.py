@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flashcore.errors import Unsupported
-from flashcore.numerics import plain
+from flashcore.numerics import plain, transforms
 from flashcore.parallel.attending import attention
 from flashcore.parallel.ranks import is_distributed
 
@@ -24,13 +24,13 @@ class in_context_parallel(TorchFunctionMode):  # noqa: N801  (it is used as a fu
     ::
 
         with context_parallel(mesh, buffers=[tokens, positions], buffer_seq_dims=[1, 0]):
-            with torch.no_grad(), flashcore.parallel.in_context_parallel() as calls:
+            with flashcore.parallel.in_context_parallel() as calls:
                 model(tokens, positions)
         print(calls)  # how many went to FlashCore, how many to torch, and why
 
     `context_parallel` gives ``scaled_dot_product_attention`` tensors that know how they are cut. This context is one of
     torch's function modes, sees such calls, and hands the parts to `flashcore.parallel.attention`. What that does not
-    compute (masks, dropout, gradients) goes to torch as it came. Nothing of torch's is replaced.
+    compute (masks, dropout) goes to torch as it came. Nothing of torch's is replaced.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class in_context_parallel(TorchFunctionMode):  # noqa: N801  (it is used as a fu
         kwargs = kwargs or {}
         if func is not _torchs or not any(map(is_distributed, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
-        reason = why_torch(*args, **kwargs)
+        reason = why_torch(*args, **kwargs, plan=self.plan)
         if reason is not None:
             self.torchs[reason] += 1
             return func(*args, **kwargs)
@@ -75,7 +75,8 @@ class in_context_parallel(TorchFunctionMode):  # noqa: N801  (it is used as a fu
 
 
 def why_torch(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+    plan: str = "gather",
 ) -> str | None:  # fmt: skip
     """None where `flashcore.parallel.attention` computes this call; otherwise why torch does, as a clause."""
     if not all(map(is_distributed, (query, key, value))):
@@ -84,8 +85,8 @@ def why_torch(
         return "there is a mask"
     if dropout_p != 0:
         return "there is dropout"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return "gradients are asked for"
+    if plan != "gather" and transforms.want_gradients(query, key, value):
+        return f"gradients are asked for, and plan '{plan}' has none"
     if any(tensor.dim() != 4 for tensor in (query, key, value)):
         return "the tensors are not of four dimensions"
     if any(tensor.device_mesh != query.device_mesh for tensor in (key, value)) or query.device_mesh.ndim != 1:

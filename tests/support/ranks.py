@@ -24,6 +24,8 @@ LIMIT = 100
 PATIENCE = timedelta(seconds=60)
 """How long a rank waits for another, so that one that died ends the others."""
 WORLD = 3
+GRADIENTS = ("square", "whole", "three", "rows without keys")
+"""Cases that are differentiated too."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Case:
             tensor = torch.randn(shape, generator=source, device=device).to(getattr(torch, self.dtype))
             made.append(tensor.transpose(1, 2) if self.rows_first else tensor)
         return tuple(made)
+
+    def cotangents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `out` and `lse` are multiplied by before gradients of their sum are taken."""
+        source = torch.Generator().manual_seed(5)
+        rows = self.batch, self.heads[0], self.seqlens[0]
+        return torch.randn(*rows, self.head_dim, generator=source), torch.randn(rows, generator=source)
 
 
 CASES = {
@@ -99,26 +107,35 @@ def results(folder: Path, what: str = "cpu", ranks: int = WORLD) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
+def put_together(parts: list[torch.Tensor], seqlen: int) -> torch.Tensor:
+    """The whole along dimension 2, from the parts of all ranks."""
+    from flashcore.parallel.plan import chunks, owned
+
+    pieces = {}
+    for rank, part in enumerate(parts):
+        early, late = owned(rank, len(parts))
+        first = chunks(seqlen, len(parts))[early]
+        pieces[early], pieces[late] = part.split([first[1] - first[0], part.shape[2] - first[1] + first[0]], 2)
+    return torch.cat([pieces[chunk] for chunk in sorted(pieces)], 2)
+
+
 def main(folder: str, what: str, ranks: int) -> None:
     """The process that forks the ranks."""
-    torch.set_num_threads(1)
-    work = on_cpus if what == "cpu" else on_gpus
     import flashcore.parallel  # noqa: F401  (loaded once for all ranks)
 
     pids = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            code = 1
+            if what != "cpu":  # a process that uses CUDA begins anew
+                code = f"from support.ranks import work; work({folder!r}, {what!r}, {ranks}, {rank})"
+                os.execv(sys.executable, [sys.executable, "-c", code])
             try:
-                torch.save(work(rank, ranks, Path(folder)), Path(folder) / f"rank{rank}.pt")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
+                work(folder, what, ranks, rank)
+            except SystemExit as ended:
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(code)
+                os._exit(int(ended.code or 0))
         pids.append(pid)
     failed = 0
     while pids and not failed:
@@ -128,6 +145,19 @@ def main(folder: str, what: str, ranks: int) -> None:
     for pid in pids:  # they wait for the one that failed
         os.kill(pid, signal.SIGKILL)
     sys.exit(1 if failed else 0)
+
+
+def work(folder: str, what: str, ranks: int, rank: int) -> None:
+    """All that one rank does; its process ends with it."""
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        got = (on_cpus if what == "cpu" else on_gpus)(rank, ranks, Path(folder))
+        torch.save(got, Path(folder) / f"rank{rank}.pt")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.exit(code)
 
 
 def refusal(function, *args, **kwargs) -> tuple[str, str]:
@@ -190,6 +220,23 @@ def cases(rank: int, meshes: dict) -> dict:
                 "out": out, "lse": lse, "alone": alone, "strides": out.stride() == torch.empty_like(parts[0]).stride(),
                 "same": torch.equal(out, again[0]) and torch.equal(lse, again[1]),
             }  # fmt: skip
+        if name in GRADIENTS:
+            got[name, "gradients"] = gradients(case, mesh)
+    return got
+
+
+def gradients(case: Case, mesh) -> dict:
+    """Gradients of q, k and v on this rank, for the cotangents that `cotangents` makes; with and without one of lse."""
+    from flashcore import parallel
+
+    to_out, to_lse = (parallel.shard(tensor, mesh) for tensor in case.cotangents())
+    got = {}
+    for both in (True, False):
+        parts = [parallel.shard(tensor, mesh).requires_grad_() for tensor in case.inputs()]
+        out, lse = parallel.attention(*parts, mesh, causal=case.causal, softmax_scale=case.scale, return_lse=True)
+        # A row that sees no key has lse -inf, and no gradient through it.
+        total = (out * to_out).sum() + ((lse.masked_fill(lse == -torch.inf, 0) * to_lse).sum() if both else 0)
+        got[both] = torch.autograd.grad(total, parts)
     return got
 
 
@@ -233,7 +280,9 @@ def refused(rank: int, mesh) -> dict:
         "no tensor": refusal(call, q if rank else None, q, q, mesh),
         "elsewhere": refusal(call, *((q.to("meta"),) * 3 if rank else (q,) * 3), mesh),
         "DTensor": refusal(call, spread, spread, spread, mesh),
-        "gradients": refusal(call, q.clone().requires_grad_(), q, q, mesh),
+        "gradients": refusal(call, q.clone().requires_grad_(), q, q, mesh, plan="ring"),
+        "gradients differ": refusal(call, q.clone().requires_grad_(rank == 0), q, q, mesh),
+        "mapped": refusal(torch.vmap(lambda one: call(one, q, q, mesh)), q[None]),
         "plan": refusal(call, q, q, q, mesh, plan="gathr"),
         "backend": refusal(call, q, q, q, mesh, backend="no-such"),
         "alone": refusal(call, q, q, q, mesh, seqlen_k=16),
@@ -247,8 +296,6 @@ def refused(rank: int, mesh) -> dict:
 
 def context_parallel(mesh) -> dict:
     """torch's `context_parallel` with our attention in it: whole tensors in, parts inside, and whole ones again."""
-    import warnings
-
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import _cp_options, context_parallel_unshard
 
@@ -258,19 +305,29 @@ def context_parallel(mesh) -> dict:
     k, v = (tensor.repeat_interleave(2, 1) for tensor in (k, v))
     torchs = torch.nn.functional.scaled_dot_product_attention
     got = {"expected": torchs(q, k, v, is_causal=True)}
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    torchs(*leaves, is_causal=True).square().sum().backward()
+    got["expected gradients"] = [leaf.grad for leaf in leaves]
     buffers = [q.clone(), k.clone(), v.clone()]
-    with warnings.catch_warnings(), context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]), torch.no_grad():
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
         function = torch.nn.functional.scaled_dot_product_attention
         with parallel.in_context_parallel() as calls:
             part = function(*buffers, is_causal=True)
-            got["ring"] = _ring(parallel, function, buffers)
+        with parallel.in_context_parallel(plan="ring"):
+            ring = function(*buffers, is_causal=True)
+        parts = [buffer.clone().requires_grad_() for buffer in buffers]
+        with parallel.in_context_parallel():
+            function(*parts, is_causal=True).square().sum().backward()
         got["outside"] = refusal(function, *buffers, is_causal=True)[0]
-        with parallel.in_context_parallel() as others:
+        with parallel.in_context_parallel(plan="ring") as others:
             refusal(function, *buffers, dropout_p=0.5)
+            refusal(function, *parts, is_causal=True)
             _cp_options.enable_load_balance = False
             refusal(function, *buffers, is_causal=True)
             _cp_options.enable_load_balance = True
-        got["whole"], got["ring"] = (context_parallel_unshard(mesh, [one], [2])[0] for one in (part, got["ring"]))
+        got["whole"], got["ring"], *got["gradients"] = context_parallel_unshard(
+            mesh, [part, ring, *(one.grad for one in parts)], [2] * 5
+        )
         got["kind"] = type(part).__name__
     got["said"], got["others"], got["ours"] = str(calls), dict(others.torchs), calls.ours
     with parallel.in_context_parallel() as plain:
@@ -280,9 +337,18 @@ def context_parallel(mesh) -> dict:
     return got
 
 
-def _ring(parallel, function, buffers) -> torch.Tensor:
-    with parallel.in_context_parallel(plan="ring"):
-        return function(*buffers, is_causal=True)
+def gradients_off(case: Case, whole, parts, mesh) -> list[float]:
+    """How far gradients are from those of one card, as a share of these."""
+    import flashcore
+    from flashcore import parallel
+
+    options = {"causal": case.causal, "softmax_scale": case.scale}
+    leaves = [tensor.detach().requires_grad_() for tensor in whole]
+    expected = torch.autograd.grad(flashcore.attention(*leaves, **options).float().square().sum(), leaves)
+    leaves = [tensor.detach().requires_grad_() for tensor in parts]
+    found = torch.autograd.grad(parallel.attention(*leaves, mesh, **options).float().square().sum(), leaves)
+    truths = [parallel.shard(tensor, mesh).float() for tensor in expected]
+    return [float((mine - truth).norm() / truth.norm()) for mine, truth in zip(found, truths, strict=True)]
 
 
 def on_gpus(rank: int, ranks: int, folder: Path) -> dict:
@@ -339,6 +405,8 @@ def on_gpus(rank: int, ranks: int, folder: Path) -> dict:
                 "wrong": wrong, "off one card": off_one, "lse off one card": float(off_lse.max()),
                 "same": all(torch.equal(out, run[0]) and torch.equal(lse, run[1]) for run in runs),
             }  # fmt: skip
+        if case.seqlens[0] < 8 * 1024:
+            got[case, "gather"]["gradients off one card"] = gradients_off(case, (q, k, v), parts, mesh)
     dist.barrier()
     dist.destroy_process_group()
     return got

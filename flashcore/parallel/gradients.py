@@ -38,7 +38,8 @@ class Differentiable(torch.autograd.Function):
 def backward(grad_out, grad_lse, q, k, v, out, lse, ranks: Ranks, cut: Zigzag, scale: float | None):
     """Gradients of this rank's q, k and v, each in the dtype of what it is the gradient of.
 
-    Those of k and v are sums over all ranks whose queries see them, in float32 and in the order of the ranks.
+    Those of k and v are sums in float32, over two calls of a rank and over the ranks, in a fixed order. What is summed
+    has been rounded by the backward pass to the dtype of `k`.
     """
     room = fetched(k, v, ranks, cut)
     keys, values = room.views()

@@ -164,7 +164,7 @@ class CudaBackend(Backend):
         return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch, 1, 1
 
     def _launch(
-        self, q, k, v, out, lse, problem: Problem, masks: MaskTensors | None, buffers: TraceBuffers | None = None
+        self, q, k, v, out, lse, problem: Problem, masks: MaskTensors | None = None, buffers: TraceBuffers | None = None
     ) -> None:
         device = q.device.index or 0
         stream = current_stream(device)

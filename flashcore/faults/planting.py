@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashcore import backends
 from flashcore.backends import with_methods
 from flashcore.errors import FaultError, UnknownName
-from flashcore.gpu.build import kernel_source
+from flashcore.gpu.build import kernel_source, without_masks
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -29,10 +29,17 @@ class Source:
     edits: tuple[Edit, ...]
     methods: Mapping[str, Any] = field(default_factory=dict)
     """Methods and attributes of the backend to replace as well."""
+    masks: bool = False
+    """Whether it is a bug of a mask beyond the causal one. Otherwise the source that is patched has none of those, and
+    the backend takes none."""
+
+    def unpatched(self, kernel: str) -> str:
+        """The kernel's source that the patch is made in."""
+        return kernel_source(kernel) if self.masks else without_masks(kernel_source(kernel))
 
     def text(self, kernel: str) -> str:
         """The kernel's source with the patch in it; `FaultError` when it no longer applies."""
-        text = kernel_source(kernel)
+        text = self.unpatched(kernel)
         for old, new in self.edits:
             if text.count(old) != 1:
                 raise FaultError(
@@ -44,7 +51,7 @@ class Source:
 
     def apply(self, backend: Backend) -> Backend:
         """A copy of the backend that compiles the patched source."""
-        planted = with_methods(backend, self.methods)
+        planted = with_methods(backend, self.methods if self.masks else {"masks": (), **self.methods})
         planted.source = self.text(backend.kernel)
         return planted
 

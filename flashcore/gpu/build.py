@@ -269,7 +269,15 @@ def _without_calls(text: str, name: str) -> str:
         while depth and end < len(text):
             depth += {"(": 1, ")": -1}.get(text[end], 0)
             end += 1
-        parts.append(text[start : call.start()])
+        before = text[start : call.start()]
+        bare = before.rstrip(" ")
+        if bare.endswith("\n") and text[end : end + 1] == "\n":  # a line of its own goes with its end
+            before, end = bare, end + 1
+        elif before != bare:
+            before = bare
+        elif text[end : end + 1] == " ":
+            end += 1
+        parts.append(before)
         start = end
     return "".join([*parts, text[start:]])
 

@@ -114,9 +114,9 @@ struct Softmax {
   // P = exp2(softcap * log2(e) * tanh(scale * S / softcap) - reference) of scores without a mask, by a polynomial for tanh, under
   // the exponentials. False where a score is too large for it; P is of no use then.
   template <int SCORES>
-  __device__ __forceinline__ bool capped_exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&page_sum)[2],
+  __device__ __forceinline__ bool capped_exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&sums)[2],
                                                       const MaskParams& masks) const {
-    page_sum[0] = page_sum[1] = 0.f;
+    sums[0] = sums[1] = 0.f;
     float largest = 0.f;
     const auto probability = [&](float score, float reference) {
       const float square = score * score;
@@ -129,10 +129,10 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < SCORES; i += 2) {
       const int row = row_of(i);
-      const float even = probability(s[i], reference[row]), odd = probability(s[i + 1], reference[row]);
-      page_sum[row] += even;
-      page_sum[row] += odd;
-      p[i / 2] = pack_pair(even, odd);
+      const float left = probability(s[i], reference[row]), right = probability(s[i + 1], reference[row]);
+      sums[row] += left;
+      sums[row] += right;
+      p[i / 2] = pack_pair(left, right);
     }
     return largest <= masks.near_square;
   }

@@ -38,7 +38,7 @@ def code_lines(text: str) -> list[str]:
 
 def instructions_apart(kernel: str, plant: Source) -> list[str]:
     """What a patch takes out (`-`) of a kernel and puts in (`+`), line by line."""
-    before, after = (code_lines(text) for text in (build.kernel_source(kernel), plant.text(kernel)))
+    before, after = (code_lines(text) for text in (plant.unpatched(kernel), plant.text(kernel)))
     return [
         line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
     ]

@@ -146,7 +146,7 @@ NAN_FIRST = "\n  for (float& x : o) x = __int_as_float(0x7fc00000);"
 IN_HALF = "for (float& x : o) x = __half2float(__float2half(x));\n      "
 
 UNSPLIT_STATE = "float s[TILE_N / 2], o[OUTPUTS];"
-UNSPLIT_MASK = "if (page >= whole_pages) sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);"
+UNSPLIT_MASK = "if (page >= whole_pages)\n        sign_and_mask(s, params, row, page * TILE_N, seqlen_k, lane);"
 UNSPLIT_P_V = "multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);"
 UNSPLIT_ACCUM = ("TRACE(stages.accum(page - 1, o);)", "TRACE(if (pages > 0) stages.accum(pages - 1, o);)")
 V_IS_THERE = "      mbarrier_wait(&smem.v_full[at.slot], at.parity);\n      PAGED("

@@ -3,7 +3,7 @@
 It means what transformers' own `sdpa` and `eager` mean. Attention without a mask, and under a causal one, goes to our
 kernels where they take it. With any other mask (padding on either side, sliding windows that hide something, packed
 sequences) torch's attention computes it, and what `sdpa` cannot do, softcaps and sinks, torch's operations do
-(`flashcore.compat.masked`). With ``exact_padding=False`` a prompt's padding becomes lengths, and no mask is made: on
+(`flashcore.others.masked`). With ``exact_padding=False`` a prompt's padding becomes lengths, and no mask is made: on
 the right it is left alone, since under a causal mask no real token sees what comes after it; elsewhere the real tokens
 are packed into a ragged batch (`flashcore.compat.flash_attn`). Only the rows of the padding are then other numbers.
 """
@@ -14,11 +14,12 @@ import functools
 
 import torch
 
-from flashcore.compat import flash_attn, masked, sdpa
-from flashcore.compat.masked import Masking
+from flashcore.compat import flash_attn, sdpa
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
 from flashcore.library import traced
 from flashcore.numerics import plain
+from flashcore.others import masked
+from flashcore.others.masked import Masking
 
 NAME = "fcore"
 """The name under which models find it. transformers takes any name with "flash" in it for a FlashAttention package."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-import types
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashcore import ops, paged_ops
-from flashcore.compat import flash_attn
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from flashcore.compat.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
+from flashcore.others import flash
 
 
 def exact(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, first=0):
@@ -335,7 +332,7 @@ def on_a_gpu(monkeypatch):
     def functions(name, index):
         return tuple(found for module in installed.values() for key, *found in [module] if key == name)
 
-    monkeypatch.setattr(flash_attn, "_functions", functions)
+    monkeypatch.setattr(flash, "functions", functions)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     return installed, lambda *shape: torch.randn(shape).half().as_subclass(Gpu)
 
@@ -356,7 +353,7 @@ def test_a_peer_gets_only_what_it_knows(on_a_gpu):
 
     for name, function in (("third", third), ("second", second)):
         parameters = frozenset(inspect.signature(function).parameters)
-        installed[name] = ("flash_attn_func", function, flash_attn.HALVES, parameters)
+        installed[name] = ("flash_attn_func", function, flash.HALVES, parameters)
     q = make(1, 4, 2, 64)
     assert not flash_attn_func(q, q, q, softcap=5.0, window_size=(2, 1), softmax_scale=0.5).any()
     flash_attn_func(q, q, q, alibi_slopes=torch.ones(2), deterministic=True)
@@ -387,17 +384,6 @@ def test_torchs_own_is_called_with_what_it_takes(on_a_gpu, monkeypatch):
     ]
     flash_attn_func(q, k, k, softcap=3.0)
     assert len(seen) == 2, "it has no softcap"
-
-
-def test_torchs_own_knows_the_arguments_by_its_description_of_what_comes_out():
-    masking = Masking(window_left=3, window_right=2)
-    with FakeTensorMode():
-        q, k = (torch.empty(2, rows, 8, 96, dtype=torch.bfloat16, device="cuda") for rows in (100, 300))
-        out, lse = flash_attn._in_torch(q, k, k, masking, None)
-        assert out.shape == q.shape and lse.shape == (2, 8, 100)
-        q, bounds = torch.empty(30, 8, 64, dtype=torch.float16, device="cuda"), torch.empty(4, device="cuda")
-        out, lse = flash_attn._in_torch(q, q, q, Masking(causal=True), 0.1, (bounds, bounds, 20, 20))
-        assert out.shape == q.shape and lse.shape == (8, 30)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -446,24 +432,6 @@ def test_bad_input_is_one_sentence(call, words):
     with pytest.raises(InvalidProblem, match=words) as caught:
         call()
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-def test_packages_that_are_not_there_or_too_new_are_passed_over(monkeypatch):
-    flash_attn._functions.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(flash_attn.importlib.util, "find_spec", lambda name: name)
-    modules = {"flash_attn": types.SimpleNamespace(flash_attn_func=lambda q, k, v, causal=False: None)}
-
-    def load(name):
-        if name not in modules:
-            raise ImportError("built for another torch")
-        return modules[name]
-
-    monkeypatch.setattr(flash_attn.importlib, "import_module", load)
-    ((_, dtypes, parameters),) = flash_attn._functions("flash_attn_func", 0)
-    assert dtypes == flash_attn.HALVES and "causal" in parameters
-    assert flash_attn._functions("flash_attn_varlen_func", 0) == ()
-    flash_attn._functions.cache_clear()
 
 
 @pytest.mark.gpu

@@ -220,3 +220,67 @@ def _rows(q, keys, values, masking: Masking, scale: float, batch: slice, rows: s
     if masking.dropout:
         probs = torch.nn.functional.dropout(probs, masking.dropout)
     return probs @ values, lse
+
+
+# ------------------------------------------------------------------------------------------------------------- ragged
+
+
+def ragged(
+    q, k, v, starts_q, starts_k, rows: int, keys: int, masking: Masking, softmax_scale: float | None = None,
+    block_table: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`attention` of sequences that lie one after the other, as a padded batch. Nothing is read from the device.
+
+    Parameters
+    ----------
+    q, k, v
+        ``[total_q, Hq, D]`` and ``[total_k, Hkv, D]`` twice; with `block_table` the latter are pools
+        ``[num_pages, page_size, Hkv, D]``.
+    starts_q, starts_k
+        ``[B + 1]`` integers: where each sequence begins, and where the last one ends.
+    rows, keys
+        At least the longest sequence's length.
+    block_table
+        ``[B, pages]``: the pages of each sequence.
+
+    Returns
+    -------
+    out, lse
+        ``[total_q, Hq, D]``, and ``[Hq, total_q]``: 0 and -inf in rows that see no key or belong to no sequence.
+    """
+    padded_q = padded(q, starts_q, rows)
+    if block_table is None:
+        padded_k, padded_v = padded(k, starts_k, keys), padded(v, starts_k, keys)
+    else:
+        padded_k, padded_v = (of_pages(pool, block_table)[:, :keys] for pool in (k, v))
+    masking = Masking(**{**vars(masking), "lengths_q": starts_q.diff(), "lengths_k": starts_k.diff()})
+    out, lse = attention(*(t.transpose(1, 2) for t in (padded_q, padded_k, padded_v)), masking, softmax_scale)
+    sequence, row = places(starts_q, q.shape[0], rows)
+    outside = torch.arange(q.shape[0], device=q.device) >= starts_q[-1]
+    out = out.transpose(1, 2)[sequence, row].masked_fill(outside[:, None, None], 0.0)
+    return out, lse.transpose(1, 2)[sequence, row].T.masked_fill(outside, -math.inf)
+
+
+def places(starts: torch.Tensor, tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence of each token of a ragged batch, and the token's row in it."""
+    token = torch.arange(tokens, device=starts.device)
+    sequence = torch.searchsorted(starts[1:].contiguous().long(), token, right=True).clamp(max=starts.shape[0] - 2)
+    return sequence, (token - starts.long()[sequence]).clamp(0, longest - 1)
+
+
+def padded(tensor: torch.Tensor, starts: torch.Tensor, longest: int) -> torch.Tensor:
+    """``[B, longest, H, D]`` of a ragged ``[tokens, H, D]``; 0 past the end of a sequence."""
+    nth = torch.arange(longest, device=tensor.device)
+    inside = nth < starts.diff()[:, None]
+    if tensor.shape[0] == 0:
+        return tensor.new_zeros(*inside.shape, *tensor.shape[1:])
+    index = (starts[:-1, None].long() + nth).clamp(0, tensor.shape[0] - 1)
+    # Not times 0: what stands there belongs to another sequence, and may be NaN.
+    return tensor[index].masked_fill(~inside[..., None, None], 0.0)
+
+
+def of_pages(pool: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """``[B, pages * page_size, H, D]``: the pages of each sequence in a row, zeros for what is no page."""
+    inside = (table >= 0) & (table < pool.shape[0])
+    found = pool[table.long().clamp(0, pool.shape[0] - 1)].masked_fill(~inside[..., None, None, None], 0.0)
+    return found.flatten(1, 2)

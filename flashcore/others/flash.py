@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from flashcore.others import masked
+from flashcore.numerics import seen
 from flashcore.others.masked import Masking
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -128,6 +128,6 @@ def in_torch(q, k, v, masking: Masking, scale: float | None, ragged=(None, None,
     )[:2]  # fmt: skip
     lse = lse.masked_fill(lse == math.inf, -math.inf)  # what FlashAttention says of a row without a key
     if starts_q is not None and lse.dim() == 3:  # of a padded batch, before torch 2.6
-        sequence, row = masked.places(starts_q, q.shape[0], rows)
+        sequence, row = seen.places(starts_q, q.shape[0], rows)
         lse = lse.transpose(1, 2)[sequence, row].T
     return out, lse

@@ -397,7 +397,7 @@ def _compute_masked(
             _calls[key] = known
     problem, chosen, strides = known
     out, lse = run_masked(chosen, problem, q, k, v, return_lse, sink, seqlens_q=seqlens_q, seqlens_k=seqlens_k)
-    return dense.laid_out(out, strides), lse
+    return dense.laid_out(out, strides), lse.contiguous() if return_lse else None
 
 
 def look(tensor: torch.Tensor | None):

@@ -129,7 +129,7 @@ def _compute(
     views = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]  # [1, H, tokens, D]
     places = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     out, lse = ops.run_masked(chosen, problem, *views, return_lse, sink, whole=True, **places)
-    return dense.laid_out(out[0].transpose(0, 1), strides), lse[0] if return_lse else None
+    return dense.laid_out(out[0].transpose(0, 1), strides), lse[0].contiguous() if return_lse else None
 
 
 def _compute_op(

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from support.exact_attention import near, padded
 
 import flashcore
 from flashcore import ops
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.problem import Problem
-from tests.support.exact_attention import near, padded
 
 
 def inputs(rows=12, keys=12, heads=(4, 2), dtype=torch.float32, head_dim=16, grad=False, device="cpu", batch=2):

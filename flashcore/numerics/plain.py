@@ -67,7 +67,12 @@ def number(name: str, value) -> float | None:
 
 
 def integer(name: str, value) -> int:
-    """An int from Python's or numpy's, or from a CPU tensor of one; `InvalidProblem` for anything else."""
+    """An int from Python's or numpy's, or from a CPU tensor of one; `InvalidProblem` for anything else.
+
+    A symbol of torch's compiler or of export stays one, so that a graph is not bound to the number of its first call.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
     if isinstance(value, torch.Tensor):
         value = _from_tensor(name, value)
     try:

@@ -482,18 +482,19 @@ def _compute_masked_op(
 masked.computed_by(masked.masked_attention, _compute_masked_op)
 
 
+@torch.compiler.assume_constant_result
 def kernel_takes(
     kind: str, index: int, dtype: torch.dtype, head_dim: int, *, causal: bool = False, windows: bool = False,
-    softcap: bool = False, sink: bool = False, lengths: str = "",
+    softcap: bool = False, sink: bool = False, lengths: str = "", backend: str = "auto",
 ) -> bool:  # fmt: skip
-    """Whether a kernel of ours takes such calls under ``backend="auto"`` on this device, whatever their sizes are."""
+    """Whether a kernel of ours, or the backend that is named, takes such calls on this device, whatever their sizes."""
     try:
         problem = Problem(
             batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype],
             causal=causal, window_left=64 if windows else -1, softcap=1.0 if softcap else None, sink=sink,
             lengths=lengths,
         )  # fmt: skip
-        return choose(problem, torch.device(kind, index), "auto", False).role == "ours"
+        return choose(problem, torch.device(kind, index), backend, False).role == "ours" or backend != "auto"
     except (FlashCoreError, KeyError):  # another device, a backend that says no, or a dtype that is not ours
         return False
 

@@ -5,18 +5,19 @@
     from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 Tensors are ``[batch, seqlen, num_heads, head_dim]``; causal masks and windows are aligned bottom right, per sequence.
-What a kernel of ours computes it computes. All else goes, with the same meaning, to FlashAttention-3 or -2 where they
-are installed, then to the FlashAttention-2 in torch, and last to torch's operations (`flashcore.others`).
-Nothing that is passed is ignored: what nobody here can do is refused in a sentence.
+What a kernel of ours computes it computes, windows, softcaps and ragged batches too. All else goes, with the same
+meaning, to FlashAttention-3 or -2 where they are installed, then to the FlashAttention-2 in torch, and last to torch's
+operations (`flashcore.others`). Nothing that is passed is ignored: what nobody here can do is refused in a sentence.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 
-from flashcore import ops, paged_ops
+from flashcore import ops, paged_ops, varlen_ops
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import traced
 from flashcore.numerics import plain
@@ -79,9 +80,9 @@ def flash_attn_func(
     )
     _refuse_probs(with_lse, masking)
     atomics = deterministic and _adds_atomically(q, k, v)
-    if _is_plain(masking) and not atomics and q.dtype in ops.DTYPES and 0 not in q.shape and 0 not in k.shape:
+    if _is_ours(q, masking) and not atomics and 0 not in q.shape and 0 not in k.shape:
         found = ops.attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), causal=masking.causal, softmax_scale=scale, return_lse=with_lse
+            *(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, return_lse=with_lse, **_options(masking)
         )
         out, lse = found if with_lse else (found, None)
         out = out.transpose(1, 2)
@@ -139,14 +140,21 @@ def flash_attn_varlen_func(
         out, lse = torch.zeros_like(q), q.new_full((heads, q.shape[0]), -math.inf, dtype=torch.float32)
         return (out, lse, q.new_empty(0)) if with_lse else out
     atomics = deterministic and _adds_atomically(q, k, v)
-    even = not atomics and block_table is None and q.shape[0] == batch * rows and k.shape[0] == batch * keys
-    if even and _is_plain(masking) and q.dtype in ops.DTYPES:
+    fits = not atomics and block_table is None
+    even = fits and q.shape[0] == batch * rows and k.shape[0] == batch * keys and not _for_other_lengths(q)
+    if even and _is_ours(q, masking):
         # No sequence is longer than the longest, so that these sums say that all are as long: a dense batch.
-        dense = (t.unflatten(0, (batch, -1)) for t in (q, k, v))
-        found = flash_attn_func(*dense, softmax_scale=scale, causal=masking.causal, return_attn_probs=with_lse)
-        if not with_lse:
-            return found.flatten(0, 1)
-        return found[0].flatten(0, 1), found[1].transpose(0, 1).flatten(1, 2), found[2]
+        dense = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
+        found = ops.attention(*dense, softmax_scale=scale, return_lse=with_lse, **_options(masking))
+        out, lse = found if with_lse else (found, None)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return (out, lse.transpose(0, 1).flatten(1, 2), q.new_empty(0)) if with_lse else out
+    if fits and _is_ours(q, masking, "ragged"):
+        starts = (one.int().contiguous() for one in (cu_seqlens_q, cu_seqlens_k))
+        found = varlen_ops.varlen_attention(
+            q, k, v, *starts, rows, keys, softmax_scale=scale, return_lse=with_lse, **_options(masking)
+        )
+        return (*found, q.new_empty(0)) if with_lse else found
     asked = flash.asked(masking, scale, deterministic)
     if block_table is not None:
         asked["block_table"] = block_table
@@ -242,14 +250,38 @@ def _masking(causal, window_size, softcap, alibi_slopes, dropout_p, rows: int, k
 
 
 def _is_plain(masking: Masking) -> bool:
-    """Whether our dense kernels compute it."""
-    return (
-        masking.window_left < 0
-        and (masking.causal or masking.window_right < 0)
-        and not masking.softcap
-        and masking.slopes is None
-        and not masking.dropout
-    )
+    """Whether it is all keys, or a causal mask, and nothing else."""
+    return not (_has_window(masking) or masking.softcap or masking.slopes is not None or masking.dropout)
+
+
+def _has_window(masking: Masking) -> bool:
+    return masking.window_left >= 0 or (masking.window_right >= 0 and not masking.causal)
+
+
+def _is_ours(q, masking: Masking, lengths: str = "") -> bool:
+    """Whether `flashcore.attention` computes it: without a mask anyhow, with one where a kernel of ours takes it."""
+    if q.dtype not in ops.DTYPES or masking.slopes is not None or masking.dropout:
+        return False
+    if not lengths and _is_plain(masking):
+        return True
+    head_dim = operator.index(q.shape[-1])  # a graph is for one head_dim, though its lengths may be any
+    return ops.kernel_takes(
+        q.device.type, q.device.index or 0, q.dtype, head_dim, causal=masking.causal, windows=_has_window(masking),
+        softcap=masking.softcap > 0, lengths=lengths,
+    )  # fmt: skip
+
+
+def _options(masking: Masking) -> dict:
+    """What `flashcore.attention` is told of it: only what is there."""
+    options = {"causal": masking.causal}
+    if _has_window(masking):
+        options |= {"window_left": masking.window_left, "window_right": masking.window_right}
+    return {**options, "softcap": masking.softcap} if masking.softcap else options
+
+
+def _for_other_lengths(q) -> bool:
+    """Whether what is made now serves other lengths later: a graph, compiled or captured."""
+    return traced() or (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _refuse_probs(wanted: bool, masking: Masking) -> None:
@@ -466,6 +498,13 @@ class _Cache:
             out, lse = paged_ops.paged_attention(
                 q.transpose(1, 2), pages, causal=masking.causal, softmax_scale=scale, return_lse=True
             )
+            return out.transpose(1, 2), lse
+        placed = self.table is None and self.rows is None and self.first is None
+        if placed and _is_ours(q, masking, "right"):
+            out, lse = ops.attention(
+                *(t.transpose(1, 2) for t in (q, self.k, self.v)), softmax_scale=scale, return_lse=True,
+                seqlens_k=self.lengths.contiguous(), **_options(masking),
+            )  # fmt: skip
             return out.transpose(1, 2), lse
         peer, asked = self._peer(q, masking, scale)
         if peer is not None:

@@ -75,16 +75,57 @@ def test_a_dense_batch(name, lengths):
 def test_what_a_kernel_of_ours_computes_it_is_asked_to(monkeypatch):
     seen = []
 
-    def ours(q, k, v, *, causal, softmax_scale, return_lse):
-        seen.append((tuple(q.shape), tuple(k.shape), causal, softmax_scale, return_lse))
+    def ours(q, k, v, **options):
+        seen.append((tuple(q.shape), tuple(k.shape), options))
         return torch.zeros_like(q)
 
     monkeypatch.setattr(ops, "attention", ours)
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: False)
     q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)
+    plain = {"softmax_scale": None, "return_lse": False}
     for name in ("plain", "causal", "window that is a causal mask", "window wider than all"):
         assert not flash_attn_func(q, k, k, **OPTIONS[name]).any()
-    assert seen == [((2, 4, 5, 16), (2, 2, 7, 16), causal, None, False) for causal in (False, True, True, True)]
-    assert flash_attn_func(q, k, k, window_size=(2, 0)).any() and len(seen) == 4
+    shapes = (2, 4, 5, 16), (2, 2, 7, 16)
+    assert seen == [(*shapes, {**plain, "causal": causal}) for causal in (False, True, True, True)]
+    assert flash_attn_func(q, k, k, window_size=(2, 0)).any() and len(seen) == 4, "no kernel takes a window"
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: True)
+    assert not flash_attn_func(q, k, k, window_size=(2, 0)).any()
+    flash_attn_func(q, k, k, softcap=3.0, window_size=(2, 1), softmax_scale=0.5)
+    assert seen[4:] == [
+        (*shapes, {**plain, "causal": True, "window_left": 2, "window_right": 0}),
+        (
+            *shapes,
+            {**plain, "causal": False, "window_left": 2, "window_right": 1, "softcap": 3.0, "softmax_scale": 0.5},
+        ),
+    ]
+    assert flash_attn_func(q, k, k, alibi_slopes=torch.ones(4)).any() and len(seen) == 6, "nor has ours slopes"
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "slopes" not in name and name != "all"])
+def test_masks_by_ours_mean_the_same(name, monkeypatch):
+    """As where a kernel takes them: a dense batch, a ragged one, and a cache, by `flashcore.attention` and its like."""
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: True)
+    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16)
+    out, lse, _ = flash_attn_func(q, k, v, **OPTIONS[name], return_attn_probs=True)
+    packed = (torch.randn(9, heads, 16) for heads in (4, 2, 2))
+    packed_q, packed_k, packed_v = packed
+    bounds = (starts([4, 5]).long(), starts([3, 6]), 5, 6)
+    ragged, ragged_lse, _ = flash_attn_varlen_func(
+        packed_q, packed_k, packed_v, *bounds, **OPTIONS[name], return_attn_probs=True
+    )
+    k_cache, v_cache = cached([20, 7], dtype=torch.float32, head_dim=16)
+    seqlens = torch.tensor([20, 7], dtype=torch.int32)
+    over_cache = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, **OPTIONS[name])
+    for nth, (rows, keys) in enumerate(((slice(0, 4), slice(0, 3)), (slice(4, 9), slice(3, 9)))):
+        expected, expected_lse = exact(q[nth], k[nth], v[nth], **OPTIONS[name])
+        near(out[nth], expected, torch.float32)
+        torch.testing.assert_close(lse[nth].double(), expected_lse, rtol=1e-4, atol=1e-4)
+        expected, expected_lse = exact(packed_q[rows], packed_k[keys], packed_v[keys], **OPTIONS[name])
+        near(ragged[rows], expected, torch.float32)
+        torch.testing.assert_close(ragged_lse[:, rows].double(), expected_lse, rtol=1e-4, atol=1e-4)
+        tokens = int(seqlens[nth])
+        expected, _ = exact(q[nth], k_cache[nth, :tokens], v_cache[nth, :tokens], **OPTIONS[name])
+        near(over_cache[nth], expected, torch.float32)
 
 
 def test_gradients_and_dropout():
@@ -333,6 +374,7 @@ def on_a_gpu(monkeypatch):
         return tuple(found for module in installed.values() for key, *found in [module] if key == name)
 
     monkeypatch.setattr(flash, "functions", functions)
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: False)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     return installed, lambda *shape: torch.randn(shape).half().as_subclass(Gpu)
 

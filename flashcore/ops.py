@@ -33,7 +33,9 @@ AUTO_DTYPES = {"fa3": ("bfloat16",)}
 """Dtypes for which `auto` tries a backend, where not all: a widespread wheel of FlashAttention-3 lacks float16."""
 
 STAND_IN = StandIn()
-"""What `auto` takes where a problem has masks and none of the above has a kernel for them; in place of `reference`."""
+"""What `auto` takes where a problem has masks and none of the above has a kernel for them."""
+LAST_WITH_MASKS = {"cuda": ("sdpa-math", "reference"), "cpu": ("reference",)}
+"""What the stand-in comes before: on a GPU it has FlashAttention where these store all scores."""
 
 KEPT_CALLS = 4096
 _calls: dict[tuple, tuple[Problem, backends.Backend, tuple[int, ...]]] = {}
@@ -116,7 +118,7 @@ def choose(problem: Problem, device: torch.device, name: str, return_lse: bool) 
         able = [one for one in AUTO_ORDER[device.type] if not (return_lse and one in WITHOUT_LSE)]
         able = [one for one in able if problem.dtype in AUTO_DTYPES.get(one, (problem.dtype,))]
         if problem.masks:
-            able = [one for one in able if one != "reference"]
+            able = [one for one in able if one not in LAST_WITH_MASKS[device.type]]
         first = first_of(able, device, lambda backend: backend.why_not(problem) is None)
         if first is None and problem.masks:
             return STAND_IN
@@ -484,15 +486,23 @@ masked.computed_by(masked.masked_attention, _compute_masked_op)
 
 @torch.compiler.assume_constant_result
 def kernel_takes(
-    kind: str, index: int, dtype: torch.dtype, head_dim: int, *, causal: bool = False, windows: bool = False,
-    softcap: bool = False, sink: bool = False, lengths: str = "", backend: str = "auto",
-) -> bool:  # fmt: skip
-    """Whether a kernel of ours, or the backend that is named, takes such calls on this device, whatever their sizes."""
+    kind: str, index: int, dtype: torch.dtype, head_dim: int, masks: tuple[str, ...] = (), backend: str = "auto"
+) -> bool:
+    """Whether a kernel of ours, or the backend that is named, takes calls with these masks, whatever their sizes are.
+
+    Parameters
+    ----------
+    kind, index
+        Of the device.
+    masks
+        Some of ``window, softcap, sink, lengths, ragged``, as `Problem.masks` has them.
+    """
+    lengths = "ragged" if "ragged" in masks else "right" if "lengths" in masks else ""
     try:
         problem = Problem(
             batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype],
-            causal=causal, window_left=64 if windows else -1, softcap=1.0 if softcap else None, sink=sink,
-            lengths=lengths,
+            window_left=64 if "window" in masks else -1, softcap=1.0 if "softcap" in masks else None,
+            sink="sink" in masks, lengths=lengths,
         )  # fmt: skip
         return choose(problem, torch.device(kind, index), backend, False).role == "ours" or backend != "auto"
     except (FlashCoreError, KeyError):  # another device, a backend that says no, or a dtype that is not ours

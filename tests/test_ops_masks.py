@@ -45,20 +45,21 @@ MASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["auto", "stand-in"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "stand-in"])
 @pytest.mark.parametrize("name", MASKS)
 def test_out_and_lse(name, backend, monkeypatch):
+    asked = {} if backend == "stand-in" else {"backend": backend}
     if backend == "stand-in":
         monkeypatch.setattr(ops, "choose", lambda *asked: ops.STAND_IN)
         monkeypatch.setattr(ops, "_calls", {})
     for lengths, heads, dtype in (((12, 12), (4, 2), torch.float32), ((12, 16), (4, 1), torch.bfloat16)):
         q, k, v = inputs(*lengths, heads, dtype)
-        out, lse = flashcore.attention(q, k, v, return_lse=True, **MASKS[name])
+        out, lse = flashcore.attention(q, k, v, return_lse=True, **MASKS[name], **asked)
         expected, expected_lse = padded(q, k, v, **MASKS[name])
         near(out, expected, dtype)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
         assert out.dtype == dtype and lse.dtype == torch.float32 and out.stride() == torch.empty_like(q).stride()
-        near(flashcore.attention(q, k, v, **MASKS[name]), expected, dtype)
+        near(flashcore.attention(q, k, v, **MASKS[name], **asked), expected, dtype)
 
 
 @pytest.mark.parametrize("lengths", [(1, 13), (5, 12), (12, 5), (1, 1)], ids=str)
@@ -146,7 +147,7 @@ def test_auto_takes_a_kernel_that_takes_the_masks_and_else_whoever_can(monkeypat
         assert ops.choose(problem, gpu, "auto", True) is ops.STAND_IN, "sooner than float64"
         with pytest.raises(Unsupported, match="it does not take a softcap"):
             ops.choose(problem, gpu, "hopper", False)
-        assert not ops.kernel_takes("cuda", 0, torch.float16, 64, softcap=True)
+        assert not ops.kernel_takes("cuda", 0, torch.float16, 64, ("softcap",))
         assert ops.kernel_takes("cuda", 0, torch.float16, 64)
         assert not ops.kernel_takes("cuda", 0, torch.float64, 64) and not ops.kernel_takes("meta", 0, torch.half, 64)
     finally:
@@ -189,8 +190,8 @@ def test_bad_input_is_one_sentence(options, words):
 
 
 def test_a_backend_that_cannot_says_so_and_second_derivatives_are_refused():
-    with pytest.raises(Unsupported, match="it does not take a window"):
-        flashcore.attention(Q, K, V, window_left=2, backend="sdpa-math")
+    with pytest.raises(Unsupported, match="it does not take a softcap"):
+        flashcore.attention(Q, K, V, softcap=2.0, backend="sdpa-math")
     with pytest.raises(Unsupported, match="gradients are asked for, and start from lse"):
         flashcore.attention(Q.clone().requires_grad_(), K, V, window_left=2, backend="sdpa-math")
     q = Q.clone().requires_grad_()

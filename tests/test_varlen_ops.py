@@ -38,15 +38,16 @@ def test_each_sequence_is_as_if_it_came_alone(name, lengths, monkeypatch):
     for dtype in (torch.float32, torch.float16):
         given = batch(*lengths, dtype)
         expected, expected_lse = ragged(*given[:3], *lengths, **MASKS[name])
-        for stand_in in (False, True):
-            if stand_in:
+        for backend in ("auto", "reference", "stand-in"):
+            asked = {} if backend == "stand-in" else {"backend": backend}
+            if backend == "stand-in":
                 monkeypatch.setattr(ops, "choose", lambda *asked: ops.STAND_IN)
                 monkeypatch.setattr(varlen_ops, "_calls", {})
-            out, lse = flashcore.varlen_attention(*given, return_lse=True, **MASKS[name])
+            out, lse = flashcore.varlen_attention(*given, return_lse=True, **MASKS[name], **asked)
             near(out, expected, dtype)
             torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
             assert out.shape == given[0].shape and out.is_contiguous() and out.dtype == dtype
-            near(flashcore.varlen_attention(*given, **MASKS[name]), expected, dtype)
+            near(flashcore.varlen_attention(*given, **MASKS[name], **asked), expected, dtype)
         monkeypatch.undo()
 
 

@@ -13,7 +13,6 @@ operations (`flashcore.others`). Nothing that is passed is ignored: what nobody 
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 
@@ -264,11 +263,13 @@ def _is_ours(q, masking: Masking, lengths: str = "") -> bool:
         return False
     if not lengths and _is_plain(masking):
         return True
-    head_dim = operator.index(q.shape[-1])  # a graph is for one head_dim, though its lengths may be any
-    return ops.kernel_takes(
-        q.device.type, q.device.index or 0, q.dtype, head_dim, causal=masking.causal, windows=_has_window(masking),
-        softcap=masking.softcap > 0, lengths=lengths,
-    )  # fmt: skip
+    masks = [lengths] if lengths else []
+    if _has_window(masking):
+        masks.append("window")
+    if masking.softcap:
+        masks.append("softcap")
+    head_dim = plain.constant(q.shape[-1])  # a graph is for one head_dim, though its lengths may be any
+    return ops.kernel_takes(q.device.type, q.device.index or 0, q.dtype, head_dim, tuple(masks))
 
 
 def _options(masking: Masking) -> dict:
@@ -500,7 +501,7 @@ class _Cache:
             )
             return out.transpose(1, 2), lse
         placed = self.table is None and self.rows is None and self.first is None
-        if placed and _is_ours(q, masking, "right"):
+        if placed and _is_ours(q, masking, "lengths"):
             out, lse = ops.attention(
                 *(t.transpose(1, 2) for t in (q, self.k, self.v)), softmax_scale=scale, return_lse=True,
                 seqlens_k=self.lengths.contiguous(), **_options(masking),

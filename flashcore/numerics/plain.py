@@ -81,6 +81,11 @@ def integer(name: str, value) -> int:
         raise InvalidProblem(f"{name} is {shown(value)}; it has to be a whole number.") from None
 
 
+def constant(size: int) -> int:
+    """A size as a number of its own: what is traced from here on is for this size alone, were it a symbol before."""
+    return len(range(size))  # the one way by which torch's compiler, in all releases, puts the number in its place
+
+
 def softmax_scale(value) -> float | None:
     """A softmax scale as `number` reads it; `InvalidProblem` also for one that is not finite."""
     scale = number("softmax_scale", value)

@@ -292,8 +292,9 @@ def _compute_op(q, k, v, causal=False, softmax_scale=None, return_lse=False, bac
 dense.computed_by(_compute_op)
 
 
-def wants_dispatch(*tensors, names: str = "q, k or v") -> bool:
+def wants_dispatch(*tensors: torch.Tensor | None, names: str = "q, k or v") -> bool:
     """Whether torch's dispatcher has to see the call: for gradients, a mapped axis, fake tensors and the like."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
     if not all(isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested for t in tensors):
         return False  # the checks say what is wrong with them
     if transforms.under_way():
@@ -328,26 +329,38 @@ def _with_masks(
     """`attention` where an option of a mask is not at its default."""
     causal, return_lse = plain.flag("causal", causal), plain.flag("return_lse", return_lse)
     softmax_scale, backend = plain.softmax_scale(softmax_scale), plain.word("backend", backend)
-    options = {
-        "causal": causal, "softmax_scale": softmax_scale, "softcap": masked.softcap(softcap),
-        "padding": masked.side(padding, seqlens_q is not None or seqlens_k is not None),
-    }  # fmt: skip
-    options["window_left"], options["window_right"] = masked.window(causal, window_left, window_right)
-    tensors = {"sink": sink, "seqlens_q": seqlens_q, "seqlens_k": seqlens_k}
-    given = [q, k, v, *(tensor for tensor in tensors.values() if tensor is not None)]
-    if _is_compiling() or wants_dispatch(*given, names="q, k, v or a tensor of a mask"):
+    softcap = masked.softcap(softcap)
+    window_left, window_right = masked.window(causal, window_left, window_right)
+    padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
+    options = causal, softmax_scale, window_left, window_right, softcap, padding
+    tensors = q, k, v, sink, seqlens_q, seqlens_k
+    if _is_compiling() or (not in_memory(*tensors) and wants_dispatch(*tensors, names=NAMES)):
         with_lse = lse_for_gradients(return_lse, backend, q, k, v, sink)
-        out, lse = masked.masked_attention(q, k, v, **tensors, **options, return_lse=with_lse, backend=backend)
-    elif all(map(is_cupy, given[:3])):
+        out, lse = masked.masked_attention(*tensors, *options, with_lse, backend)
+    elif is_cupy(q) and is_cupy(k) and is_cupy(v):
         import cupy
 
-        q, k, v = (torch.from_dlpack(array) for array in given[:3])
-        tensors = {name: torch.from_dlpack(one) if is_cupy(one) else one for name, one in tensors.items()}
-        out, lse = _compute_masked(q, k, v, **tensors, **options, return_lse=return_lse, backend=backend)
+        tensors = (torch.from_dlpack(one) if is_cupy(one) else one for one in tensors)
+        out, lse = _compute_masked(*tensors, *options, return_lse, backend)
         out, lse = cupy.from_dlpack(out), cupy.from_dlpack(lse) if return_lse else None
     else:
-        out, lse = _compute_masked(q, k, v, **tensors, **options, return_lse=return_lse, backend=backend)
+        out, lse = _compute_masked(*tensors, *options, return_lse, backend)
     return (out, lse) if return_lse else out
+
+
+NAMES = "q, k, v or a tensor of a mask"
+"""What a sentence about one of these calls them."""
+
+
+def in_memory(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are plain tensors, nothing stands around the call, and no gradients are wanted; the usual case."""
+    if _dispatch_modes() or transforms.under_way():
+        return False
+    grads = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) is not _Tensor or (grads and tensor.requires_grad)):
+            return False
+    return True
 
 
 def lse_for_gradients(return_lse: bool, backend: str, *tensors: torch.Tensor | None) -> bool:
@@ -423,10 +436,11 @@ def run_masked(chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, who
     if sink is not None:
         sink = sink.detach()
         sink = sink if sink.dtype == torch.float32 and sink.is_contiguous() else sink.float().contiguous()
-    with_tensors = masking.needs_tensors(problem)
-    masks = MaskTensors(sink, **lengths) if with_tensors else None
-    if with_tensors and (not q.is_cuda or debugging()):
-        check_numbers(masks, problem, q.shape[2], k.shape[2], whole)
+    masks = None
+    if problem.sink or problem.lengths:
+        masks = MaskTensors(sink, **lengths)
+        if not q.is_cuda or debugging():
+            check_numbers(masks, problem, q.shape[2], k.shape[2], whole)
     run = chosen.run_with_lse if return_lse else chosen.run
     more = {} if masks is None else {"masks": masks}
     if q.is_cuda and q.get_device() != _current_gpu():

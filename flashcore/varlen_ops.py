@@ -74,8 +74,8 @@ def varlen_attention(
     bounds = (
         cu_seqlens_q, cu_seqlens_k, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     )  # fmt: skip
-    given = [q, k, v, cu_seqlens_q, cu_seqlens_k, *([] if sink is None else [sink])]
-    if torch.compiler.is_compiling() or ops.wants_dispatch(*given, names="q, k, v or a tensor of a mask"):
+    given = q, k, v, cu_seqlens_q, cu_seqlens_k, sink
+    if torch.compiler.is_compiling() or (not ops.in_memory(*given) and ops.wants_dispatch(*given, names=ops.NAMES)):
         with_lse = ops.lse_for_gradients(return_lse, backend, q, k, v, sink)
         out, lse = masked.varlen_attention(q, k, v, *bounds, sink, *options, with_lse, backend)
     else:
@@ -126,10 +126,11 @@ def _compute(
                 _calls.clear()
             _calls[key] = known
     problem, chosen, strides = known
-    views = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]  # [1, H, tokens, D]
+    views = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]  # [1, H, tokens, D]
     places = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     out, lse = ops.run_masked(chosen, problem, *views, return_lse, sink, whole=True, **places)
-    return dense.laid_out(out[0].transpose(0, 1), strides), lse[0].contiguous() if return_lse else None
+    out = dense.laid_out(out.squeeze(0).transpose(0, 1), strides)
+    return out, lse.squeeze(0).contiguous() if return_lse else None
 
 
 def _compute_op(

@@ -44,6 +44,8 @@ def window(causal: bool, window_left, window_right) -> tuple[int, int]:
 
 def softcap(value) -> float | None:
     """A softcap as a float above 0, or None; `InvalidProblem` for anything else."""
+    if value is None:
+        return None
     number = plain.number("softcap", value)
     if number is not None and not 0 < number < math.inf:  # also of NaN, and in a form that torch's compiler follows
         raise InvalidProblem(f"softcap is {number}; it has to be above 0 and finite, or None for no cap.")

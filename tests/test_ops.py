@@ -165,8 +165,14 @@ def test_cupy_arrays_in_and_out(monkeypatch):
     assert isinstance(out, Array) and isinstance(lse, Array) and len(taken) == 2
     torch.testing.assert_close(out.tensor, attention(q, k, v))
     assert isinstance(attention(Array(q), Array(k), Array(v)), Array)
-    with pytest.raises(InvalidProblem, match="CuPy arrays all three"):
-        attention(Array(q), k, v)
+    lengths = torch.tensor([9], dtype=torch.int32)
+    masks = {"window_left": 3, "causal": True, "return_lse": True}
+    out, lse = attention(Array(q), Array(k), Array(v), seqlens_k=Array(lengths), **masks)
+    for got, expected in zip((out, lse), attention(q, k, v, seqlens_k=lengths, **masks), strict=True):
+        assert isinstance(got, Array) and torch.equal(got.tensor, expected)
+    for options in ({}, {"softcap": 2.0}):
+        with pytest.raises(InvalidProblem, match="CuPy arrays all three"):
+            attention(Array(q), k, v, **options)
 
 
 def test_checking_a_call_takes_microseconds(qkv):

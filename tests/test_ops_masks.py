@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.exact_attention import near, padded
+from torch.autograd import forward_ad
 
 import flashcore
 from flashcore import ops
@@ -198,6 +199,30 @@ def test_a_backend_that_cannot_says_so_and_second_derivatives_are_refused():
     (first,) = torch.autograd.grad(flashcore.attention(q, K, V, window_left=2).square().sum(), q, create_graph=True)
     with pytest.raises(InvalidProblem, match="Second derivatives of attention"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("which", ["q", "sink"])
+def test_derivatives_that_there_are_none_of_are_refused(which):
+    given = {"q": Q, "sink": torch.zeros(4)}
+    starts = ints(0, 5, 12)
+
+    def dense(tensor):
+        named = {**given, which: tensor}
+        return flashcore.attention(named["q"], K, V, sink=named["sink"], seqlens_k=ints(3, 4))
+
+    def ragged(tensor):
+        named = {**given, which: tensor}
+        packed = (one[0].transpose(0, 1) for one in (named["q"], K, V))
+        return flashcore.varlen_attention(*packed, starts, starts, 7, 7, sink=named["sink"])
+
+    for call in (dense, ragged):
+        with (
+            forward_ad.dual_level(),
+            pytest.raises(InvalidProblem, match="^q, k, v or a tensor of a mask carries a tan"),
+        ):
+            call(forward_ad.make_dual(given[which], torch.ones_like(given[which])))
+        with pytest.raises(InvalidProblem, match="a tensor of a mask is transformed by torch.func"):
+            torch.func.grad(lambda tensor, call=call: call(tensor).sum())(given[which])
 
 
 def test_lengths_are_checked_where_a_gpu_is_asked_to_and_asserted_in_a_graph(monkeypatch):

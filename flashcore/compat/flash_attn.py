@@ -500,6 +500,9 @@ class _Cache:
                 q.transpose(1, 2), pages, causal=masking.causal, softmax_scale=scale, return_lse=True
             )
             return out.transpose(1, 2), lse
+        peer, asked = self._peer(q, masking, scale)  # before ours, which does not split the keys of few queries here
+        if peer is not None:
+            return flash.called(peer, (q, self.k, self.v), asked, True)
         placed = self.table is None and self.rows is None and self.first is None
         if placed and _is_ours(q, masking, "lengths"):
             out, lse = ops.attention(
@@ -507,9 +510,6 @@ class _Cache:
                 seqlens_k=self.lengths.contiguous(), **_options(masking),
             )  # fmt: skip
             return out.transpose(1, 2), lse
-        peer, asked = self._peer(q, masking, scale)
-        if peer is not None:
-            return flash.called(peer, (q, self.k, self.v), asked, True)
         masking = Masking(**{**vars(masking), "lengths_k": self.lengths, "first_k": self.first})
         if self.table is not None:
             keys, values = masked.of_pages(self.k, self.table), masked.of_pages(self.v, self.table)

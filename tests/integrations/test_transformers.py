@@ -354,3 +354,22 @@ def test_on_the_gpu(transformers, side):
             out = model(tokens, attention_mask=real).logits
         found.append(out if real is None else out[real.bool()])
     torch.testing.assert_close(*found, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ["mistral, window", "gemma2, softcap and window", "gpt-oss, sinks and window"])
+def test_masks_on_the_gpu(transformers, name, side):
+    implementation = ours.register("fcore-real", exact_padding=False)
+    family, options = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options, "hidden_size": 256, "head_dim": 64})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().cuda().bfloat16()
+    tokens, real = (None if t is None else t.cuda() for t in padded(side))
+    found = []
+    for one in ("eager", implementation):
+        model.set_attn_implementation(one)
+        with torch.no_grad():
+            out = model(tokens, attention_mask=real).logits
+        found.append(out if real is None else out[real.bool()])
+    torch.testing.assert_close(*found, rtol=5e-2, atol=5e-2)

@@ -9,9 +9,9 @@ Under a softcap ``c * tanh(s / c)`` dS is multiplied by its slope, ``1 - tanh(s 
 0, so that its gradient is ``-sum over rows of exp(sink - lse) * (<dO * O> - dlse)``; whatever else it changes stands in
 `lse` already.
 
-On a GPU torch's own FlashAttention-2 does this for 16-bit tensors, with windows and ragged batches. It takes no
-gradient of `lse`, no softcap and no padding; then, for float32 and on a CPU, the products stand here, in float32 and
-for some heads at a time.
+On a GPU torch's own FlashAttention-2 does this for 16-bit tensors, with windows and ragged batches, and with padding as
+a ragged batch whose every other sequence is padding. It takes no gradient of `lse` and no softcap; then, for float32
+and on a CPU, the products stand here, in float32 and for some heads at a time.
 """
 
 from __future__ import annotations
@@ -280,11 +280,26 @@ def _masked_backward(
     if seqlens_k is not None:
         unreal = seen.unreal(seqlens_k, k.shape[2], at_end)[:, None, :, None]
         k, v = k.masked_fill(unreal, 0.0), v.masked_fill(unreal, 0.0)
-    if seqlens_q is None and seqlens_k is None and _takes_flash_masked(q, grad_out, grad_lse, causal, window, softcap):
+    takes = _takes_flash_masked(q, grad_out, grad_lse, causal, window, softcap)
+    sizes = q.shape[2], k.shape[2]
+    if takes and seqlens_q is None and seqlens_k is None:
         rows_first = (tensor.transpose(1, 2) for tensor in (grad_out, q, k, v, out))
-        sizes = q.shape[2], k.shape[2]
         found = _by_flash_masked(*rows_first, lse, (None, None), sizes, causal, window, scale)
         found = tuple(grad.transpose(1, 2) for grad in found)
+    elif takes and LSE_IS_RAGGED:
+        batch = q.shape[0]
+        starts = [
+            seen.alternating(lengths, batch, size, q.device, at_end)
+            for lengths, size in zip((seqlens_q, seqlens_k), sizes, strict=True)
+        ]
+        end_to_end = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (grad_out, q, k, v, out))
+        lse_of_rows = lse.transpose(0, 1).flatten(1)
+        found = _by_flash_masked(*end_to_end, lse_of_rows, starts, sizes, causal, window, scale)
+        found = [grad.unflatten(0, (batch, -1)).transpose(1, 2) for grad in found]
+        for nth, lengths in enumerate((seqlens_q, seqlens_k, seqlens_k)):
+            if lengths is not None:
+                unreal = seen.unreal(lengths, found[nth].shape[2], at_end)[:, None, :, None]
+                found[nth] = found[nth].masked_fill(unreal, 0.0)
     else:
         found = by_products(
             grad_out, grad_lse, q, k, v, out, lse, causal, scale, window=window, softcap=softcap, lengths_q=seqlens_q,

@@ -67,6 +67,32 @@ def unreal(lengths: torch.Tensor, size: int, at_end: bool = False) -> torch.Tens
     return row < size - lengths if at_end else row >= lengths
 
 
+def alternating(
+    lengths: torch.Tensor | None, batch: int, size: int, device: torch.device, at_end: bool = False
+) -> torch.Tensor:
+    """A padded batch, its rows laid end to end, as a ragged one of twice as many sequences: real rows, then padding.
+
+    What reads ragged batches alone then computes a padded one, without a look at its lengths: padding attends to
+    padding, and its rows are cleared afterwards.
+
+    Parameters
+    ----------
+    lengths
+        Integers ``[batch]``, or None where all rows are real.
+    at_end
+        The padding comes before the real rows.
+
+    Returns
+    -------
+    int32 ``[2 * batch + 1]``: sequence ``2 * b`` is the real one of b, with `at_end` ``2 * b + 1``.
+    """
+    first = torch.arange(0, batch * size, size, device=device)
+    real = torch.full_like(first, size) if lengths is None else lengths.long()
+    turn = first + (size - real if at_end else real)
+    ends = torch.stack([turn, first + size], dim=1).flatten()
+    return torch.cat([first[:1], ends]).int()
+
+
 def places(starts: torch.Tensor, tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The sequence of each token of a ragged batch, and the token's row in it, int64 ``[tokens]`` both.
 

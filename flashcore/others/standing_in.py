@@ -45,12 +45,35 @@ def _attention(q, k, v, problem: Problem, masks: MaskTensors, with_lse: bool):
         if found is not None:
             return found[0].transpose(1, 2), found[1]
     if problem.lengths:
-        at_end = problem.lengths == "left"
-        masking = Masking(
-            **{**vars(masking), "lengths_q": masks.seqlens_q, "lengths_k": masks.seqlens_k, "at_end": at_end}
+        return _padded(q, k, v, problem, masks, masking, with_lse)
+    return masked.attention(q, k, v, masking, problem.softmax_scale)
+
+
+def _padded(q, k, v, problem: Problem, masks: MaskTensors, masking: Masking, with_lse: bool):
+    """A padded batch: by FlashAttention as a ragged one, whose every other sequence is padding."""
+    at_end = problem.lengths == "left"
+    if masks.sink is None:
+        lengths, sizes = (masks.seqlens_q, masks.seqlens_k), (problem.seqlen_q, problem.seqlen_k)
+        starts = (
+            seen.alternating(of_one, problem.batch, size, q.device, at_end)
+            for of_one, size in zip(lengths, sizes, strict=True)
         )
-        if masks.seqlens_k is not None:  # what stands in padding may be anything, and 0 times NaN is NaN
-            v = v.masked_fill(seen.unreal(masks.seqlens_k, v.shape[2], at_end)[:, None, :, None], 0.0)
+        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v)]
+        found = _by_flash(
+            "flash_attn_varlen_func", flat, masking, problem.softmax_scale, with_lse, (*starts, *sizes)
+        )  # fmt: skip
+        if found is not None:
+            out, lse = found
+            out = out.unflatten(0, (problem.batch, -1)).transpose(1, 2)
+            lse = None if lse is None else lse.unflatten(1, (problem.batch, -1)).transpose(0, 1)
+            if masks.seqlens_q is not None:
+                unreal = seen.unreal(masks.seqlens_q, problem.seqlen_q, at_end)[:, None]
+                out = out.masked_fill(unreal[..., None], 0.0)
+                lse = None if lse is None else lse.masked_fill(unreal, -math.inf)
+            return out, lse
+    masking = Masking(**{**vars(masking), "lengths_q": masks.seqlens_q, "lengths_k": masks.seqlens_k, "at_end": at_end})
+    if masks.seqlens_k is not None:  # what stands in padding may be anything, and 0 times NaN is NaN
+        v = v.masked_fill(seen.unreal(masks.seqlens_k, v.shape[2], at_end)[:, None, :, None], 0.0)
     return masked.attention(q, k, v, masking, problem.softmax_scale)
 
 

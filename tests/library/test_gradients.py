@@ -194,31 +194,39 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("batch", ["dense", "ragged", "right", "left", "keys"])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_torchs_kernel_takes_windows_sinks_and_ragged_batches(monkeypatch, name, ragged):
+def test_torchs_kernel_takes_windows_sinks_ragged_and_padded_batches(monkeypatch, name, batch):
     """Against our products, from the same `out` and `lse`: what it is given, and what is made of what it gives."""
     options = dict(WINDOWS[name])
     sink = options.pop("sink", None)
     sinks = [] if sink is None else [sink.clone().requires_grad_()]
     asked = {**options, "sink": sinks[0]} if sinks else options
     inputs, _ = made(torch.float16, seqlen_q=14, seqlen_k=9)
-    if ragged:
+    if batch == "ragged":
         places = [torch.tensor(starts, dtype=torch.int32) for starts in ([0, 14, 14, 25], [0, 9, 16, 16])]
         inputs = [t.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for t in inputs]
         monkeypatch.setattr(ops, "check_numbers", lambda *asked, **more: None)  # rows past the end, as on a GPU
         out = flashcore.varlen_attention(*inputs, *places, 14, 9, **asked)
     else:
+        if batch != "dense":
+            asked = {**asked, "seqlens_k": torch.tensor([4, 9], dtype=torch.int32)}
+        if batch in ("right", "left"):
+            asked |= {"seqlens_q": torch.tensor([14, 0], dtype=torch.int32), "padding": batch}
         out = flashcore.attention(*inputs, **asked)
     weights = torch.randn_like(out)
     expected = torch.autograd.grad(out, [*inputs, *sinks], weights, retain_graph=True)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
+    called = []
+    monkeypatch.setattr(
+        torch.ops.aten, "_flash_attention_backward", lambda *a, **b: called.append(a[6]) or flash_backward(*a, **b)
+    )
     monkeypatch.setattr(gradients, "takes_flash", lambda q, grad_out, grad_lse: grad_lse is None)
     monkeypatch.setattr(gradients, "LSE_IS_RAGGED", True)
     got = torch.autograd.grad(out, [*inputs, *sinks], weights)
     for one, other in zip(got, expected, strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, rtol=5e-3, atol=2e-3)
+    assert len(called) == 1 and (called[0] is None) == (batch == "dense")
 
 
 def test_which_masks_torchs_kernel_takes(monkeypatch):

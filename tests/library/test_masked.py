@@ -38,8 +38,7 @@ def _compiled_anew():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(("with_lse", "grad"), [(False, False), (True, True)])
 def test_opcheck(with_lse, grad):
     """Schema, fake tensors (strides too), autograd's registration, and tracing with symbolic sizes."""
     sink = torch.randn(4, requires_grad=grad)
@@ -61,11 +60,10 @@ def varlen_call(q, k, v, places, longest):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_models_compile_whole_and_not_again_for_each_length(dynamic):
+def test_models_compile_whole_and_not_again_for_each_length():
     counters = CompileCounter(), CompileCounter()
     calls = [
-        torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
+        torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
         for call, counter in zip((dense_call, varlen_call), counters, strict=True)
     ]
     for length in (6, 9, 17, 33):  # no total that is the head_dim: what is equal at first is taken to stay so
@@ -74,7 +72,7 @@ def test_models_compile_whole_and_not_again_for_each_length(dynamic):
         lengths = [length, 2, length - 4]
         given = (*packed(lengths), starts(lengths), length)
         torch.testing.assert_close(calls[1](*given), varlen_call(*given))
-    assert [counter.frame_count for counter in counters] == [1 if dynamic else 2] * 2
+    assert [counter.frame_count for counter in counters] == [1, 1]
 
 
 @pytest.mark.slow

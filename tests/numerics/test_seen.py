@@ -66,3 +66,11 @@ def test_what_stands_behind_a_sequence_does_not_reach_its_padding():
         [0.0] * 2,
     ]
     assert not seen.padded(ragged[:0], torch.tensor([0, 0]), 3).any()
+
+
+def test_a_padded_batch_as_a_ragged_one_of_real_sequences_and_of_padding():
+    lengths, device = torch.tensor([3, 0, 5], dtype=torch.int32), torch.device("cpu")
+    assert seen.alternating(lengths, 3, 5, device).tolist() == [0, 3, 5, 5, 10, 15, 15]
+    assert seen.alternating(lengths, 3, 5, device, at_end=True).tolist() == [0, 2, 5, 10, 10, 10, 15]
+    whole = seen.alternating(None, 2, 4, device)
+    assert whole.tolist() == [0, 4, 4, 8, 8] and whole.dtype == torch.int32

@@ -79,10 +79,26 @@ def test_a_package_computes_what_it_knows(on_a_gpu):
     near(out, expected, torch.float16)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
     assert seen == [("dense", (2, 5, 4, 16), True, (2, -1), 3.0)]
-    with_sink = problem.with_(sink=True)
-    STAND_IN.run(q, k, v, with_sink, MaskTensors(sink=torch.zeros(4)))
-    STAND_IN.run(q, k, v, problem.with_(lengths="right"), MaskTensors(seqlens_k=torch.tensor([3, 7]).int()))
-    assert len(seen) == 1, "it knows neither sinks nor padding"
+    STAND_IN.run(q, k, v, problem.with_(sink=True), MaskTensors(sink=torch.zeros(4)))
+    assert len(seen) == 1, "it knows no sinks"
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_package_computes_a_padded_batch_as_a_ragged_one(on_a_gpu, side):
+    seen, gpu = on_a_gpu
+    q, k, v = (gpu(tensor) for tensor in qkv(torch.float16))
+    problem = PROBLEM.with_(dtype="float16", causal=True, lengths=side)
+    for of_q in (None, torch.tensor([2, 5], dtype=torch.int32)):
+        masks = MaskTensors(seqlens_q=of_q, seqlens_k=torch.tensor([3, 7], dtype=torch.int32))
+        for tensor in (k, v):  # what lies in padding may be anything
+            tensor[0, :, slice(3, None) if side == "right" else slice(0, 4)] = math.nan
+        out, lse = STAND_IN.run_with_lse(q, k, v, problem, masks)
+        expected, expected_lse = padded(
+            q, k, v, seqlens_q=of_q, seqlens_k=masks.seqlens_k, padding=side, causal=True
+        )  # fmt: skip
+        near(out, expected, torch.float16)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+    assert [name for name, *_ in seen] == ["varlen"] * 2 and seen[0][1] == (10, 4, 16)
 
 
 def test_a_package_computes_a_ragged_batch_and_rows_past_its_end_are_cleared(on_a_gpu):

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 import flashcore
 from flashcore import ops
 from flashcore.errors import InvalidProblem, Unsupported
+from flashcore.numerics import reference
+from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
 
 
@@ -74,6 +76,30 @@ def test_windows_over_unequal_lengths(name, lengths):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
     if lengths == (12, 5) and name == "window of one":
         assert not out[:, :, :7].any() and (lse[:, :, :7] == -math.inf).all()
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+@pytest.mark.parametrize("lengths", [(113, 203), (128, 217), (113, 211), (1, 147), (203, 113), (3, 239)], ids=str)
+def test_odd_lengths_and_groups_of_heads_as_the_reference_has_them(lengths, kv_heads):
+    """Lengths and groups that are no multiples of a tile, as FlashAttention's users have them; windows drawn anew."""
+    rows, keys = lengths
+    generator = torch.Generator().manual_seed(rows + kv_heads)
+    left, right = torch.randint(0, keys, (2,), generator=generator).tolist()
+    real = torch.randint(0, keys + 1, (2,), generator=generator, dtype=torch.int32)
+    q, k, v = inputs(rows, keys, (6, kv_heads), head_dim=40)
+    sink = torch.randn(6, generator=generator)
+    for options in ({"window_left": left, "window_right": right, "softcap": 5.0}, {"causal": True, "window_left": left},
+                    {"causal": True, "sink": sink, "seqlens_k": real}):  # fmt: skip
+        problem = Problem(
+            batch=2, num_heads_q=6, num_heads_kv=kv_heads, seqlen_q=rows, seqlen_k=keys, head_dim=40, dtype="float32",
+            lengths="right" if "seqlens_k" in options else "", sink="sink" in options,
+            **{name: one for name, one in options.items() if name not in ("sink", "seqlens_k")},
+        )  # fmt: skip
+        masks = MaskTensors(sink=sink, seqlens_k=real) if "sink" in options else None
+        expected, expected_lse = reference.attention(q, k, v, problem, masks)
+        out, lse = flashcore.attention(q, k, v, return_lse=True, **options)
+        near(out, expected, torch.float32)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -234,13 +260,13 @@ def test_lengths_are_checked_where_a_gpu_is_asked_to_and_asserted_in_a_graph(mon
         batch=2, num_heads_q=1, num_heads_kv=1, seqlen_q=4, seqlen_k=6, head_dim=8, lengths="right", sink=True
     )
     for lengths in (ints(4, 0), ints(5, 1)):
-        ops.check_numbers(ops.MaskTensors(sink=torch.zeros(1), seqlens_q=lengths), problem, 4, 6)
+        ops.check_numbers(MaskTensors(sink=torch.zeros(1), seqlens_q=lengths), problem, 4, 6)
     words = "FlashCore requires that seqlens_q holds lengths from 0 to 4."
     assert seen == [(True, words), (False, words)]
     seen.clear()
     ragged = problem.with_(lengths="ragged", sink=False)
     for starts in (ints(0, 4, 7), ints(0, 5, 7), ints(0, 4, 6), ints(1, 4, 7), ints(0, 4, 3)):
-        masks = ops.MaskTensors(cu_seqlens_q=starts, cu_seqlens_k=ints(0, 6, 9))
+        masks = MaskTensors(cu_seqlens_q=starts, cu_seqlens_k=ints(0, 6, 9))
         ops.check_numbers(masks, ragged, 7, 9, whole=True)
     assert [good for good, _ in seen[::2]] == [True, False, False, False, False]
     assert all(good for good, _ in seen[1::2]) and "ends with 7, and has no sequence of more than 4" in seen[0][1]

@@ -11,6 +11,9 @@ from support.exact_attention import near, ragged, starts
 import flashcore
 from flashcore import ops, varlen_ops
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
+from flashcore.numerics import reference
+from flashcore.numerics.masking import MaskTensors
+from flashcore.problem import Problem
 
 SINK = torch.tensor([0.5, -1.0, 2.0, 0.0])
 RAGGED = [([3, 7, 1], [3, 7, 1]), ([1, 1, 1, 1], [5, 9, 2, 17]), ([0, 4, 0], [6, 4, 0]), ([4, 4], [8, 8]),
@@ -49,6 +52,32 @@ def test_each_sequence_is_as_if_it_came_alone(name, lengths, monkeypatch):
             assert out.shape == given[0].shape and out.is_contiguous() and out.dtype == dtype
             near(flashcore.varlen_attention(*given, **MASKS[name], **asked), expected, dtype)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+@pytest.mark.parametrize("kind", ["random", "third", "full", "empty"])
+def test_many_sequences_as_the_reference_has_them(kind, kv_heads):
+    """Lengths as FlashAttention's own tests draw them: near the longest, from a third of it, all of it; some empty."""
+    generator = torch.Generator().manual_seed(kv_heads)
+
+    def lengths(longest):
+        least = {"random": longest - 20, "third": longest // 3, "full": longest, "empty": 0}[kind]
+        drawn = torch.randint(max(least, 0), longest + 1, (4,), generator=generator)
+        return (drawn * (torch.tensor([1, 0, 1, 0]) if kind == "empty" else 1)).tolist()
+
+    rows, keys = lengths(37), lengths(53)
+    q, k, v, starts_q, starts_k, *_ = batch(rows, keys, heads=(6, kv_heads), head_dim=40)
+    for options in ({"causal": True}, {"window_left": 11, "window_right": 4}, {"softcap": 4.0, "causal": True}):
+        problem = Problem(
+            batch=4, num_heads_q=6, num_heads_kv=kv_heads, seqlen_q=37, seqlen_k=53, head_dim=40, dtype="float32",
+            lengths="ragged", **options,
+        )  # fmt: skip
+        masks = MaskTensors(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+        views = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        expected, expected_lse = reference.attention(*views, problem, masks)
+        out, lse = flashcore.varlen_attention(q, k, v, starts_q, starts_k, 37, 53, return_lse=True, **options)
+        near(out, expected[0].transpose(0, 1), torch.float32)
+        torch.testing.assert_close(lse.double(), expected_lse[0], rtol=1e-4, atol=1e-4)
 
 
 def test_longest_lengths_may_be_longer_and_nothing_may_be_there():

@@ -15,7 +15,7 @@ README = Path(flashcore.__file__).parent.parent / "README.md"
 if not README.is_file():
     pytest.skip("these tests read the checkout, and FlashCore runs from an install here", allow_module_level=True)
 
-SECTION = README.read_text().partition("### In a model\n")[2].partition("To check a kernel")[0]
+SECTION = README.read_text().partition("### In a model\n")[2].partition("A sequence that is cut")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 
 

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "flashcore.ops",
+    "varlen_attention": "flashcore.varlen_ops",
     "paged_attention": "flashcore.paged_ops",
     "scaled_dot_product_attention": "flashcore.compat.sdpa",
     "replace_sdpa": "flashcore.compat.sdpa",

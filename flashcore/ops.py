@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 import torch
 
 from flashcore import backends
-from flashcore.errors import InvalidProblem, UnknownName, Unsupported
-from flashcore.library import dense
+from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName, Unsupported
+from flashcore.library import dense, masked
 from flashcore.library.dense import DTYPES
-from flashcore.numerics import plain, transforms
+from flashcore.numerics import masking, plain, transforms
+from flashcore.numerics.masking import MaskTensors
+from flashcore.others.standing_in import StandIn
+from flashcore.paging.checks import can_read_back, debugging
 from flashcore.problem import Problem
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -28,6 +31,11 @@ there for ``return_lse``.
 WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-cudnn"})
 AUTO_DTYPES = {"fa3": ("bfloat16",)}
 """Dtypes for which `auto` tries a backend, where not all: a widespread wheel of FlashAttention-3 lacks float16."""
+
+STAND_IN = StandIn()
+"""What `auto` takes where a problem has masks and none of the above has a kernel for them."""
+LAST_WITH_MASKS = {"cuda": ("sdpa-math", "reference"), "cpu": ("reference",)}
+"""What the stand-in comes before: on a GPU it has FlashAttention where these store all scores."""
 
 KEPT_CALLS = 4096
 _calls: dict[tuple, tuple[Problem, backends.Backend, tuple[int, ...]]] = {}
@@ -102,14 +110,18 @@ def first_of(
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, device: torch.device, name: str, return_lse: bool) -> backends.Backend:
+def choose(problem: Problem, device: torch.device, name: str, return_lse: bool) -> backends.Backend:
     """The backend that runs this problem on this device. Cached, so that a call costs no look-up of the registry."""
     if device.type not in AUTO_ORDER:
         raise InvalidProblem(f"The tensors lie on '{device}'; FlashCore takes CPU and CUDA tensors.")
     if name == "auto":
         able = [one for one in AUTO_ORDER[device.type] if not (return_lse and one in WITHOUT_LSE)]
         able = [one for one in able if problem.dtype in AUTO_DTYPES.get(one, (problem.dtype,))]
+        if problem.masks:
+            able = [one for one in able if one not in LAST_WITH_MASKS[device.type]]
         first = first_of(able, device, lambda backend: backend.why_not(problem) is None)
+        if first is None and problem.masks:
+            return STAND_IN
         if first is None:
             raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()}")
         return first
@@ -130,7 +142,7 @@ def picked_for(dtype: torch.dtype, head_dim: int, device: torch.device) -> backe
     problem = Problem(
         batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype]
     )
-    return _choose(problem, device, "auto", False)
+    return choose(problem, device, "auto", False)
 
 
 def attention(
@@ -142,6 +154,13 @@ def attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float | None = None,
+    sink: torch.Tensor | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
+    padding: str = "right",
 ):
     """``softmax(softmax_scale * q k^T + mask) v``.
 
@@ -163,29 +182,54 @@ def attention(
         An id that ``flashcore.backends`` knows, or ``auto``: the fastest that is right for this device and problem.
     return_lse
         Return ``(out, lse)``.
+    window_left, window_right
+        Query i stands at position ``i + seqlen_k - seqlen_q`` and sees keys from ``position - window_left`` to
+        ``position + window_right``; -1 for no limit. With `causal` the right side is 0.
+    softcap
+        Above 0: a score s becomes ``softcap * tanh(s / softcap)``, before any mask.
+    sink
+        Float tensor ``[num_heads_q]``: the score, which no scale multiplies, of one more key of each head, whose value
+        is 0. `lse` counts it.
+    seqlens_q, seqlens_k
+        int32 tensors ``[batch]`` on the device of `q`: real rows of each sequence, None where all are. Both masks above
+        and `causal` are aligned bottom right in each sequence, as if it came alone. What lies in padding may be
+        anything, NaN too. Lengths are never read back from a GPU; FLASHCORE_DEBUG=1 asks for a check.
+    padding
+        Where the rows lie that are not real: ``right`` of the real ones, or ``left``; the same for all sequences.
 
     What is set around the call, such as autocast, changes nothing of its result. Under `torch.compile` and
-    `torch.export` the call is one op, ``torch.ops.flashcore.attention``, and `torch.vmap` folds the mapped axis into
-    the batch. Gradients flow back through `out` and `lse` (`flashcore.library.gradients`); first derivatives only, and
-    by `torch.autograd`, not by torch.func or forward mode.
+    `torch.export` the call is one op, ``torch.ops.flashcore.attention`` (with masks ``masked_attention``), and
+    `torch.vmap` folds the mapped axis into the batch. Gradients flow back through `out` and `lse`, to `q`, `k`, `v` and
+    `sink`, whatever the masks (`flashcore.library.gradients`); first derivatives only, and by `torch.autograd`, not by
+    torch.func or forward mode. With masks that no kernel of ours takes, `auto` calls FlashAttention where it is
+    installed, then torch's own, and last torch's operations in float32.
 
     Returns
     -------
     out : ``[batch, num_heads_q, seqlen_q, head_dim]``
-        In the dtype of `q`, with the strides of ``torch.empty_like(q)``; 0 in rows that see no key.
+        In the dtype of `q`, with the strides of ``torch.empty_like(q)``; 0 in rows that see no key or are not real.
     lse : float32 ``[batch, num_heads_q, seqlen_q]``, with `return_lse`
-        Natural logarithm of the softmax denominator, -inf in rows that see no key.
+        Natural logarithm of the softmax denominator, -inf in rows that are not real or see no key and no sink.
 
     Raises
     ------
     InvalidProblem
         The tensors do not fit (see `problem_of`), or lie where the backend does not take them; an option is of the
-        wrong type; a derivative is asked for that there is none of.
+        wrong type, or makes no sense; a length is beyond the tensors (on a GPU with FLASHCORE_DEBUG=1 only); a
+        derivative is asked for that there is none of.
     UnknownName
         No backend has this id.
     Unsupported, BackendUnavailable
         The backend named does not take this problem, or does not work on this machine.
     """
+    if (
+        window_left != -1 or window_right != -1 or softcap is not None or sink is not None or seqlens_q is not None
+        or seqlens_k is not None or padding != "right"
+    ):  # fmt: skip
+        return _with_masks(
+            q, k, v, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, sink, seqlens_q,
+            seqlens_k, padding,
+        )  # fmt: skip
     if _is_compiling():
         return _as_op(q, k, v, causal, softmax_scale, backend, return_lse)
     # By value: under its own name a tensor would be looked up by what it is, and kept alive by having been asked for.
@@ -201,9 +245,9 @@ def attention(
         type(q) is not _Tensor or type(k) is not _Tensor or type(v) is not _Tensor
         or _dispatch_modes() or transforms.under_way() or _requires_gradients(q, k, v)
     ):  # fmt: skip
-        if _is_cupy(q) and _is_cupy(k) and _is_cupy(v):
+        if is_cupy(q) and is_cupy(k) and is_cupy(v):
             return _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse)
-        if _wants_dispatch(q, k, v):
+        if wants_dispatch(q, k, v):
             return _as_op(q, k, v, causal, softmax_scale, backend, return_lse)
     out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend)
     return (out, lse) if return_lse else out
@@ -222,7 +266,7 @@ def _compute(q, k, v, causal: bool, softmax_scale: float | None, return_lse: boo
         key = known = None
     if known is None:
         problem = problem_of(q, k, v, causal, softmax_scale)
-        known = problem, _choose(problem, q.device, backend, return_lse), dense.out_strides(q)
+        known = problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)
         if key is not None:
             if len(_calls) >= KEPT_CALLS:
                 _calls.clear()
@@ -248,18 +292,18 @@ def _compute_op(q, k, v, causal=False, softmax_scale=None, return_lse=False, bac
 dense.computed_by(_compute_op)
 
 
-def _wants_dispatch(q, k, v) -> bool:
+def wants_dispatch(*tensors: torch.Tensor | None, names: str = "q, k or v") -> bool:
     """Whether torch's dispatcher has to see the call: for gradients, a mapped axis, fake tensors and the like."""
-    tensors = [tensor for tensor in (q, k, v) if isinstance(tensor, torch.Tensor)]
-    if len(tensors) < 3 or any(t.layout is not torch.strided or t.is_nested for t in tensors):
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    if not all(isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested for t in tensors):
         return False  # the checks say what is wrong with them
     if transforms.under_way():
-        transforms.refuse_derivatives("q, k or v", *tensors)
+        transforms.refuse_derivatives(names, *tensors)
     return (
         _dispatch_modes() > 0
         or any(type(tensor).__torch_dispatch__ is not _PLAIN for tensor in tensors)
         or any(map(transforms.is_mapped, tensors))
-        or _requires_gradients(q, k, v)
+        or transforms.want_gradients(*tensors)
     )
 
 
@@ -275,6 +319,213 @@ def _as_op(q, k, v, causal, softmax_scale, backend, return_lse):
     return (out, lse) if return_lse else out
 
 
+# --------------------------------------------------------------------------------------------------------- with masks
+
+
+def _with_masks(
+    q, k, v, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, sink, seqlens_q,
+    seqlens_k, padding,
+):  # fmt: skip
+    """`attention` where an option of a mask is not at its default."""
+    causal, return_lse = plain.flag("causal", causal), plain.flag("return_lse", return_lse)
+    softmax_scale, backend = plain.softmax_scale(softmax_scale), plain.word("backend", backend)
+    softcap = masked.softcap(softcap)
+    window_left, window_right = masked.window(causal, window_left, window_right)
+    padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
+    options = causal, softmax_scale, window_left, window_right, softcap, padding
+    tensors = q, k, v, sink, seqlens_q, seqlens_k
+    if _is_compiling() or (not in_memory(*tensors) and wants_dispatch(*tensors, names=NAMES)):
+        with_lse = lse_for_gradients(return_lse, backend, q, k, v, sink)
+        out, lse = masked.masked_attention(*tensors, *options, with_lse, backend)
+    elif is_cupy(q) and is_cupy(k) and is_cupy(v):
+        import cupy
+
+        tensors = (torch.from_dlpack(one) if is_cupy(one) else one for one in tensors)
+        out, lse = _compute_masked(*tensors, *options, return_lse, backend)
+        out, lse = cupy.from_dlpack(out), cupy.from_dlpack(lse) if return_lse else None
+    else:
+        out, lse = _compute_masked(*tensors, *options, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+NAMES = "q, k, v or a tensor of a mask"
+"""What a sentence about one of these calls them."""
+
+
+def in_memory(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are plain tensors, nothing stands around the call, and no gradients are wanted; the usual case."""
+    if _dispatch_modes() or transforms.under_way():
+        return False
+    grads = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) is not _Tensor or (grads and tensor.requires_grad)):
+            return False
+    return True
+
+
+def lse_for_gradients(return_lse: bool, backend: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether the op has to return `lse`: where it is asked for, or gradients are, which start from it."""
+    if return_lse or not transforms.want_gradients(*(tensor for tensor in tensors if tensor is not None)):
+        return return_lse
+    if backend in WITHOUT_LSE:
+        raise Unsupported(backend, "gradients are asked for, and start from lse, which it does not return; choose "
+                          "another backend, or call it under torch.no_grad()")  # fmt: skip
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def masked_problem(base: Problem, window_left: int, window_right: int, softcap, sink: bool, lengths: str) -> Problem:
+    """The problem with these masks; a window that hides nothing is none, and one that ends here is a causal mask."""
+    if window_left >= base.seqlen_k - 1:  # no query stands further right than the last key of its sequence
+        window_left = -1
+    if window_right >= base.seqlen_q - 1:  # nor further left than the keys less the queries
+        window_right = -1
+    return base.with_(
+        causal=base.causal or window_right == 0, window_left=window_left, window_right=window_right, softcap=softcap,
+        sink=sink, lengths=lengths,
+    )  # fmt: skip
+
+
+def _compute_masked(
+    q, k, v, sink=None, seqlens_q=None, seqlens_k=None, causal=False, softmax_scale=None, window_left=-1,
+    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto",
+):  # fmt: skip
+    """`attention` with masks of tensors that lie in memory, with options that are plain values."""
+    try:
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+            k.device, v.device, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, padding,
+            look(sink), look(seqlens_q), look(seqlens_k),
+        )  # fmt: skip
+        known = _calls.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # as in `_compute`
+        key = known = None
+    if known is None:
+        base = problem_of(q, k, v, causal, softmax_scale)
+        masked.check_masks(q, sink, seqlens_q, seqlens_k)
+        lengths = "" if seqlens_q is None and seqlens_k is None else masked.side(padding, True)
+        problem = masked_problem(base, window_left, window_right, softcap, sink is not None, lengths)
+        known = problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)
+        if key is not None:
+            if len(_calls) >= KEPT_CALLS:
+                _calls.clear()
+            _calls[key] = known
+    problem, chosen, strides = known
+    out, lse = run_masked(chosen, problem, q, k, v, return_lse, sink, seqlens_q=seqlens_q, seqlens_k=seqlens_k)
+    return dense.laid_out(out, strides), lse.contiguous() if return_lse else None
+
+
+def look(tensor: torch.Tensor | None):
+    """What of a mask's tensor decides whether it fits; not its numbers."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def run_masked(chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, whole: bool = False, **lengths):
+    """`out` and `lse` of a backend for a checked problem with masks.
+
+    Parameters
+    ----------
+    sink
+        Float tensor ``[num_heads_q]``, or None.
+    whole
+        The sequences of a ragged batch have to end where the tensors do.
+    lengths
+        Further fields of `MaskTensors`. Their numbers are checked where they lie on a CPU; on a GPU, where the host
+        would have to wait for them, with FLASHCORE_DEBUG=1 only.
+    """
+    if sink is not None:
+        sink = sink.detach()
+        sink = sink if sink.dtype == torch.float32 and sink.is_contiguous() else sink.float().contiguous()
+    masks = None
+    if problem.sink or problem.lengths:
+        masks = MaskTensors(sink, **lengths)
+        if not q.is_cuda or debugging():
+            check_numbers(masks, problem, q.shape[2], k.shape[2], whole)
+    run = chosen.run_with_lse if return_lse else chosen.run
+    more = {} if masks is None else {"masks": masks}
+    if q.is_cuda and q.get_device() != _current_gpu():
+        with torch.cuda.device(q.device):
+            out, lse = run(q, k, v, problem, **more)
+    else:
+        out, lse = run(q, k, v, problem, **more)
+    if return_lse and lse is None:
+        raise Unsupported(chosen.id, "it does not return lse; choose another backend, or leave return_lse out")
+    return out, lse
+
+
+def check_numbers(masks: MaskTensors, problem: Problem, rows: int, keys: int, whole: bool = False) -> None:
+    """Raise `InvalidProblem` where lengths are beyond the tensors, or where sequences begin falls or ends elsewhere.
+
+    While a CUDA graph is captured nothing can be read back; then the graph itself asserts it, at each replay.
+    """
+    named = {name: tensor for name, tensor in masks.named() if name != "sink"}
+    sizes = {"q": (rows, problem.seqlen_q), "k": (keys, problem.seqlen_k)}
+    if can_read_back(next(iter(masks.named()))[1].device):
+        masking.check_values(masks, problem, rows, keys)
+        for name, tensor in named.items():
+            size, _ = sizes[name[-1]]
+            if whole and int(tensor[-1]) != size:
+                raise InvalidProblem(
+                    f"{name} ends with {int(tensor[-1])}, and {name[-1]} has {size} rows; they have to be the same."
+                )
+        return
+    for name, tensor in named.items():
+        size, longest = sizes[name[-1]]
+        if name.startswith("cu_"):
+            each = tensor.diff()
+            ends = tensor[-1] == size if whole else tensor[-1] <= size
+            good = ((each >= 0) & (each <= longest)).all() & (tensor[0] == 0) & ends
+            words = f"begins with 0, never falls, ends with {size}, and has no sequence of more than {longest} rows"
+        else:
+            good, words = ((tensor >= 0) & (tensor <= size)).all(), f"holds lengths from 0 to {size}"
+        torch._assert_async(good, f"FlashCore requires that {name} {words}.")
+
+
+def _compute_masked_op(
+    q, k, v, sink=None, seqlens_q=None, seqlens_k=None, causal=False, softmax_scale=None, window_left=-1,
+    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto",
+):  # fmt: skip
+    """What computes ``torch.ops.flashcore.masked_attention``; its options may come from anybody."""
+    window_left, window_right = masked.window(causal, window_left, window_right)
+    padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
+    out, lse = _compute_masked(
+        q, k, v, sink, seqlens_q, seqlens_k, causal, softmax_scale, window_left, window_right, masked.softcap(softcap),
+        padding, return_lse, backend,
+    )  # fmt: skip
+    return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
+
+
+masked.computed_by(masked.masked_attention, _compute_masked_op)
+
+
+@torch.compiler.assume_constant_result
+def kernel_takes(
+    kind: str, index: int, dtype: torch.dtype, head_dim: int, masks: tuple[str, ...] = (), backend: str = "auto"
+) -> bool:
+    """Whether a kernel of ours, or the backend that is named, takes calls with these masks, whatever their sizes are.
+
+    Parameters
+    ----------
+    kind, index
+        Of the device.
+    masks
+        Some of ``window, softcap, sink, lengths, ragged``, as `Problem.masks` has them.
+    """
+    lengths = "ragged" if "ragged" in masks else "right" if "lengths" in masks else ""
+    try:
+        problem = Problem(
+            batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype],
+            window_left=64 if "window" in masks else -1, softcap=1.0 if "softcap" in masks else None,
+            sink="sink" in masks, lengths=lengths,
+        )  # fmt: skip
+        return choose(problem, torch.device(kind, index), backend, False).role == "ours" or backend != "auto"
+    except (FlashCoreError, KeyError):  # another device, a backend that says no, or a dtype that is not ours
+        return False
+
+
+# --------------------------------------------------------------------------------------------------------------- CuPy
+
+
 def _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse):
     """The call with CuPy arrays in and out, none of them copied."""
     import cupy
@@ -284,6 +535,6 @@ def _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse):
     return (cupy.from_dlpack(out), cupy.from_dlpack(lse)) if return_lse else cupy.from_dlpack(out)
 
 
-def _is_cupy(array) -> bool:
+def is_cupy(array) -> bool:
     """Whether it is a CuPy array, told without importing CuPy."""
     return type(array).__module__.partition(".")[0] == "cupy"

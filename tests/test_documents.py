@@ -106,7 +106,8 @@ def test_the_snippets_of_the_readme_run_one_after_the_other_without_a_gpu(monkey
             outputs = (re.sub(r"[\d,]+ wrong elements", "N wrong elements", out) for out in (shown, printed))
             kept = [[line for line in out.splitlines()[:-1] if "RuntimeError" not in line] for out in outputs]
             assert kept[0] == kept[1] and len(kept[0]) == 7
-    assert len(snippets) == 4 and names["lse"].shape == (1, 8, 512) and names["out"].shape == (2, 32, 1, 128)
+    assert len(snippets) == 5 and names["lse"].shape == (1, 8, 512) and names["out"].shape == (2, 32, 1, 128)
+    assert names["ragged"].shape == (512, 8, 64) and names["lse_of_rows"].shape == (8, 512)
     assert "row_max" in capsys.readouterr().out
 
 

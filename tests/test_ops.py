@@ -48,8 +48,8 @@ def test_auto_picks_by_device_and_wish(qkv):
     problem = problem_of(*qkv)
     assert problem == PROBLEM
     cpu = torch.device("cpu")
-    assert ops._choose(problem, cpu, "auto", False).id == "sdpa-math"
-    assert ops._choose(problem, cpu, "auto", True).id == "cpu"
+    assert ops.choose(problem, cpu, "auto", False).id == "sdpa-math"
+    assert ops.choose(problem, cpu, "auto", True).id == "cpu"
 
 
 @pytest.mark.parametrize(("change", "error", "words"), [
@@ -112,10 +112,10 @@ def test_auto_takes_other_head_dims_to_the_fastest_peer_that_is_installed(monkey
         for name in ops.AUTO_ORDER["cuda"]:
             there = backends.AVAILABLE if name in installed else backends.Availability(False, "not here", "nothing")
             monkeypatch.setattr(type(backends.get(name)), "availability", lambda self, there=there: there)
-        ops._choose.cache_clear()
+        ops.choose.cache_clear()
         asked = {"lse": False, **fields}
         lse = asked.pop("lse")
-        return ops._choose(square(2, 4, 512, 96).with_(**asked), torch.device("cuda:0"), "auto", lse).id
+        return ops.choose(square(2, 4, 512, 96).with_(**asked), torch.device("cuda:0"), "auto", lse).id
 
     try:
         torchs = {"hopper", "sdpa-cudnn", "sdpa-flash", "sdpa-math", "wmma", "scalar", "reference"}
@@ -125,7 +125,7 @@ def test_auto_takes_other_head_dims_to_the_fastest_peer_that_is_installed(monkey
         assert first(torchs, lse=True) == "sdpa-flash" == first(torchs, causal=True, seqlen_k=600)
         assert first(torchs, head_dim=320, lse=True) == "reference" and first(torchs, head_dim=20) == "sdpa-flash"
     finally:
-        ops._choose.cache_clear()
+        ops.choose.cache_clear()
 
 
 def test_no_grad_lets_parameters_through(qkv):
@@ -165,8 +165,14 @@ def test_cupy_arrays_in_and_out(monkeypatch):
     assert isinstance(out, Array) and isinstance(lse, Array) and len(taken) == 2
     torch.testing.assert_close(out.tensor, attention(q, k, v))
     assert isinstance(attention(Array(q), Array(k), Array(v)), Array)
-    with pytest.raises(InvalidProblem, match="CuPy arrays all three"):
-        attention(Array(q), k, v)
+    lengths = torch.tensor([9], dtype=torch.int32)
+    masks = {"window_left": 3, "causal": True, "return_lse": True}
+    out, lse = attention(Array(q), Array(k), Array(v), seqlens_k=Array(lengths), **masks)
+    for got, expected in zip((out, lse), attention(q, k, v, seqlens_k=lengths, **masks), strict=True):
+        assert isinstance(got, Array) and torch.equal(got.tensor, expected)
+    for options in ({}, {"softcap": 2.0}):
+        with pytest.raises(InvalidProblem, match="CuPy arrays all three"):
+            attention(Array(q), k, v, **options)
 
 
 def test_checking_a_call_takes_microseconds(qkv):
@@ -175,7 +181,7 @@ def test_checking_a_call_takes_microseconds(qkv):
 
     def once():
         problem = problem_of(q, k, v, True, 0.125)
-        return ops._choose(problem, q.device, "auto", True)
+        return ops.choose(problem, q.device, "auto", True)
 
     once()
     fastest = math.inf
@@ -196,6 +202,6 @@ def test_auto_on_the_gpu():
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-4, atol=1e-3)
     same = square(2, 4, 256, 64)
-    assert ops._choose(same, q.device, "auto", False).id in ("hopper", "sdpa-cudnn")
+    assert ops.choose(same, q.device, "auto", False).id in ("hopper", "sdpa-cudnn")
     with pytest.raises(InvalidProblem, match="takes cpu tensors, and these lie on 'cuda:0'"):
         attention(q, k, v, backend="cpu")

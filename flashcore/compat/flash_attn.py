@@ -5,38 +5,31 @@
     from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 Tensors are ``[batch, seqlen, num_heads, head_dim]``; causal masks and windows are aligned bottom right, per sequence.
-What a kernel of ours computes it computes. All else goes, with the same meaning, to FlashAttention-3 or -2 where they
-are installed, then to the FlashAttention-2 in torch, and last to torch's operations (`flashcore.compat.masked`).
-Nothing that is passed is ignored: what nobody here can do is refused in a sentence.
+What a kernel of ours computes it computes, windows, softcaps and ragged batches too. All else goes, with the same
+meaning, to FlashAttention-3 or -2 where they are installed, then to the FlashAttention-2 in torch, and last to torch's
+operations (`flashcore.others`). Nothing that is passed is ignored: what nobody here can do is refused in a sentence.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import inspect
 import math
 
 import torch
 
-from flashcore import ops, paged_ops
-from flashcore.compat import masked
-from flashcore.compat.masked import Masking
+from flashcore import ops, paged_ops, varlen_ops
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import traced
 from flashcore.numerics import plain
+from flashcore.others import flash, masked
+from flashcore.others.flash import HALVES
+from flashcore.others.masked import Masking
 from flashcore.paging import PAGE_SIZES, PagedKV, append_tokens
 from flashcore.paging.checks import debugging
 
 NAME = "flash_attn"
 """What errors call these functions."""
-HALVES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 """Of our kernels that read pages."""
-PEERS = (("flash_attn_interface", (9, 0), (torch.bfloat16,)), ("flash_attn", (8, 0), HALVES))
-"""Packages that have functions of these names, newest first: module, least compute capability, dtypes. A widespread
-wheel of the first lacks float16."""
 
 
 def flash_attn_func(
@@ -86,19 +79,19 @@ def flash_attn_func(
     )
     _refuse_probs(with_lse, masking)
     atomics = deterministic and _adds_atomically(q, k, v)
-    if _is_plain(masking) and not atomics and q.dtype in ops.DTYPES and 0 not in q.shape and 0 not in k.shape:
+    if _is_ours(q, masking) and not atomics and 0 not in q.shape and 0 not in k.shape:
         found = ops.attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), causal=masking.causal, softmax_scale=scale, return_lse=with_lse
+            *(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, return_lse=with_lse, **_options(masking)
         )
         out, lse = found if with_lse else (found, None)
         out = out.transpose(1, 2)
     else:
-        asked = _asked(masking, scale, deterministic)
-        peer = _peer("flash_attn_func", q, asked, with_lse)
+        asked = flash.asked(masking, scale, deterministic)
+        peer = flash.peer("flash_attn_func", q, asked, with_lse)
         if peer is not None:
-            out, lse = _called(peer, (q, k, v), asked, with_lse)
-        elif not atomics and _torch_can(q, k, masking, with_lse):
-            out, lse = _in_torch(q, k, v, masking, scale)
+            out, lse = flash.called(peer, (q, k, v), asked, with_lse)
+        elif not atomics and flash.torch_can(q, k, masking, with_lse):
+            out, lse = flash.in_torch(q, k, v, masking, scale)
         else:
             out, lse = masked.attention(*(t.transpose(1, 2) for t in (q, k, v)), masking, scale)
             out = out.transpose(1, 2).contiguous()
@@ -146,27 +139,34 @@ def flash_attn_varlen_func(
         out, lse = torch.zeros_like(q), q.new_full((heads, q.shape[0]), -math.inf, dtype=torch.float32)
         return (out, lse, q.new_empty(0)) if with_lse else out
     atomics = deterministic and _adds_atomically(q, k, v)
-    even = not atomics and block_table is None and q.shape[0] == batch * rows and k.shape[0] == batch * keys
-    if even and _is_plain(masking) and q.dtype in ops.DTYPES:
+    fits = not atomics and block_table is None
+    even = fits and q.shape[0] == batch * rows and k.shape[0] == batch * keys and not _for_other_lengths(q)
+    if even and _is_ours(q, masking):
         # No sequence is longer than the longest, so that these sums say that all are as long: a dense batch.
-        dense = (t.unflatten(0, (batch, -1)) for t in (q, k, v))
-        found = flash_attn_func(*dense, softmax_scale=scale, causal=masking.causal, return_attn_probs=with_lse)
-        if not with_lse:
-            return found.flatten(0, 1)
-        return found[0].flatten(0, 1), found[1].transpose(0, 1).flatten(1, 2), found[2]
-    asked = _asked(masking, scale, deterministic)
+        dense = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
+        found = ops.attention(*dense, softmax_scale=scale, return_lse=with_lse, **_options(masking))
+        out, lse = found if with_lse else (found, None)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return (out, lse.transpose(0, 1).flatten(1, 2), q.new_empty(0)) if with_lse else out
+    if fits and _is_ours(q, masking, "ragged"):
+        starts = (one.int().contiguous() for one in (cu_seqlens_q, cu_seqlens_k))
+        found = varlen_ops.varlen_attention(
+            q, k, v, *starts, rows, keys, softmax_scale=scale, return_lse=with_lse, **_options(masking)
+        )
+        return (*found, q.new_empty(0)) if with_lse else found
+    asked = flash.asked(masking, scale, deterministic)
     if block_table is not None:
         asked["block_table"] = block_table
     bounds = {
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": rows, "max_seqlen_k": keys
     }  # fmt: skip
-    peer = _peer("flash_attn_varlen_func", q, asked, with_lse)
+    peer = flash.peer("flash_attn_varlen_func", q, asked, with_lse)
     if peer is not None:
-        out, lse = _called(peer, (q, k, v), {**bounds, **asked}, with_lse)
-    elif not atomics and block_table is None and _torch_can(q, k, masking, with_lse):
-        out, lse = _in_torch(q, k, v, masking, scale, (cu_seqlens_q, cu_seqlens_k, rows, keys))
+        out, lse = flash.called(peer, (q, k, v), {**bounds, **asked}, with_lse)
+    elif not atomics and block_table is None and flash.torch_can(q, k, masking, with_lse):
+        out, lse = flash.in_torch(q, k, v, masking, scale, (cu_seqlens_q, cu_seqlens_k, rows, keys))
     else:
-        out, lse = _ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, rows, keys, block_table, masking, scale)
+        out, lse = masked.ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, rows, keys, masking, scale, block_table)
     return (out, lse, q.new_empty(0)) if with_lse else out
 
 
@@ -249,19 +249,50 @@ def _masking(causal, window_size, softcap, alibi_slopes, dropout_p, rows: int, k
 
 
 def _is_plain(masking: Masking) -> bool:
-    """Whether our dense kernels compute it."""
-    return (
-        masking.window_left < 0
-        and (masking.causal or masking.window_right < 0)
-        and not masking.softcap
-        and masking.slopes is None
-        and not masking.dropout
-    )
+    """Whether it is all keys, or a causal mask, and nothing else."""
+    return not (_has_window(masking) or masking.softcap or masking.slopes is not None or masking.dropout)
+
+
+def _has_window(masking: Masking) -> bool:
+    return masking.window_left >= 0 or (masking.window_right >= 0 and not masking.causal)
+
+
+def _is_ours(q, masking: Masking, lengths: str = "") -> bool:
+    """Whether `flashcore.attention` computes it: without a mask anyhow, with one where a kernel of ours takes it."""
+    if q.dtype not in ops.DTYPES or masking.slopes is not None or masking.dropout:
+        return False
+    if not lengths and _is_plain(masking):
+        return True
+    masks = [lengths] if lengths else []
+    if _has_window(masking):
+        masks.append("window")
+    if masking.softcap:
+        masks.append("softcap")
+    head_dim = plain.constant(q.shape[-1])  # a graph is for one head_dim, though its lengths may be any
+    return ops.kernel_takes(q.device.type, q.device.index or 0, q.dtype, head_dim, tuple(masks))
+
+
+def _options(masking: Masking) -> dict:
+    """What `flashcore.attention` is told of it: only what is there."""
+    options = {"causal": masking.causal}
+    if _has_window(masking):
+        options |= {"window_left": masking.window_left, "window_right": masking.window_right}
+    return {**options, "softcap": masking.softcap} if masking.softcap else options
+
+
+def _for_other_lengths(q) -> bool:
+    """Whether what is made now serves other lengths later: a graph, compiled or captured."""
+    return traced() or (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _refuse_probs(wanted: bool, masking: Masking) -> None:
     if wanted and masking.dropout:
         raise Unsupported(NAME, "it returns no probabilities as dropout left them; leave return_attn_probs out")
+
+
+def _adds_atomically(q, k, v) -> bool:
+    """Whether a backward pass is to come that adds in another order each time: that of torch's FlashAttention-2."""
+    return q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _check_slopes(slopes, q, batch: int | None = None) -> None:
@@ -358,161 +389,6 @@ def _check_starts(name: str, starts: list[int], tokens: int, longest: int, exact
         raise InvalidProblem(f"{name} has a sequence of {max(lengths)} tokens, and block_table holds {tokens} of each.")
     if max(lengths) > longest:
         raise InvalidProblem(f"max_seqlen_{side} is {longest}, and a sequence of {name} has {max(lengths)} tokens.")
-
-
-# -------------------------------------------------------------------------------------------------------------- peers
-
-
-@functools.cache
-def _functions(name: str, index: int) -> tuple:
-    """The functions of this name in the packages that are installed, and the dtypes that they take."""
-    found = []
-    capability = torch.cuda.get_device_capability(index)
-    for module, least, dtypes in PEERS:
-        if capability < least or importlib.util.find_spec(module) is None:
-            continue
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, OSError):
-            continue  # installed for another torch, say
-        found.append((function, dtypes, frozenset(inspect.signature(function).parameters)))
-    return tuple(found)
-
-
-RENAMED = {"block_table": "page_table"}
-"""Names that other releases have for the same."""
-
-
-def _asked(masking: Masking, scale: float | None, deterministic: bool) -> dict:
-    """What a peer has to be told, by FlashAttention's names: only what is not its default, so that it must know it."""
-    asked = {}
-    if scale is not None:
-        asked["softmax_scale"] = scale
-    if masking.causal:
-        asked["causal"] = True
-    if masking.window_left >= 0 or (masking.window_right >= 0 and not masking.causal):
-        asked["window_size"] = (masking.window_left, masking.window_right)
-    if masking.softcap:
-        asked["softcap"] = masking.softcap
-    if masking.slopes is not None:
-        asked["alibi_slopes"] = masking.slopes.float()
-    if masking.dropout:
-        asked["dropout_p"] = masking.dropout
-    if deterministic:
-        asked["deterministic"] = True
-    return asked
-
-
-def _peer(name: str, q: torch.Tensor, asked: dict, with_lse: bool = False):
-    """The first function of an installed package that knows all that is asked; None where there is none."""
-    # FlashAttention takes the maximum of the unscaled products: a scale of 0 or less is not for it.
-    scale = asked.get("softmax_scale", 1.0)
-    if not q.is_cuda or q.shape[-1] > 256 or q.shape[-1] % 8 or scale <= 0:
-        return None
-    known = [*asked, "return_attn_probs"] if with_lse else asked
-    for function, dtypes, parameters in _functions(name, q.device.index):
-        if q.dtype in dtypes and all(one in parameters or RENAMED.get(one) in parameters for one in known):
-            return function
-    return None
-
-
-def _called(function, tensors, asked: dict, with_lse: bool):
-    """A peer's `out`, and its `lse` where it is wanted."""
-    parameters = inspect.signature(function).parameters
-    if with_lse and "return_softmax_lse" not in asked:
-        asked = {**asked, "return_attn_probs": True}
-    asked = {one if one in parameters else RENAMED[one]: value for one, value in asked.items()}
-    found = function(*tensors, **asked)
-    out, lse = (found[0], found[1]) if isinstance(found, (tuple, list)) else (found, None)
-    if with_lse:
-        lse = lse.masked_fill(lse == math.inf, -math.inf)  # what FlashAttention says of a row without a key
-    return out, lse
-
-
-def _adds_atomically(q, k, v) -> bool:
-    """Whether a backward pass is to come that adds in another order each time: that of torch's FlashAttention-2."""
-    return q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def _torch_can(q, k, masking: Masking, with_lse: bool) -> bool:
-    """Whether the FlashAttention-2 in torch computes it: no softcap, no bias, no gradient of `lse`.
-
-    A window that is open to the right alone is not taken either: there its rows beyond the keys come out otherwise.
-    """
-    wants = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    return (
-        q.is_cuda
-        and q.dtype in HALVES
-        and q.shape[-1] <= 256
-        and q.shape[-1] % 8 == 0
-        and not masking.softcap
-        and masking.slopes is None  # builds of torch differ in whether theirs takes a bias
-        and not (masking.window_left >= 0 and masking.window_right < 0 and not masking.causal)
-        and not (wants and with_lse)
-        and 0 not in q.shape
-        and 0 not in k.shape
-        and torch.backends.cuda.is_flash_attention_available()
-    )
-
-
-def _in_torch(q, k, v, masking: Masking, scale: float | None, ragged=(None, None, None, None)):
-    """By ``aten::_flash_attention_forward``, in FlashAttention's own layout."""
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if scale <= 0:  # it takes the maximum of the unscaled products; the sign, or the 0, goes into q
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    starts_q, starts_k, rows, keys = ragged
-    options = {"scale": scale}
-    if masking.window_left >= 0 or (masking.window_right >= 0 and not masking.causal):
-        options |= {"window_size_left": masking.window_left, "window_size_right": masking.window_right}
-    starts_q, starts_k = (None if starts is None else starts.int() for starts in (starts_q, starts_k))
-    out, lse = torch.ops.aten._flash_attention_forward(
-        q, k, v, starts_q, starts_k, q.shape[1] if rows is None else rows, k.shape[1] if keys is None else keys,
-        masking.dropout, masking.causal, False, **options,
-    )[:2]  # fmt: skip
-    lse = lse.masked_fill(lse == math.inf, -math.inf)  # what FlashAttention says of a row without a key
-    if starts_q is not None and lse.dim() == 3:  # of a padded batch, before torch 2.6
-        sequence, row = _places(starts_q, q.shape[0], rows)
-        lse = lse.transpose(1, 2)[sequence, row].T
-    return out, lse
-
-
-def _ragged(q, k, v, starts_q, starts_k, rows: int, keys: int, block_table, masking: Masking, scale):
-    """By torch's operations over a padded batch. Nothing is read back from the device."""
-    lengths_q, lengths_k = starts_q.diff(), starts_k.diff()
-    padded_q = _padded(q, starts_q, rows)
-    if block_table is None:
-        padded_k, padded_v = _padded(k, starts_k, keys), _padded(v, starts_k, keys)
-    else:
-        padded_k, padded_v = (_of_pages(pool, block_table)[:, :keys] for pool in (k, v))
-    masking = Masking(**{**vars(masking), "lengths_q": lengths_q, "lengths_k": lengths_k})
-    out, lse = masked.attention(*(t.transpose(1, 2) for t in (padded_q, padded_k, padded_v)), masking, scale)
-    sequence, row = _places(starts_q, q.shape[0], rows)
-    return out.transpose(1, 2)[sequence, row], lse.transpose(1, 2)[sequence, row].T
-
-
-def _places(starts: torch.Tensor, tokens: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequence of each token of a ragged batch, and the token's row in it."""
-    token = torch.arange(tokens, device=starts.device)
-    sequence = torch.searchsorted(starts[1:].contiguous().long(), token, right=True).clamp(max=starts.shape[0] - 2)
-    return sequence, (token - starts.long()[sequence]).clamp(0, longest - 1)
-
-
-def _padded(tensor: torch.Tensor, starts: torch.Tensor, longest: int) -> torch.Tensor:
-    """``[B, longest, H, D]`` of a ragged ``[tokens, H, D]``; 0 past the end of a sequence."""
-    nth = torch.arange(longest, device=tensor.device)
-    inside = nth < starts.diff()[:, None]
-    if tensor.shape[0] == 0:
-        return tensor.new_zeros(*inside.shape, *tensor.shape[1:])
-    index = (starts[:-1, None].long() + nth).clamp(0, tensor.shape[0] - 1)
-    # Not times 0: what stands there belongs to another sequence, and may be NaN.
-    return tensor[index].masked_fill(~inside[..., None, None], 0.0)
-
-
-def _of_pages(pool: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """``[B, pages * page_size, H, D]``: the pages of each sequence in a row, zeros for what is no page."""
-    inside = (table >= 0) & (table < pool.shape[0])
-    found = pool[table.long().clamp(0, pool.shape[0] - 1)].masked_fill(~inside[..., None, None, None], 0.0)
-    return found.flatten(1, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -624,12 +500,19 @@ class _Cache:
                 q.transpose(1, 2), pages, causal=masking.causal, softmax_scale=scale, return_lse=True
             )
             return out.transpose(1, 2), lse
-        peer, asked = self._peer(q, masking, scale)
+        peer, asked = self._peer(q, masking, scale)  # before ours, which does not split the keys of few queries here
         if peer is not None:
-            return _called(peer, (q, self.k, self.v), asked, True)
+            return flash.called(peer, (q, self.k, self.v), asked, True)
+        placed = self.table is None and self.rows is None and self.first is None
+        if placed and _is_ours(q, masking, "lengths"):
+            out, lse = ops.attention(
+                *(t.transpose(1, 2) for t in (q, self.k, self.v)), softmax_scale=scale, return_lse=True,
+                seqlens_k=self.lengths.contiguous(), **_options(masking),
+            )  # fmt: skip
+            return out.transpose(1, 2), lse
         masking = Masking(**{**vars(masking), "lengths_k": self.lengths, "first_k": self.first})
         if self.table is not None:
-            keys, values = _of_pages(self.k, self.table), _of_pages(self.v, self.table)
+            keys, values = masked.of_pages(self.k, self.table), masked.of_pages(self.v, self.table)
         elif self.rows is not None:
             keys, values = self.k[self.rows.long()], self.v[self.rows.long()]
         else:
@@ -646,8 +529,8 @@ class _Cache:
             return None, {}
         places = {"cache_batch_idx": self.rows, "cache_leftpad": self.first, "block_table": self.table}
         asked = {name: place.int() for name, place in places.items() if place is not None}
-        asked |= {**_asked(masking, scale, False), "cache_seqlens": self.lengths, "return_softmax_lse": True}
-        return _peer("flash_attn_with_kvcache", q, asked), asked
+        asked |= {**flash.asked(masking, scale, False), "cache_seqlens": self.lengths, "return_softmax_lse": True}
+        return flash.peer("flash_attn_with_kvcache", q, asked), asked
 
 
 def _rotated(name: str, tensor, cos, sin, lengths, interleaved: bool, *, moving: bool) -> torch.Tensor:

@@ -103,7 +103,7 @@ def why_torch(
         return "a last dimension is not contiguous"
     if backend != "auto":
         return None
-    return _why_not_ours(query.device.type, query.device.index or 0, query.dtype, query.shape[-1])
+    return _why_not_ours(query.device.type, query.device.index or 0, query.dtype, plain.constant(query.shape[-1]))
 
 
 def _heads_fit(query, key, enable_gqa) -> bool:

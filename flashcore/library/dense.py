@@ -121,13 +121,13 @@ differentiate(attention, _backward, _keep)
 def _map(info, in_dims, q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
     """The mapped axis is folded into the batch: attention treats its batches alike, and one call does them all."""
     transforms.refuse_derivatives("q, k or v", q, k, v)  # of a torch.func.grad that stands outside the torch.vmap
-    folded = [_fold(tensor, dim, info.batch_size) for tensor, dim in zip((q, k, v), in_dims, strict=False)]
+    folded = [fold(tensor, dim, info.batch_size) for tensor, dim in zip((q, k, v), in_dims, strict=False)]
     out, lse = attention(*folded, causal, softmax_scale, return_lse, backend)
     out = out.unflatten(0, (info.batch_size, -1))
     return (out, lse.unflatten(0, (info.batch_size, -1))) if return_lse else (out, lse), (0, 0 if return_lse else None)
 
 
-def _fold(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+def fold(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     """``[size * B, ...]`` of a tensor whose mapped axis is `dim`, or that is the same for all when None."""
     whole = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return whole.flatten(0, 1)
@@ -138,16 +138,16 @@ map_over(attention, _map)
 # ---------------------------------------------------------------------------------------------------------- operations
 
 
-def _flops(q_shape, k_shape, v_shape, *others, out_shape=None, **options) -> int:
+def flops(q_shape, k_shape, v_shape, *others, out_shape=None, **options) -> int:
     """Operations of the two products, in the convention of `torch.utils.flop_counter`: a mask takes none away."""
     batch, heads, seqlen_q, head_dim = q_shape
     return 4 * batch * heads * seqlen_q * k_shape[2] * head_dim
 
 
-def _backward_flops(grad_shape, grad_lse_shape, q_shape, k_shape, *others, out_shape=None, **options) -> int:
+def backward_flops(grad_shape, grad_lse_shape, q_shape, k_shape, *others, out_shape=None, **options) -> int:
     """Of the five products of the backward pass; the scores are computed once more."""
-    return _flops(q_shape, k_shape, None) * 5 // 2
+    return flops(q_shape, k_shape, None) * 5 // 2
 
 
-register_flop_formula(torch.ops.flashcore.attention)(_flops)
-register_flop_formula(torch.ops.flashcore.attention_backward)(_backward_flops)
+register_flop_formula(torch.ops.flashcore.attention)(flops)
+register_flop_formula(torch.ops.flashcore.attention_backward)(backward_flops)

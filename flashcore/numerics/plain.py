@@ -67,13 +67,23 @@ def number(name: str, value) -> float | None:
 
 
 def integer(name: str, value) -> int:
-    """An int from Python's or numpy's, or from a CPU tensor of one; `InvalidProblem` for anything else."""
+    """An int from Python's or numpy's, or from a CPU tensor of one; `InvalidProblem` for anything else.
+
+    A symbol of torch's compiler or of export stays one, so that a graph is not bound to the number of its first call.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
     if isinstance(value, torch.Tensor):
         value = _from_tensor(name, value)
     try:
         return operator.index(value)
     except TypeError:
         raise InvalidProblem(f"{name} is {shown(value)}; it has to be a whole number.") from None
+
+
+def constant(size: int) -> int:
+    """A size as a number of its own: what is traced from here on is for this size alone, were it a symbol before."""
+    return len(range(size))  # the one way by which torch's compiler, in all releases, puts the number in its place
 
 
 def softmax_scale(value) -> float | None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-import types
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashcore import ops, paged_ops
-from flashcore.compat import flash_attn
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from flashcore.compat.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
+from flashcore.others import flash
 
 
 def exact(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, first=0):
@@ -78,16 +75,57 @@ def test_a_dense_batch(name, lengths):
 def test_what_a_kernel_of_ours_computes_it_is_asked_to(monkeypatch):
     seen = []
 
-    def ours(q, k, v, *, causal, softmax_scale, return_lse):
-        seen.append((tuple(q.shape), tuple(k.shape), causal, softmax_scale, return_lse))
+    def ours(q, k, v, **options):
+        seen.append((tuple(q.shape), tuple(k.shape), options))
         return torch.zeros_like(q)
 
     monkeypatch.setattr(ops, "attention", ours)
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: False)
     q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)
+    plain = {"softmax_scale": None, "return_lse": False}
     for name in ("plain", "causal", "window that is a causal mask", "window wider than all"):
         assert not flash_attn_func(q, k, k, **OPTIONS[name]).any()
-    assert seen == [((2, 4, 5, 16), (2, 2, 7, 16), causal, None, False) for causal in (False, True, True, True)]
-    assert flash_attn_func(q, k, k, window_size=(2, 0)).any() and len(seen) == 4
+    shapes = (2, 4, 5, 16), (2, 2, 7, 16)
+    assert seen == [(*shapes, {**plain, "causal": causal}) for causal in (False, True, True, True)]
+    assert flash_attn_func(q, k, k, window_size=(2, 0)).any() and len(seen) == 4, "no kernel takes a window"
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: True)
+    assert not flash_attn_func(q, k, k, window_size=(2, 0)).any()
+    flash_attn_func(q, k, k, softcap=3.0, window_size=(2, 1), softmax_scale=0.5)
+    assert seen[4:] == [
+        (*shapes, {**plain, "causal": True, "window_left": 2, "window_right": 0}),
+        (
+            *shapes,
+            {**plain, "causal": False, "window_left": 2, "window_right": 1, "softcap": 3.0, "softmax_scale": 0.5},
+        ),
+    ]
+    assert flash_attn_func(q, k, k, alibi_slopes=torch.ones(4)).any() and len(seen) == 6, "nor has ours slopes"
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "slopes" not in name and name != "all"])
+def test_masks_by_ours_mean_the_same(name, monkeypatch):
+    """As where a kernel takes them: a dense batch, a ragged one, and a cache, by `flashcore.attention` and its like."""
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: True)
+    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16)
+    out, lse, _ = flash_attn_func(q, k, v, **OPTIONS[name], return_attn_probs=True)
+    packed = (torch.randn(9, heads, 16) for heads in (4, 2, 2))
+    packed_q, packed_k, packed_v = packed
+    bounds = (starts([4, 5]).long(), starts([3, 6]), 5, 6)
+    ragged, ragged_lse, _ = flash_attn_varlen_func(
+        packed_q, packed_k, packed_v, *bounds, **OPTIONS[name], return_attn_probs=True
+    )
+    k_cache, v_cache = cached([20, 7], dtype=torch.float32, head_dim=16)
+    seqlens = torch.tensor([20, 7], dtype=torch.int32)
+    over_cache = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, **OPTIONS[name])
+    for nth, (rows, keys) in enumerate(((slice(0, 4), slice(0, 3)), (slice(4, 9), slice(3, 9)))):
+        expected, expected_lse = exact(q[nth], k[nth], v[nth], **OPTIONS[name])
+        near(out[nth], expected, torch.float32)
+        torch.testing.assert_close(lse[nth].double(), expected_lse, rtol=1e-4, atol=1e-4)
+        expected, expected_lse = exact(packed_q[rows], packed_k[keys], packed_v[keys], **OPTIONS[name])
+        near(ragged[rows], expected, torch.float32)
+        torch.testing.assert_close(ragged_lse[:, rows].double(), expected_lse, rtol=1e-4, atol=1e-4)
+        tokens = int(seqlens[nth])
+        expected, _ = exact(q[nth], k_cache[nth, :tokens], v_cache[nth, :tokens], **OPTIONS[name])
+        near(over_cache[nth], expected, torch.float32)
 
 
 def test_gradients_and_dropout():
@@ -335,7 +373,8 @@ def on_a_gpu(monkeypatch):
     def functions(name, index):
         return tuple(found for module in installed.values() for key, *found in [module] if key == name)
 
-    monkeypatch.setattr(flash_attn, "_functions", functions)
+    monkeypatch.setattr(flash, "functions", functions)
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked, **options: False)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     return installed, lambda *shape: torch.randn(shape).half().as_subclass(Gpu)
 
@@ -356,7 +395,7 @@ def test_a_peer_gets_only_what_it_knows(on_a_gpu):
 
     for name, function in (("third", third), ("second", second)):
         parameters = frozenset(inspect.signature(function).parameters)
-        installed[name] = ("flash_attn_func", function, flash_attn.HALVES, parameters)
+        installed[name] = ("flash_attn_func", function, flash.HALVES, parameters)
     q = make(1, 4, 2, 64)
     assert not flash_attn_func(q, q, q, softcap=5.0, window_size=(2, 1), softmax_scale=0.5).any()
     flash_attn_func(q, q, q, alibi_slopes=torch.ones(2), deterministic=True)
@@ -387,17 +426,6 @@ def test_torchs_own_is_called_with_what_it_takes(on_a_gpu, monkeypatch):
     ]
     flash_attn_func(q, k, k, softcap=3.0)
     assert len(seen) == 2, "it has no softcap"
-
-
-def test_torchs_own_knows_the_arguments_by_its_description_of_what_comes_out():
-    masking = Masking(window_left=3, window_right=2)
-    with FakeTensorMode():
-        q, k = (torch.empty(2, rows, 8, 96, dtype=torch.bfloat16, device="cuda") for rows in (100, 300))
-        out, lse = flash_attn._in_torch(q, k, k, masking, None)
-        assert out.shape == q.shape and lse.shape == (2, 8, 100)
-        q, bounds = torch.empty(30, 8, 64, dtype=torch.float16, device="cuda"), torch.empty(4, device="cuda")
-        out, lse = flash_attn._in_torch(q, q, q, Masking(causal=True), 0.1, (bounds, bounds, 20, 20))
-        assert out.shape == q.shape and lse.shape == (8, 30)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -446,24 +474,6 @@ def test_bad_input_is_one_sentence(call, words):
     with pytest.raises(InvalidProblem, match=words) as caught:
         call()
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-def test_packages_that_are_not_there_or_too_new_are_passed_over(monkeypatch):
-    flash_attn._functions.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(flash_attn.importlib.util, "find_spec", lambda name: name)
-    modules = {"flash_attn": types.SimpleNamespace(flash_attn_func=lambda q, k, v, causal=False: None)}
-
-    def load(name):
-        if name not in modules:
-            raise ImportError("built for another torch")
-        return modules[name]
-
-    monkeypatch.setattr(flash_attn.importlib, "import_module", load)
-    ((_, dtypes, parameters),) = flash_attn._functions("flash_attn_func", 0)
-    assert dtypes == flash_attn.HALVES and "causal" in parameters
-    assert flash_attn._functions("flash_attn_varlen_func", 0) == ()
-    flash_attn._functions.cache_clear()
 
 
 @pytest.mark.gpu

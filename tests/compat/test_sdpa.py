@@ -234,6 +234,19 @@ def test_a_compiled_model_is_compiled_again_inside_and_as_before_outside():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_it_compiles_with_free_lengths():
+    torch._dynamo.reset()
+    given = three(2, 4, 9, 16)
+    for backend in ("auto", "cpu"):
+        compiled = torch.compile(
+            lambda q, k, v, backend=backend: flashcore.scaled_dot_product_attention(q, k, v, backend=backend),
+            fullgraph=True, dynamic=True, backend="eager",
+        )  # fmt: skip
+        torch.testing.assert_close(compiled(*given), TORCHS(*given), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 def test_on_the_gpu(causal):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from flashcore import ops
 from flashcore.compat import flash_attn, sdpa
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
 from flashcore.integrations import transformers as ours
@@ -131,17 +132,99 @@ def test_only_what_has_a_mask_is_computed_with_one(models, implementation, monke
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                         lambda *a, **b: seen.append("masked") or masks(*a, **b))  # fmt: skip
     monkeypatch.setattr(sdpa, "_torchs", masks)
-    packed = flash_attn.flash_attn_varlen_func
+    attention = ops.attention
     monkeypatch.setattr(
-        flash_attn, "flash_attn_varlen_func", lambda *a, **b: seen.append(int(a[3][-1])) or packed(*a, **b)
+        ops, "attention", lambda *a, **b: seen.append(b["padding"] if "padding" in b else "none") or attention(*a, **b)
     )
-    real = int(padded("left")[1].sum())
     for side, expected in (
-        ("none", "asked"), ("right", "asked" if free else "masked"), ("left", real if free else "masked")
+        ("none", "asked"), ("right", "asked" if free else "masked"), ("left", "left" if free else "masked")
     ):  # fmt: skip
         seen.clear()
         logits(model, implementation, side)
         assert seen == [expected] * 2, "once a layer"
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("mistral, window", [{"window_left": 5}] * 2),
+    ("gemma2, softcap and window", [{"window_left": 4, "softcap": 3.0}, {"softcap": 3.0}]),
+    ("gpt-oss, sinks and window", [{"window_left": 4, "sink": (4,)}, {"sink": (4,)}]),
+])  # fmt: skip
+def test_windows_softcaps_and_sinks_go_to_kernels_and_left_padding_with_them(models, transformers, monkeypatch, name,
+                                                                             expected):  # fmt: skip
+    implementation = ours.register("fcore-cpu-real", **WAYS["fcore-cpu-real"])
+    model, seen, attention = models(name), [], ops.attention
+    plain = ("window_left", "softcap", "sink", "seqlens_k")
+
+    def spy(q, k, v, **options):
+        seen.append({
+            key: tuple(one.shape) if isinstance(one, torch.Tensor) else one
+            for key, one in options.items()
+            if key in plain and one is not None and not (key == "window_left" and one < 0)
+        })  # fmt: skip
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(ops, "attention", spy)
+    logits(model, implementation, "none")
+    assert seen == expected
+    seen.clear()
+    logits(model, implementation, "left")
+    assert seen == [{**one, "seqlens_k": (BATCH,)} for one in expected]
+    seen.clear()
+    logits(model, implementation, "right")
+    assert seen == expected, "what comes after a token its causal mask hides anyhow"
+
+
+def test_a_window_that_no_kernel_of_ours_takes_goes_to_flashattention_on_a_gpu(monkeypatch):
+    class Gpu(torch.Tensor):
+        is_cuda = True
+
+    seen = []
+    monkeypatch.setattr(ops, "kernel_takes", lambda *asked: False)
+    monkeypatch.setattr(
+        flash_attn, "flash_attn_func", lambda q, k, v, *asked: seen.append(asked) or torch.zeros_like(q)
+    )
+    q, k, v = (torch.randn(2, heads, 6, 16).half().as_subclass(Gpu) for heads in (4, 2, 2))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask.told = ours.Told(2)
+    out, _ = ours.attention_forward(torch.nn.Module(), q, k, v, mask, scaling=0.3)
+    assert out.shape == (2, 6, 4, 16) and seen == [(0.0, 0.3, True, (2, 0))]
+    capped, _ = ours.attention_forward(torch.nn.Module(), q, k, v, mask, softcap=2.0)
+    assert len(seen) == 1 and capped.any(), "torch's FlashAttention has no softcap; a mask is made"
+
+
+def test_a_mask_is_described_only_where_it_says_no_more(transformers):
+    from transformers import masking_utils as theirs
+
+    def described(rows=6, keys=6, exact=False, real=None, function=theirs.causal_mask_function, **options):
+        given = {"batch_size": 2, "q_length": rows, "kv_length": keys, "q_offset": keys - rows, "attention_mask": real,
+                 "mask_function": function, **options}  # fmt: skip
+        return ours.mask_of_rows(exact_padding=exact, **given)
+
+    window = theirs.sliding_window_causal_mask_function(3)
+    local = {"function": window, "local_size": 3}
+    left = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    holes = torch.tensor([[1, 0, 1, 1, 1, 1], [1] * 6])
+    assert described() is None and described(1) is None and described(real=left.flip(1)) is None
+    assert described(**local).told == ours.Told(2) and described(2, **local).told == ours.Told(2)
+    assert described(2).told == ours.Told(-1), "more tokens of a prompt, whose mask is aligned bottom right"
+    assert described(real=left.flip(1), **local).told == ours.Told(2)
+    found = described(2, real=left)
+    assert torch.equal(found, left.bool()) and found.told.window == -1
+    assert found.told.seqlens_q.tolist() == [2, 2] and found.told.seqlens_k.tolist() == [4, 6]
+    assert described(real=left, **local).told.seqlens_q.tolist() == [4, 6]
+    assert described(real=holes).told.places[1].tolist() == [0, 5, 11]
+    kept = described(2, keys=5, real=left, kv_offset=1, q_offset=4, **local)
+    assert torch.equal(kept, left[:, 1:].bool()), "a cache that kept the window alone"
+    short = theirs.sliding_window_causal_mask_function(9)
+    assert described(function=short, local_size=9) is None, "a window that hides nothing"
+    for more in (
+        {"exact": True, "real": left}, {"real": holes, **local}, {"function": window, "local_size": 4},
+        {"function": theirs.and_masks(window, theirs.causal_mask_function), "local_size": 3},
+        {"function": theirs.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.int64)), "local_size": 3},
+        {"allow_is_causal_skip": False}, {"rows": 2, "q_offset": 1},
+    ):  # fmt: skip
+        mask = described(**more)
+        assert mask is not None and mask.dim() == 4, more
 
 
 def test_left_padding_is_never_ignored(models, implementation):
@@ -266,6 +349,25 @@ def test_on_the_gpu(transformers, side):
     tokens, real = (None if t is None else t.cuda() for t in padded(side))
     found = []
     for one in ("sdpa", name):
+        model.set_attn_implementation(one)
+        with torch.no_grad():
+            out = model(tokens, attention_mask=real).logits
+        found.append(out if real is None else out[real.bool()])
+    torch.testing.assert_close(*found, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ["mistral, window", "gemma2, softcap and window", "gpt-oss, sinks and window"])
+def test_masks_on_the_gpu(transformers, name, side):
+    implementation = ours.register("fcore-real", exact_padding=False)
+    family, options = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options, "hidden_size": 256, "head_dim": 64})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().cuda().bfloat16()
+    tokens, real = (None if t is None else t.cuda() for t in padded(side))
+    found = []
+    for one in ("eager", implementation):
         model.set_attn_implementation(one)
         with torch.no_grad():
             out = model(tokens, attention_mask=real).logits

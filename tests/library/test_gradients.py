@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashcore
+from flashcore import ops
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import gradients
 
@@ -151,6 +152,121 @@ def test_torchs_kernel_knows_the_arguments(monkeypatch, head_dim):
         lse = torch.empty(2, 8, 100, device="cuda")
         found = gradients.by_flash(grad, None, q, k, v, out, lse, True, -0.1)
     assert [(g.shape, g.dtype, g.is_cuda) for g in found] == [(t.shape, t.dtype, True) for t in (q, k, v)]
+
+
+def flash_backward(grad, q, k, v, out, lse, starts_q, starts_k, rows, keys, dropout, causal, state, unused, *, scale,
+                   window_size_left=None, window_size_right=None):  # fmt: skip
+    """A stand-in with the conventions of torch's kernel, from the formula: rows before heads, +inf without a key."""
+    assert scale > 0 and dropout == 0.0 and state.dtype == unused.dtype == torch.uint64
+    assert all(t.stride(-1) == 1 and min(t.stride()) > 0 for t in (grad, q, k, v, out))
+    assert not (lse == -math.inf).any(), "it would take exp(inf)"
+    left = -1 if window_size_left is None else window_size_left
+    right = -1 if window_size_right is None else window_size_right
+    assert not (left >= 0 > right and not causal), "it means something else by that window"
+    if starts_q is None:
+        places = [((nth, slice(None)), (nth, slice(None)), (nth,)) for nth in range(q.shape[0])]
+    else:
+        both = zip(starts_q.tolist(), starts_q[1:].tolist(), starts_k.tolist(), starts_k[1:].tolist(), strict=False)
+        places = [((slice(a, b),), (slice(c, d),), (slice(None), slice(a, b))) for a, b, c, d in both]
+        assert all(place[0][0].stop - place[0][0].start <= rows for place in places)
+    found = [torch.full_like(tensor, math.nan) for tensor in (q, k, v)]  # what no sequence owns stays as it was
+    for of_q, of_k, of_lse in places:
+        if 0 in q[of_q].shape or 0 in k[of_k].shape:
+            for one, of in zip(found, (of_q, of_k, of_k), strict=True):
+                one[of] = 0.0
+            continue
+        sequence = [t[None].transpose(1, 2) for t in (grad[of_q], q[of_q], k[of_k], v[of_k], out[of_q])]
+        gave = gradients.by_products(
+            sequence[0], None, *sequence[1:], lse[of_lse][None].masked_fill(lse[of_lse][None] == math.inf, -math.inf),
+            causal, scale, window=(left, right),
+        )  # fmt: skip
+        for one, of, this in zip(found, (of_q, of_k, of_k), gave, strict=True):
+            one[of] = this[0].transpose(0, 1).to(one.dtype)
+    return found
+
+
+WINDOWS = {
+    "left and right": {"window_left": 4, "window_right": 2},
+    "causal": {"causal": True, "window_left": 3},
+    "right alone": {"window_right": 2},
+    "rows without a key": {"causal": True, "window_left": 0, "softmax_scale": -0.4},
+    "sink": {"causal": True, "window_left": 5, "sink": torch.tensor([0.3, -1.0])},
+}
+
+
+@pytest.mark.parametrize("batch", ["dense", "ragged", "right", "left", "keys"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_torchs_kernel_takes_windows_sinks_ragged_and_padded_batches(monkeypatch, name, batch):
+    """Against our products, from the same `out` and `lse`: what it is given, and what is made of what it gives."""
+    options = dict(WINDOWS[name])
+    sink = options.pop("sink", None)
+    sinks = [] if sink is None else [sink.clone().requires_grad_()]
+    asked = {**options, "sink": sinks[0]} if sinks else options
+    inputs, _ = made(torch.float16, seqlen_q=14, seqlen_k=9)
+    if batch == "ragged":
+        places = [torch.tensor(starts, dtype=torch.int32) for starts in ([0, 14, 14, 25], [0, 9, 16, 16])]
+        inputs = [t.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for t in inputs]
+        monkeypatch.setattr(ops, "check_numbers", lambda *asked, **more: None)  # rows past the end, as on a GPU
+        out = flashcore.varlen_attention(*inputs, *places, 14, 9, **asked)
+    else:
+        if batch != "dense":
+            asked = {**asked, "seqlens_k": torch.tensor([4, 9], dtype=torch.int32)}
+        if batch in ("right", "left"):
+            asked |= {"seqlens_q": torch.tensor([14, 0], dtype=torch.int32), "padding": batch}
+        out = flashcore.attention(*inputs, **asked)
+    weights = torch.randn_like(out)
+    expected = torch.autograd.grad(out, [*inputs, *sinks], weights, retain_graph=True)
+    called = []
+    monkeypatch.setattr(
+        torch.ops.aten, "_flash_attention_backward", lambda *a, **b: called.append(a[6]) or flash_backward(*a, **b)
+    )
+    monkeypatch.setattr(gradients, "takes_flash", lambda q, grad_out, grad_lse: grad_lse is None)
+    monkeypatch.setattr(gradients, "LSE_IS_RAGGED", True)
+    got = torch.autograd.grad(out, [*inputs, *sinks], weights)
+    for one, other in zip(got, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=5e-3, atol=2e-3)
+    assert len(called) == 1 and (called[0] is None) == (batch == "dense")
+
+
+def test_which_masks_torchs_kernel_takes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gradients, "takes_flash", lambda *given: asked.append(given[0].shape) or True)
+    q = torch.empty(7, 2, 16)
+    for window, causal, cap, takes in (((4, 2), False, None, True), ((4, -1), True, None, True),
+                                       ((4, -1), False, None, False), ((-1, -1), True, 2.0, False)):  # fmt: skip
+        assert gradients._takes_flash_masked(q, None, None, causal, window, cap) is takes
+    assert asked == [(1, 7, 2, 16)] * 2
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_torchs_kernel_knows_the_arguments_of_masks(monkeypatch, ragged):
+    """As above, by its own description of what comes out."""
+    monkeypatch.setattr(gradients, "readable", lambda tensor: tensor)
+    with FakeTensorMode():
+        rows, lead = ((2, 100), (2, 8, 100)) if not ragged else ((100,), (8, 100))
+        q, out, grad = (torch.empty(*rows, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        k, v = (torch.empty(*rows, 2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        starts = (torch.empty(3, dtype=torch.int32, device="cuda"),) * 2 if ragged else (None, None)
+        lse = torch.empty(lead, device="cuda")
+        found = gradients._by_flash_masked(grad, q, k, v, out, lse, starts, (100, 100), True, (16, -1), 0.1)
+    assert [(g.shape, g.dtype, g.is_cuda) for g in found] == [(t.shape, t.dtype, True) for t in (q, k, v)]
+
+
+@pytest.mark.slow
+def test_opcheck_of_the_backward_passes_with_masks():
+    (q, k, v), _ = made(torch.float32)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    sink, lengths = torch.randn(2), torch.tensor([5, 12], dtype=torch.int32)
+    out, lse = flashcore.attention(q, k, v, sink=sink, seqlens_q=lengths, softcap=2.0, return_lse=True)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    tensors = (*grads, q, k, v, out, lse, sink, lengths, None)
+    torch.library.opcheck(gradients.masked_attention_backward, (*tensors, False, None, -1, -1, 2.0, "right"))
+    flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    places = torch.tensor([0, 10, 24], dtype=torch.int32)
+    out, lse = flashcore.varlen_attention(*flat, places, places, 14, 14, causal=True, return_lse=True)
+    tensors = (torch.randn_like(out), None, *flat, out, lse, places, places, 14, 14, None)
+    torch.library.opcheck(gradients.varlen_attention_backward, (*tensors, True, None, -1, -1, None))
 
 
 def test_a_backend_that_gives_no_lse_says_what_that_has_to_do_with_gradients():

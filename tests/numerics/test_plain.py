@@ -113,3 +113,7 @@ def test_a_value_is_shown_short_and_a_tensor_without_its_numbers():
     at_most = "x" * (plain.SHOWN - 2)
     assert plain.shown(at_most) == repr(at_most), "as long as may be, with its quotes"
     assert plain.shown(at_most + "x") == repr(at_most + "x")[: plain.SHOWN] + "..."
+
+
+def test_a_constant_is_the_number_that_it_was():
+    assert plain.constant(64) == 64 and type(plain.constant(torch.tensor([0, 0]).numel())) is int

@@ -13,7 +13,7 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.library import traced
-from flashcore.numerics import ambient, plain
+from flashcore.numerics import ambient, plain, seen
 
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Scores held at once, a few times over: 16 MB each on a CPU, 512 MB on a GPU."""
@@ -43,8 +43,10 @@ class Masking:
     seen: torch.Tensor | None = None
     """True where a key may be seen: a bool tensor that broadcasts alike."""
     lengths_q: torch.Tensor | None = None
-    """``[B]``: rows of each sequence that are real, from the first; the rest give 0."""
+    """``[B]``: rows of each sequence that are real; the rest give 0."""
     lengths_k: torch.Tensor | None = None
+    at_end: bool = False
+    """Whether the last rows are the real ones, not the first; not with `slopes`."""
     first_k: torch.Tensor | None = None
     """``[B]``: the first key of each sequence that is real."""
     dropout: float = 0.0
@@ -84,22 +86,18 @@ def visible(masking: Masking, batch: slice, rows: slice, seqlen_q: int, seqlen_k
     """Which keys a query sees by lengths, causal mask and window: bool ``[B or 1, 1, rows, Sk]``; None for all."""
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     column = torch.arange(seqlen_k, device=device)
-    parts = []
-    num_q, num_k = seqlen_q, seqlen_k
-    if masking.lengths_q is not None:
-        num_q = masking.lengths_q[batch].long().view(-1, 1, 1, 1)
-        parts.append(row < num_q)
-    if masking.lengths_k is not None:
-        num_k = masking.lengths_k[batch].long().view(-1, 1, 1, 1)
-        parts.append(column < num_k)
+    lengths_q, lengths_k = (
+        None if lengths is None else lengths[batch].view(-1, 1, 1, 1)
+        for lengths in (masking.lengths_q, masking.lengths_k)
+    )
+    not_seen = seen.hidden(
+        row, column, seqlen_q, seqlen_k, left=masking.window_left,
+        right=0 if masking.causal else masking.window_right, lengths_q=lengths_q, lengths_k=lengths_k,
+        at_end=masking.at_end,
+    )  # fmt: skip
+    parts = [] if not_seen is None else [~not_seen]
     if masking.first_k is not None:
         parts.append(column >= masking.first_k[batch].long().view(-1, 1, 1, 1))
-    position = row + (num_k - num_q)
-    right = 0 if masking.causal else masking.window_right
-    if right >= 0:
-        parts.append(column <= position + right)
-    if masking.window_left >= 0:
-        parts.append(column >= position - masking.window_left)
     if masking.seen is not None:
         parts.append(_part(masking.seen, batch, rows))
     if not parts:
@@ -166,7 +164,12 @@ def _attention(q, k, v, masking: Masking, softmax_scale: float | None) -> tuple[
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     if seqlen_q == 0 or seqlen_k == 0 or batch == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=compute)
+        lse = q.new_full(q.shape[:3], -math.inf, dtype=compute)
+        if masking.sink is not None:  # the only key that there is
+            lse = masking.sink.to(compute).view(1, -1, 1).expand_as(lse).clone()
+            if masking.lengths_q is not None:
+                lse.masked_fill_(seen.unreal(masking.lengths_q, seqlen_q, masking.at_end)[:, None], -math.inf)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     if traced():  # whole: a loop would be unrolled for these very lengths, and compiled anew for others
         keys, values = (t.to(compute).repeat_interleave(group, 1) for t in (k, v))
         out, lse = _rows(q, keys, values, masking, scale, slice(0, batch), slice(0, seqlen_q), seqlen_q)
@@ -203,9 +206,9 @@ def _rows(q, keys, values, masking: Masking, scale: float, batch: slice, rows: s
         scores = scores - slopes * _distances(masking, batch, rows, seqlen_q, seqlen_k, device)
     if masking.bias is not None:
         scores = scores + _part(masking.bias, batch, rows).to(keys.dtype)
-    seen = visible(masking, batch, rows, seqlen_q, seqlen_k, device)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -math.inf)
+    sees = visible(masking, batch, rows, seqlen_q, seqlen_k, device)
+    if sees is not None:
+        scores = scores.masked_fill(~sees, -math.inf)
     if masking.sink is not None:
         sink = masking.sink.to(keys.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
@@ -214,9 +217,53 @@ def _rows(q, keys, values, masking: Masking, scale: float, batch: slice, rows: s
     scores = scores.masked_fill(empty, 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
     if masking.lengths_q is not None:  # a sink is seen by real rows only
-        row = torch.arange(rows.start, rows.stop, device=device)
-        lse = lse.masked_fill(row >= masking.lengths_q[batch].view(-1, 1, 1), -math.inf)
+        unreal = seen.unreal(masking.lengths_q[batch], seqlen_q, masking.at_end)[:, None, rows]
+        lse = lse.masked_fill(unreal, -math.inf)
     probs = scores.softmax(-1).masked_fill(empty, 0.0)[..., :seqlen_k]
     if masking.dropout:
         probs = torch.nn.functional.dropout(probs, masking.dropout)
     return probs @ values, lse
+
+
+# ------------------------------------------------------------------------------------------------------------- ragged
+
+
+def ragged(
+    q, k, v, starts_q, starts_k, rows: int, keys: int, masking: Masking, softmax_scale: float | None = None,
+    block_table: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`attention` of sequences that lie one after the other, as a padded batch. Nothing is read from the device.
+
+    Parameters
+    ----------
+    q, k, v
+        ``[total_q, Hq, D]`` and ``[total_k, Hkv, D]`` twice; with `block_table` the latter are pools
+        ``[num_pages, page_size, Hkv, D]``.
+    starts_q, starts_k
+        ``[B + 1]`` integers: where each sequence begins, and where the last one ends.
+    rows, keys
+        At least the longest sequence's length.
+    block_table
+        ``[B, pages]``: the pages of each sequence.
+
+    Returns
+    -------
+    out, lse
+        ``[total_q, Hq, D]``, and ``[Hq, total_q]``: 0 and -inf in rows that see no key or belong to no sequence.
+    """
+    padded_q = seen.padded(q, starts_q, rows)
+    if block_table is None:
+        padded_k, padded_v = seen.padded(k, starts_k, keys), seen.padded(v, starts_k, keys)
+    else:
+        padded_k, padded_v = (of_pages(pool, block_table)[:, :keys] for pool in (k, v))
+    masking = Masking(**{**vars(masking), "lengths_q": starts_q.diff(), "lengths_k": starts_k.diff()})
+    out, lse = attention(*(t.transpose(1, 2) for t in (padded_q, padded_k, padded_v)), masking, softmax_scale)
+    out = seen.packed(out.transpose(1, 2), starts_q, q.shape[0])
+    return out, seen.packed(lse.transpose(1, 2), starts_q, q.shape[0], -math.inf).T
+
+
+def of_pages(pool: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """``[B, pages * page_size, H, D]``: the pages of each sequence in a row, zeros for what is no page."""
+    inside = (table >= 0) & (table < pool.shape[0])
+    found = pool[table.long().clamp(0, pool.shape[0] - 1)].masked_fill(~inside[..., None, None, None], 0.0)
+    return found.flatten(1, 2)

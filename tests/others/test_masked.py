@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from flashcore.compat import masked
-from flashcore.compat.masked import Masking
 from flashcore.errors import InvalidProblem
+from flashcore.others import masked
+from flashcore.others.masked import Masking
 
 
 def row_by_row(q, k, v, masking: Masking, scale=None):

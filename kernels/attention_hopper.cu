@@ -35,7 +35,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP ? 4 : 0));
+constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP ? HAS_LENGTHS ? 8 : 4 : 0));
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
@@ -416,6 +416,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const MatrixDescriptor q = q_halves.at(half * Q_BYTES);
     const int row = first_row + warp * WARP_ROWS + lane / 4;  // a thread's other row is row + 8
     at = {uniform(at.slot), static_cast<unsigned>(uniform(at.parity))};
+    MASKED(bool small = true;)  // the scores, by what the softcap does to them
     Softmax softmax(MASKED(HAS_SOFTCAP ? masks.softcap :) params.softmax_scale);
 #ifdef FLASHCORE_MASKS
     TRACE(const AccumulatorTrace stages(trace, params, masks, work.tile, row, lane, seqlen_q, seqlen_k);)
@@ -459,7 +460,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       TRACE(stages.accum(page - 1 MASKED(+ first_page), o);)
 #ifdef FLASHCORE_MASKS
       if (HAS_SOFTCAP && whole)
-        softmax.next_capped(s, p, o, masks);
+        softmax.next_capped(s, p, o, masks, small);
       else
 #endif
         softmax.next(s, p, o);

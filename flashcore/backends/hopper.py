@@ -28,7 +28,7 @@ PLAN = "attention_hopper_plan"
 """Entry function that lists the tiles of sequences with lengths, and clears the rows that belong to none."""
 MASK_BITS = {"window": 1, "softcap": 2, "sink": 4, "lengths": 8, "ragged": 8}
 """What FLASHCORE_MASKS says of each of `Problem.masks` (kernels/include/masks.cuh)."""
-MASK_PARAMS = struct.Struct("7Q 5i 7f")
+MASK_PARAMS = struct.Struct("7Q 5i 10f 4x")
 """`MaskParams` of kernels/include/masks.cuh."""
 TILE_INTS = 2
 """Ints of a `ListedTile`."""
@@ -39,6 +39,9 @@ SMALLEST_SLOPE, LARGEST_SLOPE = 1e-4, 1e3
 """Scales over caps whose powers are floats of full precision."""
 TANH = (0.999999451, -0.333262842, 0.131899394, -0.0443927384)
 """``tanh(x) = x * (TANH[0] + TANH[1] x^2 + ...)`` up to |x| = NEAR: fitted at the nodes of Chebyshev, off by 2.7e-7."""
+SMALL = 0.2
+TANH_SMALL = (0.999973759, -0.32807452)
+"""The same up to SMALL, off by 5.2e-6."""
 FARTHEST = 1 << 30
 """Positions are 32 bits: a window that reaches farther sees as much."""
 
@@ -51,6 +54,7 @@ class Hopper(CudaBackend):
     title = "Our Hopper kernel: TMA, wgmma"
     kernel = "attention_hopper"
     masks = ("window", "softcap", "sink", "lengths", "ragged")
+    tanh_error = 2.0**-17
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         """The tile: the kernel's own (head_dim 64: 4 warpgroups, pages of 64 keys; 128: 3, 64), or a smaller one.
@@ -148,12 +152,15 @@ def most_tiles(q, problem: Problem, tile_m: int) -> int:
 def cap_params(softcap: float | None, scale: float) -> tuple[float, ...]:
     """The cap, the series of the capped exponent, and the square up to which it holds (`MaskParams`)."""
     if softcap is None:
-        return (0.0,) * 7
+        return (0.0,) * 10
     by_cap = scale / softcap
     if not SMALLEST_SLOPE < abs(by_cap) < LARGEST_SLOPE:
-        return softcap, by_cap, 0.0, 0.0, 0.0, 0.0, -1.0  # no score is near: the kernel then goes by exponentials
-    series = [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(TANH)]
-    return softcap, by_cap, *series, (NEAR / by_cap) ** 2
+        return softcap, by_cap, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0  # no score is near: the kernel then goes by exponentials
+
+    def series(terms) -> list[float]:
+        return [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(terms)]
+
+    return softcap, by_cap, *series(TANH), (NEAR / by_cap) ** 2, *series(TANH_SMALL), (SMALL / by_cap) ** 2
 
 
 @register

@@ -39,8 +39,10 @@ struct MaskParams {
   int padded_left;               // the real rows are the last ones
   int window_left, window_right; // negative: no limit
   float softcap, scale_by_cap;
-  float series[4];               // softcap * log2(e) * tanh(scale * s / softcap) = s * (series[0] + series[1] * s^2 + ...)
-  float near_square;             // as long as s^2 is no larger
+  // softcap * log2(e) * tanh(scale * s / softcap) = s * (series[0] + series[1] * s^2 + ...), as long as s^2 is no larger than
+  // `near_square`; and a shorter series for what is no larger than `small_square`.
+  float series[4], near_square;
+  float small_series[2], small_square;
 };
 
 // Keys [begin, end) of a sequence.

@@ -111,20 +111,25 @@ struct Softmax {
   }
 
 #ifdef FLASHCORE_MASKS
-  // P = exp2(softcap * log2(e) * tanh(scale * S / softcap) - reference) of scores without a mask, by a polynomial for tanh, under
-  // the exponentials. False where a score is too large for it; P is of no use then.
-  template <int SCORES>
-  __device__ __forceinline__ bool capped_exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&sums)[2],
-                                                      const MaskParams& masks) const {
+  template <int TERMS>
+  __device__ __forceinline__ static float slope_of(float square, const float (&series)[TERMS]) {
+    float slope = series[TERMS - 1];
+#pragma unroll
+    for (int term = TERMS - 2; term >= 0; --term) slope = fmaf(square, slope, series[term]);
+    return slope;
+  }
+
+  // P = exp2(softcap * log2(e) * tanh(scale * S / softcap) - reference) of scores without a mask, by a series for tanh. Largest
+  // square among the scores.
+  template <int SCORES, int TERMS>
+  __device__ __forceinline__ float capped_exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&sums)[2],
+                                                       const float (&series)[TERMS]) const {
     sums[0] = sums[1] = 0.f;
     float largest = 0.f;
     const auto probability = [&](float score, float reference) {
       const float square = score * score;
       largest = fmaxf(largest, square);
-      float ratio = fmaf(square, masks.series[3], masks.series[2]);
-      ratio = fmaf(square, ratio, masks.series[1]);
-      ratio = fmaf(square, ratio, masks.series[0]);
-      return ex2_approx(fmaf(score, ratio, -reference));
+      return ex2_approx(fmaf(score, slope_of(square, series), -reference));
     };
 #pragma unroll
     for (int i = 0; i < SCORES; i += 2) {
@@ -134,15 +139,18 @@ struct Softmax {
       sums[row] += right;
       p[i / 2] = pack_pair(left, right);
     }
-    return largest <= masks.near_square;
+    return largest;
   }
 
-  // The softmax of a later page whose scores have no cap yet; leaves them with one.
+  // The softmax of a later page whose scores have no cap yet. `small` says whether the warp's scores were all small so far: it is
+  // the products' registers that softmax waits for, so each instruction a score counts (kernels/README.md).
   template <int SCORES, int OUTPUTS>
   __device__ __forceinline__ void next_capped(float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&o)[OUTPUTS],
-                                              const MaskParams& masks) {
+                                              const MaskParams& masks, bool& small) {
     float page_sum[2];
-    const bool near = capped_exponentials(s, p, page_sum, masks);
+    bool near = true;
+    if (small) small = __all_sync(~0u, capped_exponentials(s, p, page_sum, masks.small_series) <= masks.small_square);
+    if (!small) near = capped_exponentials(s, p, page_sum, masks.series) <= masks.near_square;
     TRACE(rescale[0] = rescale[1] = 1.f;)
     const bool fits = page_sum[0] < LARGEST_PAGE_SUM && page_sum[1] < LARGEST_PAGE_SUM;  // NaN does not
     if (!__all_sync(~0u, near && fits)) {
@@ -150,7 +158,12 @@ struct Softmax {
       next(s, p, o);
       return;
     }
-    TRACE(cap(s, masks.scale_by_cap);)
+#ifdef FLASHCORE_TRACE
+    for (float& score : s) {
+      const float square = score * score;
+      score *= (small ? slope_of(square, masks.small_series) : slope_of(square, masks.series)) * LN_2 / masks.softcap;
+    }
+#endif
     row_sum[0] += page_sum[0];
     row_sum[1] += page_sum[1];
   }

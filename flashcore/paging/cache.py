@@ -326,5 +326,8 @@ class PagedKVCache(PagedKV):
         self._set_entries(changes.entries)
         if changes.copies:
             source, target = self._upload(np.array(changes.copies).T)
-            pools = [self.k_pool, self.v_pool] + ([] if self.key_bounds is None else [self.key_bounds])
-            copy_pages(pools, source, target)
+            copy_pages(self.pools(), source, target)
+
+    def pools(self) -> list[torch.Tensor]:
+        """All that a page consists of: what is copied when a shared page is written to."""
+        return [self.k_pool, self.v_pool] + ([] if self.key_bounds is None else [self.key_bounds])

@@ -77,6 +77,11 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
     return backend
 
 
+def picked_for(q: torch.Tensor, cache: PagedKV) -> backends.Backend:
+    """What ``backend="auto"`` picks for all pages of a cache; whatever the lengths are."""
+    return _choose(paged_problem_of(q, cache), q.device, "auto", False)
+
+
 def paged_attention(
     q: torch.Tensor,
     cache: PagedKV,

@@ -19,11 +19,13 @@ import torch
 from flashcore import ops
 from flashcore.compat import flash_attn, sdpa
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
+from flashcore.integrations.pages import InPages, reader_of
 from flashcore.library import traced
 from flashcore.numerics import plain, seen
 from flashcore.others import masked
 from flashcore.others.flash import HALVES
 from flashcore.others.masked import Masking
+from flashcore.paged_ops import paged_attention
 
 NAME = "fcore"
 """The name under which models find it. transformers takes any name with "flash" in it for a FlashAttention package."""
@@ -236,6 +238,16 @@ def attention_forward(
     if attention_mask is None and others.get("cu_seq_lens_q") is not None:
         raise Unsupported(NAME, "it got packed sequences (cu_seq_lens_q) and no mask; pass position_ids, so that "
                           "transformers makes one, or one sequence a row")  # fmt: skip
+    if isinstance(key, InPages):
+        nothing_else = (
+            attention_mask is None and position_bias is None and softcap is None and s_aux is None and not dropout
+            and (sliding_window is None or key.shape[2] <= sliding_window)
+        )  # fmt: skip
+        reader = reader_of(query, key.pages, backend) if nothing_else and query.shape[2] == 1 else None
+        if reader is not None:
+            out = paged_attention(query, key.pages, softmax_scale=scaling, backend=reader)
+            return out.transpose(1, 2).contiguous(), None
+        key, value = key.dense(), value.dense()
     rows, keys = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     # Read at last: in a traced model `rows` may be a symbol, and what is asked of it becomes a condition of the graph.

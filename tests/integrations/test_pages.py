@@ -1,0 +1,50 @@
+"""Keys that lie in pages, as a tensor: any operation sees the numbers, and a kernel of ours the pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashcore import paged_ops
+from flashcore.errors import UnknownName
+from flashcore.integrations.pages import InPages, reader_of
+from flashcore.paging import PagedKV
+
+LENGTH = 37
+
+
+@pytest.fixture
+def stored():
+    """Keys and values of two sequences, and the pages that hold them, out of order."""
+    k, v = torch.randn(2, 2, 2, 48, 8).bfloat16()
+    order = torch.tensor([[4, 0, 2], [1, 5, 3]])
+    pools = []
+    for dense in (k, v):
+        pool = torch.empty(6, 2, 16, 8, dtype=torch.bfloat16)
+        pool[order] = dense.unflatten(2, (3, 16)).transpose(1, 2)
+        pools.append(pool)
+    pages = PagedKV(*pools, order.int(), torch.full((2,), LENGTH, dtype=torch.int32), lengths_fit=True)
+    return k[:, :, :LENGTH], v[:, :, :LENGTH], pages
+
+
+def test_whoever_knows_no_pages_gets_the_numbers(stored):
+    k, v, pages = stored
+    keys, values = InPages(pages, pages.k_pool, LENGTH), InPages(pages, pages.v_pool, LENGTH)
+    assert keys.shape == k.shape and keys.dtype == k.dtype and "[2, 2, 37, 8]" in repr(keys)
+    assert torch.equal(keys.dense(), k) and torch.equal(values[:, 1], v[:, 1])
+    q = torch.randn(2, 2, 5, 8).bfloat16()
+    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert type(out) is torch.Tensor and type(torch.cat([keys, k])) is torch.Tensor
+
+
+def test_who_reads_the_pages(stored, monkeypatch):
+    q, pages = torch.randn(2, 4, 1, 8).bfloat16(), stored[2]
+    assert reader_of(q, pages, "reference") == "reference"
+    assert reader_of(q, pages, "sdpa-math") is None, "it reads no page table"
+    assert reader_of(q, pages, "auto") is None, "on a CPU the reference, which is no kernel of ours"
+    decode = paged_ops.backends.get("decode")
+    monkeypatch.setattr(paged_ops, "picked_for", lambda *given: decode)
+    assert reader_of(q, pages, "auto") == "decode"
+    with pytest.raises(UnknownName):
+        reader_of(q, pages, "no-such")

@@ -24,8 +24,8 @@ MOST_ROOT_MODULES = 8
 DECIDES_AND_DRAWS = ("decision", "drawing", "history", "page", "errors", "problem", "records", "tables", "paths")
 """Records in, words and pictures out: torch has no business there, not even inside a function."""
 LOADS_TORCH = ("backends", "bisection", "compat", "diagnosis", "exploits", "faults", "gpu",
-               "integrations", "interactive", "library", "measure", "numerics", "others", "paging", "paging_survey",
-               "parallel", "ops", "paged_ops", "varlen_ops")  # fmt: skip
+               "integrations", "interactive", "library", "measure", "model_survey", "numerics", "others", "paging",
+               "paging_survey", "parallel", "ops", "paged_ops", "varlen_ops")  # fmt: skip
 """What computes. Everything else loads, and `flashcore --help` answers, without the seconds that torch takes."""
 
 

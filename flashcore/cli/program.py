@@ -20,6 +20,7 @@ from flashcore.cli import (
     diagnose,
     exploits,
     lab,
+    model,
     paging,
     printing,
     report,
@@ -180,6 +181,7 @@ conform.add_to(app)
 exploits.add_to(app)
 survey.add_to(app)
 paging.add_to(app)
+model.add_to(app)
 claims.add_to(app)
 compare.add_to(app)
 lab.add_to(app)

@@ -6,7 +6,9 @@ and `html_tables`; `closeups` draws what changes under a slider.
 
 import os
 
-__all__ = ["answers", "closeups", "html_tables", "paging_views", "plots", "stage_plots", "survey_views", "svg"]
+__all__ = [
+    "answers", "closeups", "html_tables", "model_views", "paging_views", "plots", "stage_plots", "survey_views", "svg",
+]  # fmt: skip
 
 
 def _load_matplotlib() -> None:

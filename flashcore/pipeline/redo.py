@@ -19,7 +19,7 @@ from flashcore.records import RunFolder, write_whole
 
 SHORT = {
     "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
-    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging",
+    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging", "model": "07_in_a_model",
 }  # fmt: skip
 """What a user calls the notebooks that measure."""
 

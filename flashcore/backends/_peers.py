@@ -50,8 +50,18 @@ def with_scale_above_zero(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, 
     return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
-def call_flash_attention(function: Callable[..., Any], q, k, v, problem: Problem, **options: Any):
-    """`out` and `lse` (None where it returns none) of a function of FlashAttention's own signature and layout."""
+def call_flash_attention(
+    function: Callable[..., Any], q, k, v, problem: Problem, *, no_limit: int | None = -1, **options: Any
+):
+    """`out` and `lse` (None where it returns none) of a function of FlashAttention's own signature and layout.
+
+    Parameters
+    ----------
+    no_limit
+        What a window that is open to one side has there, in this function's words.
+    """
+    if "window" in problem.masks:  # else it is not told of one, and need not know the word
+        options["window_size"] = tuple(no_limit if side < 0 else side for side in problem.window)
     q, scale = with_scale_above_zero(q, problem.scale)
     # It takes [B, S, H, D]; a transposed view costs nothing.
     given = (readable(t).transpose(1, 2) for t in (q, k, v))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashcore.backends._contract import Availability, Backend
-from flashcore.backends._peers import call_flash_attention, installed, on_hopper, version_of
+from flashcore.backends._peers import call_flash_attention, installed, on_hopper, version_of, with_empty_rows
 from flashcore.backends._registry import register
 from flashcore.problem import Problem
 
@@ -56,6 +56,7 @@ class FlashAttention3(Backend):
     title = "FlashAttention-3"
     role = "peer"
     device = "cuda"
+    masks = ("window",)
 
     def availability(self) -> Availability:
         if installed(MODULES) is None:
@@ -81,9 +82,12 @@ class FlashAttention3(Backend):
             reason = "this build of FlashAttention-3 has no kernels for float16"
         if reason is None and f"HDIM{next(d for d in HEAD_DIMS if d >= problem.head_dim)}" in _left_out():
             reason = f"this build of FlashAttention-3 has no kernels for head_dim {problem.head_dim}"
+        if reason is None and "window" in problem.masks and "LOCAL" in _left_out():
+            reason = "this build of FlashAttention-3 has no kernels for windows"
         return reason
 
     def run(self, q, k, v, problem):
         function, ask_for_lse = _interface()
         extra = {"return_attn_probs": True} if ask_for_lse else {}
-        return call_flash_attention(function, q, k, v, problem, **extra)
+        found = call_flash_attention(function, q, k, v, problem, **extra)
+        return with_empty_rows(*found, problem) if "window" in problem.masks else found

@@ -34,6 +34,7 @@ class FlashAttention4(Backend):
     title = "FlashAttention-4"
     role = "peer"
     device = "cuda"
+    masks = ("window",)
 
     def availability(self) -> Availability:
         if installed((MODULE,)) is None:
@@ -60,4 +61,5 @@ class FlashAttention4(Backend):
         function, ask_for_lse = _interface()
         extra = {"return_lse": True} if ask_for_lse else {}
         # What rows that see no key get is not promised, as with FlashAttention-2.
-        return with_empty_rows(*call_flash_attention(function, q, k, v, problem, **extra), problem)
+        found = call_flash_attention(function, q, k, v, problem, no_limit=None, **extra)
+        return with_empty_rows(*found, problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 
@@ -131,6 +132,31 @@ def test_the_wheel_is_found_under_its_own_name_and_says_what_it_was_built_withou
     problem = UNEQUAL.with_(dtype="bfloat16")
     q, k, v = make_inputs(problem)
     assert torch.equal(backend.run(q, k, v, problem)[0], q)
+
+
+def test_a_window_is_said_in_its_words_where_the_build_has_kernels_for_it(monkeypatch, wheel):
+    told = []
+
+    def function(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        told.append((causal, window_size))
+        return torch.ones_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+
+    monkeypatch.setattr(sys.modules["fa3_fwd_interface"], "flash_attn_func", function)
+    fa3._interface.cache_clear()
+    problem = UNEQUAL.with_(dtype="bfloat16", causal=False, window_left=5, seqlen_q=60)
+    backend = backends.get("fa3")
+    assert backend.why_not(problem) is None
+    backend.run(*make_inputs(problem), problem)
+    causal = problem.with_(causal=True)
+    out, lse = backend.run(*make_inputs(causal), causal)
+    assert told == [(False, (5, -1)), (True, (5, 0))]
+    empty = causal.seqlen_q - causal.seqlen_k
+    assert empty > 0 and not out[:, :, :empty].any() and bool((lse[:, :, :empty] == -math.inf).all())
+    assert bool((out[:, :, empty:] == 1).all())
+    wheel.CONFIG["build_flags"]["FLASHATTENTION_DISABLE_LOCAL"] = True
+    fa3._left_out.cache_clear()
+    assert backend.why_not(problem) == "this build of FlashAttention-3 has no kernels for windows"
+    assert backend.why_not(problem.with_(window_left=-1)) is None
 
 
 @pytest.mark.parametrize("config", [{"build_flags": None}, {}, None])

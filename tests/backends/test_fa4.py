@@ -102,3 +102,30 @@ def test_what_it_does_not_take():
         assert reason is None if takes else reason.startswith("FlashAttention-4 takes a head_dim")
     assert backend.why_not(square(1, 1, 8, 64, dtype="float32")).startswith("dtype float32")
     assert backend.why_not(UNEQUAL) is None, "its causal mask is bottom right, so lengths may differ"
+
+
+@pytest.mark.parametrize(
+    "options, window",
+    [({"causal": True, "window_left": 7}, (7, 0)), ({"causal": False, "window_left": 7}, (7, None)),
+     ({"causal": False, "window_right": 3}, (None, 3)),
+     ({"causal": False, "window_left": 0, "window_right": 2}, (0, 2))],
+)  # fmt: skip
+def test_it_is_told_of_a_window_and_only_of_one(monkeypatch, options, window):
+    told = []
+
+    def function(q, k, v, softmax_scale=None, causal=False, window_size=(None, None)):
+        told.append((causal, window_size))
+        return torch.full_like(q, math.nan), torch.full((2, 4, 30), math.inf)
+
+    install(monkeypatch, function)
+    problem = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=30, seqlen_k=20, head_dim=24, **options)
+    assert backends.get("fa4").why_not(problem) is None
+    out, lse = backends.get("fa4").run(*make_inputs(problem), problem)
+    assert told == [(problem.causal, window)]
+    right = problem.window[1]
+    empty = 10 - right if right >= 0 else 0
+    assert not out[:, :, :empty].any() and bool((lse[:, :, :empty] == -math.inf).all())
+    assert out[:, :, empty:].isnan().all()
+    backends.get("fa4").run(*make_inputs(UNEQUAL), UNEQUAL)
+    assert told[1:] == [(True, (None, None))], "its own default"
+    assert "softcap" in backends.get("fa4").why_not(UNEQUAL.with_(softcap=30.0))

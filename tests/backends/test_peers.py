@@ -229,3 +229,18 @@ def test_scales_of_every_sign_on_the_gpu(name, scale):
         assert backends.get(name).role == "peer"
     else:
         assert trial.status == "ok", trial.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(7, 0), (7, -1), (-1, 3), (40, 2), (0, 0)])
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_windows_on_the_gpu(name, window):
+    """FlashAttention aligns its window as we do, bottom right; with more queries than keys rows see none."""
+    left, right_side = window
+    for rows, keys in ((300, 300), (200, 333), (333, 200)):
+        problem = PROBLEM.with_(
+            seqlen_q=rows, seqlen_k=keys, causal=right_side == 0, window_left=left, window_right=right_side,
+            dtype="bfloat16", head_dim=64,
+        )  # fmt: skip
+        trial = check_attention(name, problem)
+        assert trial.status in ("ok", "unavailable", "unsupported"), trial.reason

@@ -75,7 +75,9 @@ def test_decode_steps_read_the_pages_and_give_the_same_tokens(model, reading, mo
     assert torch.equal(got, tokens)
 
 
-def test_padding_is_seen_by_the_pages_too(model, reading):
+@pytest.mark.parametrize("exact_padding", [True, False])
+def test_padding_is_seen_by_the_pages_too(model, exact_padding):
+    reading = ours.register(f"fcore-padding-{exact_padding}", backend="reference", exact_padding=exact_padding)
     prompts = PROMPTS.clone()
     prompts[1, :5] = 0
     real = torch.ones_like(prompts)

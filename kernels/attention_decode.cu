@@ -10,6 +10,8 @@
 // what they have of a head, when the block's units of it are done, is a part, which goes to global memory. The combiner, three
 // warps, counts the units that are accounted for, and combines a head's parts once all are.
 //
+// With FLASHCORE_MASKS there are other masks than the causal one (masks.cuh); units wholly before a window are not there at all.
+//
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"
 #include "paged.cuh"
@@ -131,23 +133,32 @@ struct Shares {
   }
 };
 
+#ifdef FLASHCORE_MASKS
+// Units of a sequence that no query sees, since its window begins after them. On a list of selected pages all count.
+__device__ __forceinline__ int units_before(const AttentionParams& params, const PagedParams& paged, const MaskParams& masks,
+                                            int batch) {
+  if (!HAS_WINDOW || paged.selected_gmem != nullptr) return 0;
+  return seen_by(masks, 0, params.seqlen_q, paged.lengths_gmem[batch]).begin / UNIT_KEYS;
+}
+#endif
+
 // Units of a head; one without keys has one unit without keys.
 __device__ __forceinline__ int units_of(const AttentionParams& params, const PagedParams& paged, const DecodeParams& decode,
-                                        int number) {
+                                        int number MASKED(, const MaskParams& masks)) {
   const Head head(params, decode, number);
   const int keys = listed_keys(paged, params.num_heads_kv, head.batch, head.head_kv);
-  return max(1, (keys + UNIT_KEYS - 1) / UNIT_KEYS);
+  return max(1, (keys + UNIT_KEYS - 1) / UNIT_KEYS MASKED(- units_before(params, paged, masks, head.batch)));
 }
 
 // Where each head's units begin, by all threads; the number of all units.
 __device__ __forceinline__ int lay_out_units(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
-                                             const DecodeParams& decode, int num_heads) {
+                                             const DecodeParams& decode, int num_heads MASKED(, const MaskParams& masks)) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int heads_a_thread = (num_heads + THREADS - 1) / THREADS;
   const int first = threadIdx.x * heads_a_thread, end = min(num_heads, first + heads_a_thread);
   int units = 0;  // of the thread's heads
 #pragma unroll 2
-  for (int number = first; number < end; ++number) units += smem.first_unit[number] = units_of(params, paged, decode, number);
+  for (int number = first; number < end; ++number) units += smem.first_unit[number] = units_of(params, paged, decode, number MASKED(, masks));
   int up_to = units;  // the sum over the warp's lanes up to this one
 #pragma unroll
   for (int step = 1; step < WARP; step *= 2) {
@@ -208,12 +219,13 @@ struct Lookup {
 
 // The box that starts `keys` into a unit.
 __device__ __forceinline__ Lookup look_up(const SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
-                                          const DecodeParams& decode, int num_heads, int unit, int keys) {
+                                          const DecodeParams& decode, int num_heads, int unit,
+                                          int keys MASKED(, const MaskParams& masks)) {
   Lookup box;
   box.number = head_of(smem, num_heads, unit);
   const Head head(params, decode, box.number);
   box.head_kv = head.head_kv;
-  box.key = (unit - smem.first_unit[box.number]) * UNIT_KEYS + keys;
+  box.key = (unit - smem.first_unit[box.number] MASKED(+ units_before(params, paged, masks, head.batch))) * UNIT_KEYS + keys;
   box.page = listed_page(paged, params.num_heads_kv, head.batch, head.head_kv, box.key);
   box.pool_page = paged.page_table_gmem[Index(head.batch) * paged.table_stride + max(0, min(box.page, paged.table_stride - 1))];
   box.length = paged.lengths_gmem[head.batch];
@@ -223,13 +235,14 @@ __device__ __forceinline__ Lookup look_up(const SharedMemory& smem, const Attent
 // One warp: the block's units, as room becomes free. Each lane looks up one box, a warp's worth of them ahead.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
                                         const DecodeParams& decode, const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                        const Shares& shares, int num_heads) {
+                                        const Shares& shares, int num_heads MASKED(, const MaskParams& masks)) {
   const int lane = threadIdx.x % WARP;
   const int box_keys = min(UNIT_KEYS, 1 << paged.page_shift), boxes = UNIT_KEYS / box_keys;
   const int units_ahead = WARP / boxes;
   const int begin = shares.begin(blockIdx.x), end = shares.begin(blockIdx.x + 1);
   const auto look = [&](int unit) {
-    return look_up(smem, params, paged, decode, num_heads, min(unit + lane / boxes, end - 1), lane % boxes * box_keys);
+    return look_up(smem, params, paged, decode, num_heads, min(unit + lane / boxes, end - 1),
+                   lane % boxes * box_keys MASKED(, masks));
   };
 
   RingPosition at;
@@ -239,14 +252,26 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
   for (int unit = begin; unit < end;) {
     const Lookup box = next_box;
     const int batch_end = min(end, unit + units_ahead);
+#ifdef FLASHCORE_MASKS
+    const int own_unit = min(unit + lane / boxes, end - 1);
+    const bool begins = lane % boxes == 0 && (own_unit == smem.first_unit[box.number] || unit == begin && lane == 0);
+    const Span of_first = seen_by(masks, 0, params.seqlen_q, box.length);
+    const Span of_last = seen_by(masks, params.seqlen_q - 1, params.seqlen_q, box.length);
+#else
     const bool begins = lane % boxes == 0 && (box.key == 0 || unit == begin && lane == 0);
+#endif
 
     // A box that is not there has page -1, which the tensor copies fill with zeros.
     const int own_position = (box.page << paged.page_shift) + (box.key & ((1 << paged.page_shift) - 1));
     const bool is_there = box.page >= 0 && box.pool_page >= 0 && own_position < box.length;
     const int own_pool_page = is_there ? box.pool_page : -1;
+#ifdef FLASHCORE_MASKS
+    const bool is_whole = is_there && (HAS_SOFTCAP || params.softmax_scale >= 0.f) && own_position >= of_last.begin &&
+                          own_position + box_keys <= of_first.end;
+#else
     const bool is_whole = is_there && params.softmax_scale >= 0.f &&
                           own_position + box_keys <= visible_positions(params, box.length, 0);
+#endif
     const unsigned whole = __ballot_sync(~0u, is_whole);
     for (int i = 0; unit < batch_end; ++i, ++unit, at.advance()) {
       const int from = i * boxes + lane % boxes;
@@ -264,6 +289,9 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
       if (lane == 0) {
         info.number = number;
         info.index = unit - smem.first_unit[number];
+#ifdef FLASHCORE_MASKS
+        TRACE(info.index += units_before(params, paged, masks, Head(params, decode, number).batch);)
+#endif
         info.sequence = sequence;
         info.taken = since + left;
         info.begins = since < NUM_CONSUMERS;
@@ -312,6 +340,7 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
 struct UnitPositions {
   const int* first;  // of each box
   int box_shift;
+  MASKED(int begin[2] = {0, 0};)  // of a thread's two rows: a query sees none before it
 
   __device__ int at(int column) const { return first[column >> box_shift] + (column & ((1 << box_shift) - 1)); }
 };
@@ -322,8 +351,9 @@ __device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], float scale, c
                                               const UnitPositions& positions, int lane) {
 #pragma unroll
   for (int i = 0; i < SCORES; ++i) {
-    const float score = scale < 0.f ? -s[i] : s[i];
+    const float score = scale < 0.f MASKED(&& !HAS_SOFTCAP) ? -s[i] : s[i];
     s[i] = positions.at(column_of(i, lane)) < limit[row_of(i)] ? score : -INFINITY;
+    MASKED(if (positions.at(column_of(i, lane)) < positions.begin[row_of(i)]) s[i] = -INFINITY;)
   }
 }
 
@@ -344,12 +374,22 @@ __device__ __forceinline__ void load_q(unsigned (&q)[Q_REGISTERS], const Attenti
 #ifdef FLASHCORE_TRACE
 __device__ __forceinline__ AccumulatorTrace traced_rows(const TraceBuffers& trace, const AttentionParams& params,
                                                         const Head& head, const int (&limit)[2], int row, int lane,
-                                                        int first_key) {
+                                                        int first_key MASKED(, const MaskParams& masks, const int (&begin)[2])) {
   const auto stages_of = [&](int r) {
     return TraceRow(trace, params, head.batch, head.first_head + r / params.seqlen_q, r % params.seqlen_q);
   };
   const int rows = head.heads * params.seqlen_q;
+#ifdef FLASHCORE_MASKS
+  AccumulatorTrace stages(stages_of(row), stages_of(row + 8), {row < rows, row + 8 < rows}, limit, lane, first_key);
+  for (int r = 0; r < 2; ++r) {
+    stages.begins[r] = begin[r];
+    if (begin[r] >= limit[r]) stages.visible[r] = 0;
+  }
+  if (HAS_SOFTCAP && params.softmax_scale != 0.f) stages.by_scale = masks.softcap / fabsf(params.softmax_scale);
+  return stages;
+#else
   return AccumulatorTrace(stages_of(row), stages_of(row + 8), {row < rows, row + 8 < rows}, limit, lane, first_key);
+#endif
 }
 #endif
 
@@ -393,7 +433,7 @@ __device__ __forceinline__ void add_loan(const Loan& loan, float (&o)[OUTPUTS], 
 // One warpgroup: every NUM_CONSUMERS-th unit of the ring. Of a head's units that the block has, the warpgroup with the last
 // one adds what the other has, so that they make one part.
 __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
-                                        const DecodeParams& decode TRACE_PARAM) {
+                                        const DecodeParams& decode MASKED(, const MaskParams& masks) TRACE_PARAM) {
   const int consumer = uniform(threadIdx.x / WARPGROUP);
   const int warp = threadIdx.x / WARP % 4;
   const int lane = threadIdx.x % WARP;
@@ -404,8 +444,8 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   const MatrixDescriptor k_ring(smem.k[0], 0), v_ring(smem.v[0], UNIT_KEYS * ROW_BYTES);
   float s[UNIT_KEYS / 2], o[OUTPUTS];
   unsigned q[Q_REGISTERS] = {}, p[UNIT_KEYS / 4] = {};  // P stays zero in a warp without rows
-  Softmax softmax(params.softmax_scale);
-  int length = 0, limit[2] = {};
+  Softmax softmax(MASKED(HAS_SOFTCAP ? masks.softcap :) params.softmax_scale);
+  int length = 0, limit[2] = {} MASKED(, begin[2] = {});
   unsigned loans = 0;
   RingPosition at;
   TRACE(int first_key = 0;)
@@ -416,7 +456,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const Unit& unit = smem.unit[at.parity][slot];
     const int number = unit.number, taken = unit.taken, sequence = unit.sequence;
     const bool whole = unit.whole, ends = unit.ends, closes = unit.closes;
-    const UnitPositions positions = {unit.position, box_shift};
+    const UnitPositions positions = {unit.position, box_shift MASKED(, {begin[0], begin[1]})};
     if (number == NO_MORE) {
       if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0});
       return;
@@ -425,15 +465,24 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       const Head head(params, decode, number);
       length = paged.lengths_gmem[head.batch];
       load_q(q, params, head, row, lane);
-      softmax = Softmax(params.softmax_scale);
+      softmax = Softmax(MASKED(HAS_SOFTCAP ? masks.softcap :) params.softmax_scale);
 #pragma unroll
       for (int i = 0; i < OUTPUTS; ++i) o[i] = 0.f;
 #pragma unroll
       for (int r = 0; r < 2; ++r) limit[r] = visible_positions(params, length, (row + 8 * r) % params.seqlen_q);
+#ifdef FLASHCORE_MASKS
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Span span = seen_by(masks, (row + 8 * r) % params.seqlen_q, params.seqlen_q, length);
+        begin[r] = span.begin;
+        limit[r] = span.end;
+      }
+#endif
       TRACE(first_key = unit.index * UNIT_KEYS;)
     }
     TRACE(const int page = unit.index;)
-    TRACE(const AccumulatorTrace stages = traced_rows(trace, params, Head(params, decode, number), limit, row, lane, first_key);)
+    TRACE(const AccumulatorTrace stages = traced_rows(trace, params, Head(params, decode, number), limit, row, lane,
+                                                     first_key MASKED(, masks, begin));)
 
     // S = Q @ K^T
     wgmma_fence();
@@ -446,6 +495,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     wgmma_commit();
     wgmma_wait<0>();
     if (lane == 0) mbarrier_arrive(&smem.k_empty[slot]);
+    MASKED(if (HAS_SOFTCAP) cap(s, masks.scale_by_cap);)
     if (!whole) sign_and_mask(s, params.softmax_scale, limit, positions, lane);
     if (has_rows) softmax.next(s, p, o);
     TRACE(if (has_rows) stages.page(page, UNIT_KEYS, s, p, softmax);)
@@ -491,7 +541,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
 // out = sum of w * O over the parts of a head, by the sum of w * l; w = exp2(m - largest m)
 __device__ __forceinline__ void combine(const SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
-                                        const Shares& shares, int number, int thread) {
+                                        const Shares& shares, int number, int thread MASKED(, const MaskParams& masks)) {
   constexpr int PIECE = 8;  // columns of a thread: 16 bytes of output
   constexpr int PIECES = HEAD_DIM / PIECE;
   const Head head(params, decode, number);
@@ -527,6 +577,13 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
           out[c] = out[c] * before + reinterpret_cast<const float(&)[PIECE]>(accum[j])[c] * weight;
       }
     }
+#ifdef FLASHCORE_MASKS
+    float lse = row_sum == 0.f ? -INFINITY : reference * LN_2 + logf(row_sum);
+    if (HAS_SINK) {
+      const float sink = masks.sink_gmem[head.first_head + row / params.seqlen_q] * LOG2_E;
+      lse = join_sink(fmaxf(sink, UNSEEN), reference, row_sum);
+    }
+#endif
     const float inverse = row_sum == 0.f ? 0.f : __fdividef(1.f, row_sum);
     const int query_head = head.first_head + row / params.seqlen_q, token = row % params.seqlen_q;
     unsigned packed[PIECE / 2];
@@ -537,14 +594,18 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
     *reinterpret_cast<uint4*>(out_gmem) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     if (column == 0) {
       const Index lse_row = (Index(head.batch) * params.num_heads_q + query_head) * params.seqlen_q + token;
+#ifdef FLASHCORE_MASKS
+      params.lse_gmem[lse_row] = lse;
+#else
       params.lse_gmem[lse_row] = row_sum == 0.f ? -INFINITY : reference * LN_2 + logf(row_sum);
+#endif
     }
   }
 }
 
 // Three warps: each part that the warpgroups complete.
 __device__ __forceinline__ void combine_parts(SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
-                                              const Shares& shares) {
+                                              const Shares& shares MASKED(, const MaskParams& masks)) {
   const int thread = threadIdx.x - CONSUMER_THREADS - WARP;
   for (int sequence = 0;; ++sequence) {
     const int entry = sequence % PARTS_UNDER_WAY;
@@ -562,14 +623,15 @@ __device__ __forceinline__ void combine_parts(SharedMemory& smem, const Attentio
     barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);  // the flag may be set anew
     if (!combines) continue;
     fence_acquire();
-    combine(smem, params, decode, shares, part.number, thread);
+    combine(smem, params, decode, shares, part.number, thread MASKED(, masks));
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_decode(const __grid_constant__ AttentionParams params, const __grid_constant__ CUtensorMap k_map,
                      const __grid_constant__ CUtensorMap v_map, const __grid_constant__ PagedParams paged,
-                     const __grid_constant__ DecodeParams decode TRACE_PARAM) {
+                     const __grid_constant__ DecodeParams decode MASKED(, const __grid_constant__ MaskParams masks)
+                         TRACE_PARAM) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared_bytes);
   let_next_kernel_start();
@@ -592,15 +654,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   wait_for_kernel_ahead();
   const int num_heads = params.batch * params.num_heads_kv * decode.tiles_a_group;
-  const Shares shares(lay_out_units(smem, params, paged, decode, num_heads));
+  const Shares shares(lay_out_units(smem, params, paged, decode, num_heads MASKED(, masks)));
   if (threadIdx.x < CONSUMER_THREADS) {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume(smem, params, paged, decode TRACE(, trace));
+    consume(smem, params, paged, decode MASKED(, masks) TRACE(, trace));
   } else {
     setmaxnreg_dec<OTHER_REGISTERS>();
     if (threadIdx.x < CONSUMER_THREADS + WARP)
-      produce(smem, params, paged, decode, k_map, v_map, shares, num_heads);
+      produce(smem, params, paged, decode, k_map, v_map, shares, num_heads MASKED(, masks));
     else
-      combine_parts(smem, params, decode, shares);
+      combine_parts(smem, params, decode, shares MASKED(, masks));
   }
 }

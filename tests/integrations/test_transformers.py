@@ -362,7 +362,10 @@ def test_on_the_gpu(transformers, side):
 def test_masks_on_the_gpu(transformers, name, side):
     implementation = ours.register("fcore-real", exact_padding=False)
     family, options = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options, "hidden_size": 256, "head_dim": 64})
+    # Every token goes to all experts: which ones it is sent to would turn on the last bit of bfloat16.
+    experts = {"num_experts_per_tok": options["num_local_experts"]} if "num_local_experts" in options else {}
+    sizes = {"hidden_size": 256, "head_dim": 64}
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options, **sizes, **experts})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().cuda().bfloat16()
     tokens, real = (None if t is None else t.cuda() for t in padded(side))

@@ -35,7 +35,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP ? HAS_LENGTHS ? 8 : 4 : 0));
+constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP ? HAS_LENGTHS || HAS_WINDOW ? 8 : 4 : 0));
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
@@ -364,12 +364,11 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   PAGED(const unsigned all_present = (1u << max(1, TILE_N >> paged.page_shift)) - 1;)
 
 #ifdef FLASHCORE_MASKS
-  // Pages that only earlier rows of a tile see: this warpgroup lets them pass, and takes its turns.
+  // Pages that only earlier rows of a tile see: this warpgroup lets them pass. It takes no turn for them: in a window all
+  // warpgroups have as many pages, each a little later than the one before it, and all of them always have something to do.
   const auto let_pass = [&](RingPosition from, int pages) {
 #pragma unroll 1
     for (int page = 0; page < pages; ++page, from = from.next()) {
-      turn.wait();
-      turn.pass();
       mbarrier_wait(&smem.k_full[from.slot], from.parity);
       mbarrier_wait(&smem.v_full[from.slot], from.parity);
       release(&smem.k_empty[from.slot]);
@@ -469,9 +468,18 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
     // Pages that only later rows of the tile see: this warpgroup lets them pass, and takes its turns.
     RingPosition after = pages > 0 ? at.next() : at;
+#ifdef FLASHCORE_MASKS
+    int turns = tile_pages;
+    if (HAS_WINDOW) {
+      turns = 0;
+#pragma unroll
+      for (const auto& of : work.of) turns = max(turns, of.pages);
+      turns = uniform(turns);
+    }
+#endif
 #pragma unroll 1
     for (int page = pages; page < tile_pages; ++page, after = after.next()) {
-      if (page > 0) {
+      if (page > 0 MASKED(&& page < turns)) {
         turn.wait();
         turn.pass();
       }
@@ -480,6 +488,14 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       release(&smem.k_empty[after.slot]);
       release(&smem.v_empty[after.slot]);
     }
+
+#ifdef FLASHCORE_MASKS
+#pragma unroll 1
+    for (int page = max(1, tile_pages); page < turns; ++page) {
+      turn.wait();
+      turn.pass();
+    }
+#endif
 
     // O += P @ V of the last page, S = Q @ K^T of the next tile's first.
     mbarrier_wait(&smem.q_full[other_half], (step + 1) / 2 % 2);

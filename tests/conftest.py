@@ -23,6 +23,12 @@ import pytest
 from flashcore.gpu import build, device
 from flashcore.records import RunFolder
 
+# jsonschema, which nbformat imports, would build grammars for a format that no notebook has: a second in each worker.
+sys.modules.setdefault("rfc3987_syntax", None)
+
+# Collecting makes many objects and frees few; a search for garbage among them finds next to none.
+gc.disable()
+
 # pytest rewrites each test module for its assertions, which takes a worker six seconds. What it made is kept beside the
 # modules, also where a shell tells Python to keep nothing.
 _keeps_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, False
@@ -73,6 +79,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     sys.dont_write_bytecode = _keeps_nothing
     gc.freeze()  # what collection made stays to the end, so no search for garbage has to walk through it
+    gc.enable()
 
 
 # --- what a test may start -------------------------------------------------------------------------------------------
@@ -192,6 +199,12 @@ def _seeded():
     numpy.random.seed(0)
     # Where there is no GPU, `torch.manual_seed` keeps a stack trace each time for the GPU that may come.
     (torch if device.has_gpu() else torch.default_generator).manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request) -> bool:
+    """Whether the complete form of what is sampled otherwise is wanted."""
+    return request.config.getoption("--exhaustive")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import struct
 from typing import NamedTuple
@@ -35,16 +34,6 @@ REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
 
 WITHOUT_TENSOR_CORES = {"attention_scalar", "page_softmax"}
 """Kernels that are meant to compute on plain units."""
-
-
-disassembled = functools.cache(build.disassemble)
-"""The SASS of a cubin, which several tests read."""
-
-
-@pytest.fixture(autouse=True)
-def _disassembled_once(monkeypatch):
-    """`Cubin.sass` counts in the text that the tests read."""
-    monkeypatch.setattr(build, "disassemble", disassembled)
 
 
 SECTION = struct.Struct("<IIQQQQIIQQ")
@@ -153,7 +142,7 @@ def test_the_comparison_of_sass_sees_trace_code():
 def test_the_code_of_a_cubin_is_what_the_disassembler_reads():
     """As many instructions of 16 bytes, in each function."""
     cubin = build.compile_kernel(HOPPER, head_dim=64, dtype="float16")
-    functions = entry_functions(disassembled(cubin.path))
+    functions = entry_functions(build.disassemble(cubin.path))
     lengths = {name.removeprefix(".text."): len(text) for name, text in code(cubin).items()}
     assert lengths.keys() == functions.keys()
     for name, function in functions.items():
@@ -216,7 +205,7 @@ def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_not
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
     assert cubin.spill_bytes == 0 and cubin.sass["LDL"] == cubin.sass["STL"] == 0
     assert cubin.warnings == [], "C75xx says that products were serialised, or that a wait was missing"
-    found = entry_functions(disassembled(cubin.path))
+    found = entry_functions(build.disassemble(cubin.path))
     assert sorted(found) == [HOPPER, f"{HOPPER}_split"]
     for name, entry in found.items():
         opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", entry["sass"])
@@ -230,7 +219,7 @@ def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_not
 def test_the_registers_that_the_producer_gives_are_those_that_the_consumers_take(head_dim, dtype, defines):
     """A warpgroup that asks for registers which nobody gave back waits for ever."""
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    entries = entry_functions(disassembled(cubin.path))
+    entries = entry_functions(build.disassemble(cubin.path))
     entry = entries[HOPPER]
     assert entry["sass"].count("USETMAXREG") == 2 and "USETMAXREG" not in entries[f"{HOPPER}_split"]["sass"]
     changes = re.findall(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\.CTAPOOL (?:UP\d, )?(0x[0-9a-f]+) ;", entry["sass"])
@@ -265,7 +254,7 @@ def test_slots_and_descriptors_stay_in_uniform_registers(head_dim, dtype, define
     A branch that lanes take apart, anywhere between two pages, is enough for the compiler to move them out.
     """
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    page = shortest_loop_with_products(entry_functions(disassembled(cubin.path))[HOPPER]["sass"])
+    page = shortest_loop_with_products(entry_functions(build.disassemble(cubin.path))[HOPPER]["sass"])
     products = sum("HGMMA" in one for one in page)
     assert 8 <= products <= 16 and sum("MUFU.EX2" in one for one in page) >= 64, "this is not the loop over pages"
     assert sum("R2UR" in one for one in page) <= 1

@@ -12,7 +12,6 @@ from support.notebook_tools import KILL, finishing_notebook, measure, write_note
 from flashcore.errors import NotebookFailed, NotebookParameterError, UnknownName
 from flashcore.pipeline.notebooks import check_parameters, declared_parameters, execute_notebook
 
-
 LOADS = """
 import sys
 from flashcore.pipeline import notebooks

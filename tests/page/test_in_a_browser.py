@@ -399,7 +399,7 @@ def test_four_figures_stand_under_the_verdict_with_target_and_change(seen):
     tab, _ = seen("go")
     cards = tab.locator(".fc-cards > li").all_inner_texts()
     assert [card.split("\n")[0] for card in cards] == [
-        "Best speed of ours", "Latency of a small call", "Checks that are right", "Memory saved",
+        "Speed at the workload that decides", "Latency of a small call", "Checks that are right", "Memory saved",
     ]  # fmt: skip
     assert "512" in cards[0] and "× the best peer, sdpa-cudnn" in cards[0] and "Target at least 320 TFLOPS" in cards[0]
     assert "70.3 %" in cards[3].replace("\n", " ") and "of each prompt is shared" in cards[3]
@@ -499,8 +499,60 @@ def test_a_plotted_point_says_its_value_and_spread(opened, recorded):
     tab.mouse.move(box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2)
     words = tab.locator(".fc-tip").inner_text()
     assert re.search(r"µs, .* TFLOPS, the median within .* to .*; n \d+", words)
+    assert tab.locator("#speed .fc-ring").count() == 1
     tab.mouse.move(2, 2)
-    assert tab.locator(".fc-tip").count() == 0
+    assert tab.locator(".fc-tip, .fc-ring").count() == 0
+
+
+def test_the_points_of_a_plot_are_reached_by_keyboard_and_a_plot_is_one_stop(opened, recorded):
+    tab, heard = opened(recorded, reduced_motion="reduce")
+    plots = tab.locator("svg.fc-plot:has(use > title)")
+    stops = tab.evaluate("[...document.querySelectorAll('svg [tabindex], svg[tabindex]')].map(e => e.tagName)")
+    assert stops == ["svg"] * plots.count() and 4 < len(stops) < 40
+    plot = plots.first
+    titles = plot.locator("use > title").all_text_contents()
+    assert len(titles) > 10
+    tab.keyboard.press("Tab")  # so that the focus is one of the keyboard's
+    plot.focus()
+    settle(tab)
+    tip, spoken = tab.locator(".fc-tip"), tab.locator("p[role=status]")
+    keys = [("", 0), ("ArrowRight", 1), ("ArrowDown", 2), ("ArrowLeft", 1), ("End", len(titles) - 1),
+            ("ArrowRight", len(titles) - 1), ("Home", 0), ("ArrowUp", 0)]  # fmt: skip
+    for key, here in keys:
+        if key:
+            tab.keyboard.press(key)
+        assert tip.inner_text() == titles[here], key
+        assert spoken.inner_text() == f"Point {here + 1} of {len(titles)}: {titles[here]}", key
+        mark, ring = (plot.locator(css).nth(place).bounding_box()
+                      for css, place in (("use:has(> title)", here), (".fc-ring", 0)))  # fmt: skip
+        for start, size in (("x", "width"), ("y", "height")):
+            assert abs(mark[start] + mark[size] / 2 - ring[start] - ring[size] / 2) < 2, key
+    tab.keyboard.press("Escape")
+    assert tab.locator(".fc-tip, .fc-ring").count() == 0
+    tab.keyboard.press("ArrowRight")
+    assert tip.inner_text() == titles[1]
+    tab.keyboard.press("Tab")
+    assert tip.inner_text() == plots.nth(1).locator("use > title").first.text_content()
+    tab.keyboard.press("Shift+Tab")
+    assert tip.inner_text() == titles[1] and tab.locator(".fc-ring").count() == 1, "it goes on where it was"
+    plot.blur()
+    assert tab.locator(".fc-tip, .fc-ring").count() == 0 and heard == []
+
+
+def test_a_tap_on_a_plotted_point_says_its_value_and_a_tap_elsewhere_takes_it_away(opened, recorded):
+    tab, heard = opened(recorded, width=390, has_touch=True)
+    mark = tab.locator("#speed svg.fc-plot use:has(> title)").nth(3)
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    tab.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    settle(tab)
+    tip = tab.locator(".fc-tip")
+    assert tip.inner_text() == mark.locator("title").text_content()
+    shown = tip.bounding_box()
+    assert shown["x"] >= 0 and shown["x"] + shown["width"] <= 390 and shown["y"] >= 0
+    tab.touchscreen.tap(5, 400)
+    settle(tab)
+    assert tip.count() == 0 and heard == []
 
 
 def test_a_page_has_fewer_than_12_000_nodes(opened, recorded):

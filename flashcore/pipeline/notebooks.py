@@ -57,14 +57,14 @@ def load_nbformat() -> ModuleType:
     installed. Whatever imports nbformat by itself, as papermill and nbconvert do, calls this first.
     """
     grammars = "rfc3987_syntax"
-    absent = grammars not in sys.modules
-    if absent:
+    hidden = "nbformat" not in sys.modules and grammars not in sys.modules
+    if hidden:
         sys.modules[grammars] = None  # type: ignore[assignment]  # to import it is now an ImportError
     try:
         import nbformat
     finally:
-        if absent:
-            del sys.modules[grammars]
+        if hidden:
+            sys.modules.pop(grammars, None)  # another thread may have been here too
     return nbformat
 
 

@@ -6,6 +6,7 @@ without it the test fails, so that `make test-fast` stays what it says. `gpu` st
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -23,6 +24,12 @@ import pytest
 from flashcore.gpu import build, device
 from flashcore.records import RunFolder
 
+# jsonschema, which nbformat imports, would build grammars for a format that no notebook has: a second in each worker.
+sys.modules.setdefault("rfc3987_syntax", None)
+
+# Collecting makes many objects and frees few; a search for garbage among them finds next to none.
+gc.disable()
+
 # pytest rewrites each test module for its assertions, which takes a worker six seconds. What it made is kept beside the
 # modules, also where a shell tells Python to keep nothing.
 _keeps_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, False
@@ -33,6 +40,7 @@ STARTS = {"compiler": "the CUDA compiler", "browser": "a browser", "notebook": "
 SLOW_FILES = (
     "page/test_in_a_browser.py", "kernels/test_sass.py", "pipeline/test_reporting.py", "pipeline/test_folders.py",
     "faults/test_catalogue.py", "gpu/test_build.py", "pipeline/test_redo.py", "pipeline/test_notebooks.py",
+    "interactive/test_your_kernel.py", "diagnosis/test_diagnosing.py", "diagnosis/test_apart.py",
     "pipeline/test_rendering.py", "kernels/test_new_kernel.py", "page/test_random_runs.py", "faults/test_proving.py",
     "cli/test_printing_contract.py", "drawing/test_paging_views.py", "paging/test_selecting.py",
     "paging/test_appending.py", "paging/test_cache_machine.py", "bisection/test_split_traces.py",
@@ -73,6 +81,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     sys.dont_write_bytecode = _keeps_nothing
     gc.freeze()  # what collection made stays to the end, so no search for garbage has to walk through it
+    gc.enable()
 
 
 # --- what a test may start -------------------------------------------------------------------------------------------
@@ -96,6 +105,9 @@ def _hear(event: str, arguments: tuple) -> None:
 
 
 build._nvrtc = _counted
+# A cubin's name holds the hash of what it was made from. To read one takes the disassembler as long as the compiler
+# took to write it, and a test of the text asks for the counts too.
+build.disassemble = functools.lru_cache(maxsize=16)(build.disassemble)
 sys.addaudithook(_hear)
 
 
@@ -192,6 +204,12 @@ def _seeded():
     numpy.random.seed(0)
     # Where there is no GPU, `torch.manual_seed` keeps a stack trace each time for the GPU that may come.
     (torch if device.has_gpu() else torch.default_generator).manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request) -> bool:
+    """Whether the complete form of what is sampled otherwise is wanted."""
+    return request.config.getoption("--exhaustive")
 
 
 @pytest.fixture

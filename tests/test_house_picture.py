@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -26,9 +27,20 @@ MENDED = "docs/house.svg does not show the package as it is; draw it again: pyth
 LINES = re.compile(r"[\d,]+(?= lines)")
 
 
+@functools.cache
+def rooms_now() -> dict:
+    """The rooms of the package as it is."""
+    return house.read_rooms()
+
+
+@functools.cache
+def drawn_now() -> str:
+    return house.draw(rooms_now())
+
+
 @pytest.mark.slow
 def test_the_picture_shows_the_rooms_their_purposes_and_what_they_use_as_they_are():
-    kept, now = house.PICTURE.read_text(encoding="utf-8"), house.draw(house.read_rooms())
+    kept, now = house.PICTURE.read_text(encoding="utf-8"), drawn_now()
     assert LINES.sub("some", kept) == LINES.sub("some", now), MENDED
 
 
@@ -37,7 +49,7 @@ def test_the_numbers_of_lines_in_the_picture_are_off_by_a_fifth_at_most():
     """They may lag behind, so that not every change of the code has to draw the house again."""
     kept, now = (
         [int(n.replace(",", "")) for n in LINES.findall(text)]
-        for text in (house.PICTURE.read_text(encoding="utf-8"), house.draw(house.read_rooms()))
+        for text in (house.PICTURE.read_text(encoding="utf-8"), drawn_now())
     )
     assert len(kept) == len(now) > 15, MENDED
     assert [(a, b) for a, b in zip(kept, now, strict=True) if abs(a - b) > max(100, b / 5)] == [], MENDED
@@ -45,7 +57,7 @@ def test_the_numbers_of_lines_in_the_picture_are_off_by_a_fifth_at_most():
 
 @pytest.mark.slow
 def test_every_room_stands_above_those_that_it_uses_and_as_low_as_it_can():
-    rooms = house.read_rooms()
+    rooms = rooms_now()
     floor = {room.name: number for number, storey in enumerate(house.floors(rooms)) for room in storey}
     assert floor.keys() == rooms.keys() and {"cli", "gpu", "ops.py", "errors.py"} <= floor.keys()
     for room in rooms.values():

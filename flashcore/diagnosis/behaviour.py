@@ -91,12 +91,13 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     Parameters
     ----------
     q, k, v
-        ``[B, Hq, Sq, D]`` and twice ``[B, Hkv, Sk, D]``, any dtype and strides.
+        ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]`` and ``[B, Hkv, Sk, W]``, any dtype and strides; W is D, or what a reader
+        of weights wants.
 
     Returns
     -------
     out, lse
-        float64 ``[B, Hq, Sq, D]`` and ``[B, Hq, Sq]``. NaN where the behaviour makes NaN or leaves memory unwritten.
+        float64 ``[B, Hq, Sq, W]`` and ``[B, Hq, Sq]``. NaN where the behaviour makes NaN or leaves memory unwritten.
     """
     b = behaviour
     dtype = q.dtype
@@ -127,7 +128,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     if b.unwritten:
         out[:, list(b.unwritten)] = math.nan
     lse = _other_lse(lse, shared, row_sum, b.lse, problem) if b.lse else lse
-    return out.view(shape), lse.view(shape[:3])
+    return out.view(*shape[:3], v.shape[-1]), lse.view(shape[:3])
 
 
 def mask_of(problem: Problem, device) -> torch.Tensor:

@@ -80,21 +80,22 @@ def dtype_of(problem: Problem) -> torch.dtype:
 @ambient.judging
 def weights(candidate: Candidate, q, k, problem: Problem) -> torch.Tensor:
     """float64 ``[B*Hq, Sq, Sk]``: the weight of each key in each row, by ``ceil(Sk / D)`` calls."""
-    return _weights(lambda v: candidate(q, k, v, problem).out, k)
+    return _weights(lambda v: candidate(q, k, v, problem).out, k, width=problem.head_dim)
 
 
 @ambient.judging
 def simulated_weights(q, k, problem: Problem, behaviour: Behaviour = RIGHT) -> torch.Tensor:
     """What `weights` would read of a function that behaves so; rows that see no key have zeros."""
-    return _weights(lambda v: simulate(q, k, v, problem, behaviour)[0], k)
+    # A simulation takes a V of any width, so that its softmax is computed once and not for each group of keys.
+    return _weights(lambda v: simulate(q, k, v, problem, behaviour)[0], k, width=problem.seqlen_k)
 
 
-def _weights(out_of: Callable[[torch.Tensor], torch.Tensor], k: torch.Tensor) -> torch.Tensor:
-    """The output for V made of unit vectors, as many keys at a time as V has columns, flat over batch and heads."""
-    seqlen, width = k.shape[2:]
+def _weights(out_of: Callable[[torch.Tensor], torch.Tensor], k: torch.Tensor, *, width: int) -> torch.Tensor:
+    """The output for V made of unit vectors, `width` keys at a time, flat over batch and heads."""
+    seqlen = k.shape[2]
     found = []
     for start in range(0, seqlen, width):
-        v = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
+        v = torch.zeros(*k.shape[:3], width, dtype=k.dtype, device=k.device)
         here = torch.arange(start, min(start + width, seqlen), device=k.device)
         v[:, :, here, here - start] = 1.0
         found.append(out_of(v)[..., : len(here)].double())

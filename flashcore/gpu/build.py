@@ -5,6 +5,7 @@ Needs neither a GPU nor a CUDA toolkit: NVRTC, the CUDA headers and the disassem
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -46,8 +47,6 @@ class Cubin:
     """Bytes of spill stores and loads over all entry functions."""
     shared_bytes: int
     """Static shared memory of the largest entry function; what a launch asks for comes on top."""
-    sass: dict[str, int] | None
-    """How often each of `AUDITED` stands in the SASS; None where no disassembler is installed."""
     warnings: list[str]
     compile_seconds: float
     cached: bool
@@ -55,9 +54,19 @@ class Cubin:
     nvrtc_version: str
 
     @property
+    def sass(self) -> dict[str, int] | None:
+        """How often each of `AUDITED` stands in the SASS; None where no disassembler is installed.
+
+        Counted when it is first asked for, and kept beside the cubin: a launch does not ask, and would wait for the
+        disassembler as long as for the compiler.
+        """
+        return _kept_counts(self.path)
+
+    @property
     def tensor_instructions(self) -> dict[str, int] | None:
         """The Tensor Core instructions in the SASS, by name."""
-        return None if self.sass is None else {name: n for name, n in self.sass.items() if name in TENSOR_CORE and n}
+        counts = self.sass
+        return None if counts is None else {name: n for name, n in counts.items() if name in TENSOR_CORE and n}
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -441,7 +450,7 @@ def compile_text(name: str, text: str) -> Cubin:
 
 def _built(name: str, path: Path, text: str, macros: dict[str, str | int], hashed: str) -> Cubin:
     digest = hashlib.sha256()
-    tools = (ARCH, "lineinfo", nvrtc_version(), [str(f) for f in header_dirs()], disassembler() is not None)
+    tools = (ARCH, "lineinfo", nvrtc_version(), [str(f) for f in header_dirs()])
     digest.update(repr((tools, sorted(macros.items()), text)).encode())
     entry = cache_dir() / f"{name}-{digest.hexdigest()[:24]}.cubin"
     if (found := _read_entry(entry)) is not None:
@@ -459,7 +468,6 @@ def _built(name: str, path: Path, text: str, macros: dict[str, str | int], hashe
     }
     try:
         write_private(entry, code)
-        facts["sass"] = count_sass(entry)
         facts["sha256"] = hashlib.sha256(code).hexdigest()
         write_private(entry.with_suffix(".json"), json.dumps(facts).encode())
     except OSError as error:
@@ -518,6 +526,20 @@ def _read_ptxas_log(log: str) -> dict:
         "shared_bytes": max(shared, default=0),
         "warnings": warnings,
     }
+
+
+def _kept_counts(cubin: Path) -> dict[str, int] | None:
+    """`count_sass` of a cubin in the cache, from the file beside it where that is of this very cubin."""
+    kept, digest = cubin.with_suffix(".sass"), hashlib.sha256(cubin.read_bytes()).hexdigest()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        facts = json.loads(read_private(kept))
+        if facts.get("sha256") == digest and facts.get("sass", {}).keys() == set(AUDITED):
+            return facts["sass"]
+    counts = count_sass(cubin)
+    if counts is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next reader the same time again
+            write_private(kept, json.dumps({"sha256": digest, "sass": counts}).encode())
+    return counts
 
 
 def count_sass(cubin: Path) -> dict[str, int] | None:
@@ -584,5 +606,5 @@ def _build_trial(kernel: str, head_dim: int, dtype: str, trace: bool) -> Trial:
         return Trial(kind="build", status="error", reason=str(error), data=variant, source_hash=source_hash(kernel))
     facts = asdict(cubin)
     facts.pop("path")
-    facts["tensor_instructions"] = cubin.tensor_instructions
+    facts |= {"sass": cubin.sass, "tensor_instructions": cubin.tensor_instructions}
     return Trial(kind="build", data={**variant, **facts}, source_hash=cubin.source_hash)

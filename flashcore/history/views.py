@@ -85,7 +85,7 @@ def since_body(found: Since) -> str:
 
 
 _TITLES = {
-    "tflops": "Best speed of ours",
+    "tflops": "Speed at the workload that decides",
     "ratio_to_best_peer": "Against the best peer",
     "latency_us": "Latency of a small call",
     "correct_percent": "Checks that are right",

@@ -25,6 +25,8 @@ CASE = "shared_prefix"
 
 TO_INSTALL = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4"}
 """Peers that a reader asks for by name, by id; a run without them says so."""
+SPEED_THERE = "Speed at the workload that decides"
+"""Of a gate on one problem; other problems may run faster, and decide nothing."""
 METHODS = {"graph_replay": "in a CUDA graph, back to back"}
 """What a way of timing means for a reader."""
 
@@ -111,6 +113,8 @@ def _speed_card(
         lines.append(f'<span class="fc-second">{escape(text)}</span>')
     if ratios:
         lines.append(escape(_asked_for(ratios[0], evidence)))
+    if speeds:
+        lines.append(_elsewhere(first, evidence))
     lines += [_target(g) for g in speeds]
     lines += [_target(g, " the peer") for g in ratios]
     words = {m: since.deltas[m].word for m in ("tflops", "ratio_to_best_peer") if since and m in since.deltas}
@@ -118,7 +122,25 @@ def _speed_card(
     if len(set(words.values())) > 1:
         lines.append(_delta(since, "ratio_to_best_peer", "Against the peer "))
     where = ", ".join(filter(None, [_where(first), _how(_timing_of(first, evidence))]))
-    return _card("Best speed of ours", *_figure(first), where, lines)
+    title = SPEED_THERE if _problem(first) else "Best speed of ours"
+    return _card(title, *_figure(first), where, lines)
+
+
+def _elsewhere(gate: GateResult, evidence: Evidence) -> str:
+    """The highest speed of ours at any other problem, where it is above the gate's: plots show it further down."""
+    decides = None if gate.problem in ("", "any") else parse_problem(gate.problem)
+    rates = [
+        (rate, t) for t in evidence.gpu_trials
+        if compare.contends(t) and (rate := compare.tflops(t)) is not None
+        and not compare.same_problem(t.problem, decides)
+    ]  # fmt: skip
+    if decides is None or gate.measured is None or not rates:
+        return ""
+    rate, trial = max(rates, key=lambda found: found[0])
+    if rate <= gate.measured:
+        return ""
+    label = trial.problem.label().replace(",", ", ")
+    return f"Up to {escape(number(rate))} TFLOPS at other problems: {escape(trial.backend)}, {escape(label)}"
 
 
 def _asked_for(ratio: GateResult, evidence: Evidence) -> str:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
@@ -49,6 +50,24 @@ def notebook_path(name: str, notebooks_dir: Path) -> Path:
     return path
 
 
+def load_nbformat() -> ModuleType:
+    """The module nbformat, without the grammars of IRIs that jsonschema builds when it is imported.
+
+    They take a second, and no notebook has an IRI to check; jsonschema does without them where their package is not
+    installed. Whatever imports nbformat by itself, as papermill and nbconvert do, calls this first.
+    """
+    grammars = "rfc3987_syntax"
+    hidden = "nbformat" not in sys.modules and grammars not in sys.modules
+    if hidden:
+        sys.modules[grammars] = None  # type: ignore[assignment]  # to import it is now an ImportError
+    try:
+        import nbformat
+    finally:
+        if hidden:
+            sys.modules.pop(grammars, None)  # another thread may have been here too
+    return nbformat
+
+
 def read_notebook(path: Path) -> NotebookNode:
     """A notebook's file.
 
@@ -57,8 +76,7 @@ def read_notebook(path: Path) -> NotebookNode:
     NotebookFailed
         The file is damaged, or no notebook at all.
     """
-    import nbformat
-
+    nbformat = load_nbformat()
     try:
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
@@ -252,6 +270,7 @@ def _papermill(
 ) -> str | None:
     """Run papermill; the reason why the notebook did not finish, as a clause, or None."""
     set_home()
+    load_nbformat()
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

@@ -167,6 +167,7 @@ def _fitting(evidence: list[dict[str, str]], room: int) -> list[dict[str, str]]:
 
 def _convert(source: Path | NotebookNode, template: str, resources: dict) -> str:
     """A notebook, or the file of one, through a template."""
+    notebooks.load_nbformat()
     from nbconvert import HTMLExporter
 
     folder = data_dir("reports") / "template"

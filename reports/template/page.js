@@ -76,28 +76,78 @@ document.addEventListener("pointerover", event => {
   if (permalink.parentElement !== row.cells[0]) row.cells[0].append(permalink);
 });
 
-// The plotted point nearest to the pointer, or to a finger, says its value and spread.
+// The plotted point nearest to the pointer, or to a finger, says its value and spread. A plot is one stop of the Tab key;
+// arrow keys, Home and End go through its points, and Escape takes the words away.
 const NEAR = 24;
-const tip = document.createElement("div");
+const tip = document.createElement("div"), spoken = document.createElement("p");
 tip.className = "fc-tip";
-tip.setAttribute("role", "status");
+spoken.className = "fc-unseen";
+spoken.setAttribute("role", "status");
+document.body.append(spoken);
+const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+ring.setAttribute("class", "fc-ring");
+ring.setAttribute("r", "9");
+const points = plot => [...plot.querySelectorAll("use:has(> title)")];
+const middle = mark => {
+  const box = mark.getBoundingClientRect();
+  return [box.x + box.width / 2, box.y + box.height / 2];
+};
+let shown = null;
+const place = () => {
+  if (!shown) return;
+  const [x, y] = middle(shown), above = y - tip.offsetHeight - 14;
+  tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - tip.offsetWidth - 4))}px`;
+  tip.style.top = `${above > 4 ? above : y + 14}px`;
+};
+const show = mark => {
+  shown = mark;
+  if (!mark) {
+    tip.remove();
+    return ring.remove();
+  }
+  tip.textContent = mark.querySelector("title").textContent;
+  ring.setAttribute("cx", mark.getAttribute("x"));
+  ring.setAttribute("cy", mark.getAttribute("y"));
+  mark.closest("svg").append(ring);
+  document.body.append(tip);
+  place();
+};
 const point = event => {
   const plot = event.target.closest?.("svg.fc-plot");
-  if (!plot) return tip.remove();
   let nearest = null, least = NEAR;
-  for (const mark of plot.querySelectorAll("use:has(> title)")) {
-    const box = mark.getBoundingClientRect();
-    const far = Math.hypot(box.x + box.width / 2 - event.clientX, box.y + box.height / 2 - event.clientY);
+  for (const mark of plot ? points(plot) : []) {
+    const [x, y] = middle(mark), far = Math.hypot(x - event.clientX, y - event.clientY);
     if (far < least) [nearest, least] = [mark, far];
   }
-  if (!nearest) return tip.remove();
-  tip.textContent = nearest.querySelector("title").textContent;
-  document.body.append(tip);
-  tip.style.left = `${Math.max(4, Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 4))}px`;
-  tip.style.top = `${Math.max(4, event.clientY - tip.offsetHeight - 12)}px`;
+  if (nearest !== shown) show(nearest);
 };
 document.addEventListener("pointermove", point);
 document.addEventListener("pointerdown", point);
+addEventListener("scroll", place, { capture: true, passive: true });
+addEventListener("resize", place);
+
+for (const plot of document.querySelectorAll("svg.fc-plot:has(use > title)")) {
+  const marks = points(plot);
+  let at = 0;
+  plot.tabIndex = 0;
+  plot.setAttribute("aria-keyshortcuts", "ArrowRight ArrowLeft Home End Escape");
+  const go = place => {
+    at = Math.max(0, Math.min(place, marks.length - 1));
+    show(marks[at]);
+    spoken.textContent = `Point ${at + 1} of ${marks.length}: ${tip.textContent}`;
+  };
+  plot.addEventListener("focus", () => plot.matches(":focus-visible") && go(at));
+  plot.addEventListener("blur", () => show(null));
+  plot.addEventListener("keydown", event => {
+    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: marks.length };
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key === "Escape") show(null);
+    else if (event.key in to) {
+      event.preventDefault();
+      go(to[event.key]);
+    }
+  });
+}
 
 // What is wider than its place can be scrolled by keyboard, and says that there is more.
 const reachable = () => {

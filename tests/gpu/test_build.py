@@ -76,6 +76,24 @@ def test_a_cubin_says_what_the_compiler_made_and_is_cached(tiny):
 
 
 @pytest.mark.compiler
+def test_instructions_are_counted_when_they_are_asked_for_and_kept(tiny, monkeypatch):
+    counted, counts = [], dict.fromkeys(build.AUDITED, 3)
+    monkeypatch.setattr(build, "count_sass", lambda path: counted.append(path) or counts)
+    cubin = compiled()
+    assert counted == [], "a launch does not wait for the disassembler"
+    assert cubin.sass == compiled().sass == counts and counted == [cubin.path]
+    kept = cubin.path.with_suffix(".sass")
+    for damage in ('{"sha256": "of another cubin", "sass": {"HMMA": 7}}', "[]", "{", "null"):
+        kept.write_text(damage)
+        assert compiled().sass == counts, damage
+    facts = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**facts, "sass": dict.fromkeys(build.AUDITED, 7)}))
+    kept.chmod(0o666)
+    assert compiled().sass == counts, "somebody else may have written it"
+    assert len(counted) == 6
+
+
+@pytest.mark.compiler
 def test_a_damaged_cache_entry_is_built_again(tiny):
     entry = compiled().path
     facts = entry.with_suffix(".json")

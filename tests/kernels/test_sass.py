@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from pathlib import Path
+import struct
 from typing import NamedTuple
 
 import pytest
@@ -20,30 +19,45 @@ pytestmark = [
 TRACED = [k for k in build.kernel_names() if re.search(r"\bTRACE\(", build.kernel_path(k).read_text())]
 VARIANTS = [(k, head_dim, dtype) for k in TRACED for head_dim, dtype in build.variants(k)]
 
-HOPPER = "attention_hopper"
+HOPPER, DECODE = "attention_hopper", "attention_decode"
 FEW_TILES = {head_dim: (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", head_dim)) for head_dim in (64, 128)}
 """The other tiles that the backend asks for."""
 HOPPER_TILES = [(head_dim, dtype, ()) for head_dim, dtype in build.variants(HOPPER)]
 HOPPER_TILES += [(head_dim, dtype, FEW_TILES[head_dim]) for head_dim, dtype in build.variants(HOPPER)]
 PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype in build.variants(HOPPER)]
 """Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
+FOR_PAGES = [*((HOPPER, *tile) for tile in PAGED_TILES), *((DECODE, d, t, ()) for k, d, t in VARIANTS if k == DECODE)]
 WARPGROUP = 128
+INSTRUCTION = 16
+"""Bytes of one machine instruction."""
 REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
 
 WITHOUT_TENSOR_CORES = {"attention_scalar", "page_softmax"}
 """Kernels that are meant to compute on plain units."""
 
 
-@functools.cache
-def disassembled(path: Path) -> str:
-    """The SASS of a cubin, which several tests read."""
-    return build.disassemble(path)
+SECTION = struct.Struct("<IIQQQQIIQQ")
+"""A header in the table of sections of a 64-bit ELF file, which a cubin is: name and type, then where its bytes are."""
 
 
-def instructions(cubin: build.Cubin) -> list[str]:
-    """The instructions of a cubin, each with its address."""
-    text = disassembled(cubin.path)
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S.*;", text, flags=re.MULTILINE)
+def code(cubin: build.Cubin) -> dict[str, bytes]:
+    """The machine code of each function of a cubin, by the name of its section.
+
+    Instructions and nothing else: no line numbers, no names. The disassembler would write the same in words, and takes
+    as long as the compiler.
+    """
+    data = cubin.path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01", "a 64-bit little-endian ELF file"
+    (table,), (size, number, names) = struct.unpack_from("<Q", data, 0x28), struct.unpack_from("<HHH", data, 0x3A)
+    assert size == SECTION.size
+    headers = [SECTION.unpack_from(data, table + place * size) for place in range(number)]
+    start = headers[names][4]
+    found = {}
+    for name, _, _, _, offset, length, *_ in headers:
+        title = data[start + name : data.index(b"\0", start + name)].decode()
+        if title.startswith(".text."):
+            found[title] = data[offset : offset + length]
+    return found
 
 
 def stripped(source: str) -> str:
@@ -103,22 +117,37 @@ TEXTS += [
 
 @pytest.mark.parametrize(
     ("text", "head_dim", "dtype"),
-    sampled(TEXTS),  # each kernel once, and over them all both types and both head_dims
+    # Each kernel once, and over them all both types and both head_dims; by this seed such as other tests compile too.
+    sampled(TEXTS, seed=155),
     ids=lambda value: "-".join((value[0], *(name for name, _ in value[1]))) if isinstance(value, tuple) else None,
 )
 def test_production_sass_is_the_same_with_the_hooks_taken_out(text, head_dim, dtype):
     kernel, defines = text
     variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict(defines)}
-    production = instructions(build.compile_kernel(kernel, **variant))
-    without = instructions(build.compile_kernel(kernel, **variant, source=stripped(build.kernel_source(kernel))))
-    assert len(production) > 100
-    assert production == without, "the trace hooks left something in production"
+    production = code(build.compile_kernel(kernel, **variant))
+    without = code(build.compile_kernel(kernel, **variant, source=stripped(build.kernel_source(kernel))))
+    assert sum(map(len, production.values())) > 100 * INSTRUCTION
+    assert production.keys() == without.keys()
+    changed = [name for name, instructions in production.items() if instructions != without[name]]
+    assert changed == [], "the trace hooks left something in production"
 
 
 def test_the_comparison_of_sass_sees_trace_code():
     variant = {"head_dim": 64, "dtype": "float16"}
     plain, traced = (build.compile_kernel("attention_wmma", **variant, trace=trace) for trace in (False, True))
-    assert instructions(plain) != instructions(traced)
+    assert code(plain).keys() == code(traced).keys() == {".text.attention_wmma"}
+    assert code(plain) != code(traced)
+
+
+def test_the_code_of_a_cubin_is_what_the_disassembler_reads():
+    """As many instructions of 16 bytes, in each function."""
+    cubin = build.compile_kernel(HOPPER, head_dim=64, dtype="float16")
+    functions = entry_functions(build.disassemble(cubin.path))
+    lengths = {name.removeprefix(".text."): len(text) for name, text in code(cubin).items()}
+    assert lengths.keys() == functions.keys()
+    for name, function in functions.items():
+        addresses = re.findall(r"/\*([0-9a-f]{4,})\*/\s+\S.*;", function["sass"])
+        assert int(addresses[-1], 16) + INSTRUCTION == lengths[name] == INSTRUCTION * len(addresses), name
 
 
 @pytest.mark.parametrize(
@@ -138,7 +167,7 @@ def test_tensor_cores_and_spills(kernel, head_dim, dtype):
 
 @pytest.mark.parametrize(
     ("kernel", "head_dim", "dtype", "defines"),
-    [*((HOPPER, *tile) for tile in PAGED_TILES), *((k, d, t, ()) for k, d, t in VARIANTS if k == "attention_decode")],
+    sampled(FOR_PAGES, kind=lambda case: case[0]),
 )
 def test_paged_kernels_multiply_by_warpgroup_copy_by_tensor_and_spill_nothing(kernel, head_dim, dtype, defines):
     cubin = build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype, defines=dict(defines))
@@ -171,12 +200,12 @@ def entry_functions(text: str) -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "defines"), HOPPER_TILES)
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), sampled(HOPPER_TILES))
 def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_nothing(head_dim, dtype, defines):
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
     assert cubin.spill_bytes == 0 and cubin.sass["LDL"] == cubin.sass["STL"] == 0
     assert cubin.warnings == [], "C75xx says that products were serialised, or that a wait was missing"
-    found = entry_functions(disassembled(cubin.path))
+    found = entry_functions(build.disassemble(cubin.path))
     assert sorted(found) == [HOPPER, f"{HOPPER}_split"]
     for name, entry in found.items():
         opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", entry["sass"])
@@ -186,11 +215,11 @@ def test_both_entry_functions_multiply_by_warpgroup_copy_by_tensor_and_spill_not
     assert sum(e["sass"].count("HGMMA.") for e in found.values()) == cubin.sass["HGMMA"]
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "defines"), HOPPER_TILES)
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), sampled(HOPPER_TILES))
 def test_the_registers_that_the_producer_gives_are_those_that_the_consumers_take(head_dim, dtype, defines):
     """A warpgroup that asks for registers which nobody gave back waits for ever."""
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    entries = entry_functions(disassembled(cubin.path))
+    entries = entry_functions(build.disassemble(cubin.path))
     entry = entries[HOPPER]
     assert entry["sass"].count("USETMAXREG") == 2 and "USETMAXREG" not in entries[f"{HOPPER}_split"]["sass"]
     changes = re.findall(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\.CTAPOOL (?:UP\d, )?(0x[0-9a-f]+) ;", entry["sass"])
@@ -218,14 +247,14 @@ def shortest_loop_with_products(sass: str) -> list[str]:
     return min((loop for loop in loops if any("HGMMA" in one for one in loop)), key=len)
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "defines"), HOPPER_TILES + PAGED_TILES)
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), [*sampled(HOPPER_TILES), *sampled(PAGED_TILES)])
 def test_slots_and_descriptors_stay_in_uniform_registers(head_dim, dtype, defines):
     """Else each product waits until its descriptor has been moved there: 10 % of the kernel's time.
 
     A branch that lanes take apart, anywhere between two pages, is enough for the compiler to move them out.
     """
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    page = shortest_loop_with_products(entry_functions(disassembled(cubin.path))[HOPPER]["sass"])
+    page = shortest_loop_with_products(entry_functions(build.disassemble(cubin.path))[HOPPER]["sass"])
     products = sum("HGMMA" in one for one in page)
     assert 8 <= products <= 16 and sum("MUFU.EX2" in one for one in page) >= 64, "this is not the loop over pages"
     assert sum("R2UR" in one for one in page) <= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from support import synthetic_records as synthetic
 from support.contradictions import contradictions
@@ -60,6 +62,9 @@ PLANTED = {
     "fastest": lambda html: html.replace("is fastest with ", "is fastest with 9"),
     "variant": lambda html: html.replace('<p class="fc-where">', '<p class="fc-where">hopper-unsplit, ', 1),
     "best": lambda html: html.replace('<p class="fc-value">', '<p class="fc-value">0.', 1),
+    "workload": lambda html: html.replace("Speed at the workload that decides", "Best speed of ours"),
+    "workload that is not named": lambda html: re.sub('fc-where">hopper, .*?, in a', 'fc-where">hopper, in a', html),
+    "workload without the others": lambda html: re.sub("<p>Up to [^<]* TFLOPS at other problems[^<]*</p>", "", html),
 }  # fmt: skip
 
 
@@ -69,5 +74,7 @@ def test_what_is_planted_is_found(recorded, what):
     html = page.headline_html(decision, evidence) + page.correctness_html(evidence)
     html += plots.latency_html(evidence.trials)
     assert contradictions(html, evidence.trials) == []
-    found = contradictions(PLANTED[what](html), evidence.trials)
-    assert found and all(sentence.startswith(what) for sentence in found)
+    planted = PLANTED[what](html)
+    assert planted != html
+    found = contradictions(planted, evidence.trials)
+    assert found and all(sentence.startswith(what.split()[0]) for sentence in found)

@@ -10,11 +10,11 @@ from support import synthetic_records as synthetic
 from support.decisions import decide, hopper, timing_at, with_timing
 
 from flashcore import page
-from flashcore.decision import verdict
+from flashcore.decision import compare, verdict
 from flashcore.decision.gates import load_gates
 from flashcore.history.runs import Snapshot
 from flashcore.history.since import since
-from flashcore.problem import PRESETS
+from flashcore.problem import PRESETS, Problem
 from flashcore.records import RunFolder, Trial
 
 TRIALS = synthetic.gpu_trials()
@@ -38,6 +38,30 @@ def test_the_headline_agrees_with_the_gates():
         and "Target at least 320 TFLOPS" in html
         and "Aim at least 450 TFLOPS" in html
     )
+
+
+def test_the_speed_names_its_workload_and_the_highest_speed_at_any_other():
+    here = next(t for t in FAST if timing_at("wmma", PRESETS["report"])(t))
+    other = replace_seqlen(here, 16384)
+    slower, faster, for_checks = (
+        synthetic.timing(backend, other, other.flops() / (tflops * 1e6), round_="other")
+        for backend, tflops in (("wmma", 300.0), ("wmma", 801.5), ("hopper-unsplit", 900.0))
+    )
+    at = compare.tflops(here)
+    base = [t for t in FAST if t is here or not compare.contends(t) or (compare.tflops(t) or 0) < at]
+    html = headline_of([*base, slower, for_checks])
+    assert "Speed at the workload that decides" in html and "at other problems" not in html
+    html = headline_of([*FAST, slower, faster, for_checks])
+    assert compare.tflops(faster) == pytest.approx(801.5, rel=0.01)
+    assert (
+        f"Up to {compare.tflops(faster):.0f} TFLOPS at other problems: wmma, {other.label().replace(',', ', ')}<"
+        in html
+    )
+    assert "hopper-unsplit" not in html and "512 <" in html
+
+
+def replace_seqlen(trial: Trial, seqlen: int) -> Problem:
+    return trial.problem.model_copy(update={"seqlen_q": seqlen, "seqlen_k": seqlen})
 
 
 def test_nothing_measured_is_said_in_words():

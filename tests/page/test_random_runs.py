@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 
-import nbformat
 import pytest
 from support import mutations
 from support import synthetic_paging as paging
 from support import synthetic_records as synthetic
+from support.drawing_here import page_text
 from support.sampling import first
 
 from flashcore import tables
 from flashcore.decision import verdict
-from flashcore.page import Variant
 from flashcore.paths import data_dir
-from flashcore.pipeline import rendering
 from flashcore.records import RunFolder, Trial
 
 SEEDS = range(14)  # each of the seven ways to lack something twice; four of them once by default
@@ -78,43 +75,13 @@ def drawn(seed: int) -> tuple[list[Trial], dict]:
     return trials, environment
 
 
-@pytest.fixture(scope="module")
-def cells():
-    """The status report's own cells, in one interpreter: a kernel for each random run would take minutes."""
-    notebook = nbformat.read(data_dir("notebooks") / "06_status_report.ipynb", as_version=4)
-    return notebook, [compile(c.source, c.id, "exec") if c.cell_type == "code" else None for c in notebook.cells]
-
-
-def page_of(run: RunFolder, cells, monkeypatch) -> str:
-    """The page, by the notebook's cells and the template, as `rendering.render` makes it."""
-    import IPython.display
-
-    notebook, programs = cells
-    notebook, shown = nbformat.from_dict(notebook), []
-    monkeypatch.setattr(IPython.display, "display", lambda html: shown.append(html.data))
-    space: dict = {}
-    for cell, program in zip(notebook.cells, programs, strict=True):
-        if program is None:
-            continue
-        shown.clear()
-        exec(program, space)
-        if "parameters" in cell.metadata.get("tags", []):
-            space["run_dir"] = str(run.path)
-        cell.outputs = [nbformat.v4.new_output("display_data", data={"text/html": text}) for text in shown]
-    executed = run.path / "executed.ipynb"
-    nbformat.write(notebook, executed)
-    return rendering._to_html(executed, run, Variant())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", first(SEEDS, 4))
-def test_any_records_make_a_page_and_none_says_go(tmp_path, cells, monkeypatch, seed):
+def test_any_records_make_a_page_and_none_says_go(tmp_path, seed):
     trials, environment = drawn(seed)
     run = synthetic.write_run(tmp_path / "run", trials, environment)
     decision = verdict.judge(run)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        text = page_of(run, cells, monkeypatch)
+    text = page_text(run)
     said = re.search(r'class="fc-verdict"><span class="fc-small">Verdict</span> ([A-Z-]+)<', text)[1]
     assert said == decision.verdict
     # Without a GPU the figures are those of the committed recorded run, which may well say GO, and the page says whose.
@@ -125,9 +92,9 @@ def test_any_records_make_a_page_and_none_says_go(tmp_path, cells, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_whole_run_says_go_so_that_the_others_are_held_back_by_what_they_lack(tmp_path, cells, monkeypatch):
+def test_the_whole_run_says_go_so_that_the_others_are_held_back_by_what_they_lack(tmp_path):
     run = synthetic.write_run(tmp_path / "run", WHOLE, synthetic.environment())
-    text = page_of(run, cells, monkeypatch)
+    text = page_text(run)
     assert verdict.judge(run).verdict == "GO" and "Nothing blocks" in text and "could not be drawn" not in text
 
 
@@ -146,7 +113,7 @@ def every_sort(lines: list[bytes], most: int = 3) -> list[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", first(range(20), 2))
-def test_a_record_that_makes_no_sense_costs_no_more_than_its_own_part(tmp_path, cells, monkeypatch, seed):
+def test_a_record_that_makes_no_sense_costs_no_more_than_its_own_part(tmp_path, seed):
     """Values of any place in a few records changed, of every kind that a run on a GPU holds."""
     rng, recorded = random.Random(seed), data_dir("reports") / "recorded" / "h100"
     lines = every_sort((recorded / "records.jsonl").read_bytes().splitlines())
@@ -157,9 +124,7 @@ def test_a_record_that_makes_no_sense_costs_no_more_than_its_own_part(tmp_path, 
         if not how.startswith("schema_version"):  # a newer one is refused, and rightly makes no page
             lines[at] = mutations.written(value, raw)
     run.records_path.write_bytes(b"".join(line + b"\n" for line in lines))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        text = page_of(run, cells, monkeypatch).split('id="fc-records"')[0]
+    text = page_text(run).split('id="fc-records"')[0]
     assert mutations.MARKUP not in text and text.count("<h2") > 8
     assert text.count("could not be drawn") <= 3, "one part's trouble is not another's"
 

@@ -250,7 +250,7 @@ def test_a_home_that_somebody_else_laid_out_is_not_used(tmp_path, monkeypatch):
 @pytest.mark.notebook
 def test_a_notebook_that_prints_faster_than_anybody_reads_is_no_dead_kernel(tmp_path, run, monkeypatch):
     monkeypatch.setattr(notebooks, "OUTPUT_S", 0)
-    flood = "for i in range(4000): print('line', i, flush=True)"
+    flood = "for i in range(600): print('line', i, flush=True)"
     finishing_notebook(tmp_path / "nb", "01_first", flood)
     notebooks.execute_notebook("01_first", run, notebooks_dir=tmp_path / "nb")
     finishing_notebook(tmp_path / "nb", "02_second", f"{flood}\nraise ValueError('the true cause')")

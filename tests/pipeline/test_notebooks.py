@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import nbformat
 import pytest
 from support.notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
 from flashcore.errors import NotebookFailed, NotebookParameterError, UnknownName
 from flashcore.pipeline.notebooks import check_parameters, declared_parameters, execute_notebook
+
+LOADS = """
+import sys
+from flashcore.pipeline import notebooks
+assert notebooks.load_nbformat().__name__ == "nbformat"
+assert "lark" not in sys.modules and "rfc3987_syntax" not in sys.modules
+"""
+
+
+def test_nbformat_is_loaded_without_grammars_and_they_can_be_loaded_later():
+    subprocess.run([sys.executable, "-c", LOADS], check=True)
 
 
 def values(run) -> list[int]:

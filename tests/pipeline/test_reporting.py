@@ -185,7 +185,7 @@ def test_every_notebook_takes_what_the_pipeline_gives():
 
 
 @pytest.mark.notebook
-def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_path):
+def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     finishing_notebook(folder, "05_next", measure(5))
     write_notebook(folder, "06_status_report", "1")
@@ -196,15 +196,11 @@ def test_killing_the_sweeps_kernel_half_way_is_inconclusive_and_exit_code_1(tmp_
     assert sweeping + 2 < len(notebook.cells)
     nbformat.write(notebook, path)
 
-    program = (
-        "import sys, pathlib; from flashcore import cli; from flashcore.pipeline import reporting; "
-        "own = reporting.data_dir; "
-        f"reporting.data_dir = lambda name: pathlib.Path({str(folder)!r}) if name == 'notebooks' else own(name); "
-        f"sys.argv[1:] = ['report', '--profile', 'quick', '--backend', 'reference,cpu', '--problem', {SMALL!r}, "
-        f"'--out', {str(tmp_path / 'runs')!r}]; cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr[-2000:]
+    own = reporting.data_dir
+    monkeypatch.setattr(reporting, "data_dir", lambda name: folder if name == "notebooks" else own(name))
+    asked = ["--profile", "quick", "--backend", "reference,cpu", "--problem", SMALL, "--out", str(tmp_path / "runs")]
+    done = CliRunner().invoke(app, ["report", *asked])
+    assert done.exit_code == 1, done.output[-2000:]
     assert "Verdict: INCONCLUSIVE" in done.stdout
     assert "Notebook 04_tflops_sweep did not finish: its Jupyter kernel died" in done.stdout
 

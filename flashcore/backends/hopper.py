@@ -32,6 +32,8 @@ MASK_PARAMS = struct.Struct("7Q 5i 10f 4x")
 """`MaskParams` of kernels/include/masks.cuh."""
 TILE_INTS = 2
 """Ints of a `ListedTile`."""
+CLEARING_BLOCKS = 64
+"""Blocks of `PLAN` that clear padding, which may be most of a tensor."""
 PLANNED_AT_ONCE = 256
 """Tiles that a block of `PLAN` lists."""
 NEAR = 0.5
@@ -131,7 +133,7 @@ class Hopper(CudaBackend):
             sink, *lengths, tiles_at, tiles_at + 4 * TILE_INTS * tiles, problem.batch, tiles,
             int(problem.lengths == "left"), left, right, *cap,
         )  # fmt: skip
-        blocks = (-(-tiles // PLANNED_AT_ONCE), 1, 1)
+        blocks = (max(-(-tiles // PLANNED_AT_ONCE), CLEARING_BLOCKS if problem.lengths != "ragged" else 1), 1, 1)
         ahead = PreparedLaunch(entry_point(plan, PLAN, device), plan, blocks, [arguments[0], packed], stream)
         return Masked(packed, ahead, (min(tiles, multiprocessors(device)), 1, 1))
 

@@ -88,11 +88,17 @@ __device__ __forceinline__ void store_lse_rows(const AttentionParams& params, co
 constexpr int PLAN_THREADS = 256;
 constexpr int PLAN_WARPS = PLAN_THREADS / WARP;
 
-// Rows [first, end) of a batch, of all heads, become 0, and their lse -inf.
-__device__ __forceinline__ void clear_outputs(const AttentionParams& params, int batch, int first, int end) {
+// One of `shares` shares of the work of some warps.
+struct Share {
+  int nth, shares;
+};
+
+// Rows [first, end) of a batch, of all heads, become 0, and their lse -inf: a warp's share of them.
+__device__ __forceinline__ void clear_outputs(const AttentionParams& params, int batch, int first, int end, Share share) {
   constexpr int PIECE = 16 / sizeof(Element), PIECES = HEAD_DIM / PIECE;
   const int rows = max(0, end - first);
-  for (Index i = threadIdx.x; i < Index(rows) * params.num_heads_q * PIECES; i += PLAN_THREADS) {
+  const Index pieces = Index(rows) * params.num_heads_q * PIECES;
+  for (Index i = share.nth * WARP + threadIdx.x % WARP; i < pieces; i += share.shares * WARP) {
     const int piece = i % PIECES, row = first + i / PIECES % rows, head = i / PIECES / rows;
     Element* row_gmem = params.out_gmem + batch * params.out.batch + head * params.out.head + row * params.out.row;
     *reinterpret_cast<uint4*>(row_gmem + piece * PIECE) = make_uint4(0, 0, 0, 0);
@@ -102,12 +108,12 @@ __device__ __forceinline__ void clear_outputs(const AttentionParams& params, int
 }
 
 // The rows that belong to no sequence, before and after the nth.
-__device__ __forceinline__ void clear_around(const AttentionParams& params, const MaskParams& masks, int nth) {
+__device__ __forceinline__ void clear_around(const AttentionParams& params, const MaskParams& masks, int nth, Share share) {
   const Sequence sequence = sequence_at(params, masks, nth);
   const bool end_to_end = masks.cu_seqlens_q_gmem != nullptr;
-  if (!end_to_end || nth == 0) clear_outputs(params, sequence.batch, 0, sequence.first_q);
+  if (!end_to_end || nth == 0) clear_outputs(params, sequence.batch, 0, sequence.first_q, share);
   if (!end_to_end || nth == masks.sequences - 1)
-    clear_outputs(params, sequence.batch, sequence.first_q + sequence.seqlen_q, params.seqlen_q);
+    clear_outputs(params, sequence.batch, sequence.first_q + sequence.seqlen_q, params.seqlen_q, share);
 }
 
 // The sum over the threads up to and with this one; `of_warp` is room for a number a warp.
@@ -132,11 +138,9 @@ extern "C" __device__ const LaunchShape attention_hopper_plan_shape = {TILE_M, T
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1)
     attention_hopper_plan(const __grid_constant__ AttentionParams params, const __grid_constant__ MaskParams masks) {
   __shared__ int ends[PLAN_THREADS];  // of some sequences' tiles, in the list
-  __shared__ int weights[PLAN_THREADS];
+  __shared__ alignas(16) int weights[PLAN_THREADS];  // then the number, so that no two are alike
   __shared__ int of_warp[PLAN_WARPS];
   let_next_kernel_start();
-  for (int nth = blockIdx.x; nth < masks.sequences; nth += gridDim.x) clear_around(params, masks, nth);
-
   const int number = blockIdx.x * PLAN_THREADS + threadIdx.x;  // in the list
   ListedTile own = {0, 0, 0};
   int weight = -1, before = 0;
@@ -171,11 +175,20 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1)
     masks.num_tiles_gmem[1] = 0;
   }
 
-  weights[threadIdx.x] = weight;
+  const int own_weight = weight * PLAN_THREADS + (PLAN_THREADS - 1 - threadIdx.x);
+  weights[threadIdx.x] = own_weight;
   __syncthreads();
   int heavier = 0;
 #pragma unroll 8
-  for (int i = 0; i < PLAN_THREADS; ++i) heavier += weights[i] > weight || (weights[i] == weight && i < threadIdx.x);
+  for (int i = 0; i < PLAN_THREADS / 4; ++i) {
+    const int4 four = reinterpret_cast<const int4*>(weights)[i];
+    heavier += (four.x > own_weight) + (four.y > own_weight) + (four.z > own_weight) + (four.w > own_weight);
+  }
   const int place = blockIdx.x * PLAN_THREADS + heavier;
   if (weight >= 0 && place < masks.most_tiles) masks.tiles_gmem[place] = own;
+
+  // The rows that belong to no sequence: all warps share out the sequences, and each of them where there are more warps.
+  const int warps = gridDim.x * PLAN_WARPS, shares = max(1, warps / masks.sequences);
+  for (int item = blockIdx.x * PLAN_WARPS + threadIdx.x / WARP; item < masks.sequences * shares; item += warps)
+    clear_around(params, masks, item / shares, {item % shares, shares});
 }

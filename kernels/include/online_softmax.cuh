@@ -125,21 +125,19 @@ struct Softmax {
   __device__ __forceinline__ float capped_exponentials(const float (&s)[SCORES], unsigned (&p)[SCORES / 2], float (&sums)[2],
                                                        const float (&series)[TERMS]) const {
     sums[0] = sums[1] = 0.f;
-    float largest = 0.f;
-    const auto probability = [&](float score, float reference) {
-      const float square = score * score;
-      largest = fmaxf(largest, square);
-      return ex2_approx(fmaf(score, slope_of(square, series), -reference));
-    };
+    int largest = 0;  // of squares, whose bits are in the order of their values
 #pragma unroll
     for (int i = 0; i < SCORES; i += 2) {
       const int row = row_of(i);
-      const float left = probability(s[i], reference[row]), right = probability(s[i + 1], reference[row]);
+      const float squares[2] = {s[i] * s[i], s[i + 1] * s[i + 1]};
+      largest = __vimax3_s32(largest, __float_as_int(squares[0]), __float_as_int(squares[1]));
+      const float left = ex2_approx(fmaf(s[i], slope_of(squares[0], series), -reference[row]));
+      const float right = ex2_approx(fmaf(s[i + 1], slope_of(squares[1], series), -reference[row]));
       sums[row] += left;
       sums[row] += right;
       p[i / 2] = pack_pair(left, right);
     }
-    return largest;
+    return __int_as_float(largest);
   }
 
   // The softmax of a later page whose scores have no cap yet. `small` says whether the warp's scores were all small so far: it is

@@ -35,7 +35,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28 MASKED(+ (HAS_SOFTCAP ? HAS_LENGTHS || HAS_WINDOW ? 8 : 4 : 0));
+constexpr int REST_REGISTERS = 28 MASKED(+ MASK_REGISTERS);
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);

@@ -12,7 +12,13 @@ constexpr bool HAS_SOFTCAP = FLASHCORE_MASKS & 2;
 constexpr bool HAS_SINK = FLASHCORE_MASKS & 4;
 constexpr bool HAS_LENGTHS = FLASHCORE_MASKS & 8;
 #define MASKED(...) __VA_ARGS__
-#define MASK_PARAM , const MaskParams& masks
+#ifdef FLASHCORE_PAGED
+constexpr bool OVER_PAGES = true;
+#else
+constexpr bool OVER_PAGES = false;
+#endif
+// Registers that masks take of a consumer in the Hopper kernel, whose Q takes what is left.
+constexpr int MASK_REGISTERS = !HAS_SOFTCAP ? 0 : HAS_WINDOW || HAS_LENGTHS || OVER_PAGES ? 8 : 4;
 
 // Where the real rows of a sequence lie: those of Q from row first_q of `batch` on, those of K and V from first_k on.
 struct Sequence {

@@ -26,7 +26,8 @@ WORDS = ("Card", "Node", "State", "Held down by", "Bits")
 
 def section_html(trials: Sequence[Trial], environment: Mapping[str, Any]) -> str:
     """The section of a page: who measured the run, workers that were lost, and the fleet; empty for one process."""
-    cards = [one for one in environment.get("cards") or () if isinstance(one, Mapping)]
+    stated = environment.get("cards")
+    cards = [one for one in stated if isinstance(one, Mapping)] if isinstance(stated, list) else []
     found, parts = fleet.judge(trials), []
     if cards:
         counted = Counter(f"{one.get('gpu') or 'a CPU worker'} on {one.get('node')}" for one in cards)

@@ -81,8 +81,9 @@ def command(environment: Mapping[str, Any]) -> str:
 
 def _workers(environment: Mapping[str, Any]) -> str:
     """The option that spreads a report over as many workers as this one had; empty for one process."""
-    cards = [_mapping(one) for one in environment.get("cards") or ()]
-    if len({one.get("node") for one in cards}) > 1:
+    stated = environment.get("cards")
+    cards = [_mapping(one) for one in stated] if isinstance(stated, list) else []
+    if len({str(one.get("node")) for one in cards}) > 1:
         return "--scheduler tcp://ADDRESS"
     return f"--{'gpus' if cards[0].get('card') else 'workers'} {len(cards)}" if cards else ""
 

@@ -32,7 +32,7 @@ def test_the_plot_has_a_point_for_each_card_and_says_what_it_shows():
 
 
 def test_a_run_without_a_fleet_has_no_section_and_one_card_has_no_plot():
-    assert page_of([Trial(kind="correctness")]) == ""
+    assert page_of([Trial(kind="correctness")]) == page_of([], {"cards": 3}) == ""
     page = page_of(synthetic.cards(1))
     assert "<svg" not in page and "1 × NVIDIA H200" in page
 

@@ -32,6 +32,7 @@ def test_the_command_of_a_run_of_several_workers_asks_for_as_many():
     assert said == "flashcore report --gpus 2 --profile full --problem 'tiny;report'"
     assert command({"cards": two}) == "flashcore report --scheduler tcp://ADDRESS"
     assert command({"cards": [{"node": "a"}]}) == "flashcore report --workers 1"
+    assert command({"cards": 3}) == command({"cards": []}) == "make report"
 
 
 def provenance(trials=(), recorded=None, **environment) -> str:

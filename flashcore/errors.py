@@ -189,6 +189,14 @@ class PrintError(FlashCoreError, RuntimeError):
     """A browser is there and did not make the PDF; the page itself is not touched."""
 
 
+class ClusterError(FlashCoreError, RuntimeError):
+    """The workers asked for cannot be used: too few cards, a scheduler that does not answer, other sources there."""
+
+
+class ClusterLost(ClusterError):
+    """The scheduler, or the last worker, is gone; what was measured before is in the run."""
+
+
 class NotebookParameterError(FlashCoreError, ValueError):
     """A notebook was given a parameter it does not declare, or a value of the wrong type."""
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ MARK = b"\xef\xbb\xbf"
 
 Kind = Literal[
     "ceiling", "build", "correctness", "attention_timing", "bisection", "fault", "gemm_candidate", "paging",
-    "sanitizer", "claim", "verdict", "notebook", "exploit", "diagnosis", "model",
+    "sanitizer", "claim", "verdict", "notebook", "exploit", "diagnosis", "model", "fleet", "worker",
 ]  # fmt: skip
 Status = Literal["ok", "failed", "error", "unsupported", "unavailable"]
 
@@ -103,6 +103,10 @@ class Trial(BaseModel):
     """Hash of the kernel source that was measured, without its comments and white space."""
     environment: str | None = None
     """`id` of the environment snapshot in the run's `environment.json`."""
+    card: str | None = None
+    """uuid of the card that measured it, in a run that several workers share; ``cpu-0`` of a worker without one."""
+    node: str | None = None
+    """Host name of the node that measured it, in such a run."""
     time: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     id: str | None = Field(default_factory=lambda: secrets.token_hex(6))
     """Tells two measurements that came out alike from one record that was appended twice; None in older records."""
@@ -183,6 +187,23 @@ class RunFolder:
         if not wanted:
             return trials
         return [t for t in trials if all(getattr(t, name) == value for name, value in wanted.items())]
+
+
+@dataclass
+class Ledger:
+    """Records in memory, of a process that has no run: those that it was told of, and those that it makes."""
+
+    known: Sequence[Trial] = ()
+    made: list[Trial] = field(default_factory=list)
+
+    def append(self, trial: Trial) -> Trial:
+        """As `RunFolder.append`."""
+        self.made.append(trial)
+        return trial
+
+    def trials(self, **wanted: Any) -> list[Trial]:
+        """As `RunFolder.trials`."""
+        return [t for t in (*self.known, *self.made) if all(getattr(t, name) == v for name, v in wanted.items())]
 
 
 def digits(value: float, n: int = 6) -> float:
@@ -266,7 +287,19 @@ def _line(trial: Trial) -> bytes:
     """A trial as one line; what is not there at all is left out, which keeps a run of a thousand trials small."""
     absent: dict[str, Any] = {
         name: True
-        for name in ("backend", "variant", "reason", "problem", "correctness", "timing", "data", "source_hash", "id")
+        for name in (
+            "backend",
+            "variant",
+            "reason",
+            "problem",
+            "correctness",
+            "timing",
+            "data",
+            "source_hash",
+            "card",
+            "node",
+            "id",
+        )
         if not getattr(trial, name)
     }
     if trial.problem:

@@ -44,6 +44,7 @@ SLOW_FILES = (
     "pipeline/test_rendering.py", "kernels/test_new_kernel.py", "page/test_random_runs.py", "faults/test_proving.py",
     "cli/test_printing_contract.py", "drawing/test_paging_views.py", "paging/test_selecting.py",
     "paging/test_appending.py", "paging/test_cache_machine.py", "bisection/test_split_traces.py",
+    "cluster/test_spreading.py", "pipeline/test_spread_reports.py",
     "parallel/test_attending.py",
 )  # fmt: skip
 """What takes longest begins first, where several workers share the tests: at the end none waits for another."""

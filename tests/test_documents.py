@@ -16,7 +16,8 @@ ROOT = Path(flashcore.__file__).parent.parent
 if not (ROOT / "docs").is_dir():
     pytest.skip("these tests read the checkout, and FlashCore runs from an install here", allow_module_level=True)
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/ci.md", "kernels/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/ci.md", "docs/many-gpus.md",
+             "kernels/README.md"]  # fmt: skip
 HOMES = ["", "flashcore", "kernels", "kernels/include"]
 """Folders from which a document may name a file."""
 SUFFIXES = ("py", "cu", "cuh", "toml", "ipynb", "svg", "md")

@@ -11,7 +11,7 @@ import pytest
 
 from flashcore.errors import RecordsDamaged, RecordsError, RecordsTooNew
 from flashcore.problem import PRESETS, square
-from flashcore.records import SCHEMA_VERSION, Correctness, RunFolder, Timing, Trial, append_trials, read_trials
+from flashcore.records import SCHEMA_VERSION, Correctness, Ledger, RunFolder, Timing, Trial, append_trials, read_trials
 
 needs_modes = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so a mode keeps nobody out")
 
@@ -165,3 +165,18 @@ def test_masks_of_a_problem_are_written_only_where_there_are_some_and_read_back(
     new = {"window_left": 4, "softcap": 30.0, "sink": True, "lengths": "ragged"}
     assert not set(new) & set(lines[0]) and lines[1] == lines[0] | new
     assert [trial.problem for trial in run.trials()] == [plain, masked]
+
+
+def test_a_ledger_keeps_what_it_was_told_of_apart_from_what_it_is_given():
+    known, made = Trial(kind="ceiling", data={"name": "read"}), Trial(kind="paging", status="failed", reason="no")
+    ledger = Ledger([known])
+    assert ledger.append(made) is made and ledger.made == [made]
+    assert ledger.trials() == [known, made] and ledger.trials(kind="ceiling", status="ok") == [known]
+
+
+def test_a_record_names_its_card_and_node_only_where_several_share_a_run(run):
+    run.append(Trial(kind="ceiling"))
+    run.append(Trial(kind="ceiling", card="GPU-1a2b", node="box"))
+    first, second = run.records_path.read_text().splitlines()
+    assert "card" not in first and "node" not in first and '"card":"GPU-1a2b","node":"box"' in second
+    assert [(t.card, t.node) for t in run.trials()] == [(None, None), ("GPU-1a2b", "box")]

@@ -157,7 +157,18 @@ def cap_params(softcap: float | None, scale: float) -> tuple[float, ...]:
         return (0.0,) * 10
     by_cap = scale / softcap
     if not SMALLEST_SLOPE < abs(by_cap) < LARGEST_SLOPE:
-        return softcap, by_cap, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0  # no score is near: the kernel then goes by exponentials
+        return (
+            softcap,
+            by_cap,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            -1.0,
+            0.0,
+            0.0,
+            -1.0,
+        )  # no score is near: the kernel then goes by exponentials
 
     def series(terms) -> list[float]:
         return [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(terms)]

@@ -7,6 +7,6 @@ surroundings of a bad element.
 
 from __future__ import annotations
 
-from flashcore.bisection.bisecting import Bisection, StageRow, Traced, bisect, bisect_trial, judge, traced
+from flashcore.bisection.bisecting import Bisection, StageRow, Traced, bisect, bisect_trial, judge, tasks, traced
 
-__all__ = ["Bisection", "StageRow", "Traced", "bisect", "bisect_trial", "judge", "traced"]
+__all__ = ["Bisection", "StageRow", "Traced", "bisect", "bisect_trial", "judge", "tasks", "traced"]

@@ -11,15 +11,16 @@ reference, while `out` and `lse` depend on none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashcore import backends
 from flashcore.bisection.stagewise import Judgement, Judges
 from flashcore.bisection.zoom import tile, zoom
+from flashcore.cluster import Task
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
-from flashcore.measure.check import device_of, guarded
+from flashcore.measure.check import device_of, guarded, hash_of
 from flashcore.numerics import ambient, masking, reference
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
@@ -233,6 +234,20 @@ def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -
     """`bisect` as a trial that never raises: what goes wrong becomes its status and reason."""
     chosen = backends.get(backend) if isinstance(backend, str) else backend
     return guarded("bisection", chosen, problem, lambda: bisect(chosen, problem, **options).to_trial())
+
+
+def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> list[Task]:
+    """`bisect_trial` of each backend on its problem, or one like it that it takes, as `flashcore.cluster.Task`."""
+    found = []
+    for one, wanted in pairs:
+        problem = one.suits(wanted)
+        owed = {"kind": "bisection", "backend": one.id, "problem": problem, "source_hash": hash_of(one)}
+        found.append(Task(f"bisect {one.id} on {problem.label()}", _bisected, (one, problem), options, (owed,)))
+    return found
+
+
+def _bisected(backend: backends.Backend, problem: Problem, **options: Any) -> Iterator[Trial]:
+    yield bisect_trial(backend, problem, **options)
 
 
 @ambient.judging

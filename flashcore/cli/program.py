@@ -19,6 +19,7 @@ from flashcore.cli import (
     debug,
     diagnose,
     exploits,
+    fleet,
     lab,
     model,
     paging,
@@ -184,6 +185,7 @@ paging.add_to(app)
 model.add_to(app)
 claims.add_to(app)
 compare.add_to(app)
+fleet.add_to(app)
 lab.add_to(app)
 
 

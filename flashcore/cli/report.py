@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from flashcore.cli import completing
+from flashcore.cli import completing, spreading
 from flashcore.cli.printing import errors, print_decision, say, shown
+from flashcore.cli.spreading import ClusterOption, GpusOption, SchedulerOption, WorkersOption
 from flashcore.paths import absolute_place
 
 
@@ -50,7 +51,7 @@ LogoOption = Annotated[Path | None, typer.Option(help="A PNG, JPEG, WebP or SVG 
 SectionsOption = Annotated[
     str | None,
     typer.Option(metavar="A,B,...", help="Sections to show, out of decision, since, speed, correctness, questions, "
-                                         "survey, paging, claims, evidence, provenance.  [default: all]",
+                                         "survey, paging, claims, fleet, evidence, provenance.  [default: all]",
                  autocompletion=completing.sections),
 ]  # fmt: skip
 PdfOption = Annotated[bool, typer.Option("--pdf/--no-pdf", help="Print the page to report.pdf by Chromium.")]
@@ -91,6 +92,10 @@ def report(
     lse: Annotated[
         str | None, typer.Option(help="With --kernel: what it returns beside its output, none, natural or log2.")
     ] = None,
+    gpus: GpusOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    cluster: ClusterOption = None,
     audience: AudienceOption = None,
     title: TitleOption = None,
     organisation: OrganisationOption = None,
@@ -112,17 +117,28 @@ def report(
         raise FlashCoreError(
             "--run names the run that --only PART does again; 'flashcore report' alone makes a new run."
         )
-    common = {"variant": variant, "pdf": pdf, "progress": lambda line: errors().print(escape(line))}
+    err = errors()
+    common = {"variant": variant, "pdf": pdf, "progress": lambda line: err.print(escape(line))}
     if kernel is None and (layout is not None or lse is not None):
         raise FlashCoreError("--layout and --lse say how the function of --kernel is called; name it by --kernel too.")
     if kernel is not None and only is not None:
         raise FlashCoreError("--kernel makes a new run; leave --only out.")
-    if only is not None:
-        result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
-    else:
-        defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
-                    "seed": 0}  # fmt: skip
-        with _adopted(kernel, layout or "bhsd", lse) as adopted:
+    if kernel is not None and (scheduler is not None or cluster is not None):
+        raise FlashCoreError(
+            "The function of --kernel lies on this machine, and workers of --scheduler and --cluster run elsewhere; "
+            "use --gpus, or leave one of the two out."
+        )
+    with contextlib.ExitStack() as stack:
+        adopted = stack.enter_context(_adopted(kernel, layout or "bhsd", lse))
+        named = {"gpus": gpus, "workers": workers, "scheduler": scheduler, "cluster": cluster}
+        pool = stack.enter_context(spreading.spread(err, **named))
+        if pool is not None:
+            common |= {"places": pool.places, "bars": not err.is_terminal}
+        if only is not None:
+            result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
+        else:
+            defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
+                        "seed": 0}  # fmt: skip
             result = reporting.report(**{**defaults, **given}, out=out_dir, kernel=adopted, **common)
     print_decision(result.decision)
     for name, reason in result.failed.items():

@@ -5,4 +5,4 @@
 GPU, and no notebook's cells are ever read.
 """
 
-__all__ = ["advice", "claims", "compare", "evidence", "formats", "gates", "seal", "verdict"]
+__all__ = ["advice", "claims", "compare", "evidence", "fleet", "formats", "gates", "seal", "verdict"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from flashcore.diagnosis.adopting import adopt, write_plugin
 from flashcore.diagnosis.apart import diagnose_apart
 from flashcore.diagnosis.calling import Answer, Candidate, candidate_of, load
-from flashcore.diagnosis.conforming import Conformance, conform, conform_all, conform_apart
+from flashcore.diagnosis.conforming import Conformance, conform, conform_all, conform_apart, conform_tasks
 from flashcore.diagnosis.diagnosing import Diagnosis, diagnose
 from flashcore.diagnosis.naming import Hypothesis
 from flashcore.diagnosis.promises import PROMISES, Promise
@@ -21,6 +21,6 @@ from flashcore.diagnosis.writing import write_test
 
 __all__ = [
     "PROMISES", "Answer", "Candidate", "Conformance", "Diagnosis", "Hypothesis", "Promise", "Seen", "adopt",
-    "candidate_of", "conform", "conform_all", "conform_apart", "diagnose", "diagnose_apart", "load", "see",
-    "write_plugin", "write_test",
+    "candidate_of", "conform", "conform_all", "conform_apart", "conform_tasks", "diagnose", "diagnose_apart", "load",
+    "see", "write_plugin", "write_test",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 
 from flashcore import backends as registry
 from flashcore import tables
+from flashcore.cluster import Task
 from flashcore.diagnosis.calling import TIME_LIMIT_S, Broken, Candidate, Refusal, candidate_of, refuse_masks
 from flashcore.diagnosis.promises import PROMISES, Asked, Promise, chosen
 from flashcore.diagnosis.screening import Inputs, find_home
@@ -400,3 +401,17 @@ def conform_all(
             if alone:
                 worker.close()  # the next call starts a new process
     return found
+
+
+def conform_tasks(places: Sequence[str]) -> list[Task]:
+    """`conform_all` as tasks for `flashcore.cluster.perform`, one an implementation; each yields its records."""
+    return [
+        Task(f"the promises of {place}", _conformed, (place,), limit_s=PROMISE_LIMIT_S * 5, cost_s=10.0,
+             owed=({"kind": "diagnosis", "backend": place, "variant": f"{tables.CONFORM}{PROMISES[0].id}"},))
+        for place in places
+    ]  # fmt: skip
+
+
+def _conformed(place: str) -> Iterator[Trial]:
+    for found in conform_all([place]):
+        yield from found.to_trials()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import importlib
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 from flashcore import backends as registry
 from flashcore.backends import Backend, CudaBackend
 from flashcore.bisection import Bisection, bisect
+from flashcore.cluster import Task, Work, perform
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.faults.catalogue import FAULTS, get
 from flashcore.faults.planting import Fault, Source
@@ -208,40 +210,56 @@ def run_faults(
         not work here) or `not planted` (the patch no longer fits, or does not compile). Status `ok` for what was
         found, `failed` for what was not.
     """
+    return perform(fault_work(backends, faults, progress), run=run, progress=progress)[0]
+
+
+def fault_work(
+    backends: Sequence[Backend] | None = None, faults: Sequence[Fault] = FAULTS, progress: Progress | None = None
+) -> Work:
+    """What `run_faults` does, as a list for `flashcore.cluster.perform`: kernels compile first, then one task a bug."""
     chosen = provable(backends)
     ready = [b for b in chosen if b.availability().ok]
-    trials: list[Trial] = []
-
-    def record(trial: Trial) -> None:
-        trials.append(run.append(trial) if run else trial)
-
+    found: list[Task | Trial] = []
     for backend in chosen:
         if backend not in ready:
             state = backend.availability()
-            record(Trial(kind="fault", backend=backend.id, status="unavailable", data={"outcome": "not run"},
-                         reason=f"{state.reason}; to mend it: {state.fix}", source_hash=hash_of(backend)))  # fmt: skip
-    with Worker(warm="flashcore.faults.proving") as worker:
-        if any(_isolated(fault, backend) for fault in faults for backend in ready):
-            worker.start()  # it imports torch while the kernels compile
+            found.append(Trial(kind="fault", backend=backend.id, status="unavailable", data={"outcome": "not run"},
+                               reason=f"{state.reason}; to mend it: {state.fix}",
+                               source_hash=hash_of(backend)))  # fmt: skip
+    for fault in faults:
+        known = fault.id if fault in FAULTS else fault  # an id can go to another process
+        if fault.held_by:
+            found.append(_not_applicable(fault, None))
+            continue
+        hosts = list(fault.plants) if fault.found_by == "selection" else ready
+        for host in hosts:
+            if isinstance(host, Backend) and fault.why_not(host.id):
+                found.append(_not_applicable(fault, host))
+                continue
+            name, hashed = (host.id, hash_of(host)) if isinstance(host, Backend) else (host, source_hash(host))
+            owed = _fields(fault, name, hashed)
+            owed["data"] = owed["data"] | {"outcome": "crashed", "crashed": True}
+            found.append(Task(f"{fault.id} in {name}: {fault.title}", _planted, (known, host), owed=(owed,),
+                              cost_s=0.5 if fault.may_crash else 0.1))  # fmt: skip
+
+    def prepare(here: bool) -> None:
+        if here and any(_isolated(fault, backend) for fault in faults for backend in ready):
+            _crashing().start()  # it imports torch while the kernels compile
         precompile(faults, ready, progress)
-        for fault in faults:
-            if fault.held_by:
-                record(_not_applicable(fault, None))
-                continue
-            if fault.found_by == "selection":
-                for kernel in fault.plants:
-                    if progress:
-                        progress(f"{fault.id} in {kernel}: {fault.title}")
-                    record(_caught(fault, kernel, source_hash(kernel)))
-                continue
-            for backend in ready:
-                if fault.why_not(backend.id):
-                    record(_not_applicable(fault, backend))
-                    continue
-                if progress:
-                    progress(f"{fault.id} in {backend.id}: {fault.title}")
-                record(_one(fault, backend, worker))
-    return trials
+
+    return Work(found, prepare, _crashing().close)
+
+
+@functools.cache
+def _crashing() -> Worker:
+    """The process of this process's own in which a bug may crash; it stays warm from one to the next."""
+    return Worker(warm="flashcore.faults.proving")
+
+
+def _planted(fault: Fault | str, host: Backend | str) -> Iterator[Trial]:
+    """The record of one bug, planted in a backend, or in a kernel of that name where it is one of page selection."""
+    fault = get(fault) if isinstance(fault, str) else fault
+    yield _caught(fault, host, source_hash(host)) if isinstance(host, str) else _one(fault, host, _crashing())
 
 
 def bisect_planted(
@@ -448,13 +466,21 @@ def clean_runs(
         One a backend, kind `bisection`, variant `clean-runs`; data `runs`, `alarms`, `first_alarm`, `values` judged,
         `seeds`, and how many runs had each dtype, pattern and layout. Status `failed` when there was an alarm.
     """
-    trials = []
-    for backend in provable(backends):
-        if progress:
-            progress(f"{n} clean runs of {backend.id}")
-        trial = _clean_runs_of(backend, n, seed)
-        trials.append(run.append(trial) if run else trial)
-    return trials
+    return perform(clean_tasks(backends, n=n, seed=seed), run=run, progress=progress)[0]
+
+
+def clean_tasks(backends: Sequence[Backend] | None = None, *, n: int = 100, seed: int = 0) -> list[Task]:
+    """What `clean_runs` does, as tasks for `flashcore.cluster.perform`: one a backend."""
+    return [
+        Task(f"{n} clean runs of {backend.id}", _clean, (backend, n, seed), cost_s=5.0,
+             owed=({"kind": "bisection", "backend": backend.id, "variant": "clean-runs",
+                    "source_hash": hash_of(backend), "data": {"runs": 0, "wanted": n}},))
+        for backend in provable(backends)
+    ]  # fmt: skip
+
+
+def _clean(backend: Backend, n: int, seed: int) -> Iterator[Trial]:
+    yield _clean_runs_of(backend, n, seed)
 
 
 def _clean_runs_of(backend: Backend, n: int, seed: int) -> Trial:

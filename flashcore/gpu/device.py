@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -228,7 +228,9 @@ def public_url(remote: str | None) -> str | None:
     return f"{found[1]}://{found[2]}" if found[1] else f"https://{found[3]}/{found[4]}"
 
 
-def record_environment(run: RunFolder, when: str, parameters: dict[str, Any] | None = None) -> str:
+def record_environment(
+    run: RunFolder, when: str, parameters: dict[str, Any] | None = None, *, cards: Sequence[dict[str, Any]] = ()
+) -> str:
     """Write the machine's state into the run's `environment.json`, in one piece; gives the environment's id.
 
     Parameters
@@ -237,6 +239,8 @@ def record_environment(run: RunFolder, when: str, parameters: dict[str, Any] | N
         `before` starts the file; `after` adds the state at the end, so that heat and throttling show.
     parameters
         What the run was asked to do; kept with `before`.
+    cards
+        Of a run that several workers share: the card, node and software of each; kept with `before`.
     """
     from flashcore.gpu.build import source_hashes
 
@@ -257,6 +261,7 @@ def record_environment(run: RunFolder, when: str, parameters: dict[str, Any] | N
             "kernels": source_hashes(),
             "parameters": parameters or {},
             "flashcore": __version__,
+            **({"cards": list(cards)} if cards else {}),
         }
     try:
         write_whole(run.environment_path, (json.dumps(environment, indent=1, default=str) + "\n").encode())

@@ -22,7 +22,7 @@ NAMES = {
     "attention_timing": "timing", "correctness": "check", "fault": "planted bug", "sanitizer": "compute-sanitizer run",
 }  # fmt: skip
 """What a reader calls a kind of record; the others go by their own name."""
-NO_OUTCOME = ("ceiling", "gemm_candidate", "claim", "verdict", "paging")
+NO_OUTCOME = ("ceiling", "gemm_candidate", "claim", "verdict", "paging", "fleet", "worker")
 """Kinds that measure or state, and neither pass nor fail."""
 
 

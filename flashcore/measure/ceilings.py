@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flashcore.cluster import Pool, Task, perform
 from flashcore.gpu.device import gpu_name, has_gpu
 from flashcore.numerics import ambient
 from flashcore.records import RunFolder, Trial
@@ -20,23 +21,27 @@ NODES = 1000
 LAUNCHES = 500
 
 
-@ambient.judging
-def ceilings(run: RunFolder) -> list[Trial]:
-    """Measure and record this machine's ceilings, one `ceiling` trial each.
+def ceilings(run: RunFolder, *, pool: Pool | None = None) -> list[Trial]:
+    """Measure and record this machine's ceilings, one `ceiling` trial each; with a pool, those of one of its cards.
 
     GPU: device-to-device copy (TB/s, bytes read plus written), fp16 and bf16 matrix products on random data (TFLOPS),
     an empty kernel inside a graph and the host time of one launch (µs). CPU: memory copy (GB/s) and an fp32 product
     (TFLOPS).
     """
-    measured = _gpu() if has_gpu() else _cpu()
-    return [run.append(Trial(kind="ceiling", data=data)) for data in measured]
+    return perform([Task("ceilings", measured, timing=True, owed=({"kind": "ceiling"},))], run=run, pool=pool)[0]
+
+
+@ambient.judging
+def measured() -> list[Trial]:
+    """The ceilings of the card, or CPU, that this process works on."""
+    return [Trial(kind="ceiling", data=data) for data in (_gpu() if has_gpu() else _cpu())]
 
 
 def _ceiling(name: str, value: float, unit: str, method: str, where: str) -> dict[str, Any]:
     return {"name": name, "value": value, "unit": unit, "method": method, "device": where}
 
 
-def _gpu_ms(call: Callable[[], Any]) -> float:
+def gpu_ms(call: Callable[[], Any]) -> float:
     """Median time of a call on the GPU in milliseconds, by events, after three warm-ups."""
     for _ in range(3):
         call()
@@ -67,7 +72,7 @@ def _gpu() -> list[dict[str, Any]]:
     found = [_copy_bandwidth(where)]
     for dtype, name in ((torch.float16, "matmul_fp16"), (torch.bfloat16, "matmul_bf16")):
         a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=dtype) for _ in range(2))
-        tflops = 2 * MATRIX**3 / _gpu_ms(lambda a=a, b=b: a @ b) / 1e9
+        tflops = 2 * MATRIX**3 / gpu_ms(lambda a=a, b=b: a @ b) / 1e9
         method = f"{MATRIX} x {MATRIX} x {MATRIX} product of random normal data, median of {REPEATS}"
         found.append(_ceiling(name, tflops, "TFLOPS", method, where))
     found += _launches(where)
@@ -78,7 +83,7 @@ def _gpu() -> list[dict[str, Any]]:
 def _copy_bandwidth(where: str) -> dict[str, Any]:
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    value = 2 * source.numel() / _gpu_ms(lambda: target.copy_(source)) / 1e9
+    value = 2 * source.numel() / gpu_ms(lambda: target.copy_(source)) / 1e9
     method = f"2 GiB device-to-device copy, bytes read plus written, median of {REPEATS}"
     return _ceiling("copy_bandwidth", value, "TB/s", method, where)
 
@@ -93,7 +98,7 @@ def _launches(where: str) -> list[dict[str, Any]]:
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(NODES):
                 one.add_(1)
-    node_us = _gpu_ms(graph.replay) * 1e3 / NODES
+    node_us = gpu_ms(graph.replay) * 1e3 / NODES
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(LAUNCHES):

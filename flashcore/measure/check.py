@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 
 from flashcore import backends
+from flashcore.cluster import Task
 from flashcore.errors import BackendUnavailable, Unsupported
 from flashcore.numerics import ambient, instruments, masking, reference
 from flashcore.numerics.inputs import make_inputs, make_masks
@@ -426,6 +429,27 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
         if (one.variant_of is None or number % 6 == 0)
         and (problem not in optional or set(problem.masks) <= set(one.masks))
     ]
+
+
+def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, pattern: str = "normal") -> list[Task]:
+    """The checks of `pairs` as tasks for `flashcore.cluster.perform`: one a problem, since its reference is shared."""
+    found = []
+    for problem, group in groupby(wanted, key=lambda pair: pair[0]):
+        chosen = [one for _, one in group]
+        owed = tuple(owed_check(one, problem, seed=seed, pattern=pattern) for one in chosen)
+        found.append(Task(f"check {problem.label()}", _checks, (problem, chosen, seed, pattern), owed=owed, cost_s=1.0))
+    return found
+
+
+def owed_check(backend: backends.Backend, problem: Problem, **data: Any) -> dict[str, Any]:
+    """Fields of the record of a check that never came."""
+    return {"kind": "correctness", "backend": backend.id, "problem": problem, "source_hash": hash_of(backend),
+            "data": {"role": backend.role, **data}}  # fmt: skip
+
+
+def _checks(problem: Problem, chosen: Sequence[backends.Backend], seed: int, pattern: str) -> Iterator[Trial]:
+    for one in chosen:
+        yield check_attention(one, problem, seed=seed, pattern=pattern)
 
 
 instruments.trust(sys.modules[__name__], ("compare", "expected", "wrong_form", "changed_inputs"))

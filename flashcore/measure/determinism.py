@@ -6,13 +6,15 @@ race, an atomic sum, or a read of memory that nobody wrote.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from flashcore import backends
+from flashcore.cluster import Task
 from flashcore.errors import InvalidProblem
-from flashcore.measure.check import device_of, guarded
+from flashcore.measure.check import device_of, guarded, hash_of
 from flashcore.numerics import ambient
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
@@ -100,6 +102,21 @@ def check_determinism(
         return Trial(**common, status="failed", reason=reason.replace(", expected", ", and"), data=facts)
 
     return guarded("bisection", chosen, problem, measure, variant="determinism", data=data)
+
+
+def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> list[Task]:
+    """`check_determinism` of each backend on its problem, or one like it that it takes, as `flashcore.cluster.Task`."""
+    found = []
+    for one, wanted in pairs:
+        problem = one.suits(wanted)
+        owed = {"kind": "bisection", "backend": one.id, "variant": "determinism", "problem": problem,
+                "source_hash": hash_of(one)}  # fmt: skip
+        found.append(Task(f"repeat {one.id} on {problem.label()}", _repeated, (one, problem), options, (owed,)))
+    return found
+
+
+def _repeated(backend: backends.Backend, problem: Problem, **options: Any) -> Iterator[Trial]:
+    yield check_determinism(backend, problem, **options)
 
 
 def _everything(

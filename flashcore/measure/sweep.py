@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from flashcore.backends import Backend, with_masks
+from flashcore.cluster import Pool, Task, perform
 from flashcore.decision import claims
 from flashcore.errors import FlashCoreError, WrongWhenTimed
 from flashcore.gpu import device
-from flashcore.measure.check import check_attention, correctness_of
+from flashcore.measure.check import check_attention, correctness_of, hash_of
 from flashcore.measure.proof import Proof
 from flashcore.measure.timing import MOST_ROUNDS, Candidate, input_sets, time_on_cpu, time_on_gpu
 from flashcore.numerics.inputs import make_inputs, make_masks
@@ -76,6 +77,7 @@ def sweep(
     *,
     seed: int = 0,
     gpu: bool | None = None,
+    pool: Pool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Trial]:
     """Check, then time every backend on every problem; each trial is on disk before the next one starts.
@@ -88,14 +90,11 @@ def sweep(
     ----------
     gpu
         Whether to measure on the GPU; None for wherever there is one. False takes backends that run on the CPU alone.
+    pool
+        The workers, each of which takes whole problems; None for this process alone.
     """
-    trials: list[Trial] = []
     on_gpu = device.has_gpu() if gpu is None else gpu
-
-    def record(trial: Trial) -> Trial:
-        trials.append(run.append(trial))
-        return trial
-
+    found: list[Task | Trial] = []
     ready: list[Backend] = []
     for backend in (b for b in backends if b.role != "reference"):
         state = backend.availability()
@@ -103,41 +102,50 @@ def sweep(
             ready.append(backend)
         else:
             reason = f"{state.reason}; to mend it: {state.fix}"
-            record(Trial(kind="attention_timing", backend=backend.id, status="unavailable", reason=reason))
-
+            found.append(Trial(kind="attention_timing", backend=backend.id, status="unavailable", reason=reason))
     for number, problem in enumerate(problems, start=1):
-        if progress:
-            progress(f"{number} of {len(problems)}: {problem.label()}")
-        candidates: list[tuple[Backend, Trial]] = []
-        for backend in ready:
-            if not backend.swept and problem not in REPORT_PROBLEMS:
-                continue
-            reason = backend.why_not(problem)
-            if reason is None and not backend.dense:
-                reason = "it reads K and V in pages; 'flashcore paging' times it"
-            if reason:
-                record(_timing_trial(backend, problem, status="unsupported", reason=reason))
-                continue
-            checked = record(check_attention(backend, problem, seed=seed, device="cpu" if gpu is False else None))
-            if checked.status in ("ok", "failed"):
-                candidates.append((backend, checked))
-        for (backend, checked), timing in zip(candidates, _time(candidates, problem, seed, on_gpu), strict=True):
-            late = isinstance(timing, WrongWhenTimed)
-            if isinstance(timing, Exception) and not late:
-                reason = f"{type(timing).__name__}: {timing}"
-                record(_timing_trial(backend, problem, status="error", reason=reason))
-            elif checked.status == "failed":
-                reason = f"its result is wrong, so its speed counts for nothing ({checked.reason})"
-                measured = timing.timing if late else timing
-                record(_timing_trial(backend, problem, status="failed", reason=reason, timing=measured))
-            elif late:
-                record(_wrong_when_timed(backend, problem, timing))
-                record(_timing_trial(backend, problem, status="failed", reason=str(timing), timing=timing.timing))
-            else:
-                record(_timing_trial(backend, problem, timing=timing))
-        if on_gpu:
-            torch.cuda.empty_cache()  # the next problem may need the memory in other pieces
-    return trials
+        owed = tuple({"kind": "attention_timing", "backend": b.id, "problem": problem, "source_hash": hash_of(b)}
+                     for b in ready)  # fmt: skip
+        found.append(Task(f"{number} of {len(problems)}: {problem.label()}", _one_problem,
+                          (problem, ready, seed, gpu, on_gpu), owed=owed, timing=True,
+                          cost_s=problem.flops() / 1e12))  # fmt: skip
+    return perform(found, run=run, pool=pool, progress=progress)[0]
+
+
+def _one_problem(
+    problem: Problem, ready: Sequence[Backend], seed: int, gpu: bool | None, on_gpu: bool
+) -> Iterator[Trial]:
+    """Check, then time the backends on one problem; all of it on one card, since the timings share a round."""
+    candidates: list[tuple[Backend, Trial]] = []
+    for backend in ready:
+        if not backend.swept and problem not in REPORT_PROBLEMS:
+            continue
+        reason = backend.why_not(problem)
+        if reason is None and not backend.dense:
+            reason = "it reads K and V in pages; 'flashcore paging' times it"
+        if reason:
+            yield _timing_trial(backend, problem, status="unsupported", reason=reason)
+            continue
+        checked = check_attention(backend, problem, seed=seed, device="cpu" if gpu is False else None)
+        yield checked
+        if checked.status in ("ok", "failed"):
+            candidates.append((backend, checked))
+    for (backend, checked), timing in zip(candidates, _time(candidates, problem, seed, on_gpu), strict=True):
+        late = isinstance(timing, WrongWhenTimed)
+        if isinstance(timing, Exception) and not late:
+            reason = f"{type(timing).__name__}: {timing}"
+            yield _timing_trial(backend, problem, status="error", reason=reason)
+        elif checked.status == "failed":
+            reason = f"its result is wrong, so its speed counts for nothing ({checked.reason})"
+            measured = timing.timing if late else timing
+            yield _timing_trial(backend, problem, status="failed", reason=reason, timing=measured)
+        elif late:
+            yield _wrong_when_timed(backend, problem, timing)
+            yield _timing_trial(backend, problem, status="failed", reason=str(timing), timing=timing.timing)
+        else:
+            yield _timing_trial(backend, problem, timing=timing)
+    if on_gpu:
+        torch.cuda.empty_cache()  # the next problem may need the memory in other pieces
 
 
 def _wrong_when_timed(backend: Backend, problem: Problem, error: WrongWhenTimed) -> Trial:

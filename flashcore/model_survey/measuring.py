@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flashcore import backends
+from flashcore.cluster import Pool, Task, perform
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.model_survey.agreeing import Agreement, Expected, agreement, expected, together
 from flashcore.model_survey.attending import EXACT, LEFT_OUT, OURS, PEERS, Attention, Keeping
@@ -19,8 +20,10 @@ from flashcore.model_survey.model import Model
 from flashcore.model_survey.plan import ModelShape, Plan, Work
 from flashcore.model_survey.stepping import Step, steps_of, time_steps
 from flashcore.numerics import ambient
-from flashcore.records import RunFolder, Timing, Trial, digits
+from flashcore.records import Ledger, RunFolder, Timing, Trial, digits
 
+MODEL_LIMIT_S = 1200.0
+"""Seconds that all steps of one model may take on a worker; torch's compiler takes minutes of them."""
 DEFAULT = "sdpa"
 """The way whose distance from `EXACT` is the noise."""
 
@@ -29,7 +32,7 @@ DEFAULT = "sdpa"
 class _Book:
     """Where records go: to the run at once, and to the caller at the end."""
 
-    run: RunFolder
+    run: RunFolder | Ledger
     plan: Plan
     say: Callable[[str], None]
     trials: list[Trial] = field(default_factory=list)
@@ -68,18 +71,37 @@ def _outcome(error: Exception) -> tuple[str, str]:
 
 
 @ambient.judging
-def measure(run: RunFolder, plan: Plan, *, seed: int = 0, progress: Callable[[str], None] | None = None) -> list[Trial]:
+def measure(
+    run: RunFolder | Ledger,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    pool: Pool | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Trial]:
     """Measure and record; what fails is a record, and the rest goes on.
 
     Every way first generates from prompts and takes each step once more with other tokens, and its tokens are compared
     (`flashcore.model_survey.agreeing`). Then all ways and modes of a step are timed round by round, with a model whose
     attention is left out beside them: what that lacks is the share of attention.
 
+    Parameters
+    ----------
+    pool
+        The workers, each of which takes whole models; None for this process alone.
+
     Returns
     -------
     list of Trial
         Of kind `model`. ``data["what"]`` is `tokens`, `prefill` or `decode`.
     """
+    if pool is not None and pool.places:
+        tasks = [
+            Task(f"model {shape.id}", _model, (plan.of_shapes(shape.id), seed), timing=True, limit_s=MODEL_LIMIT_S,
+                 cost_s=60.0, owed=({"kind": "model", "data": {"what": "tokens", "shape": shape.id}},))
+            for shape in plan.shapes()
+        ]  # fmt: skip
+        return perform(tasks, run=run, pool=pool, progress=progress)[0]
     book = _Book(run, plan, progress or (lambda line: None))
     ways = []
     for way in plan.ways:
@@ -104,6 +126,11 @@ def measure(run: RunFolder, plan: Plan, *, seed: int = 0, progress: Callable[[st
                     book.failed(shape, work.phase, LEFT_OUT, "eager", error)
                 _tidy(plan)
     return book.trials
+
+
+def _model(plan: Plan, seed: int) -> list[Trial]:
+    """The records of one model."""
+    return measure(Ledger(), plan, seed=seed)
 
 
 def _tidy(plan: Plan) -> None:

@@ -62,14 +62,30 @@ def _sources(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def command(environment: Mapping[str, Any]) -> str:
-    """The `make` command with the parameters of a run that are not the defaults."""
+    """The command with the parameters of a run that are not the defaults: of `make`, or with the workers of the run."""
     parameters = _mapping(environment.get("parameters"))
+    if workers := _workers(environment):
+        options = [
+            f"--{variable.lower()} {shlex.quote(str(parameters[key]))}"
+            for variable, key in VARIABLES
+            if parameters.get(key) not in (None, "all", "default")
+        ]
+        return " ".join(["flashcore report", workers, *options])
     chosen = [
         f"{variable}={shlex.quote(str(parameters[key]))}"
         for variable, key in VARIABLES
         if parameters.get(key) not in (None, "all", "default")
     ]
     return " ".join(["make report", *chosen])
+
+
+def _workers(environment: Mapping[str, Any]) -> str:
+    """The option that spreads a report over as many workers as this one had; empty for one process."""
+    stated = environment.get("cards")
+    cards = [_mapping(one) for one in stated] if isinstance(stated, list) else []
+    if len({str(one.get("node")) for one in cards}) > 1:
+        return "--scheduler tcp://ADDRESS"
+    return f"--{'gpus' if cards[0].get('card') else 'workers'} {len(cards)}" if cards else ""
 
 
 def _facts(name: str, decision: Decision, evidence: Evidence) -> list[tuple[str, Any]]:

@@ -8,7 +8,9 @@ from typing import Any
 
 from flashcore.decision import verdict
 from flashcore.decision.verdict import Decision, Evidence
+from flashcore.drawing import fleet_views
 from flashcore.page.headline import banner_html
+from flashcore.page.parts import drawn
 from flashcore.page.provenance import provenance_html
 from flashcore.page.variants import SHORT, Variant
 from flashcore.paths import data_dir
@@ -57,6 +59,7 @@ def resources(
         if evidence.recorded is None
         else {"gpu": evidence.recorded.gpu, "date": evidence.recorded.date},
         "date": str(environment.get("date") or "")[:16].replace("T", " "),
+        "fleet": _fleet(evidence) if variant.has("fleet") else "",
         "evidence": list(evidence_html) if variant.has("evidence") else None,
         "left_out": list(left_out),
         "damaged": list(damaged),
@@ -65,6 +68,11 @@ def resources(
         "records": embedded_records(run, evidence),
         "too_large": None if _size(run.records_path) <= MOST_RECORD_BYTES else f"{_size(run.records_path) / 1e6:,.1f}",
     }
+
+
+def _fleet(evidence: Evidence) -> str:
+    """The section on a run's cards; empty for a run of one process."""
+    return drawn("The cards", lambda: fleet_views.section_html(evidence.trials, evidence.environment))
 
 
 def summary(decision: Decision) -> str:

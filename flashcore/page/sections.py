@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashcore.page.variants import SECTIONS, Variant
+from flashcore.page.variants import OF_THE_TEMPLATE, SECTIONS, Variant
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -58,7 +58,7 @@ def chosen(notebook: NotebookNode, variant: Variant) -> NotebookNode:
         s for s in sections(notebook)
         if not s.name or ((s.name not in SECTIONS or variant.has(s.name)) and not s.empty)
     ]  # fmt: skip
-    there = [s.name for s in kept if s.name] + [s for s in ("evidence", "provenance") if variant.has(s)]
+    there = [s.name for s in kept if s.name] + [s for s in OF_THE_TEMPLATE if variant.has(s)]
     cells = []
     for section in kept:
         for cell in section.cells:

@@ -11,14 +11,17 @@ from typing import Literal
 from flashcore.errors import PageError, UnknownName
 
 SECTIONS = (
-    "decision", "since", "speed", "correctness", "questions", "survey", "paging", "claims", "evidence", "provenance",
+    "decision", "since", "speed", "correctness", "questions", "survey", "paging", "claims", "fleet", "evidence",
+    "provenance",
 )  # fmt: skip
 """The page's sections under the names that choose them, in the page's order. The verdict and the four figures are no
 section: they are always there."""
+OF_THE_TEMPLATE = ("fleet", "evidence", "provenance")
+"""Those that the template makes of records and executed notebooks; the others are cells of the status report."""
 SHORT = {
     "decision": "Decision", "since": "Last run", "speed": "Speed", "correctness": "Correctness",
-    "questions": "Questions", "survey": "cuBLASLt", "paging": "Paging", "claims": "Claims", "evidence": "Evidence",
-    "provenance": "Provenance",
+    "questions": "Questions", "survey": "cuBLASLt", "paging": "Paging", "claims": "Claims", "fleet": "Fleet",
+    "evidence": "Evidence", "provenance": "Provenance",
 }  # fmt: skip
 """What the navigation calls them."""
 AUDIENCES = ("leadership", "engineering")

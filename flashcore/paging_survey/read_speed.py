@@ -11,7 +11,7 @@ import torch
 
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import build, device
-from flashcore.records import RunFolder, Trial, digits
+from flashcore.records import Ledger, RunFolder, Trial, digits
 
 NAME = "read_bandwidth"
 BYTES = 2 << 30
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(512) read_all(
 """
 
 
-def read_speed(run: RunFolder) -> Trial:
+def read_speed(run: RunFolder | Ledger) -> Trial:
     """The run's record of pure read speed, a `ceiling` in TB/s; measured unless the run has it already."""
     known = [t for t in run.trials(kind="ceiling", status="ok") if t.data.get("name") == NAME]
     if known:

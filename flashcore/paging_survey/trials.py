@@ -12,7 +12,7 @@ from flashcore.errors import BackendUnavailable, FlashCoreError, UnknownName, Un
 from flashcore.measure.check import hash_of
 from flashcore.measure.timing import Candidate, time_on_cpu, time_on_gpu
 from flashcore.problem import Problem
-from flashcore.records import RunFolder, Timing, Trial, digits
+from flashcore.records import Ledger, RunFolder, Timing, Trial, digits
 
 SAMPLES_KEPT = 3
 """Of a timing; its median and quartiles are over all of them."""
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 class Book:
     """Where the records of a survey go: to the run at once, and to the caller at the end."""
 
-    run: RunFolder
+    run: RunFolder | Ledger
     say: Say
     trials: list[Trial] = field(default_factory=list)
 

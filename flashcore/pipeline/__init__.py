@@ -2,7 +2,7 @@
 
 `folders` finds runs, `reporting` makes a whole report, `redo` measures a part of it again, and `rendering` makes page
 and PDF from records alone. `notebooks` runs one notebook so that its failure is a record. `superseding` keeps what was
-measured before.
+measured before. `fleet` compares cards in a run of its own.
 """
 
-__all__ = ["folders", "redo", "rendering", "reporting", "workbench"]
+__all__ = ["fleet", "folders", "redo", "rendering", "reporting", "workbench"]

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
@@ -16,6 +16,9 @@ from flashcore.page import Variant
 from flashcore.pipeline import folders, rendering, reporting, superseding
 from flashcore.pipeline.rendering import Progress
 from flashcore.records import RunFolder, write_whole
+
+if TYPE_CHECKING:
+    from flashcore.cluster import Place
 
 SHORT = {
     "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
@@ -55,6 +58,8 @@ def redo(
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
+    bars: bool = True,
+    places: Sequence[Place] = (),
 ) -> reporting.ReportResult:
     """Measure parts of a run again, on the machine that it was measured on, and judge and render it anew.
 
@@ -67,6 +72,8 @@ def redo(
         Names or short names of notebooks, separated by commas.
     changes
         Other values of ``profile``, ``backends``, ``problems`` or ``seed`` than the run was made with.
+    bars, places
+        As in `reporting.report`.
 
     Raises
     ------
@@ -99,11 +106,13 @@ def redo(
     run.append(decision.model_copy(update={"data": {**decision.data, superseding.REDO: parts}}))
     moved = superseding.set_aside(run, parts, planned=planned)
     say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
-    began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks()}
+    began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks(),
+             **({"cards": [place.as_dict() for place in places]} if places else {})}  # fmt: skip
     peers = reporting.planned_peers(common["backends"]) if SHORT["sweep"] in parts else None
     begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
     _write(run, begun)
-    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress)
+    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress,
+                               bars=bars)  # fmt: skip
     done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
     _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
     return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,

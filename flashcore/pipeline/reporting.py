@@ -24,6 +24,7 @@ from flashcore.records import RunFolder
 
 if TYPE_CHECKING:
     from flashcore.backends import Backend
+    from flashcore.cluster import Place
 
 __all__ = [
     "ReportResult", "find_run", "judge_and_seal", "new_run", "planned_notebooks", "print_page", "render", "report",
@@ -106,7 +107,9 @@ def report(
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
+    bars: bool = True,
     kernel: Mapping[str, Any] | None = None,
+    places: Sequence[Place] = (),
 ) -> ReportResult:
     """Measure, judge and render: the whole job of ``make report``.
 
@@ -134,6 +137,10 @@ def report(
         Whether to print the page to PDF, where there is a browser.
     progress
         Called with one line at each step.
+    bars
+        Whether papermill shows its bar in each notebook, where there is `progress`.
+    places
+        Of the workers that `flashcore.cluster.spread` has for the notebooks: named in the run's environment.
     kernel
         A function that the caller adopted as a backend, to be diagnosed beside what the notebooks measure: its
         ``backend`` id, its ``place``, and the ``layout`` and ``lse`` of `flashcore.diagnosis.diagnose`.
@@ -161,8 +168,8 @@ def report(
             "backend": kernel["backend"], "function": f"{Path(where).name}:{name}", "layout": kernel["layout"],
             "lse": kernel["lse"], "sha256": _digest(Path(where)),
         }  # fmt: skip
-    device.record_environment(run, "before", asked)
-    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress)
+    device.record_environment(run, "before", asked, cards=[place.as_dict() for place in places])
+    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress, bars=bars)
     if kernel is not None:
         _diagnose(run, kernel, say)
     device.record_environment(run, "after")
@@ -215,6 +222,7 @@ def measure(
     folder: Path,
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    bars: bool = True,
 ) -> dict[str, str]:
     """Execute notebooks on a run, one after the other; gives those that did not finish, each with its reason."""
     say = progress or (lambda line: None)
@@ -230,7 +238,7 @@ def measure(
                 {key: value for key, value in {**common, **OWN.get(name, {})}.items() if key in declared},
                 notebooks_dir=folder,
                 timeout_s=timeout_s or notebooks.TIMEOUT_S[common["profile"]],
-                progress=progress,
+                progress=progress if bars else None,
             )
             say(f"[{number}/{len(names)}] {name}: finished in {time.perf_counter() - started:.1f} s")
         except NotebookFailed as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flashcore.backends import Backend, with_methods
+from flashcore.cluster import Pool, Task, perform
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import cublaslt
 from flashcore.gpu.cublaslt import Algorithm, Plan, Product
@@ -83,12 +84,21 @@ def _plans_of(backend: Backend, problem: Problem) -> list[Plan]:
     return list(used.values())
 
 
-def prove_labels(run: RunFolder, cases: Sequence[SurveyCase]) -> list[Trial]:
+def prove_labels(run: RunFolder, cases: Sequence[SurveyCase], *, pool: Pool | None = None) -> list[Trial]:
     """For each case and policy: is the algorithm that `choose` names the one that runs?
 
     The kernel seen by the profiler has to be the one that the survey saw for the algorithm with the same attributes,
-    and to compute the tile that the attributes name. Status `failed` where it is not.
+    and to compute the tile that the attributes name. Status `failed` where it is not. With a pool, one of its cards
+    does it.
     """
+    surveyed = run.trials(kind="gemm_candidate", backend="cublaslt")
+    owed = tuple({"kind": "gemm_candidate", "backend": "cublaslt", "variant": f"{PROOF}-{case.id}"} for case in cases)
+    return perform([Task("the labels of algorithms", _proved, (list(cases), surveyed), owed=owed)], run=run,
+                   pool=pool)[0]  # fmt: skip
+
+
+def _proved(cases: Sequence[SurveyCase], surveyed: Sequence[Trial]) -> list[Trial]:
+    """The records of these cases; `surveyed` is what the survey saw."""
     from flashcore.gpu.profiling import kernels_of
 
     chosen: list[tuple[SurveyCase, str, Algorithm, str]] = []
@@ -100,7 +110,6 @@ def prove_labels(run: RunFolder, cases: Sequence[SurveyCase]) -> list[Trial]:
                 continue  # a case without candidates is in the survey's own records
             chosen.append((case, policy, algorithm, why))
     seen = kernels_of([launcher(case.product, algorithm) for case, _, algorithm, _ in chosen])
-    surveyed = run.trials(kind="gemm_candidate", backend="cublaslt")
     trials = []
     for (case, policy, algorithm, why), names in zip(chosen, seen, strict=True):
         kernel, label = kernel_in(names), attributes(algorithm)
@@ -110,10 +119,10 @@ def prove_labels(run: RunFolder, cases: Sequence[SurveyCase]) -> list[Trial]:
             "group": PROOF, "product": write_product(case.product), "policy": policy, "why": why, "kernel": kernel,
             "surveyed": before is not None, **{k: label[k] for k in ("algo_id", "tile", "stages", "workspace_bytes")},
         }  # fmt: skip
-        trials.append(run.append(Trial(
+        trials.append(Trial(
             kind="gemm_candidate", backend="cublaslt", variant=f"{PROOF}-{case.id}-{policy}",
             status="failed" if problem else "ok", reason=problem, data=data,
-        )))  # fmt: skip
+        ))  # fmt: skip
     return trials
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flashcore.cluster import Pool, Task, perform
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import cublaslt, device
 from flashcore.gpu.cublaslt import Algorithm, Plan, Product
@@ -50,11 +51,11 @@ class Roofs:
 # ------------------------------------------------------------------------------------------------ the survey
 
 
-@ambient.judging
 def survey(
     run: RunFolder,
     cases: Sequence[SurveyCase],
     *,
+    pool: Pool | None = None,
     progress: Callable[[str], None] | None = None,
     resume: bool = True,
 ) -> list[Trial]:
@@ -64,8 +65,10 @@ def survey(
 
     Parameters
     ----------
+    pool
+        The workers, each of which takes some of the cases; None for this process alone.
     progress
-        Called with one line a case.
+        Called with one line a case, or a line for some cases that a worker begins.
     resume
         Leave out the cases whose records are complete in the run already.
 
@@ -85,19 +88,45 @@ def survey(
     todo = [case for case in cases if case.id not in done]
     if len(todo) < len(cases):
         say(f"{len(cases) - len(todo)} of {len(cases)} cases are in the records already")
-    roofs = measure_roofs(run) if todo else None
-    gpu = device.gpu_name()
+    if not todo:
+        return []
+    roofs = measure_roofs(run, pool=pool)
+    if pool is None or not pool.places:
+        return _here(run, todo, roofs, say)
+    size = max(1, min(CASES_A_PASS, -(-len(todo) // len(pool.places))))
+    passes = [todo[first : first + size] for first in range(0, len(todo), size)]
+    tasks = [
+        Task(f"{len(some)} cases of cuBLASLt from {some[0].id} on", surveyed, (some, roofs), timing=True, cost_s=2.0,
+             owed=tuple({"kind": "gemm_candidate", "backend": "cublaslt", "variant": case.id} for case in some))
+        for some in passes
+    ]  # fmt: skip
+    return perform(tasks, run=run, pool=pool, progress=progress)[0]
+
+
+def _here(run: RunFolder, todo: Sequence[SurveyCase], roofs: Roofs, say: Callable[[str], None]) -> list[Trial]:
     written: list[Trial] = []
     for first in range(0, len(todo), CASES_A_PASS):
-        found = []
-        for number, case in enumerate(todo[first : first + CASES_A_PASS], start=first + 1):
-            found.append(measure_case(case))
-            say(f"{number} of {len(todo)}: {case.id} ({write_product(case.product)}): {_outcome(found[-1])}")
-        name_kernels(found)
-        for one in found:
-            prediction = matmul_heuristics.predict(one.case.product, gpu)
-            written += [run.append(trial) for trial in trials_of(one, roofs, prediction)]
+
+        def said(number: int, case: SurveyCase, outcome: str, first: int = first) -> None:
+            say(f"{first + number} of {len(todo)}: {case.id} ({write_product(case.product)}): {outcome}")
+
+        trials = surveyed(todo[first : first + CASES_A_PASS], roofs, said)
+        written += [run.append(trial) for trial in trials]
     return written
+
+
+@ambient.judging
+def surveyed(
+    cases: Sequence[SurveyCase], roofs: Roofs | None, said: Callable[[int, SurveyCase, str], None] | None = None
+) -> list[Trial]:
+    """The records of some cases, whose kernels are named in one pass of the profiler."""
+    gpu, found = device.gpu_name(), []
+    for number, case in enumerate(cases, start=1):
+        found.append(measure_case(case))
+        if said:
+            said(number, case, _outcome(found[-1]))
+    name_kernels(found)
+    return [t for one in found for t in trials_of(one, roofs, matmul_heuristics.predict(one.case.product, gpu))]
 
 
 def finished_cases(trials: Sequence[Trial]) -> set[str]:
@@ -206,25 +235,33 @@ def measure_peer(product: Product) -> float:
     )  # fmt: skip
 
 
-def measure_roofs(run: RunFolder) -> Roofs:
-    """The run's ceilings, measured and recorded first where they are missing."""
-    from flashcore.gpu.profiling import l2_copy_tbs
+def measure_roofs(run: RunFolder, *, pool: Pool | None = None) -> Roofs:
+    """The run's ceilings, measured and recorded first where they are missing; with a pool, on one of its cards."""
     from flashcore.measure.ceilings import ceilings
 
     known = _ceilings_in(run)
     if "copy_bandwidth" not in known:
-        ceilings(run)
+        ceilings(run, pool=pool)
         known = _ceilings_in(run)
     if "l2_copy_bandwidth" not in known:
-        data = {
-            "name": "l2_copy_bandwidth", "value": l2_copy_tbs(), "unit": "TB/s", "device": device.gpu_name(),
-            "method": "8 MiB copy inside the L2 cache, bytes read plus written, CUDA graph, median of 5",
-        }  # fmt: skip
-        run.append(Trial(kind="ceiling", data=data))
+        perform([Task("copies inside the L2 cache", _l2_copy, timing=True, owed=({"kind": "ceiling"},))],
+                run=run, pool=pool)  # fmt: skip
+        known = _ceilings_in(run)
     return Roofs(
         {d: known[name] for d, name in (("float16", "matmul_fp16"), ("bfloat16", "matmul_bf16")) if name in known},
         known.get("copy_bandwidth"),
     )
+
+
+@ambient.judging
+def _l2_copy() -> list[Trial]:
+    from flashcore.gpu.profiling import l2_copy_tbs
+
+    data = {
+        "name": "l2_copy_bandwidth", "value": l2_copy_tbs(), "unit": "TB/s", "device": device.gpu_name(),
+        "method": "8 MiB copy inside the L2 cache, bytes read plus written, CUDA graph, median of 5",
+    }  # fmt: skip
+    return [Trial(kind="ceiling", data=data)]
 
 
 def _ceilings_in(run: RunFolder) -> dict[str, float]:

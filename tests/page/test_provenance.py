@@ -26,6 +26,15 @@ def test_the_command_names_what_is_not_the_default():
     assert command({}) == command({"parameters": "odd"}) == "make report"
 
 
+def test_the_command_of_a_run_of_several_workers_asks_for_as_many():
+    given, two = {"profile": "full", "problems": "tiny;report"}, [{"card": "GPU-1", "node": "a"}, {"card": "GPU-2"}]
+    said = command({"parameters": given, "cards": [two[0], two[0] | {"card": "GPU-2"}]})
+    assert said == "flashcore report --gpus 2 --profile full --problem 'tiny;report'"
+    assert command({"cards": two}) == "flashcore report --scheduler tcp://ADDRESS"
+    assert command({"cards": [{"node": "a"}]}) == "flashcore report --workers 1"
+    assert command({"cards": 3}) == command({"cards": []}) == "make report"
+
+
 def provenance(trials=(), recorded=None, **environment) -> str:
     found = verdict.Evidence(tuple(trials), synthetic.environment(**environment), synthetic.HASHES, recorded=recorded)
     return provenance_html("the-run", decide(trials, environment=found.environment, recorded=recorded), found)

@@ -56,7 +56,8 @@ def test_links_to_sections_that_are_there_stay():
 
 
 def test_the_notebook_has_every_section_in_the_pages_order():
+    from flashcore.page.variants import OF_THE_TEMPLATE
     from flashcore.paths import data_dir
 
     notebook = nbformat.read(data_dir("notebooks") / "06_status_report.ipynb", as_version=4)
-    assert names(notebook) == [s for s in page.SECTIONS if s not in ("evidence", "provenance")]
+    assert names(notebook) == [s for s in page.SECTIONS if s not in OF_THE_TEMPLATE]

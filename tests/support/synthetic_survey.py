@@ -119,6 +119,6 @@ def stand_in(monkeypatch) -> list[Product]:
     monkeypatch.setattr(cublaslt, "measure", lambda product, offered, **_: times_of(product, offered))
     monkeypatch.setattr(measuring, "measure_peer", lambda product: 3.25)
     monkeypatch.setattr(measuring, "name_kernels", name_kernels)
-    monkeypatch.setattr(measuring, "measure_roofs", lambda run: ROOFS)
+    monkeypatch.setattr(measuring, "measure_roofs", lambda run, pool=None: ROOFS)
     monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA H200")
     return log

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flashcore.backends import Backend
+from flashcore.cluster import Pool, Task, perform
 from flashcore.errors import UnknownName
 from flashcore.faults.sanitizer.log import ours, parse
 from flashcore.gpu.build import kernel_names, source_hash
@@ -71,6 +72,7 @@ def sanitize(
     tools: str = "all",
     fault: str | None = None,
     time_limit_s: float = TIME_LIMIT_S,
+    pool: Pool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Trial]:
     """Watch each backend with each tool; one `sanitizer` trial each, written as made.
@@ -87,6 +89,8 @@ def sanitize(
         Id of a bug to plant first, to see that the tool finds it.
     time_limit_s
         Of one tool on one backend.
+    pool
+        Workers of other cards, each of which then watches one backend with one tool at a time; None for this process.
 
     Returns
     -------
@@ -104,12 +108,22 @@ def sanitize(
             progress(f"{tool} on {backend.id}: {TOOLS[tool]}")
         return _one(backend, tool, fault, time_limit_s)
 
+    if pool is not None and pool.places:
+        todo = [Task(f"{tool} on {one.id}: {TOOLS[tool]}", _watched, (one, tool, fault, time_limit_s),
+                     limit_s=time_limit_s + 60, cost_s=5.0,
+                     owed=({"kind": "sanitizer", "backend": one.id, "variant": tool, "data": {"tool": tool},
+                            "source_hash": source_hash(one.kernel)},)) for one, tool in pairs]  # fmt: skip
+        return perform(todo, run=run, pool=pool, progress=progress)[0]
     trials = []
     # Each is a process of its own and spends its time in starting up, so a few run side by side.
     with ThreadPoolExecutor(max_workers=max(1, min(AT_ONCE, (os.cpu_count() or 1) // 2))) as pool:
         for trial in pool.map(watch, pairs):
             trials.append(run.append(trial) if run else trial)
     return trials
+
+
+def _watched(backend: Backend, tool: str, fault: str | None, time_limit_s: float) -> Iterator[Trial]:
+    yield _one(backend, tool, fault, time_limit_s)
 
 
 def _one(backend: Backend, tool: str, fault: str | None, time_limit_s: float) -> Trial:

@@ -1,0 +1,71 @@
+"""Tasks for workers of tests: other processes have to be able to import them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from flashcore.records import Trial
+
+
+def count(number: int):
+    """One trial that holds a number, and the process that made it."""
+    yield Trial(kind="correctness", data={"number": number, "pid": os.getpid()})
+
+
+def nap(seconds: float):
+    """One trial after a while."""
+    time.sleep(seconds)
+    yield Trial(kind="correctness", data={"slept": seconds, "pid": os.getpid(), "ended": time.time()})
+
+
+def nap_until(path: str, seconds: float):
+    """Say in a file which process works on this, then sleep; whoever finds the file there already does not."""
+    file = Path(path)
+    first = not file.exists()
+    if first:
+        file.write_text(f"{os.getpid()} {os.getppid()}")
+        time.sleep(seconds)
+    yield Trial(kind="correctness", data={"first": first, "pid": os.getpid()})
+
+
+def hang(path: str):
+    """Hang the first time, as a kernel does that never ends."""
+    yield from nap_until(path, 1e4)
+
+
+def stop_worker(path: str):
+    """Stop the Dask worker above this process the first time, so that nobody answers for it."""
+    file = Path(path)
+    if not file.exists():
+        file.write_text(f"{os.getppid()}")
+        os.kill(os.getppid(), signal.SIGSTOP)
+    yield Trial(kind="correctness", data={"pid": os.getpid()})
+
+
+def die():
+    """Take the process with it, every time."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield Trial(kind="correctness")
+
+
+def refuse():
+    """Raise, every time."""
+    raise ValueError("this cannot be measured")
+    yield Trial(kind="correctness")
+
+
+def lose_card(path: str):
+    """Lose the CUDA context the first time, as a kernel does that reads where it must not."""
+    file = Path(path)
+    first = not file.exists()
+    if first:
+        file.write_text(f"{os.getpid()} {os.getppid()}")
+        import torch
+
+        index = torch.tensor([1 << 30], device="cuda")
+        torch.zeros(1, device="cuda")[index]  # a device-side assertion, after which nothing launches any more
+        torch.cuda.synchronize()
+    yield Trial(kind="correctness", data={"first": first, "pid": os.getpid()})

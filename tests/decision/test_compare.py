@@ -203,6 +203,19 @@ def test_what_did_not_compare_anything_neither_passes_nor_fails():
     assert compare.passed(timed()) is None
 
 
+def test_a_ragged_batch_has_fewer_rows_than_its_longest_sequence_times_its_sequences():
+    for lengths, rows, outcome in [
+        ("ragged", 150, True),
+        ("ragged", 0.5, None),
+        ("right", 399, None),
+        ("right", 400, True),
+    ]:
+        trial = synthetic.correctness("hopper", square(4, 2, 100, 64, lengths=lengths))
+        checked = {"checked": int(rows * 2 * 64)}
+        trial = trial.model_copy(update={"correctness": trial.correctness.model_copy(update=checked)})
+        assert compare.passed(trial) is outcome, (lengths, rows)
+
+
 @pytest.mark.parametrize(
     ("value", "can"), [(3, True), (2.5, True), (True, False), ("3", False), (None, False), (math.nan, False),
                        (math.inf, False), (10**400, False), (-(10**400), False), ([1], False)]

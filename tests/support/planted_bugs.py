@@ -8,7 +8,6 @@ from flashcore import backends
 from flashcore.bisection.bisecting import bisect
 from flashcore.faults import catalogue
 from flashcore.faults.planting import Source
-from flashcore.gpu import build
 
 
 def run_and_find_all(names, plants):

@@ -8,11 +8,12 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem, PageTableError, Unsupported
-from flashcore.library import dense, paged, traced
-from flashcore.numerics import ambient, plain, transforms
-from flashcore.ops import DTYPES, first_of
+from flashcore.library import dense, masked, paged, traced
+from flashcore.numerics import ambient, masking, plain, transforms
+from flashcore.numerics.masking import MaskTensors
+from flashcore.ops import DTYPES, first_of, masked_problem
 from flashcore.paging import PagedKV, PageSelection, Policy
-from flashcore.paging.checks import debugging
+from flashcore.paging.checks import can_read_back, debugging
 from flashcore.problem import Problem
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -77,9 +78,12 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
     return backend
 
 
-def picked_for(q: torch.Tensor, cache: PagedKV) -> backends.Backend:
-    """What ``backend="auto"`` picks for all pages of a cache; whatever the lengths are."""
-    return _choose(paged_problem_of(q, cache), q.device, "auto", False)
+def picked_for(
+    q: torch.Tensor, cache: PagedKV, *, window_left: int = -1, softcap: float | None = None, sink: bool = False
+) -> backends.Backend:
+    """What ``backend="auto"`` picks for all pages of a cache, with these masks; whatever the lengths are."""
+    problem = masked_problem(paged_problem_of(q, cache), window_left, -1, softcap, sink, "")
+    return _choose(problem, q.device, "auto", False)
 
 
 def paged_attention(
@@ -91,11 +95,15 @@ def paged_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float | None = None,
+    sink: torch.Tensor | None = None,
 ):
     """``softmax(softmax_scale * q k^T + mask) v`` over K and V in pages, forward only.
 
-    Under `torch.compile` and `torch.export` the call is one op, ``torch.ops.flashcore.paged_attention``, and so is the
-    choice of pages by a policy of ours.
+    Under `torch.compile` and `torch.export` the call is one op, ``torch.ops.flashcore.paged_attention`` (with a window,
+    a softcap or a sink ``masked_paged_attention``), and so is the choice of pages by a policy of ours.
 
     Parameters
     ----------
@@ -116,39 +124,70 @@ def paged_attention(
         An id that ``flashcore.backends`` knows and that reads page tables, or ``auto``.
     return_lse
         Return ``(out, lse)``.
+    window_left, window_right
+        The query at position p of its sequence sees keys from ``p - window_left`` to ``p + window_right``; -1 for no
+        limit. With `causal` the right side is 0. Our kernels never read pages that lie before the windows of all of a
+        sequence's queries. A policy knows nothing of the window: of the pages that it picks a query sees what lies in
+        its window.
+    softcap
+        Above 0: a score s becomes ``softcap * tanh(s / softcap)``, before any mask.
+    sink
+        Float tensor ``[num_heads_q]``: the score, which no scale multiplies, of one more key of each head, whose value
+        is 0. `lse` counts it. It is read on the device, so that a captured graph sees the numbers of each replay.
 
     Returns
     -------
     out : ``[batch, num_heads_q, q_tokens, head_dim]``
         In the dtype of `q`, with the strides of ``torch.empty_like(q)``; 0 in rows that see no key.
     lse : float32 ``[batch, num_heads_q, q_tokens]``, with `return_lse`
-        Natural logarithm of the softmax denominator, -inf in rows that see no key.
+        Natural logarithm of the softmax denominator, -inf in rows that see neither key nor sink.
 
     Raises
     ------
     InvalidProblem, PageTableError
-        The query or the selection does not fit the cache. What lies in a table on the GPU is read only with
-        FLASHCORE_DEBUG=1, or by ``cache.check()``.
+        The query, the sink or the selection does not fit the cache; an option is of the wrong type, or makes no sense.
+        What lies in a table on the GPU is read only with FLASHCORE_DEBUG=1, or by ``cache.check()``.
     UnknownName, Unsupported, BackendUnavailable
         No such backend; it does not take this; it does not work here.
     """
+    plainly = window_left == -1 and window_right == -1 and softcap is None and sink is None
     if traced():
         selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
         pages, counts = (None, None) if selection is None else (selection.pages, selection.counts)
-        out, lse = paged.paged_attention(
-            q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, pages, counts, causal, softmax_scale,
-            return_lse, backend, cache.lengths_fit,
-        )  # fmt: skip
+        tables = cache.k_pool, cache.v_pool, cache.page_table, cache.lengths
+        if plainly:
+            out, lse = paged.paged_attention(
+                q, *tables, pages, counts, causal, softmax_scale, return_lse, backend, cache.lengths_fit
+            )
+        else:
+            out, lse = paged.masked_paged_attention(
+                q, *tables, sink, pages, counts, causal, softmax_scale,
+                *masked.window(causal, window_left, window_right), masked.softcap(softcap), return_lse, backend,
+                cache.lengths_fit,
+            )  # fmt: skip
     else:
-        out, lse = _compute(q, cache, policy, causal, softmax_scale, backend, return_lse)
+        masks = () if plainly else (window_left, window_right, softcap, sink)
+        out, lse = _compute(q, cache, policy, causal, softmax_scale, backend, return_lse, *masks)
     return (out, lse) if return_lse else out
 
 
 @ambient.shielded
-def _compute(q, cache, policy, causal, softmax_scale, backend, return_lse):
+def _compute(
+    q, cache, policy, causal, softmax_scale, backend, return_lse, window_left=-1, window_right=-1, softcap=None,
+    sink=None,
+):  # fmt: skip
     """`paged_attention` of tensors that lie in memory."""
     backend, return_lse = plain.word("backend", backend), plain.flag("return_lse", return_lse)
-    problem = paged_problem_of(q, cache, causal, softmax_scale)
+    problem, masks = paged_problem_of(q, cache, causal, softmax_scale), {}
+    if window_left != -1 or window_right != -1 or softcap is not None or sink is not None:
+        window, softcap = masked.window(problem.causal, window_left, window_right), masked.softcap(softcap)
+        masked.check_sink(sink, q.shape[1], q.device)
+        problem = masked_problem(problem, *window, softcap, sink is not None, "")
+        if sink is not None:
+            transforms.refuse("sink", sink)
+            masks = {"masks": MaskTensors(sink=sink.detach().float().contiguous())}
+            if not sink.is_cuda or (debugging() and can_read_back(sink.device)):
+                masking.check_values(masks["masks"], problem, problem.seqlen_q, problem.seqlen_k)
     if debugging():
         cache.check()
     cache = cache.within_table()
@@ -164,7 +203,7 @@ def _compute(q, cache, policy, causal, softmax_scale, backend, return_lse):
         selection.check(cache, contents=debugging())
     chosen = _choose(problem, q.device, backend, selection is not None)
     with torch.cuda.device(q.device if q.is_cuda else -1):
-        out, lse = chosen.run_paged(q, cache, problem, selection)
+        out, lse = chosen.run_paged(q, cache, problem, selection, **masks)
     return dense.laid_out(out, dense.out_strides(q)), lse
 
 
@@ -179,4 +218,18 @@ def _compute_op(
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
 
 
+def _compute_masked_op(
+    q, k_pool, v_pool, page_table, lengths, sink=None, pages=None, counts=None, causal=True, softmax_scale=None,
+    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", lengths_fit=False,
+):  # fmt: skip
+    """What computes ``torch.ops.flashcore.masked_paged_attention``."""
+    cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, lengths_fit=lengths_fit)
+    selection = None if pages is None else PageSelection(pages, counts)
+    out, lse = _compute(
+        q, cache, selection, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, sink
+    )
+    return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
+
+
 paged.computed_by(paged.paged_attention, _compute_op)
+paged.computed_by(paged.masked_paged_attention, _compute_masked_op)

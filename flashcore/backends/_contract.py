@@ -38,6 +38,13 @@ _MASKS = {
 }  # fmt: skip
 """What a reason calls each of `Problem.masks`."""
 
+
+def _refused(problem: Problem, taken: tuple[str, ...]) -> str | None:
+    """Why a backend that takes these masks does not take this problem, as a clause; None if it does."""
+    refused = [_MASKS[name] for name in problem.masks if name not in taken]
+    return f"it does not take {' or '.join(refused)}" if refused else None
+
+
 COMPUTES = ("run", "run_with_lse", "trace", "run_paged")
 """Methods of a backend that compute: what torch has set around their calls, such as autocast, is kept out of them."""
 
@@ -57,6 +64,8 @@ class Backend(ABC):
     """The head_dims it takes; None for any."""
     masks: tuple[str, ...] = ()
     """What it takes besides `causal`: some of ``window, softcap, sink, lengths, ragged`` (`Problem.masks`)."""
+    paged_masks: tuple[str, ...] = ()
+    """What `run_paged` takes of those: some of ``window, softcap, sink``, since a cache has its lengths anyhow."""
     kernel: str | None = None
     """Name of the `.cu` file it launches, if one of ours; its hash goes into every record."""
     swept: bool = True
@@ -96,8 +105,7 @@ class Backend(ABC):
             return f"dtype {problem.dtype} is not among {', '.join(self.dtypes)}"
         if self.head_dims is not None and problem.head_dim not in self.head_dims:
             return f"head_dim {problem.head_dim} is not among {', '.join(map(str, self.head_dims))}"
-        refused = [_MASKS[name] for name in problem.masks if name not in self.masks]
-        return f"it does not take {' or '.join(refused)}" if refused else None
+        return _refused(problem, self.masks)
 
     def suits(self, problem: Problem) -> Problem:
         """The problem, or one much like it that the backend takes: for checks that ask the same of every backend."""
@@ -142,11 +150,16 @@ class Backend(ABC):
 
     def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
         """As `why_not`, for K and V in pages; with `selected`, of which each KV head attends to some."""
-        return self.why_not(problem) if self.paged else "it reads no page table"
+        if not self.paged:
+            return "it reads no page table"
+        reason = self.why_not(problem)
+        refused = _refused(problem, self.paged_masks) if reason is None else None
+        return f"{refused} over pages" if refused else reason
 
     def run_paged(
-        self, q: torch.Tensor, cache: PagedKV, problem: Problem, selection: PageSelection | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, q: torch.Tensor, cache: PagedKV, problem: Problem, selection: PageSelection | None = None,
+        masks: MaskTensors | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Compute attention over K and V in pages, under the terms of `run`.
 
         Parameters
@@ -157,14 +170,18 @@ class Backend(ABC):
         cache
             The pages, their table, and each sequence's length; what lies past a length may be anything.
         problem
-            Of the call: ``seqlen_q`` is q_tokens, ``seqlen_k`` the bound on all lengths that the host knows.
+            Of the call: ``seqlen_q`` is q_tokens, ``seqlen_k`` the bound on all lengths that the host knows. A window
+            counts from each query's position in its own sequence.
         selection
-            Pages that each KV head attends to; None for all that are resident.
+            Pages that each KV head attends to; None for all that are resident. A window hides keys of theirs, and
+            selects none.
+        masks
+            As in `run`: the sink, if the problem has one.
 
         Returns
         -------
         out, lse
-            As `run`; 0 and -inf for a query that sees no key.
+            As `run`; 0 and -inf for a query that sees neither key nor sink.
         """
         raise Unsupported(self.id, "it reads no page table")
 

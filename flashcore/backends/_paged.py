@@ -9,8 +9,9 @@ import struct
 
 import torch
 
-from flashcore.backends._contract import Backend
+from flashcore.backends._contract import Backend, with_masks
 from flashcore.backends._cuda import CudaBackend, is_good_again
+from flashcore.backends._masks import mask_params
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends._traces import TraceBuffers
 from flashcore.errors import PageTableError
@@ -25,6 +26,7 @@ from flashcore.gpu.launching import (
     kept,
     outputs_for,
 )
+from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace
 from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, among_others
 from flashcore.problem import Problem
@@ -67,24 +69,27 @@ class OverPages(Backend):
 class PagedBackend(OverPages, CudaBackend):
     """A backend whose work is one launch of a kernel that takes `AttentionParams` and `PagedParams`."""
 
-    def run(self, q, k, v, problem: Problem):
-        out, lse = self.run_paged(*among_others(q, k, v, problem))
+    def run(self, q, k, v, problem: Problem, masks: MaskTensors | None = None):
+        out, lse = self.run_paged(*among_others(q, k, v, problem), **with_masks(masks))
         return out[1:], lse[1:]
 
-    def trace(self, q, k, v, problem: Problem) -> Trace:
-        q, cache, problem = among_others(q, k, v, problem)
+    def trace(self, q, k, v, problem: Problem, masks: MaskTensors | None = None) -> Trace:
         loaded = self.load(problem, q.device, trace=True)
+        q, cache, problem = among_others(q, k, v, problem, even=loaded.tile_n)
         buffers = TraceBuffers.make(problem, loaded.tile_n, self.traced_rows(loaded), q.device)
         out, lse = (tensor.fill_(float("nan")) for tensor in outputs_for(q))
-        self.attend(q, cache, problem, None, out, lse, buffers)
-        trace = buffers.trace(problem, loaded.tile_n, out, lse, self.chains(problem, loaded))
+        self.attend(q, cache, problem, None, out, lse, buffers, masks)
+        trace = buffers.trace(problem, loaded.tile_n, out, lse, self.chains(problem, loaded), masks)
         return trace.map(lambda stage: stage[1:])
 
-    def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
+    def run_paged(
+        self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None,
+        masks: MaskTensors | None = None,
+    ):  # fmt: skip
         check_pools(cache)
         cache = cache.within_table()
         out, lse = outputs_for(q)
-        self.attend(q, cache, problem, selection, out, lse)
+        self.attend(q, cache, problem, selection, out, lse, masks=masks)
         return out, lse
 
     def traced_rows(self, loaded: LoadedKernel) -> int:
@@ -98,17 +103,22 @@ class PagedBackend(OverPages, CudaBackend):
     def paged_arguments(
         self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded: LoadedKernel, stream: int, traced: bool
     ) -> tuple[list[bytes], int, object]:
-        """What the entry function takes, how many blocks there are, and what the arguments need kept alive."""
+        """What the entry function takes, how many blocks there are, and what the arguments need kept alive.
+
+        What masks need, and room for stages, come after it.
+        """
         raise NotImplementedError
 
     def attend(
-        self, q, cache: PagedKV, problem: Problem, selection, out, lse, buffers: TraceBuffers | None = None
-    ) -> None:
+        self, q, cache: PagedKV, problem: Problem, selection, out, lse, buffers: TraceBuffers | None = None,
+        masks: MaskTensors | None = None,
+    ) -> None:  # fmt: skip
         """Launch once, on torch's current stream."""
         device = q.device.index or 0
         stream = current_stream(device)
         chosen = () if selection is None else (selection.pages, selection.counts)
-        tensors = (q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, out, lse, *chosen)
+        given = () if masks is None else tuple(tensor for _, tensor in masks.named())
+        tensors = (q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, out, lse, *chosen, *given)
         key = None if buffers is not None else (
             type(self), self.version(), problem, device, stream, capture_id(stream), *map(facts_of, tensors),
         )  # fmt: skip
@@ -119,6 +129,8 @@ class PagedBackend(OverPages, CudaBackend):
             arguments, blocks, keeps = self.paged_arguments(
                 rows, cache, problem, selection, out, lse, loaded, stream, buffers is not None
             )
+            if problem.masks:
+                arguments.append(mask_params(problem, masks, self.scale(problem)))
             if buffers is not None:
                 arguments.append(buffers.packed())
             function = entry_point(loaded, self.entry(problem, device), device)

@@ -7,9 +7,12 @@ import struct
 
 import torch
 
+from flashcore.backends._contract import with_masks
+from flashcore.backends._masks import OVER_PAGES, TANH_ERROR, mask_defines
 from flashcore.backends._paged import PagedBackend, capture_id
 from flashcore.backends._registry import register
 from flashcore.gpu.launching import LoadedKernel, multiprocessors
+from flashcore.numerics.masking import MaskTensors
 from flashcore.paging import PagedKV, PageSelection
 from flashcore.problem import Problem
 
@@ -45,7 +48,12 @@ class Decode(PagedBackend):
     id = "decode"
     title = "Our decode kernel: paged, split keys"
     kernel = "attention_decode"
+    masks = paged_masks = OVER_PAGES
+    tanh_error = TANH_ERROR
     selects = True
+
+    def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
+        return mask_defines(problem)
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
@@ -56,17 +64,21 @@ class Decode(PagedBackend):
     def suits(self, problem: Problem) -> Problem:
         return problem.with_(seqlen_q=min(problem.seqlen_q, MOST_TOKENS))
 
-    def run_paged(self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None):
+    def run_paged(
+        self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None,
+        masks: MaskTensors | None = None,
+    ):  # fmt: skip
         at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
         if problem.batch <= at_once:
-            return super().run_paged(q, cache, problem, selection)
+            return super().run_paged(q, cache, problem, selection, **with_masks(masks))
         parts, cache = [], cache.within_table()
         for first in range(0, problem.batch, at_once):
             rows = slice(first, min(first + at_once, problem.batch))
             table, lengths = cache.page_table[rows], cache.lengths[rows]
             part = PagedKV(cache.k_pool, cache.v_pool, table, lengths, lengths_fit=True)
             chosen = selection and PageSelection(selection.pages[rows], selection.counts[rows])
-            parts.append(super().run_paged(q[rows], part, problem.with_(batch=rows.stop - rows.start), chosen))
+            fewer = problem.with_(batch=rows.stop - rows.start)
+            parts.append(super().run_paged(q[rows], part, fewer, chosen, **with_masks(masks)))
         out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return out, lse
 
@@ -81,14 +93,18 @@ class Decode(PagedBackend):
 
     def traced_parts(self, problem: Problem, unit_keys: int) -> int:
         """Blocks that share a head in a traced call: at least two, and as many that its units come out even."""
-        units = -(-problem.seqlen_k // unit_keys)
+        units = -(-problem.seqlen_k // unit_keys) - units_before(problem, unit_keys)
         return next(parts for parts in range(min(2, units), units + 1) if units % parts == 0)
 
     def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...]:
-        units = -(-problem.seqlen_k // loaded.tile_n)
-        share = units // self.traced_parts(problem, loaded.tile_n)
+        units, before = -(-problem.seqlen_k // loaded.tile_n), units_before(problem, loaded.tile_n)
+        share = (units - before) // self.traced_parts(problem, loaded.tile_n)
         consumers = loaded.num_splits
-        return tuple(unit - consumers if unit % share >= consumers else -1 for unit in range(units))
+
+        def continues(unit: int) -> bool:
+            return unit >= before and (unit - before) % share >= consumers
+
+        return tuple(unit - consumers if continues(unit) else -1 for unit in range(units))
 
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
         heads_a_tile, tiles = self.tiling(problem)
@@ -106,3 +122,10 @@ class Decode(PagedBackend):
             DECODE.pack(room.accum.data_ptr(), room.softmax.data_ptr(), room.accounted.data_ptr(), heads_a_tile, tiles),
         ]
         return arguments, blocks, room
+
+
+def units_before(problem: Problem, unit_keys: int) -> int:
+    """Units of a sequence of `seqlen_k` keys that lie before the windows of all its queries: they are never read."""
+    if problem.window_left < 0:
+        return 0
+    return max(0, problem.seqlen_k - problem.seqlen_q - problem.window_left) // unit_keys

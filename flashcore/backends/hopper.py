@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import operator
 import struct
 
 import torch
 
 from flashcore.backends._cuda import CudaBackend, Masked
 from flashcore.backends._dealing import WARP_ROWS, sections
+from flashcore.backends._masks import TANH_ERROR, mask_defines, mask_params
 from flashcore.backends._registry import register
 from flashcore.backends._tensor_maps import tensor_map
-from flashcore.gpu.build import MASKS
 from flashcore.gpu.launching import LoadedKernel, PreparedLaunch, behind, entry_point, load_kernel, multiprocessors
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
@@ -26,26 +23,12 @@ SMALL_ROWS = 128
 """Query rows of the tiles of two warpgroups."""
 PLAN = "attention_hopper_plan"
 """Entry function that lists the tiles of sequences with lengths, and clears the rows that belong to none."""
-MASK_BITS = {"window": 1, "softcap": 2, "sink": 4, "lengths": 8, "ragged": 8}
-"""What FLASHCORE_MASKS says of each of `Problem.masks` (kernels/include/masks.cuh)."""
-MASK_PARAMS = struct.Struct("7Q 5i 10f 4x")
-"""`MaskParams` of kernels/include/masks.cuh."""
 TILE_INTS = 2
 """Ints of a `ListedTile`."""
 CLEARING_BLOCKS = 64
 """Blocks of `PLAN` that clear padding, which may be most of a tensor."""
 PLANNED_AT_ONCE = 256
 """Tiles that a block of `PLAN` lists."""
-NEAR = 0.5
-SMALLEST_SLOPE, LARGEST_SLOPE = 1e-4, 1e3
-"""Scales over caps whose powers are floats of full precision."""
-TANH = (0.999999451, -0.333262842, 0.131899394, -0.0443927384)
-"""``tanh(x) = x * (TANH[0] + TANH[1] x^2 + ...)`` up to |x| = NEAR: fitted at the nodes of Chebyshev, off by 2.7e-7."""
-SMALL = 0.2
-TANH_SMALL = (0.999973759, -0.32807452)
-"""The same up to SMALL, off by 5.2e-6."""
-FARTHEST = 1 << 30
-"""Positions are 32 bits: a window that reaches farther sees as much."""
 
 
 @register
@@ -56,7 +39,7 @@ class Hopper(CudaBackend):
     title = "Our Hopper kernel: TMA, wgmma"
     kernel = "attention_hopper"
     masks = ("window", "softcap", "sink", "lengths", "ragged")
-    tanh_error = 2.0**-17
+    tanh_error = TANH_ERROR
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         """The tile: the kernel's own (head_dim 64: 4 warpgroups, pages of 64 keys; 128: 3, 64), or a smaller one.
@@ -65,14 +48,8 @@ class Hopper(CudaBackend):
         19.3 at B=1, H=16, S=1024, D=64.
         """
         if -(-problem.seqlen_q // SMALL_ROWS) * problem.num_heads_q * problem.batch <= multiprocessors(device):
-            return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim), *self.mask_defines(problem))
-        return self.mask_defines(problem)
-
-    def mask_defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
-        """The macro that compiles in what the problem asks for besides the causal mask."""
-        if not problem.masks:
-            return ()
-        return ((MASKS, functools.reduce(operator.or_, (MASK_BITS[name] for name in problem.masks))),)
+            return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim), *mask_defines(problem))
+        return mask_defines(problem)
 
     def entry(self, problem: Problem, device: int) -> str:
         """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then.
@@ -117,21 +94,18 @@ class Hopper(CudaBackend):
         return most_tiles(q, problem, SMALL_ROWS) * TILE_INTS + 2  # whatever the tile: there are no smaller ones
 
     def masked(self, arguments, q, lse, problem: Problem, masks: MaskTensors | None, stream: int) -> Masked:
-        left, right = (min(limit, FARTHEST) for limit in problem.window)
-        sink = masks.sink.data_ptr() if problem.sink else 0
-        cap = cap_params(problem.softcap, self.scale(problem))
         if not problem.lengths:
-            return Masked(MASK_PARAMS.pack(sink, 0, 0, 0, 0, 0, 0, 0, 0, 0, left, right, *cap))
+            return Masked(mask_params(problem, masks, self.scale(problem)))
         device = q.device.index or 0
         defines = self.defines(problem, device)
         plan = load_kernel(self.kernel, problem.head_dim, problem.dtype, False, self.source, device, defines, PLAN)
         tiles = most_tiles(q, problem, plan.tile_m)
         tiles_at = behind(lse)
         given = (masks.cu_seqlens_q, masks.cu_seqlens_k, masks.seqlens_q, masks.seqlens_k)
-        lengths = (0 if tensor is None else tensor.data_ptr() for tensor in given)
-        packed = MASK_PARAMS.pack(
-            sink, *lengths, tiles_at, tiles_at + 4 * TILE_INTS * tiles, problem.batch, tiles,
-            int(problem.lengths == "left"), left, right, *cap,
+        lengths = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        packed = mask_params(
+            problem, masks, self.scale(problem), (*lengths, tiles_at, tiles_at + 4 * TILE_INTS * tiles),
+            (problem.batch, tiles, int(problem.lengths == "left")),
         )  # fmt: skip
         blocks = (max(-(-tiles // PLANNED_AT_ONCE), CLEARING_BLOCKS if problem.lengths != "ragged" else 1), 1, 1)
         ahead = PreparedLaunch(entry_point(plan, PLAN, device), plan, blocks, [arguments[0], packed], stream)
@@ -151,31 +125,6 @@ def most_tiles(q, problem: Problem, tile_m: int) -> int:
     return problem.batch * -(-problem.seqlen_q // tile_m) * problem.num_heads_q
 
 
-def cap_params(softcap: float | None, scale: float) -> tuple[float, ...]:
-    """The cap, the series of the capped exponent, and the square up to which it holds (`MaskParams`)."""
-    if softcap is None:
-        return (0.0,) * 10
-    by_cap = scale / softcap
-    if not SMALLEST_SLOPE < abs(by_cap) < LARGEST_SLOPE:
-        return (
-            softcap,
-            by_cap,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            -1.0,
-            0.0,
-            0.0,
-            -1.0,
-        )  # no score is near: the kernel then goes by exponentials
-
-    def series(terms) -> list[float]:
-        return [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(terms)]
-
-    return softcap, by_cap, *series(TANH), (NEAR / by_cap) ** 2, *series(TANH_SMALL), (SMALL / by_cap) ** 2
-
-
 @register
 class HopperUnsplit(Hopper):
     """The same without split keys, whatever the problem: what long problems run, open to the checks on short ones."""
@@ -185,7 +134,7 @@ class HopperUnsplit(Hopper):
     swept = False
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
-        return self.mask_defines(problem)
+        return mask_defines(problem)
 
     def entry(self, problem: Problem, device: int) -> str:
         return self.kernel

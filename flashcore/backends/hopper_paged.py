@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from flashcore.backends._dealing import WARP_ROWS
+from flashcore.backends._masks import OVER_PAGES
 from flashcore.backends._paged import PagedBackend
 from flashcore.backends._registry import register
 from flashcore.backends.hopper import HopperUnsplit
@@ -19,7 +20,7 @@ class HopperPaged(PagedBackend, HopperUnsplit):
     id = "hopper-paged"
     title = "Our Hopper kernel over pages"
     variant_of = "hopper"
-    masks = ()
+    masks = paged_masks = OVER_PAGES
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         return (("FLASHCORE_PAGED", 1), *super().defines(problem, device))

@@ -20,6 +20,7 @@ class ReferenceBackend(Backend):
     masks = ("window", "softcap", "sink", "lengths", "ragged")
     traceable = True
     paged = True
+    paged_masks = ("window", "softcap", "sink")
 
     def run(self, q, k, v, problem, masks=None):
         masking.check_call(masks, problem, q, k)
@@ -30,6 +31,11 @@ class ReferenceBackend(Backend):
         masking.check_call(masks, problem, q, k)
         return reference.trace(q, k, v, problem, masks=masks)
 
-    def run_paged(self, q, cache, problem, selection=None):
-        out, lse = paged_reference(q, cache, selection, causal=problem.causal, softmax_scale=problem.softmax_scale)
+    def run_paged(self, q, cache, problem, selection=None, masks=None):
+        masking.check(masks, problem, q.device)
+        out, lse = paged_reference(
+            q, cache, selection, causal=problem.causal, softmax_scale=problem.softmax_scale,
+            window_left=problem.window_left, window_right=problem.window_right, softcap=problem.softcap,
+            sink=masks.sink if problem.sink else None,
+        )  # fmt: skip
         return out.to(q.dtype), lse.float()

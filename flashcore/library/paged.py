@@ -13,6 +13,7 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.library._namespace import define, differentiate, implement
+from flashcore.library.masked import check_sink
 
 TABLES = "Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor lengths"
 
@@ -34,6 +35,24 @@ paged_attention = define(
 """As `flashcore.paged_attention`; `pages` and `counts` are those of a selection, None for all pages."""
 
 
+def _fake_masked(
+    q, k_pool, v_pool, page_table, lengths, sink=None, pages=None, counts=None, causal=True, softmax_scale=None,
+    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", lengths_fit=False,
+):  # fmt: skip
+    check_sink(sink, q.shape[1], q.device)
+    return _fake_attention(q, k_pool, v_pool, page_table, lengths, return_lse=return_lse)
+
+
+masked_paged_attention = define(
+    "masked_paged_attention",
+    f"(Tensor q, {TABLES}, Tensor? sink=None, Tensor? pages=None, Tensor? counts=None, bool causal=True, "
+    "float? softmax_scale=None, int window_left=-1, int window_right=-1, float? softcap=None, bool return_lse=False, "
+    "str backend='auto', bool lengths_fit=False) -> (Tensor out, Tensor lse)",
+    _fake_masked,
+)
+"""As `flashcore.paged_attention` with a window, a softcap or a sink: an op of its own, as `masked_attention` is."""
+
+
 def _refuse(ctx, *grads):
     raise InvalidProblem(
         "Gradients of attention over pages were asked for, and FlashCore computes its forward pass only; call it under "
@@ -42,6 +61,7 @@ def _refuse(ctx, *grads):
 
 
 differentiate(paged_attention, _refuse)
+differentiate(masked_paged_attention, _refuse)
 
 
 def _fake_append(k_new, v_new, k_pool, v_pool, page_table, lengths, rows=None, counts=None, key_bounds=None):

@@ -37,7 +37,7 @@ def paginate(k: torch.Tensor, v: torch.Tensor, page_size: int) -> PagedKV:
 
 @ambient.judging
 def among_others(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, *, even: int | None = None
 ) -> tuple[torch.Tensor, PagedKV, Problem]:
     """The same sequences in pages, after one more that differs, so that nothing is alike by chance: for checks.
 
@@ -49,6 +49,10 @@ def among_others(
     ----------
     q, k, v, problem
         As `flashcore.backends.Backend.run` takes them.
+    even
+        Keys that a kernel takes at a time, where it has to take as many blocks of them of the first sequence as of the
+        others, though a window hides what lies before it. The first sequence is then shorter by a block, or as long as
+        the others, where a key more or less changes that.
 
     Returns
     -------
@@ -56,7 +60,7 @@ def among_others(
         One sequence more than given, the first; `q` in its own memory order.
     """
     last = problem.seqlen_k
-    first = last - 1 if (last - 1) % BLOCK else last + 1
+    first = _first_length(problem, even)
     longest = max(first, last)
 
     def with_first(dense: torch.Tensor) -> torch.Tensor:
@@ -75,6 +79,23 @@ def among_others(
     table = table[:, : table.shape[1] - UNNAMED]
     cache = PagedKV(k_pool, v_pool, table, lengths, max_length=longest, lengths_fit=True)
     return _once_more(q), cache, problem.with_(batch=batch)
+
+
+def _first_length(problem: Problem, even: int | None) -> int:
+    """Keys of the sequence that is passed over."""
+    last = problem.seqlen_k
+    first = last - 1 if (last - 1) % BLOCK else last + 1
+    if even is None or problem.window_left < 0:
+        return first
+    # Where the windows begin with a block and the keys end with one, only a whole block leaves as many to be read.
+    # Where not even that does, all sequences are as long.
+    lengths = (first, last + 1 if first < last else last - 1, last - even, last)
+    return next(n for n in lengths if n > 0 and _blocks(problem, n, even) == _blocks(problem, last, even))
+
+
+def _blocks(problem: Problem, length: int, size: int) -> int:
+    """Blocks of `size` keys that some query of a sequence of this length has in its window."""
+    return -(-length // size) - max(0, length - problem.seqlen_q - problem.window_left) // size
 
 
 def _tables(

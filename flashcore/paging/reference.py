@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from flashcore.library import masked
 from flashcore.numerics import ambient, plain
 from flashcore.numerics.reference import safe
 from flashcore.paging.checks import debugging
@@ -37,19 +38,26 @@ def gather(cache: PagedKV, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def seen_keys(
-    cache: PagedKV, present: torch.Tensor, chosen: torch.Tensor | None, tokens: int, *, causal: bool
-) -> torch.Tensor:
+    cache: PagedKV, present: torch.Tensor, chosen: torch.Tensor | None, tokens: int, *, causal: bool,
+    window_left: int = -1, window_right: int = -1,
+) -> torch.Tensor:  # fmt: skip
     """Which of one sequence's keys each of its last `tokens` queries sees, bool ``[num_heads_kv, tokens, length]``.
 
     `present` is that of `gather`; `chosen`, ``[num_heads_kv, max_pages]``, says which pages are selected, None for all.
+    The window is that of `paged_reference`.
     """
     length = present.shape[0]
     seen = present.expand(cache.num_heads_kv, tokens, length)
     if chosen is not None:
         seen = seen & chosen.repeat_interleave(cache.page_size, dim=1)[:, None, :length]
+    position = torch.arange(length - tokens, length, device=present.device)[:, None]
+    key = torch.arange(length, device=present.device)
     if causal:
-        last_seen = torch.arange(length - tokens, length, device=present.device)
-        seen = seen & (torch.arange(length, device=present.device) <= last_seen[:, None])
+        seen = seen & (key <= position)
+    if window_right >= 0:
+        seen = seen & (key <= position + window_right)
+    if window_left >= 0:
+        seen = seen & (key >= position - window_left)
     return seen
 
 
@@ -60,6 +68,10 @@ def paged_reference(
     *,
     causal: bool = True,
     softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float | None = None,
+    sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale * q k^T + mask) v`` over the pages selected, in float64 on the device of the tensors.
 
@@ -73,29 +85,39 @@ def paged_reference(
         A query sees keys up to its own position (bottom-right aligned); False: all keys.
     softmax_scale
         None for ``1/sqrt(head_dim)``.
+    window_left, window_right
+        A query sees keys from `window_left` before its own position to `window_right` after it; -1 for no limit. Of a
+        selection it sees what lies in both.
+    softcap
+        Above 0: a score s becomes ``softcap * tanh(s / softcap)``, before any mask.
+    sink
+        Floats ``[num_heads_q]``: the score of one more key of each head, whose value is 0.
 
     Returns
     -------
     out : float64 ``[batch, num_heads_q, q_tokens, head_dim]``
         0 in rows that see no key.
     lse : float64 ``[batch, num_heads_q, q_tokens]``
-        Natural logarithm of the softmax denominator, -inf in rows that see no key.
+        Natural logarithm of the softmax denominator, -inf in rows that see neither key nor sink.
 
     Raises
     ------
     InvalidProblem, PageTableError
-        `q` or the selection does not fit the cache.
+        `q`, the sink or the selection does not fit the cache; a window or a softcap that makes no sense.
     """
     # Before anything is shielded: inside, gradients would be off, and a scale that asks for them would look plain.
     scale, causal = plain.softmax_scale(softmax_scale), plain.flag("causal", causal)
-    return _reference(q, cache, selection, scale, causal)
+    window, softcap = masked.window(causal, window_left, window_right), masked.softcap(softcap)
+    return _reference(q, cache, selection, scale, causal, window, softcap, sink)
 
 
 @ambient.judging
 def _reference(
-    q: torch.Tensor, cache: PagedKV, selection: PageSelection | None, scale: float | None, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, cache: PagedKV, selection: PageSelection | None, scale: float | None, causal: bool,
+    window: tuple[int, int], softcap: float | None, sink: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     cache.check_query(q)
+    masked.check_sink(sink, q.shape[1], q.device)
     if debugging():
         cache.check()
     cache = cache.within_table()
@@ -104,18 +126,31 @@ def _reference(
         selection.check(cache)
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
+    if sink is not None:
+        lse[:] = sink.detach().double()[:, None]
     chosen = None if selection is None else selection.mask(cache.max_pages)
     for row in range(cache.batch):
         k, v, present = gather(cache, row)
         if k.shape[1] == 0:
             continue
-        seen = seen_keys(cache, present, None if chosen is None else chosen[row], q.shape[2], causal=causal)
+        seen = seen_keys(
+            cache, present, None if chosen is None else chosen[row], q.shape[2], causal=causal, window_left=window[0],
+            window_right=window[1],
+        )  # fmt: skip
         for head in range(cache.num_heads_kv):
             group = slice(head * q.shape[1] // cache.num_heads_kv, (head + 1) * q.shape[1] // cache.num_heads_kv)
-            scores = (q[row, group].double() @ k[head].double().T).mul_(scale).masked_fill_(~seen[head], -math.inf)
+            scores = (q[row, group].double() @ k[head].double().T).mul_(scale)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            scores.masked_fill_(~seen[head], -math.inf)
             row_max = scores.amax(dim=-1, keepdim=True)
+            if sink is not None:
+                score = sink[group].detach().double()[:, None, None]
+                row_max = row_max.maximum(score)
             probs = scores.sub_(safe(row_max)).exp_()
             row_sum = probs.sum(dim=-1, keepdim=True)
+            if sink is not None:
+                row_sum += (score - safe(row_max)).exp()
             # A value that no query sees may be anything: 0 * Inf would be NaN.
             values = v[head].double().masked_fill(~seen[head].any(dim=0)[:, None], 0.0)
             out[row, group] = (probs @ values) / row_sum.masked_fill(row_sum == 0, 1.0)

@@ -16,6 +16,7 @@ from flashcore.backends import decode as module
 from flashcore.backends._cuda import PARAMS
 from flashcore.backends._paged import PAGED
 from flashcore.backends.decode import DECODE, MOST_TOKENS
+from flashcore.numerics.masking import MaskTensors
 from flashcore.paged_ops import paged_problem_of
 from flashcore.paging import PagedKV, PageSelection, paged_reference, paginate
 from flashcore.problem import Problem
@@ -76,6 +77,23 @@ def test_parts_of_a_traced_head_are_two_or_more_and_of_the_same_size(seqlen):
     parts = backends.get("decode").traced_parts(PROBLEM.with_(seqlen_k=seqlen), 128)
     assert units % parts == 0 and parts >= min(2, units)
     assert not any(units % fewer == 0 for fewer in range(2, parts))
+
+
+def test_units_before_the_windows_of_all_queries_are_no_part_of_the_chains():
+    """Of 12 units the first 5 lie before every window, and the other 7 are shared out in seven parts of one."""
+    decode, shape = backends.get("decode"), loaded(tile_n=128, num_splits=2)
+    for tokens, left, before in ((1, 895, 5), (1, 894, 5), (1, 896, 4), (8, 888, 5), (8, 889, 4), (1, 2000, 0)):
+        problem = PROBLEM.with_(seqlen_k=12 * 128, seqlen_q=tokens, window_left=left)
+        assert module.units_before(problem, 128) == before
+        parts = decode.traced_parts(problem, 128)
+        share = (12 - before) // parts
+        assert share * parts == 12 - before and parts >= 2
+        found = decode.chains(problem, shape)
+        assert found[:before] == (-1,) * before
+        assert found[before:] == tuple(
+            before + unit - 2 if unit % share >= 2 else -1 for unit in range(12 - before)
+        )  # fmt: skip
+    assert module.units_before(PROBLEM, 128) == 0 == module.units_before(PROBLEM.with_(window_right=-1), 128)
 
 
 def test_chains_begin_anew_in_each_part():
@@ -170,11 +188,12 @@ def test_room_is_used_again_on_one_stream_by_one_kernel_alone(told):
 
 
 def test_more_heads_than_one_launch_takes_are_several_launches(monkeypatch):
-    """Each with its own rows of the table, the lengths and the selection, and the results end to end."""
-    calls = []
+    """Each with its own rows of the table, the lengths and the selection, all sinks, and the results end to end."""
+    calls, sinks = [], []
 
-    def attend(self, q, cache, problem, selection, out, lse, buffers=None):
+    def attend(self, q, cache, problem, selection, out, lse, buffers=None, masks=None):
         calls.append((problem.batch, cache.lengths.tolist(), selection and selection.counts.flatten().tolist()))
+        sinks.append(masks)
         out.copy_(q)
         lse.copy_(cache.lengths[:, None, None].expand_as(lse))
 
@@ -196,4 +215,7 @@ def test_more_heads_than_one_launch_takes_are_several_launches(monkeypatch):
     calls.clear()
     backends.get("decode").run_paged(q[:2], PagedKV(cache.k_pool, cache.v_pool, cache.page_table[:2],
                                                     cache.lengths[:2]), problem.with_(batch=2))  # fmt: skip
-    assert len(calls) == 1
+    assert len(calls) == 1 and not any(sinks)
+    given = MaskTensors(sink=torch.zeros(4))
+    backends.get("decode").run_paged(q, cache, problem.with_(sink=True), masks=given)
+    assert len(calls) == 4 and all(one is given for one in sinks[-3:]), "sinks belong to heads, and all have these"

@@ -183,6 +183,12 @@ FAULTS: tuple[Fault, ...] = (
            problem=PADDED.with_(causal=False)),
     _fault("G68", "keys of a ragged sequence read from one row early", "scores", "another sequence's last key",
            problem=RAGGED),
+    _fault("G69", "sink counted by each part that a row's keys are cut into", "out", "too small where keys are split",
+           problem=SINK),
+    _fault("G70", "sink forgotten where one part has all keys of a row", "out", "right for long sequences",
+           problem=SINK),
+    _fault("G71", "a page taken for whole though the windows of later queries begin in it", "scores",
+           "finite, slightly wrong", problem=WINDOW),
 )  # fmt: skip
 
 

@@ -89,6 +89,25 @@ V_IS_READ = "    if (lane == 0) mbarrier_arrive(&smem.v_empty[slot]);\n"
 P_V = "multiply_p_v(o, p, v_ring.at(slot * UNIT_BYTES), true);"
 WEIGHT = "weight = ex2_approx(softmax[j].x - highest);"
 
+
+def masked(*edits: Edit) -> Source:
+    """A bug of a mask, in the source with all masks."""
+    return Source(edits, masks=True)
+
+
+LEFT_EDGE = "if (positions.at(column_of(i, lane)) < positions.begin[row_of(i)]) s[i] = -INFINITY;"
+CAP = "    MASKED(if (HAS_SOFTCAP) cap(s, masks.scale_by_cap);)\n"
+MASK_AFTER_CAP = "    if (!whole) sign_and_mask(s, params.softmax_scale, limit, positions, lane);\n"
+CAP_THEN_SCALE = """    if (HAS_SOFTCAP) {
+      cap(s, 1.f / masks.softcap);
+      for (int i = 0; i < UNIT_KEYS / 2; ++i) s[i] *= params.softmax_scale;
+    }
+"""
+SINK = "masks.sink_gmem[head.first_head + row / params.seqlen_q] * LOG2_E"
+JOIN = "lse = join_sink(fmaxf(sink, UNSEEN), reference, row_sum);"
+SUM = "row_sum = row_sum * before + softmax[j].y * weight;"
+SINK_OF_PART = f"if (first + j > first_part) row_sum += ex2_approx({SINK} - highest);"
+
 # ------------------------------------------------------------------------------- the bugs
 
 FROM_THE_HEADERS = ("F1", "F2", "G7", "G17", "G18")
@@ -172,6 +191,23 @@ DECODE: Plants = {
         "      length = paged.lengths_gmem[0];\n      load_q",
     )),
     "G52": ROWS_BY_COLUMNS,
+    "G53": masked((LEFT_EDGE, LEFT_EDGE.replace("[row_of(i)])", "[row_of(i)] - 1)"))),
+    "G54": masked(("        limit[r] = span.end;", "        limit[r] = span.end + 1;")),
+    "G55": masked((
+        "paged.lengths_gmem[batch]).begin / UNIT_KEYS;",
+        "paged.lengths_gmem[batch]).begin / UNIT_KEYS + (masks.window_left > 0);",
+    )),
+    "G56": masked((CAP + MASK_AFTER_CAP, MASK_AFTER_CAP + CAP)),
+    "G57": masked(("constexpr bool HAS_SOFTCAP = FLASHCORE_MASKS & 2;", "constexpr bool HAS_SOFTCAP = false;")),
+    "G58": masked((CAP, CAP_THEN_SCALE)),
+    "G59": masked(("constexpr bool HAS_SINK = FLASHCORE_MASKS & 4;", "constexpr bool HAS_SINK = false;")),
+    "G60": masked((SINK, SINK.replace("[head.first_head +", "[max(1, head.first_head +").replace("q]", "q) - 1]"))),
+    "G61": masked((f"{SINK};", f"{SINK} * params.softmax_scale;")),
+    "G62": masked(("ex2_approx(fminf(sink - reference, LARGEST_EXPONENT));", "ex2_approx(sink);")),
+    "G63": masked((JOIN, f"if (row_sum != 0.f) {JOIN}")),
+    "G69": masked((SUM, f"{SUM} {SINK_OF_PART}")),
+    "G70": masked(("    if (HAS_SINK) {\n", "    if (HAS_SINK && end_part - first_part > 1) {\n")),
+    "G71": masked(("own_position >= of_last.begin &&", "own_position >= of_first.begin &&")),
 }  # fmt: skip
 
 
@@ -181,6 +217,7 @@ def _whole_tiles(problem: Problem) -> int:
     return max(1, group // min(group, 64 // problem.seqlen_q))
 
 
+SINKS = CAUSAL.with_(seqlen_k=300, sink=True)
 MOVING = PLAIN.with_(softmax_scale=1.0)
 """Scores spread so wide that references are raised, with the inputs that rise."""
 
@@ -205,7 +242,23 @@ PROBLEMS: Mapping[str, Problem] = {fault: PLAIN for fault in DECODE} | {
     "G46": PLAIN.with_(num_heads_q=18, seqlen_q=8),
     "G47": PLAIN.with_(seqlen_k=1000),
     "G49": CAUSAL.with_(seqlen_k=130),
+    "G53": CAUSAL.with_(window_left=700),
+    "G54": PLAIN.with_(window_left=700, window_right=2),
+    "G55": CAUSAL.with_(window_left=700),
+    "G56": CAUSAL.with_(softcap=1.5),
+    "G57": CAUSAL.with_(softcap=1.5),
+    "G58": CAUSAL.with_(softcap=1.5),
+    "G59": SINKS,
+    "G60": SINKS,
+    "G61": SINKS,
+    "G62": SINKS,
+    "G63": SINKS.with_(seqlen_q=8, seqlen_k=5),
+    "G69": SINKS,
+    "G70": SINKS.with_(seqlen_k=100),
+    "G71": CAUSAL.with_(window_left=741),
 }
 """Where each bug shows: a chain longer than the ring has slots for G25, a last unit without a tail for G27, pages
 larger than a unit for G37 and smaller for G38 and G39, more heads a group than a tile holds for G46, several units a
-block for G47, and a part that the first query tokens see no key of for G49."""
+block for G47, and a part that the first query tokens see no key of for G49. Windows begin within a unit, those of G71
+from two keys before a unit's first to two after it; rows of G63 stand before every key and see none, and heads of G70
+have one unit each."""

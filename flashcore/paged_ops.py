@@ -7,7 +7,7 @@ import functools
 import torch
 
 from flashcore import backends
-from flashcore.errors import InvalidProblem, PageTableError, Unsupported
+from flashcore.errors import FlashCoreError, InvalidProblem, PageTableError, Unsupported
 from flashcore.library import dense, masked, paged, traced
 from flashcore.numerics import ambient, masking, plain, transforms
 from flashcore.numerics.masking import MaskTensors
@@ -81,9 +81,34 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
 def picked_for(
     q: torch.Tensor, cache: PagedKV, *, window_left: int = -1, softcap: float | None = None, sink: bool = False
 ) -> backends.Backend:
-    """What ``backend="auto"`` picks for all pages of a cache, with these masks; whatever the lengths are."""
+    """What ``backend="auto"`` picks for all pages of a cache, under these masks; whatever the lengths are."""
     problem = masked_problem(paged_problem_of(q, cache), window_left, -1, softcap, sink, "")
     return _choose(problem, q.device, "auto", False)
+
+
+@torch.compiler.assume_constant_result
+def kernel_takes(
+    kind: str, index: int, dtype: torch.dtype, head_dim: int, page_size: int, masks: tuple[str, ...] = (),
+    backend: str = "auto",
+) -> bool:  # fmt: skip
+    """Whether a kernel of ours, or the backend that is named, reads pages under these masks, whatever the sizes are.
+
+    Parameters
+    ----------
+    kind, index
+        Of the device.
+    masks
+        Some of ``window, softcap, sink``, as `Problem.masks` has them.
+    """
+    try:
+        problem = Problem(
+            batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=1024, head_dim=head_dim, dtype=DTYPES[dtype],
+            causal=True, page_size=page_size, window_left=64 if "window" in masks else -1,
+            softcap=1.0 if "softcap" in masks else None, sink="sink" in masks,
+        )  # fmt: skip
+        return _choose(problem, torch.device(kind, index), backend, False).role == "ours" or backend != "auto"
+    except (FlashCoreError, KeyError):  # another device, a backend that says no, or a dtype that is not ours
+        return False
 
 
 def paged_attention(

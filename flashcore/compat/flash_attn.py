@@ -263,13 +263,14 @@ def _is_ours(q, masking: Masking, lengths: str = "") -> bool:
         return False
     if not lengths and _is_plain(masking):
         return True
-    masks = [lengths] if lengths else []
-    if _has_window(masking):
-        masks.append("window")
-    if masking.softcap:
-        masks.append("softcap")
+    masks = (*((lengths,) if lengths else ()), *_masks(masking))
     head_dim = plain.constant(q.shape[-1])  # a graph is for one head_dim, though its lengths may be any
-    return ops.kernel_takes(q.device.type, q.device.index or 0, q.dtype, head_dim, tuple(masks))
+    return ops.kernel_takes(q.device.type, q.device.index or 0, q.dtype, head_dim, masks)
+
+
+def _masks(masking: Masking) -> tuple[str, ...]:
+    """What of it a kernel has to take, besides a causal mask, as `Problem.masks` has it."""
+    return (*(("window",) if _has_window(masking) else ()), *(("softcap",) if masking.softcap else ()))
 
 
 def _options(masking: Masking) -> dict:
@@ -494,10 +495,10 @@ class _Cache:
 
     def attend(self, q, masking: Masking, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`out` ``[B, Sq, Hq, D]`` and `lse`."""
-        pages = self.pages() if _is_plain(masking) and self.first is None else None
-        if pages is not None and (q.shape[3] in HEAD_DIMS or not q.is_cuda):
+        pages = self.pages() if self._in_pages(q, masking) else None
+        if pages is not None:
             out, lse = paged_ops.paged_attention(
-                q.transpose(1, 2), pages, causal=masking.causal, softmax_scale=scale, return_lse=True
+                q.transpose(1, 2), pages, softmax_scale=scale, return_lse=True, **_options(masking)
             )
             return out.transpose(1, 2), lse
         peer, asked = self._peer(q, masking, scale)  # before ours, which does not split the keys of few queries here
@@ -522,6 +523,18 @@ class _Cache:
         values = values.masked_fill(past[..., None, None], 0.0)
         out, lse = masked.attention(*(t.transpose(1, 2) for t in (q, keys, values)), masking, scale)
         return out.transpose(1, 2).contiguous(), lse
+
+    def _in_pages(self, q, masking: Masking) -> bool:
+        """Whether attention of ours over pages computes it, where the cache can be read as pages (`pages`)."""
+        if masking.slopes is not None or masking.dropout or self.first is not None:
+            return False
+        masks = _masks(masking)
+        if not masks or not q.is_cuda:
+            return q.shape[3] in HEAD_DIMS or not q.is_cuda
+        head_dim = plain.constant(q.shape[3])
+        return q.dtype in HALVES and paged_ops.kernel_takes(
+            q.device.type, q.device.index or 0, q.dtype, head_dim, PAGE_SIZES[0], masks
+        )
 
     def _peer(self, q, masking: Masking, scale: float | None):
         """A peer's function and what it has to be told; FlashAttention-2 takes pages of 256 tokens and multiples."""

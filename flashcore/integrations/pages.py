@@ -43,15 +43,24 @@ class InPages(torch.Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
-def reader_of(query: torch.Tensor, pages: PagedKV, backend: str) -> str | None:
+def reader_of(
+    query: torch.Tensor, pages: PagedKV, backend: str, *, window_left: int = -1, softcap: float | None = None,
+    sink: torch.Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Id of the backend that shall read these pages; None where attention over a dense copy is quicker.
 
     Parameters
     ----------
     backend
         An id, which counts where that backend reads page tables; ``auto`` for a kernel of ours, if one takes this.
+    window_left, softcap, sink
+        As `flashcore.paged_attention` is to be told of them.
     """
     if backend != "auto":
-        return backend if backends.get(backend).paged else None
-    chosen = paged_ops.picked_for(query, pages)
+        asked = {"window": window_left >= 0, "softcap": softcap is not None, "sink": sink is not None}
+        named = backends.get(backend)
+        takes = {name for name, given in asked.items() if given} <= set(named.paged_masks)
+        return backend if named.paged and takes else None
+    masks = {"window_left": window_left, "softcap": softcap, "sink": sink is not None}
+    chosen = paged_ops.picked_for(query, pages, **masks)
     return chosen.id if chosen.role == "ours" else None

@@ -239,14 +239,13 @@ def attention_forward(
         raise Unsupported(NAME, "it got packed sequences (cu_seq_lens_q) and no mask; pass position_ids, so that "
                           "transformers makes one, or one sequence a row")  # fmt: skip
     if isinstance(key, InPages):
-        nothing_else = (
-            attention_mask is None and position_bias is None and softcap is None and s_aux is None and not dropout
-            and (sliding_window is None or key.shape[2] <= sliding_window)
-        )  # fmt: skip
-        reader = reader_of(query, key.pages, backend) if nothing_else and query.shape[2] == 1 else None
-        if reader is not None:
-            out = paged_attention(query, key.pages, softmax_scale=scaling, backend=reader)
-            return out.transpose(1, 2).contiguous(), None
+        window = _window_over_pages(query, key, attention_mask, sliding_window)
+        if window is not None and position_bias is None and not dropout:
+            masks = {"window_left": window, "softcap": softcap or None, "sink": s_aux}
+            reader = reader_of(query, key.pages, backend, **masks)
+            if reader is not None:
+                out = paged_attention(query, key.pages, softmax_scale=scaling, backend=reader, **masks)
+                return out.transpose(1, 2).contiguous(), None
         key, value = key.dense(), value.dense()
     rows, keys = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -291,6 +290,16 @@ def attention_forward(
         )  # fmt: skip
         out, _ = masked.attention(query, key, value, masking, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window_over_pages(query, key, attention_mask, sliding_window) -> int | None:
+    """Keys before its own position that a query sees of those in pages, -1 for all; None where a mask hides others."""
+    if attention_mask is None:
+        if query.shape[2] > 1:  # without a mask several queries are aligned top left
+            return None
+        return -1 if sliding_window is None or key.shape[2] <= sliding_window else sliding_window - 1
+    told = getattr(attention_mask, "told", None)
+    return told.window if told is not None and told.seqlens_k is None and told.places is None else None
 
 
 def _is_ours(query, key, value, window: int, dropout, position_bias, backend: str, *, softcap, sink, lengths=None):

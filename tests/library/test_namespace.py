@@ -10,7 +10,10 @@ import flashcore.ops
 import flashcore.paged_ops  # noqa: F401  (both say what computes the ops)
 from flashcore.library import _namespace, traced
 
-OPS = ("attention", "attention_backward", "paged_attention", "append_tokens", "select_top_k", "select_window")
+OPS = (
+    "attention", "attention_backward", "paged_attention", "masked_paged_attention", "append_tokens", "select_top_k",
+    "select_window",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

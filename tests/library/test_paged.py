@@ -77,6 +77,12 @@ def test_opcheck():
     torch.library.opcheck(
         paged.paged_attention, (q, *tables(cache), chosen.pages, chosen.counts, True, 0.2, True, "auto", True)
     )
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    torch.library.opcheck(paged.masked_paged_attention, (q, *tables(cache), sink))
+    torch.library.opcheck(
+        paged.masked_paged_attention,
+        (q, *tables(cache), None, chosen.pages, chosen.counts, True, 0.2, 20, -1, 5.0, True, "auto", True),
+    )
     torch.library.opcheck(paged.select_top_k, (q, *tables(cache), cache.key_bounds, 4, 2))
     torch.library.opcheck(paged.select_window, (q, *tables(cache), 4, 1, 2))
     torch.library.opcheck(paged.append_tokens, (k, v, *tables(cache), None, None, cache.key_bounds))
@@ -100,6 +106,43 @@ def test_the_ops_compute_what_the_calls_compute():
         expected, expected_lse = flashcore.paged_attention(q, cache, policy=selection, return_lse=True)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     assert paged.paged_attention(q, *tables(cache))[1].shape == (0,)
+
+
+MASKS = {"window_left": 20, "softcap": 4.0, "sink": torch.tensor([0.5, -1.0, 2.0, 0.0])}
+
+
+def test_a_masked_step_compiles_whole_and_not_again_as_the_cache_grows():
+    cache = cache_of()
+    counter = CompileCounter()
+
+    def step(q, sink):
+        return flashcore.paged_attention(q, cache, return_lse=True, **{**MASKS, "sink": sink})
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for _ in range(3):
+        cache.append(*torch.randn(2, 2, 2, 1, 64).half())
+        q, sink = torch.randn(2, 4, 1, 64).half(), torch.randn(4)
+        for got, expected in zip(compiled(q, sink), step(q, sink), strict=True):
+            assert torch.equal(got, expected) and got.stride() == expected.stride()
+    assert counter.frame_count == 1
+
+
+def test_the_masked_op_is_the_call_and_refuses_what_the_call_refuses():
+    cache = cache_of()
+    q = torch.randn(2, 4, 3, 64).half()
+    expected, expected_lse = flashcore.paged_attention(q, cache, return_lse=True, **MASKS)
+    out, lse = paged.masked_paged_attention(
+        q, *tables(cache), MASKS["sink"], window_left=20, softcap=4.0, return_lse=True
+    )
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert paged.masked_paged_attention(q, *tables(cache), MASKS["sink"])[1].shape == (0,)
+    with pytest.raises(InvalidProblem, match="^sink is a torch.float32 tensor \\[3\\] on cpu; it has to be a float"):
+        paged.masked_paged_attention(q, *tables(cache), torch.zeros(3))
+    with pytest.raises(InvalidProblem, match="^softcap is -1.0; it has to be above 0"):
+        paged.masked_paged_attention(q, *tables(cache), softcap=-1.0)
+    with pytest.raises(InvalidProblem, match="^Gradients of attention over pages were asked for"):
+        sink = torch.zeros(4, requires_grad=True)
+        paged.masked_paged_attention(q, *tables(cache), sink)[0].sum().backward()
 
 
 def test_out_lies_as_q_does():

@@ -11,6 +11,7 @@ from flashcore.measure.check import check_attention
 from flashcore.numerics.inputs import make_inputs
 from flashcore.paged_ops import paged_attention
 from flashcore.paging import PagedKV, PageSelection, TopK, among_others, gather, paged_reference, paginate
+from flashcore.paging.paginate import _first_length
 from flashcore.problem import Problem
 
 PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=3, seqlen_k=200, head_dim=64, page_size=64,
@@ -22,6 +23,7 @@ class OnCpu(PagedBackend):
 
     id = "paged-on-cpu"
     device = "cpu"
+    masks = paged_masks = ("window", "softcap", "sink")
 
     def __init__(self, change=lambda cache: cache):
         self.change = change
@@ -34,8 +36,11 @@ class OnCpu(PagedBackend):
     def source_hash(self):
         return None
 
-    def run_paged(self, q, cache, problem, selection=None):
-        out, lse = paged_reference(q, self.change(cache), selection, causal=problem.causal)
+    def run_paged(self, q, cache, problem, selection=None, masks=None):
+        out, lse = paged_reference(
+            q, self.change(cache), selection, causal=problem.causal, window_left=problem.window_left,
+            window_right=problem.window_right, softcap=problem.softcap, sink=masks.sink if problem.sink else None,
+        )  # fmt: skip
         return out.to(q.dtype), lse.float()
 
 
@@ -68,6 +73,20 @@ def test_a_right_backend_is_right(seqlen, page_size, layout):
     assert trial.status == "ok", trial.reason
 
 
+@pytest.mark.parametrize(
+    "masks", [{"window_left": 63}, {"window_left": 90, "softcap": 2.0, "sink": True}, {"window_right": 1}]
+)
+def test_masks_of_dense_calls_reach_the_pages(masks):
+    problem = PROBLEM.with_(causal="window_right" not in masks, **masks)
+    trial = check_attention(OnCpu(), problem)
+    assert trial.status == "ok", trial.reason
+    wider = OnCpu()
+    wider.run_paged = lambda q, cache, problem, *others, **more: OnCpu.run_paged(
+        wider, q, cache, problem.with_(window_left=-1, window_right=-1), *others, **more
+    )
+    assert check_attention(wider, problem).status == "failed"
+
+
 @pytest.mark.parametrize("change", [first_length_for_all, rows_by_columns, last_column_is_the_last_page, v_like_k])
 def test_what_is_alike_by_chance_is_not(change):
     assert check_attention(OnCpu(change), PROBLEM).status == "failed"
@@ -97,6 +116,21 @@ def test_the_first_sequence_ends_in_the_same_block_of_keys(seqlen):
     first, others = cache.lengths.tolist()[:2]
     assert abs(first - others) == 1 and others == seqlen
     assert -(-first // 64) == -(-others // 64)
+
+
+@pytest.mark.parametrize("even", [64, 128])
+@pytest.mark.parametrize(("tokens", "left"), [(1, 0), (1, 63), (3, 61), (8, 100), (5, 300)])
+def test_with_a_window_as_many_blocks_of_the_first_sequence_are_read(even, tokens, left):
+    """Whatever the lengths; nearly always it is still a sequence of another length."""
+    as_long = 0
+    for seqlen in range(1, 700):
+        problem = PROBLEM.with_(seqlen_q=tokens, seqlen_k=seqlen, window_left=left)
+        first = _first_length(problem, even)
+        blocks = [-(-n // even) - max(0, n - tokens - left) // even for n in (first, seqlen)]
+        assert blocks[0] == blocks[1] and 0 < first and -(-first // even) <= -(-seqlen // even), seqlen
+        as_long += first == seqlen
+        assert abs(_first_length(problem, None) - seqlen) == 1, "where nothing is traced, one key more or less"
+    assert as_long <= 1
 
 
 def test_cublaslt_finds_the_pages_of_a_v_that_lies_in_another_order():
@@ -132,6 +166,24 @@ def test_paged_backends_among_others(name, seqlen, page_size):
 
     for head_dim in (64, 128):
         problem = PROBLEM.with_(seqlen_k=seqlen, page_size=page_size, head_dim=head_dim)
+        trial = check_attention(name, problem)
+        assert trial.status == "ok", trial.reason
+        found = bisect(name, problem)
+        assert found.passed, found.finding()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masks", [
+    {"causal": True, "window_left": 63}, {"causal": True, "window_left": 200, "softcap": 2.0, "sink": True},
+    {"window_left": 130, "window_right": 1}, {"causal": True, "softcap": 30.0}, {"sink": True},
+])  # fmt: skip
+@pytest.mark.parametrize("seqlen", [5, 129, 256, 1000])
+@pytest.mark.parametrize("name", ["decode", "hopper-paged"])
+def test_masked_backends_over_pages_are_right_stage_by_stage(name, seqlen, masks):
+    from flashcore.bisection import bisect
+
+    for head_dim, page_size in ((64, 16), (128, 256)):
+        problem = PROBLEM.with_(**{"causal": False, **masks}, seqlen_k=seqlen, page_size=page_size, head_dim=head_dim)
         trial = check_attention(name, problem)
         assert trial.status == "ok", trial.reason
         found = bisect(name, problem)

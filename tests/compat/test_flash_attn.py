@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from flashcore import ops, paged_ops
+from flashcore.compat import flash_attn
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.others import flash
@@ -317,6 +319,53 @@ def test_our_kernels_read_a_dense_cache_as_pages_without_a_copy(monkeypatch):
     for row, place in enumerate(chosen.tolist()):
         length = [20, 7, 29][place]
         near(out[row], exact(q[row], k_cache[place, :length], v_cache[place, :length])[0], torch.float16)
+
+
+@pytest.mark.parametrize("options", [
+    {"window_size": (9, 0)}, {"window_size": (4, 1)}, {"softcap": 2.0, "causal": True},
+    {"window_size": (16, -1), "softcap": 1.5, "causal": True},
+])  # fmt: skip
+def test_windows_and_softcaps_over_a_cache_are_told_to_whoever_reads_its_pages(monkeypatch, options):
+    told = []
+    attention = paged_ops.paged_attention
+    monkeypatch.setattr(paged_ops, "paged_attention", lambda q, cache, **more: told.append(more) or attention(
+        q, cache, **more
+    ))  # fmt: skip
+    lengths = [20, 7, 29]
+    k_cache, v_cache = cached(lengths)
+    q = torch.randn(3, 2, 4, 64).half()
+    out, lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=torch.tensor(lengths, dtype=torch.int32), return_softmax_lse=True, **options
+    )
+    [more] = told
+    left, right = options.get("window_size", (-1, -1))
+    assert more["causal"] == (options.get("causal", False) or right == 0) and more.get("softcap") == options.get(
+        "softcap"
+    )
+    assert more.get("window_left", -1) == left and (more["causal"] or more.get("window_right", -1) == right)
+    for row, length in enumerate(lengths):
+        expected, expected_lse = exact(q[row], k_cache[row, :length], v_cache[row, :length], **options)
+        near(out[row], expected, torch.float16)
+        torch.testing.assert_close(lse[row].double(), expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def test_what_no_kernel_over_pages_takes_goes_on_to_the_others(monkeypatch):
+    """Slopes of ALiBi and padding on the left; and on a GPU a head_dim, or a mask, that our kernels do not take."""
+    k_cache, v_cache = cached([20, 7])
+    q, lengths = torch.randn(2, 1, 4, 64).half(), torch.tensor([20, 7], dtype=torch.int32)
+    asked = []
+    monkeypatch.setattr(paged_ops, "paged_attention", lambda *given, **more: 1 / 0)
+    for options in ({"alibi_slopes": torch.rand(4)}, {"cache_leftpad": torch.tensor([2, 0], dtype=torch.int32)}):
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, softcap=2.0, causal=True, **options)
+    cache = flash_attn._Cache(q, k_cache, v_cache, lengths, None, None, None)
+    on_gpu = SimpleNamespace(
+        is_cuda=True, shape=q.shape, dtype=q.dtype, device=SimpleNamespace(type="cuda", index=None)
+    )
+    for takes in (True, False):
+        monkeypatch.setattr(paged_ops, "kernel_takes", lambda *given, takes=takes: asked.append(given) or takes)
+        capped = flash_attn._masking(True, (5, 0), 2.0, None, 0.0, 1, 32)
+        assert cache._in_pages(on_gpu, capped) is takes
+    assert asked[0] == ("cuda", 0, torch.float16, 64, 16, ("window", "softcap"))
 
 
 def test_rows_padding_and_one_length_for_all():

@@ -75,6 +75,52 @@ def test_decode_steps_read_the_pages_and_give_the_same_tokens(model, reading, mo
     assert torch.equal(got, tokens)
 
 
+MASKED = {
+    "windows": ("Mistral", {"sliding_window": 6}),
+    "softcaps, and windows in turn": (
+        "Gemma2", {"sliding_window": 5, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}
+    ),
+    "sinks, and windows in turn": (
+        "GptOss", {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_windows_softcaps_and_sinks_are_told_to_whoever_reads_the_pages(name, reading, monkeypatch):
+    kind, options = MASKED[name]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().bfloat16()
+    for parameter in (p for n, p in model.named_parameters() if n.endswith("sinks")):
+        torch.nn.init.normal_(parameter)
+    _, logits = generate(model, "eager")
+    told = []
+    paged = ours.paged_attention
+    monkeypatch.setattr(ours, "paged_attention", lambda q, *a, **b: told.append(b) or paged(q, *a, **b))
+    got, got_logits = generate(model, reading, cache_of(model))
+    assert len(told) == 3 * (NEW - 1), "once a layer and step"
+    windows = {one["window_left"] for one in told}
+    assert windows == ({5} if name == "windows" else {-1, 4})
+    assert {one["softcap"] for one in told} == {3.0 if "softcaps" in name else None}
+    assert all((one["sink"] is not None) == ("sinks" in name) for one in told)
+    assert ((got_logits - logits).abs().amax(-1)[:3] < 0.05).all(), "as transformers' own attention has them"
+
+
+@torch.no_grad()
+def test_several_tokens_at_once_read_the_pages_under_a_window(reading):
+    """A mask that is causal and a window, and says so, needs no dense copy for more than one query either."""
+    config = transformers.MistralConfig(**{**SMALL, "sliding_window": 6})
+    torch.manual_seed(3)
+    model = transformers.MistralForCausalLM(config).eval().bfloat16()
+    cache, other = cache_of(model), cache_of(model)
+    for implementation, kept in ((reading, cache), ("eager", other)):
+        model.set_attn_implementation(implementation)
+        model(PROMPTS, **{ARGUMENT: kept})
+        kept.last = model(PROMPTS[:, :4], **{ARGUMENT: kept}).logits
+    torch.testing.assert_close(cache.last, other.last, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("exact_padding", [True, False])
 def test_padding_is_seen_by_the_pages_too(model, exact_padding):
     reading = ours.register(f"fcore-padding-{exact_padding}", backend="reference", exact_padding=exact_padding)

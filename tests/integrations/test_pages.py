@@ -44,7 +44,13 @@ def test_who_reads_the_pages(stored, monkeypatch):
     assert reader_of(q, pages, "sdpa-math") is None, "it reads no page table"
     assert reader_of(q, pages, "auto") is None, "on a CPU the reference, which is no kernel of ours"
     decode = paged_ops.backends.get("decode")
-    monkeypatch.setattr(paged_ops, "picked_for", lambda *given: decode)
-    assert reader_of(q, pages, "auto") == "decode"
+    asked = []
+    monkeypatch.setattr(paged_ops, "picked_for", lambda *given, **masks: asked.append(masks) or decode)
+    assert reader_of(q, pages, "auto", window_left=3, sink=torch.zeros(4)) == "decode"
+    assert asked == [{"window_left": 3, "softcap": None, "sink": True}]
+    for name, window, cap, sink in (("reference", 3, 2.0, torch.zeros(4)), ("cublaslt-paged", -1, None, None)):
+        assert reader_of(q, pages, name, window_left=window, softcap=cap, sink=sink) == name
+    for masks in ({"window_left": 3}, {"softcap": 2.0}, {"sink": torch.zeros(4)}):
+        assert reader_of(q, pages, "cublaslt-paged", **masks) is None, "it reads pages, and takes no mask"
     with pytest.raises(UnknownName):
         reader_of(q, pages, "no-such")

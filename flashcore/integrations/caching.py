@@ -21,8 +21,9 @@ def paged_cache(model, *, batch: int, max_length: int, page_size: int = 128):
     Releases of transformers before 5.24 call the argument ``past_key_values``.
 
     Under the attention that `flashcore.integrations.transformers.register` makes known, a decode step reads the pages
-    where they lie, if a kernel of ours takes the model's dtype and head_dim and no token is padding; windows, softcaps and
-    sinks it is told of. Any other step, and any other implementation, gets a dense copy of the pages: right, and slower than transformers' own cache.
+    where they lie, if a kernel of ours takes the model's dtype and head_dim and no token is padding; it is told of
+    windows, softcaps and sinks. Any other step, and any other implementation, gets a dense copy of the pages: right, and
+    slower than transformers' own cache.
     Cropping works; beams, which reorder, do not.
 
     Parameters

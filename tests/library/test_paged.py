@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import flashcore
+import flashcore.paged_ops  # noqa: F401  (it says what computes the ops)
 from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.library import paged
 from flashcore.paging import AllPages, PagedKV, PagedKVCache, SinkWindow, TopK, append_tokens, paginate

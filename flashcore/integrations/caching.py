@@ -22,8 +22,8 @@ def paged_cache(model, *, batch: int, max_length: int, page_size: int = 128):
 
     Under the attention that `flashcore.integrations.transformers.register` makes known, a decode step reads the pages
     where they lie, if a kernel of ours takes the model's dtype and head_dim and no token is padding; it is told of
-    windows, softcaps and sinks. Any other step, and any other implementation, gets a dense copy of the pages: right, and
-    slower than transformers' own cache.
+    windows, softcaps and sinks. Any other step, and any other implementation, gets a dense copy of the pages: right,
+    and slower than transformers' own cache.
     Cropping works; beams, which reorder, do not.
 
     Parameters

@@ -36,7 +36,7 @@ MOST_ROUNDS = 100
 NARROW = 0.01
 """Width of the interval of a median, over that median, with which no more samples are asked for."""
 MORE_S = 0.6
-"""Seconds that a timing may go on beyond its first rounds; a full sweep has 37 problems."""
+"""Seconds that a timing may go on beyond its first rounds; a full sweep has some 50 problems."""
 LOOK_AFTER = 5
 """Rounds between two looks at the intervals: a look leaves the GPU idle for as long as it takes."""
 CUPTI_CALLS = 10

@@ -297,3 +297,17 @@ def test_the_problems_with_masks_have_a_name_and_are_part_of_the_profile():
         named = sweep.named_problems("masked", profile, True)
         assert named and set(named) <= set(sweep.sweep_problems(profile, True))
     assert not any(p.masks for p in sweep.sweep_problems("full", False)), "a CPU's speed at them interests nobody"
+
+
+@pytest.mark.gpu
+def test_a_ragged_batch_shares_its_round_with_the_dense_one_on_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(sweep.device, "has_gpu", lambda: True)
+    dense = square(3, 4, 512, 64, dtype="bfloat16", causal=True)
+    ragged = dense.with_(lengths="ragged")
+    one = workloads.Workload("a", ragged, lengths="equal", beside=dense, beside_words="b")
+    monkeypatch.setattr(workloads, "WORKLOADS", (one,))
+    trials = sweep.sweep(run, [dense, ragged], backends.select("hopper,fa3,fa4"))
+    timed = [t for t in trials if t.kind == "attention_timing" and t.status == "ok"]
+    assert len({t.timing.round for t in timed}) == 1 and {dense, ragged} == {t.problem for t in timed}
+    assert all(t.timing.proved and compare.flops(t) == dense.flops() for t in timed)
+    assert not [t.reason for t in trials if t.status in ("failed", "error")]

@@ -34,8 +34,9 @@ AUTO_DTYPES = {"fa3": ("bfloat16",)}
 
 STAND_IN = StandIn()
 """What `auto` takes where a problem has masks and none of the above has a kernel for them."""
-LAST_WITH_MASKS = {"cuda": ("sdpa-math", "reference"), "cpu": ("reference",)}
-"""What the stand-in comes before: on a GPU it has FlashAttention where these store all scores."""
+LAST_WITH_MASKS = {"cuda": ("fa3", "sdpa-math", "reference"), "cpu": ("reference",)}
+"""What the stand-in comes before: it has FlashAttention where these store all scores, and keeps the promises about rows
+without a key or a sequence, which a backend of somebody else's does not."""
 
 KEPT_CALLS = 4096
 _calls: dict[tuple, tuple[Problem, backends.Backend, tuple[int, ...]]] = {}

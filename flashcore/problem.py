@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -163,12 +164,18 @@ class Problem(BaseModel):
 
         Two products of two operations a multiply-add each; the softmax is not counted (Dao et al., FlashAttention-2).
         With a window it is ``4·B·H·D`` times the pairs of a query and a key that it sees (`visible_pairs`). Sequences
-        count as whole: how long each really is, the host does not know.
+        count as whole: how long each really is, a problem does not know (`flops_of` counts those).
         """
         if "window" in self.masks:
             return 4 * self.batch * self.num_heads_q * self.visible_pairs() * self.head_dim
         dense = 4 * self.batch * self.num_heads_q * self.seqlen_q * self.seqlen_k * self.head_dim
         return dense // 2 if self.causal else dense
+
+    def flops_of(self, lengths_q: Iterable[int], lengths_k: Iterable[int]) -> int:
+        """`flops` of sequences that really have so many queries and keys, each by the same convention."""
+        one = self.with_(batch=1, lengths="")
+        pairs = [(rows, keys) for rows, keys in zip(lengths_q, lengths_k, strict=True) if rows and keys]
+        return sum(one.with_(seqlen_q=rows, seqlen_k=keys).flops() for rows, keys in pairs)
 
     def bytes(self) -> int:
         """The fewest bytes of device memory traffic: Q, K and V read once, out written once.

@@ -161,3 +161,11 @@ def test_a_bad_label_says_what_is_wrong_with_it(text, message):
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(UnknownName, match="report-causal"):
         parse_problem("reprot")
+
+
+def test_operations_of_sequences_with_lengths_are_those_of_each_one():
+    problem = square(3, 4, 64, 16, causal=True, lengths="ragged")
+    assert problem.flops_of([64, 64, 64], [64, 64, 64]) == problem.flops()
+    assert problem.flops_of([10, 0, 7], [20, 5, 0]) == 4 * 4 * 10 * 20 * 16 // 2
+    window = problem.with_(window_left=3)
+    assert window.flops_of([8], [8]) == 4 * 4 * (1 + 2 + 3 + 5 * 4) * 16

@@ -12,15 +12,18 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashcore.backends._contract import AVAILABLE, Availability
+from flashcore.errors import Unsupported
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing backends needs none of it
     import torch
 
+    from flashcore.numerics.masking import MaskTensors
     from flashcore.problem import Problem
 
 COPY_BYTES = 16
@@ -60,8 +63,7 @@ def call_flash_attention(
     no_limit
         What a window that is open to one side has there, in this function's words.
     """
-    if "window" in problem.masks:  # else it is not told of one, and need not know the word
-        options["window_size"] = tuple(no_limit if side < 0 else side for side in problem.window)
+    options |= _asked(problem, no_limit)
     q, scale = with_scale_above_zero(q, problem.scale)
     # It takes [B, S, H, D]; a transposed view costs nothing.
     given = (readable(t).transpose(1, 2) for t in (q, k, v))
@@ -70,14 +72,58 @@ def call_flash_attention(
     return out.transpose(1, 2), lse
 
 
-def with_empty_rows(out: torch.Tensor, lse: torch.Tensor | None, problem: Problem):
-    """The same results with 0 and -inf, in place, in rows that see no key: there a peer may leave anything."""
+def _asked(problem: Problem, no_limit: int | None) -> dict[str, Any]:
+    """What the function is told of masks: only those in force, so that it need not know the words of others."""
+    words: dict[str, Any] = {}
+    if "window" in problem.masks:
+        words["window_size"] = tuple(no_limit if side < 0 else side for side in problem.window)
+    if problem.softcap is not None:
+        words["softcap"] = problem.softcap
+    return words
+
+
+def call_ragged(
+    function: Callable[..., Any], q, k, v, problem: Problem, masks: MaskTensors, *, no_limit: int | None = -1,
+    longest: bool = True, **options: Any,
+):  # fmt: skip
+    """`out` of a function of FlashAttention's signature for sequences that lie end to end, and None.
+
+    Rows that belong to no sequence may hold anything, as the peer leaves them: to clear them takes a pass over `out`,
+    which would count as its time. What `lse` holds in a row without a key is its own affair too, so it is not given on.
+
+    Parameters
+    ----------
+    longest
+        Whether the function wants to know the longest sequence's length.
+    """
+    options |= _asked(problem, no_limit)
+    if longest:
+        options |= {"max_seqlen_q": problem.seqlen_q, "max_seqlen_k": problem.seqlen_k}
+    q, scale = with_scale_above_zero(q, problem.scale)
+    given = (readable(t)[0].transpose(0, 1) for t in (q, k, v))  # it takes [total, H, D]
+    result = function(
+        *given, cu_seqlens_q=masks.cu_seqlens_q, cu_seqlens_k=masks.cu_seqlens_k, softmax_scale=scale,
+        causal=problem.causal, **options,
+    )  # fmt: skip
+    out = result[0] if isinstance(result, (tuple, list)) else result
+    return out.transpose(0, 1)[None], None
+
+
+def as_refusal(backend: str, error: Exception) -> Exception:
+    """`Unsupported` where a package says of its own build that it does not support something; else the error itself."""
+    said = re.search(r"\w[^\n]*does not support[^\n.]*", str(error))
+    return Unsupported(backend, f"the package says: {said[0].strip()}") if said else error
+
+
+def with_empty_rows(out: torch.Tensor, lse: torch.Tensor | None, problem: Problem, masks: MaskTensors | None = None):
+    """The same results, in place, with what belongs into rows that see no key, where a peer may leave anything: 0, and
+    in `lse` -inf or the sink."""
     right = problem.window[1]  # the keys of row i end at key i + seqlen_k - seqlen_q + right
     num_empty = max(0, problem.seqlen_q - problem.seqlen_k - right) if right >= 0 else 0
     if num_empty:
         out[:, :, :num_empty] = 0
         if lse is not None:
-            lse[:, :, :num_empty] = -math.inf
+            lse[:, :, :num_empty] = masks.sink[:, None] if problem.sink else -math.inf
     return out, lse
 
 

@@ -9,8 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashcore.backends._contract import Availability, Backend
-from flashcore.backends._peers import call_flash_attention, installed, on_hopper, version_of, with_empty_rows
+from flashcore.backends._peers import (
+    as_refusal,
+    call_flash_attention,
+    call_ragged,
+    installed,
+    on_hopper,
+    version_of,
+    with_empty_rows,
+)
 from flashcore.backends._registry import register
+from flashcore.errors import Unsupported
 from flashcore.problem import Problem
 
 MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn_3.flash_attn_interface")
@@ -22,6 +31,8 @@ CONFIGS = {
 }
 """The module, beside the one with the functions, that says what a build left out."""
 DISTRIBUTIONS = {"fa3_fwd_interface": ("fa3-fwd",)}
+LEFT_OUT = {"window": ("LOCAL", "windows"), "softcap": ("SOFTCAP", "softcaps"), "ragged": ("VARLEN", "ragged batches")}
+"""What a build says that it was made without, by what we call it."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """What it compiles kernels for; a smaller head_dim runs on the next larger one."""
 
@@ -31,6 +42,15 @@ def _interface() -> tuple[Callable[..., Any], bool]:
     """FlashAttention-3's function, and whether it has to be asked for `lse` (newer releases return `out` alone)."""
     function = importlib.import_module(installed(MODULES)).flash_attn_func
     return function, "return_attn_probs" in inspect.signature(function).parameters
+
+
+@functools.cache
+def _ragged() -> Callable[..., Any]:
+    """FlashAttention-3's function for ragged batches."""
+    try:
+        return importlib.import_module(installed(MODULES)).flash_attn_varlen_func
+    except AttributeError:
+        raise Unsupported("fa3", "this build of FlashAttention-3 has no function for ragged batches") from None
 
 
 @functools.cache
@@ -56,7 +76,8 @@ class FlashAttention3(Backend):
     title = "FlashAttention-3"
     role = "peer"
     device = "cuda"
-    masks = ("window",)
+    masks = ("window", "softcap", "ragged")
+    tanh_error = 2.0**-11
 
     def availability(self) -> Availability:
         if installed(MODULES) is None:
@@ -82,12 +103,19 @@ class FlashAttention3(Backend):
             reason = "this build of FlashAttention-3 has no kernels for float16"
         if reason is None and f"HDIM{next(d for d in HEAD_DIMS if d >= problem.head_dim)}" in _left_out():
             reason = f"this build of FlashAttention-3 has no kernels for head_dim {problem.head_dim}"
-        if reason is None and "window" in problem.masks and "LOCAL" in _left_out():
-            reason = "this build of FlashAttention-3 has no kernels for windows"
+        for name in problem.masks:
+            flag, words = LEFT_OUT[name] if name in LEFT_OUT else ("", "")
+            if reason is None and flag in _left_out():
+                reason = f"this build of FlashAttention-3 has no kernels for {words}"
         return reason
 
-    def run(self, q, k, v, problem):
+    def run(self, q, k, v, problem, masks=None):
         function, ask_for_lse = _interface()
         extra = {"return_attn_probs": True} if ask_for_lse else {}
-        found = call_flash_attention(function, q, k, v, problem, **extra)
+        try:
+            if problem.lengths == "ragged":
+                return call_ragged(_ragged(), q, k, v, problem, masks, **extra)
+            found = call_flash_attention(function, q, k, v, problem, **extra)
+        except RuntimeError as error:  # a build may lack kernels without saying so anywhere else
+            raise as_refusal(self.id, error) from error
         return with_empty_rows(*found, problem) if "window" in problem.masks else found

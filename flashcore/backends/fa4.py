@@ -9,8 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from flashcore.backends._contract import Availability, Backend
-from flashcore.backends._peers import call_flash_attention, installed, on_hopper, version_of, with_empty_rows
+from flashcore.backends._peers import (
+    call_flash_attention,
+    call_ragged,
+    installed,
+    on_hopper,
+    version_of,
+    with_empty_rows,
+)
 from flashcore.backends._registry import register
+from flashcore.errors import Unsupported
 from flashcore.problem import Problem
 
 MODULE = "flash_attn.cute"
@@ -26,6 +34,15 @@ def _interface() -> tuple[Callable[..., Any], bool]:
     return function, "return_lse" in inspect.signature(function).parameters
 
 
+@functools.cache
+def _ragged() -> tuple[Callable[..., Any], frozenset[str]]:
+    """FlashAttention-4's function for ragged batches, and the words that it knows, which have grown in number."""
+    function = getattr(importlib.import_module(MODULE), "flash_attn_varlen_func", None)
+    if function is None:
+        raise Unsupported("fa4", "this release of FlashAttention-4 has no function for ragged batches")
+    return function, frozenset(inspect.signature(function).parameters)
+
+
 @register
 class FlashAttention4(Backend):
     """FlashAttention-4, forward only; its causal mask is bottom-right aligned."""
@@ -34,7 +51,8 @@ class FlashAttention4(Backend):
     title = "FlashAttention-4"
     role = "peer"
     device = "cuda"
-    masks = ("window",)
+    masks = ("window", "softcap", "sink", "ragged")
+    tanh_error = 2.0**-11
 
     def availability(self) -> Availability:
         if installed((MODULE,)) is None:
@@ -57,9 +75,16 @@ class FlashAttention4(Backend):
             reason = "FlashAttention-4 takes a head_dim that is a multiple of 8, up to 256"
         return reason
 
-    def run(self, q, k, v, problem):
+    def run(self, q, k, v, problem, masks=None):
+        # It takes sinks of bfloat16 alone; to round a number a head is less than a thousandth of a call's time.
+        sink = {"learnable_sink": masks.sink.bfloat16()} if problem.sink else {}
+        if problem.lengths == "ragged":
+            function, words = _ragged()
+            extra = {"return_lse": True} if "return_lse" in words else {}
+            longest = "max_seqlen_q" in words
+            return call_ragged(function, q, k, v, problem, masks, no_limit=None, longest=longest, **sink, **extra)
         function, ask_for_lse = _interface()
         extra = {"return_lse": True} if ask_for_lse else {}
         # What rows that see no key get is not promised, as with FlashAttention-2.
-        found = call_flash_attention(function, q, k, v, problem, no_limit=None, **extra)
-        return with_empty_rows(*found, problem)
+        found = call_flash_attention(function, q, k, v, problem, no_limit=None, **sink, **extra)
+        return with_empty_rows(*found, problem, masks)

@@ -60,14 +60,23 @@ def latency_us(trial: Trial) -> float | None:
 
 
 def tflops(trial: Trial) -> float | None:
-    """``Problem.flops()`` over the median latency, in 1e12 a second, worked out again instead of read.
+    """`flops` over the median latency, in 1e12 a second, worked out again instead of read."""
+    latency, work = latency_us(trial), flops(trial)
+    return None if latency is None or work is None else work / latency / 1e6
 
-    None where sequences have lengths: the work is that of their real rows, and the problem counts whole ones.
+
+def flops(trial: Trial) -> int | None:
+    """Floating-point operations of a call: ``Problem.flops()``, and of sequences with lengths what the timing says.
+
+    The work is then that of their real rows, which the problem does not know. It counts whole ones, and a timing that
+    claims more than that, or says nothing, has none.
     """
-    latency = latency_us(trial)
-    if latency is None or trial.problem is None or trial.problem.lengths:
+    if trial.problem is None or trial.timing is None:
         return None
-    return trial.problem.flops() / latency / 1e6
+    if not trial.problem.lengths:
+        return trial.problem.flops()
+    stated = (trial.timing.model_extra or {}).get("flops")
+    return stated if is_figure(stated) and 0 < stated <= trial.problem.flops() else None
 
 
 def samples_us(trial: Trial) -> list[float]:
@@ -162,13 +171,16 @@ class Ratio:
 
 def interleaved(trial: Trial, other: Trial) -> bool:
     """Whether two timings are figures of one problem, measured next to each other in the same way."""
+    return same_round(trial, other) and same_problem(trial.problem, other.problem)
+
+
+def same_round(trial: Trial, other: Trial) -> bool:
+    """Whether two timings, of one problem or of two, were measured next to each other in the same way."""
     mine, theirs = latency_us(trial), latency_us(other)
     if mine is None or theirs is None or trial.environment != other.environment:
         return False
     a, b = trial.timing, other.timing
-    if a.round is None or (a.round, a.method, a.l2) != (b.round, b.method, b.l2):
-        return False
-    return same_problem(trial.problem, other.problem)
+    return a.round is not None and (a.round, a.method, a.l2) == (b.round, b.method, b.l2)
 
 
 def ratio(trial: Trial, other: Trial) -> Ratio | None:
@@ -178,8 +190,24 @@ def ratio(trial: Trial, other: Trial) -> Ratio | None:
     Where the two do not have the same number of samples, the interval goes from the worst to the best pairing of the
     ends of their own intervals, each of which is made to miss half as often.
     """
-    if not interleaved(trial, other):
+    return _ratio(trial, other) if interleaved(trial, other) else None
+
+
+def speed_beside(trial: Trial, other: Trial) -> Ratio | None:
+    """How many times as many operations a second one timing does as another of its round, of whatever problem.
+
+    None as in `ratio`, and where the operations of either are not known.
+    """
+    work, beside = flops(trial), flops(other)
+    if not same_round(trial, other) or not work or not beside:
         return None
+    found, share = _ratio(trial, other), work / beside
+    within = None if found.interval is None else tuple(share * end for end in found.interval)
+    return Ratio(share * found.value, within, found.n, other)
+
+
+def _ratio(trial: Trial, other: Trial) -> Ratio:
+    """Latency of the other over that of this one, which share a round."""
     mine, theirs = latency_us(trial), latency_us(other)
     mine_samples, their_samples = samples_us(trial), samples_us(other)
     if len(mine_samples) == len(their_samples):
@@ -246,7 +274,7 @@ def contradiction(trial: Trial) -> str | None:
     if samples and whole and not math.isclose(float(np.median(samples)), latency, rel_tol=SAME_MEDIAN):
         return f"the latency recorded for {name} is not the median of its samples"
     stated = trial.timing.tflops
-    if stated is not None and not math.isclose(stated, tflops(trial), rel_tol=0.01):
+    if stated is not None and not math.isclose(stated, tflops(trial) or 0.0, rel_tol=0.01):
         return f"the TFLOPS recorded for {name} contradict its latency"
     return None
 

@@ -60,7 +60,7 @@ def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dic
         if max(map(len, lines.values())) >= LINE:
             found[key] = {backend: points for backend, points in lines.items() if len(points) > 1}
     if len(found) > 1 and any(len(_lengths(lines)) >= LINE for lines in found.values()):
-        found = {key: lines for key, lines in found.items() if len(_lengths(lines)) > 1}
+        found = {key: lines for key, lines in found.items() if len(_lengths(lines)) >= LINE}
     return {key: found[key] for key in sorted(found)}
 
 

@@ -51,11 +51,13 @@ class Case:
 @ambient.judging
 def make_case(
     problem: Problem, seed: int, pattern: str, layout: str, device: str, round_scores: bool = False,
-    tanh_error: float = TANH_ERROR,
+    tanh_error: float = TANH_ERROR, lengths: str = "mixed", spare: int | None = None,
 ) -> Case:  # fmt: skip
     """Inputs and bounds of one check; the last is kept, since the backends of a sweep share it one after another."""
-    q, k, v = make_inputs(problem, seed=seed, device=device, pattern=pattern, layout=layout)
-    masks = make_masks(problem, seed=seed, device=q.device)
+    masks = make_masks(problem, seed=seed, device=device, lengths=lengths)
+    q, k, v = make_inputs(
+        problem, seed=seed, device=device, pattern=pattern, layout=layout, masks=masks, spare=spare
+    )  # fmt: skip
     return expected(q, k, v, problem, round_scores=round_scores, masks=masks, tanh_error=tanh_error)
 
 
@@ -139,6 +141,7 @@ def check_attention(
     pattern: str = "normal",
     layout: str = "bhsd",
     device: str | None = None,
+    lengths: str = "mixed",
 ) -> Trial:
     """Judge every element of a backend's `out` and `lse` against float64.
 
@@ -153,6 +156,9 @@ def check_attention(
         Of the inputs (`make_inputs`).
     device
         None for the backend's own.
+    lengths
+        How long sequences are, where they have lengths (`lengths_of`). A ragged batch has rows behind its last sequence
+        under ``mixed``, except for a peer, which may leave anything there.
 
     Returns
     -------
@@ -162,10 +168,16 @@ def check_attention(
     """
     chosen = backends.get(backend) if isinstance(backend, str) else backend
     data = {"seed": seed, "pattern": pattern, "layout": layout, "role": chosen.role}
+    if problem.lengths:
+        data["lengths"] = lengths
+    spare = 0 if problem.lengths == "ragged" and (chosen.role == "peer" or lengths != "mixed") else None
+    tanh_error = chosen.tanh_error if problem.softcap is not None else TANH_ERROR  # one case for all where none is
 
     def measure() -> Trial:
         place = device or device_of(chosen)
-        case = make_case(problem, seed, pattern, layout, place, chosen.rounds_scores, chosen.tanh_error)
+        case = make_case(
+            problem, seed, pattern, layout, place, chosen.rounds_scores, tanh_error, lengths=lengths, spare=spare
+        )
         common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash())
         if case.bad_inputs:
             return Trial(status="error", reason=case.bad_inputs, data=data, **common)
@@ -418,8 +430,9 @@ def named_problems(names: str, profile: str, *, gpu: bool | None = None) -> tupl
 def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple[Problem, backends.Backend]]:
     """What to check, problem by problem; a variant of another backend on every sixth, as its code is that one's.
 
-    A problem of the masked matrix is for the backends that take its masks. One that somebody named is for all: a
-    backend that does not take it says so in its record.
+    A problem of the masked matrix is for the backends that take its masks, and with lengths for ours alone: some of its
+    sequences are empty, of which peers promise nothing, and each is checked where it is timed. One that somebody named
+    is for all: a backend that does not take it says so in its record.
     """
     optional = {*masked_problems("full", gpu=False), *masked_problems("full", gpu=True)}
     return [
@@ -428,6 +441,7 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
         for one in chosen
         if (one.variant_of is None or number % 6 == 0)
         and (problem not in optional or set(problem.masks) <= set(one.masks))
+        and (problem not in optional or not problem.lengths or one.role != "peer")
     ]
 
 

@@ -77,7 +77,9 @@ class Proof:
         self.problem, self.buffers, self.masks, self.tanh_error = problem, list(buffers), masks, tanh_error
         self.seed = secrets.randbits(48)
         """Of the values: drawn when the timing begins, so that no backend can have prepared for them."""
-        self._values = make_inputs(problem, seed=self.seed, device=buffers[0][0].device, masks=masks)
+        q = buffers[0][0]
+        spare = q.shape[2] - int(masks.cu_seqlens_q[-1]) if problem.lengths == "ragged" else None
+        self._values = make_inputs(problem, seed=self.seed, device=q.device, masks=masks, spare=spare)
         self._laid: Tensors = self._values
         self._turns: set[Turn] = set()
         self._taken: dict[str, list[_Taken]] = {}

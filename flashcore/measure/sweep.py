@@ -12,10 +12,11 @@ from flashcore.cluster import Pool, Task, perform
 from flashcore.decision import claims
 from flashcore.errors import FlashCoreError, WrongWhenTimed
 from flashcore.gpu import device
+from flashcore.measure import workloads
 from flashcore.measure.check import check_attention, correctness_of, hash_of
 from flashcore.measure.proof import Proof
 from flashcore.measure.timing import MOST_ROUNDS, Candidate, input_sets, time_on_cpu, time_on_gpu
-from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.inputs import lengths_of, make_inputs, make_masks
 from flashcore.problem import PRESETS, Problem, parse_problem, square
 from flashcore.records import RunFolder, Timing, Trial, digits
 
@@ -35,6 +36,12 @@ AWKWARD_PROBLEMS = (
 heads in groups, and bfloat16, which is the only 16-bit type that some builds of FlashAttention-3 take."""
 QUICK_AWKWARD = (AWKWARD_PROBLEMS[1], GROUPED, AWKWARD_PROBLEMS[6])
 """Those that a quick profile measures as well."""
+MASKED = "masked"
+"""What names the problems of the workloads with masks alone (`flashcore.measure.workloads`)."""
+MASKED_ALONE = frozenset(workloads.problems("full")) - {*AWKWARD_PROBLEMS}
+"""Problems that are there for the masks alone: backends that take none are not measured at those."""
+STORES_SCORES = frozenset({"sdpa-math"})
+"""Takes some masks, and stores all scores: here more than a GPU's memory, or a minute for one figure."""
 
 
 def sweep_problems(profile: str, gpu: bool) -> list[Problem]:
@@ -60,13 +67,16 @@ def sweep_problems(profile: str, gpu: bool) -> list[Problem]:
                 if problem not in problems:
                     problems.append(problem)
     problems += QUICK_AWKWARD if profile == "quick" else AWKWARD_PROBLEMS
-    return problems
+    return list(dict.fromkeys([*problems, *workloads.problems(profile)]))
 
 
 def named_problems(names: str, profile: str, gpu: bool) -> list[Problem]:
-    """Problems by a `;`-separated list of presets and labels, or `default` for the profile's own."""
+    """Problems by a `;`-separated list of presets and labels, `default` for the profile's own, `masked` for the part of
+    them that has masks."""
     if names.strip() == "default":
         return sweep_problems(profile, gpu)
+    if names.strip() == MASKED:
+        return workloads.problems(profile)
     return [parse_problem(name) for name in names.split(";") if name.strip()]
 
 
@@ -81,6 +91,8 @@ def sweep(
     progress: Callable[[str], None] | None = None,
 ) -> list[Trial]:
     """Check, then time every backend on every problem; each trial is on disk before the next one starts.
+
+    Problems that a workload holds against each other (`workloads.grouped`) share their rounds.
 
     A backend that is not available here, or does not take a problem, gets one trial that says so. A wrong backend is
     timed too, but its timing says `failed`, and no gate accepts that. The float64 reference is left out: it is what the
@@ -103,34 +115,49 @@ def sweep(
         else:
             reason = f"{state.reason}; to mend it: {state.fix}"
             found.append(Trial(kind="attention_timing", backend=backend.id, status="unavailable", reason=reason))
-    for number, problem in enumerate(problems, start=1):
+    groups, first = workloads.grouped(problems), 1
+    for group in groups:
         owed = tuple({"kind": "attention_timing", "backend": b.id, "problem": problem, "source_hash": hash_of(b)}
-                     for b in ready)  # fmt: skip
-        found.append(Task(f"{number} of {len(problems)}: {problem.label()}", _one_problem,
-                          (problem, ready, seed, gpu, on_gpu), owed=owed, timing=True,
-                          cost_s=problem.flops() / 1e12))  # fmt: skip
+                     for problem in group for b in ready if _concerns(b, problem))  # fmt: skip
+        last = first + len(group) - 1
+        which, beside = (f"{first} to {last}", f" and {last - first} beside it") if last > first else (str(first), "")
+        found.append(Task(f"{which} of {sum(map(len, groups))}: {group[0].label()}{beside}", _together,
+                          (group, ready, seed, gpu, on_gpu), owed=owed, timing=True,
+                          cost_s=sum(problem.flops() for problem in group) / 1e12))  # fmt: skip
+        first = last + 1
     return perform(found, run=run, pool=pool, progress=progress)[0]
 
 
-def _one_problem(
-    problem: Problem, ready: Sequence[Backend], seed: int, gpu: bool | None, on_gpu: bool
+def _concerns(backend: Backend, problem: Problem) -> bool:
+    """Whether a sweep has anything to say of a backend at this problem."""
+    return (backend.swept or problem in REPORT_PROBLEMS) and bool(problem not in MASKED_ALONE or backend.masks)
+
+
+def _together(
+    problems: Sequence[Problem], ready: Sequence[Backend], seed: int, gpu: bool | None, on_gpu: bool
 ) -> Iterator[Trial]:
-    """Check, then time the backends on one problem; all of it on one card, since the timings share a round."""
-    candidates: list[tuple[Backend, Trial]] = []
-    for backend in ready:
-        if not backend.swept and problem not in REPORT_PROBLEMS:
-            continue
-        reason = backend.why_not(problem)
-        if reason is None and not backend.dense:
-            reason = "it reads K and V in pages; 'flashcore paging' times it"
-        if reason:
-            yield _timing_trial(backend, problem, status="unsupported", reason=reason)
-            continue
-        checked = check_attention(backend, problem, seed=seed, device="cpu" if gpu is False else None)
-        yield checked
-        if checked.status in ("ok", "failed"):
-            candidates.append((backend, checked))
-    for (backend, checked), timing in zip(candidates, _time(candidates, problem, seed, on_gpu), strict=True):
+    """Check, then time the backends on one problem, or on several that are held against each other; all of it on one
+    card, since the timings share a round."""
+    candidates: list[tuple[Backend, Trial, Problem]] = []
+    for problem in problems:
+        for backend in ready:
+            if not _concerns(backend, problem):
+                continue
+            reason = _why_not(backend, problem)
+            if reason:
+                yield _timing_trial(backend, problem, status="unsupported", reason=reason)
+                continue
+            checked = check_attention(
+                backend, problem, seed=seed, device="cpu" if gpu is False else None,
+                lengths=workloads.kind_of_lengths(problem),
+            )  # fmt: skip
+            yield checked
+            if checked.status in ("ok", "failed"):
+                candidates.append((backend, checked, problem))
+            elif checked.status == "unsupported":  # said by the package itself, when it was called
+                yield _timing_trial(backend, problem, status="unsupported", reason=checked.reason)
+    timings = _time([(backend, problem) for backend, _, problem in candidates], seed, on_gpu)
+    for (backend, checked, problem), timing in zip(candidates, timings, strict=True):
         late = isinstance(timing, WrongWhenTimed)
         if isinstance(timing, Exception) and not late:
             reason = f"{type(timing).__name__}: {timing}"
@@ -148,6 +175,16 @@ def _one_problem(
         torch.cuda.empty_cache()  # the next problem may need the memory in other pieces
 
 
+def _why_not(backend: Backend, problem: Problem) -> str | None:
+    """Why a backend is not measured at a problem, as a clause; None where it is."""
+    if problem in MASKED_ALONE and backend.id in STORES_SCORES:
+        return "it stores all scores, which takes too much memory and time here"
+    reason = backend.why_not(problem)
+    if reason is None and not backend.dense:
+        return "it reads K and V in pages; 'flashcore paging' times it"
+    return reason
+
+
 def _wrong_when_timed(backend: Backend, problem: Problem, error: WrongWhenTimed) -> Trial:
     """The record of a check that the timing made: what a backend returned in a timed call was wrong."""
     found = None if error.found is None else correctness_of(error.found, None)
@@ -159,42 +196,68 @@ def _wrong_when_timed(backend: Backend, problem: Problem, error: WrongWhenTimed)
 
 def _timing_trial(backend: Backend, problem: Problem, **fields) -> Trial:
     version = backend.software() if backend.role == "peer" else None
+    data = {"version": version} if version else {}
+    if problem.lengths:
+        data["lengths"] = workloads.kind_of_lengths(problem)
     return Trial(
-        kind="attention_timing", backend=backend.id, problem=problem, source_hash=backend.source_hash(),
-        data={"version": version} if version else {}, **fields,
+        kind="attention_timing", backend=backend.id, problem=problem, source_hash=backend.source_hash(), data=data,
+        **fields,
     )  # fmt: skip
 
 
-def _time(candidates: list[tuple[Backend, Trial]], problem: Problem, seed: int, gpu: bool) -> list[Timing | Exception]:
-    """Time all backends of one problem together, so that their figures share a round."""
+def _time(candidates: Sequence[tuple[Backend, Problem]], seed: int, gpu: bool) -> list[Timing | Exception]:
+    """Time all backends of one problem, or of several that belong together, so that their figures share a round."""
     if not candidates:
         return []
-    l2 = "warm" if problem in LATENCY_PROBLEMS or not gpu else "rotating"
-    sets = input_sets(problem, l2=l2, l2_bytes=device.l2_bytes()) if gpu else 1
-    place = "cuda" if gpu else "cpu"
-    masks = make_masks(problem, seed=seed, device=place)
-    given = with_masks(masks)
-    tensors = [make_inputs(problem, seed=seed + i, device=place, **given) for i in range(sets)]
-
-    def call_of(backend: Backend) -> Candidate:
-        return Candidate(backend.id, lambda i: backend.run(*tensors[i], problem, **given), backend.rounds_scores)
-
-    chosen = [call_of(backend) for backend, _ in candidates]
+    problems = list(dict.fromkeys(problem for _, problem in candidates))
+    warm = not gpu or any(problem in LATENCY_PROBLEMS for problem in problems)
+    l2 = "warm" if warm else "rotating"
+    sets = max(input_sets(problem, l2=l2, l2_bytes=device.l2_bytes()) for problem in problems) if gpu else 1
     before = _clocks()
-    proof = Proof(problem, tensors, masks, max(backend.tanh_error for backend, _ in candidates))
+    calls: dict[Problem, list[Candidate]] = {}
+    for problem in problems:
+        backends = [backend for backend, of in candidates if of == problem]
+        calls[problem] = _calls(backends, problem, seed, "cuda" if gpu else "cpu", sets, alone=len(problems) == 1)
+    chosen = [candidate for problem in problems for candidate in calls[problem]]
     if gpu:
-        decides = problem in REPORT_PROBLEMS or problem in LATENCY_PROBLEMS
-        timings = time_on_gpu(
-            chosen, problem, sets=sets, l2=l2, proof=proof, most_rounds=MOST_ROUNDS, other_clocks=decides
-        )
+        decides = any(problem in REPORT_PROBLEMS or problem in LATENCY_PROBLEMS for problem in problems)
+        timings = time_on_gpu(chosen, problems[0], sets=sets, l2=l2, most_rounds=MOST_ROUNDS, other_clocks=decides)
     else:
-        timings = time_on_cpu(chosen, problem, proof=proof)
+        timings = time_on_cpu(chosen, problems[0])
     after = _clocks()
-    for name, timing in timings.items():
+    for candidate in chosen:
+        timing = timings[candidate.name]
         if isinstance(timing, Timing) and gpu:
             clocks = {"clocks_before": before, "clocks_after": after}
-            timings[name] = timing.model_copy(update=clocks | speed_of_light(timing, problem, _data_sheet()))
-    return [timings[backend.id] for backend, _ in candidates]
+            light = speed_of_light(timing, candidate.problem, _data_sheet())
+            timings[candidate.name] = timing.model_copy(update=clocks | light)
+    waiting = {problem: iter(calls[problem]) for problem in problems}
+    return [timings[next(waiting[problem]).name] for _, problem in candidates]
+
+
+def _calls(
+    backends: Sequence[Backend], problem: Problem, seed: int, place: str, sets: int, *, alone: bool
+) -> list[Candidate]:
+    """The calls of some backends at one problem, on the same inputs and with one proof of what they return.
+
+    Where not all that is timed is of this problem (`alone`), their names say what they compute.
+    """
+    kind = workloads.kind_of_lengths(problem)
+    masks = make_masks(problem, seed=seed, device=place, lengths=kind)
+    given = with_masks(masks)
+    # Every row of a ragged batch belongs to a sequence: a peer's time does not hold what ours does about the others.
+    more = {"masks": masks, "spare": 0} if problem.lengths == "ragged" else given
+    tensors = [make_inputs(problem, seed=seed + i, device=place, **more) for i in range(sets)]
+    proof = Proof(problem, tensors, masks, max(backend.tanh_error for backend in backends))
+    flops = problem.flops_of(*lengths_of(problem, seed, kind)) if problem.lengths else None
+    return [
+        Candidate(
+            backend.id if alone else f"{backend.id} at {problem.label()}",
+            lambda i, backend=backend: backend.run(*tensors[i], problem, **given),
+            backend.rounds_scores, problem, proof, flops,
+        )
+        for backend in backends
+    ]  # fmt: skip
 
 
 def speed_of_light(timing: Timing, problem: Problem, sheet: claims.Gpu | None) -> dict[str, float]:

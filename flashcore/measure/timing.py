@@ -36,7 +36,7 @@ MOST_ROUNDS = 100
 NARROW = 0.01
 """Width of the interval of a median, over that median, with which no more samples are asked for."""
 MORE_S = 0.6
-"""Seconds that a timing may go on beyond its first rounds; a full sweep has 37 problems."""
+"""Seconds that a timing may go on beyond its first rounds; a full sweep has some 50 problems."""
 LOOK_AFTER = 5
 """Rounds between two looks at the intervals: a look leaves the GPU idle for as long as it takes."""
 CUPTI_CALLS = 10
@@ -65,6 +65,12 @@ class Candidate:
     call: Call
     round_scores: bool = False
     """As `Backend.rounds_scores`: what its results are held to, where they are proved."""
+    problem: Problem | None = None
+    """What it computes; None for the problem that all of them compute."""
+    proof: Proof | None = None
+    """Over the buffers that it reads; None for the one of all."""
+    flops: int | None = None
+    """Operations of a call whose sequences have lengths, which the problem does not know."""
 
 
 def input_sets(problem: Problem, *, l2: str, l2_bytes: int) -> int:
@@ -88,6 +94,7 @@ def time_on_gpu(
 ) -> dict[str, Timing | Exception]:
     """Time calls on the current GPU by CUDA-graph replay, interleaved round by round.
 
+    They may compute different problems, so that those can be compared as well: each then says which is its own.
     Every candidate is captured once into a graph of enough calls for a sample of about `SAMPLE_US`. In each round
     every graph is replayed once between two events, in an order that rotates, so that clock drift and heat fall on
     all alike. Launch overhead is a separate figure: the host time of an eager call. Clock, power and temperature are
@@ -131,25 +138,27 @@ def time_on_gpu(
         samples, ended = _rounds(graphs, stream, rounds, max(rounds, most_rounds or rounds))
 
     round_id = uuid.uuid4().hex[:12]
+    by_name = {candidate.name: candidate for candidate in candidates}
     for name, captured in graphs.items():
         if statistics.median(samples[name]) <= 0:  # a graph without a kernel, shorter than the clock can tell
             results[name] = InvalidTiming(name)
             continue
         results[name] = summarise(
-            samples[name], problem, method="graph_replay", round_id=round_id, l2=l2,
+            samples[name], by_name[name].problem or problem, method="graph_replay", round_id=round_id, l2=l2,
+            flops=by_name[name].flops,
             launch_us=captured.launch_us, calls=captured.calls, input_sets=sets, samples=len(samples[name]),
             stopped=_stopped(samples[name], captured, ended), during=watch.summary(),
         )  # fmt: skip
-    if proof is not None:
-        with torch.cuda.stream(stream):
-            for name, captured in graphs.items():
-                if isinstance(results[name], Exception):
-                    continue
-                try:
-                    _replay_proof(proof, name, captured, sets, stream)
-                except Exception as error:  # such as too little memory: what is not proved does not count
-                    results[name] = error
-        _add_proof(results, proof, candidates)
+    with torch.cuda.stream(stream):
+        for name, captured in graphs.items():
+            own = by_name[name].proof or proof
+            if own is None or isinstance(results[name], Exception):
+                continue
+            try:
+                _replay_proof(own, name, captured, sets, stream)
+            except Exception as error:  # such as too little memory: what is not proved does not count
+                results[name] = error
+    _add_proof(results, proof, candidates)
     if other_clocks:
         with torch.cuda.stream(stream):
             for name, more in _clocked_otherwise(candidates, results, sets, stream).items():
@@ -296,21 +305,24 @@ def _replay_proof(proof: Proof, name: str, captured: _Captured, sets: int, strea
     proof.take(name, turn, captured.results, captured.kept % sets)
 
 
-def _add_proof(results: dict[str, Timing | Exception], proof: Proof, candidates: Sequence[Candidate]) -> None:
-    """Let the timing of a backend whose timed results are wrong be the error that says so."""
+def _add_proof(results: dict[str, Timing | Exception], proof: Proof | None, candidates: Sequence[Candidate]) -> None:
+    """Let the timing of a backend whose timed results are wrong be the error that says so; nothing where no proof is.
+
+    `proof` is that of the candidates that have none of their own.
+    """
     for candidate in candidates:
-        timing = results[candidate.name]
-        if isinstance(timing, Exception):
+        timing, own = results[candidate.name], candidate.proof or proof
+        if own is None or isinstance(timing, Exception):
             continue
         try:
-            fault = proof.fault(candidate.name, round_scores=candidate.round_scores)
+            fault = own.fault(candidate.name, round_scores=candidate.round_scores)
         except Exception as error:
             results[candidate.name] = error
             continue
         if fault:
             results[candidate.name] = WrongWhenTimed(*fault, timing)
         else:
-            results[candidate.name] = timing.model_copy(update={"proved": True, "proof_seed": proof.seed})
+            results[candidate.name] = timing.model_copy(update={"proved": True, "proof_seed": own.seed})
 
 
 @ambient.judging
@@ -329,9 +341,10 @@ def time_on_cpu(
     results: dict[str, Timing | Exception] = {}
     samples: dict[str, list[float]] = {}
     for candidate in candidates:
+        own = candidate.proof or proof
         try:
-            if proof is not None:
-                proof.lay(proof.next_turn())  # else the first call would have the inputs of the check before it
+            if own is not None:
+                own.lay(own.next_turn())  # else the first call would have the inputs of the check before it
             with instruments.watched(candidate.name):
                 candidate.call(0)
             samples[candidate.name] = []
@@ -342,25 +355,29 @@ def time_on_cpu(
         for candidate in order:
             if candidate.name in results:
                 continue
-            if proof is None:
+            own = candidate.proof or proof
+            if own is None:
                 samples[candidate.name].append(_host_us(candidate)[0])
                 continue
-            turn = proof.next_turn()
-            proof.lay(turn)
+            turn = own.next_turn()
+            own.lay(turn)
             try:
                 with instruments.watched(candidate.name):
                     taken, returned = _host_us(candidate)
-                    proof.take(candidate.name, turn, returned)
+                    own.take(candidate.name, turn, returned)
                 samples[candidate.name].append(taken)
             except Exception as error:
                 results[candidate.name] = error
         order = order[1:] + order[:1]
     round_id = uuid.uuid4().hex[:12]
+    by_name = {candidate.name: candidate for candidate in candidates}
     for name, taken in samples.items():
         if name not in results:
-            results[name] = summarise(taken, problem, method="host", round_id=round_id, l2="warm")
-    if proof is not None:
-        _add_proof(results, proof, candidates)
+            one = by_name[name]
+            results[name] = summarise(
+                taken, one.problem or problem, method="host", round_id=round_id, l2="warm", flops=one.flops
+            )
+    _add_proof(results, proof, candidates)
     return results
 
 
@@ -371,18 +388,26 @@ def _host_us(candidate: Candidate) -> tuple[float, Any]:
     return (_clock() - started) * 1e6, returned
 
 
-def summarise(samples_us: Sequence[float], problem: Problem, *, method: str, round_id: str, l2: str, **more) -> Timing:
+def summarise(
+    samples_us: Sequence[float], problem: Problem, *, method: str, round_id: str, l2: str, flops: int | None = None,
+    **more,
+) -> Timing:  # fmt: skip
     """A `Timing` from samples: median, quartiles, TFLOPS by `Problem.flops()`; `MOST_ROUNDS` are kept at most.
 
-    No TFLOPS where sequences have lengths: the work is that of the real rows, and the problem counts whole ones.
+    Where sequences have lengths the work is that of the real rows, and the problem counts whole ones: the TFLOPS are
+    then by `flops`, which the timing keeps, and there are none without it.
     """
     latency_us = statistics.median(samples_us)
+    if not problem.lengths:
+        flops = problem.flops()
+    elif flops is not None:
+        more["flops"] = flops
     low, _, high = statistics.quantiles(samples_us, n=4) if len(samples_us) > 1 else (latency_us,) * 3
     return Timing(
         method=method,
         latency_us=digits(latency_us),
         samples_us=[digits(s, 5) for s in samples_us[:MOST_ROUNDS]],
-        tflops=None if problem.lengths else digits(problem.flops() / latency_us / 1e6),
+        tflops=None if flops is None else digits(flops / latency_us / 1e6),
         round=round_id,
         l2=l2,
         quartiles_us=[digits(low), digits(high)],

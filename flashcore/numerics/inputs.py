@@ -38,6 +38,9 @@ SPARE = 8
 """Elements between the rows of Q under `apart`."""
 UNUSED_ROWS = 3
 """Rows of a ragged batch behind its last sequence."""
+LENGTHS = ("mixed", "equal", "uniform")
+FEWEST_ROWS = 64
+"""Of a sequence under `uniform`."""
 SINKS = (1.0, 5.0)
 """Least and greatest size of a sink: beside a few hundred scores about 0 it takes part of a row, or nothing."""
 
@@ -51,6 +54,7 @@ def make_inputs(
     pattern: Pattern = "normal",
     layout: Literal["bhsd", "bshd", "apart"] = "bhsd",
     masks: MaskTensors | None = None,
+    spare: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q, K and V for one problem, in its dtype, with fixed numbers for a seed, pattern and kind of device.
 
@@ -76,12 +80,14 @@ def make_inputs(
     masks
         Where sequences have lengths, says which rows are real, and all others hold NaN; None for `make_masks` of the
         same seed.
+    spare
+        Rows of a ragged batch behind its last sequence; None for `UNUSED_ROWS`.
 
     Returns
     -------
     q, k, v
         ``[batch, num_heads_q, seqlen_q, head_dim]`` and twice ``[batch, num_heads_kv, seqlen_k, head_dim]``. Of a
-        ragged batch ``[1, num_heads, total, head_dim]``, where `UNUSED_ROWS` belong to no sequence.
+        ragged batch ``[1, num_heads, total, head_dim]``, where `spare` rows belong to no sequence.
 
     Raises
     ------
@@ -105,8 +111,9 @@ def make_inputs(
     position = torch.linspace(0.0, 1.0, rows_k, device=device)
     if problem.lengths == "ragged":
         lengths_q, lengths_k = (cu.diff().tolist() for cu in (masks.cu_seqlens_q, masks.cu_seqlens_k))
-        batch, rows_q, rows_k = 1, sum(lengths_q) + UNUSED_ROWS, sum(lengths_k) + UNUSED_ROWS
-        parts = [torch.linspace(0.0, 1.0, length, device=device) for length in [*lengths_k, UNUSED_ROWS]]
+        spare = UNUSED_ROWS if spare is None else spare
+        batch, rows_q, rows_k = 1, sum(lengths_q) + spare, sum(lengths_k) + spare
+        parts = [torch.linspace(0.0, 1.0, length, device=device) for length in [*lengths_k, spare]]
         position = torch.cat(parts)
 
     def draw(heads: int, rows: int) -> torch.Tensor:
@@ -165,11 +172,13 @@ def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @ambient.judging
-def make_masks(problem: Problem, *, seed: int = 0, device: str | torch.device = "cpu") -> MaskTensors | None:
+def make_masks(
+    problem: Problem, *, seed: int = 0, device: str | torch.device = "cpu", lengths: str = "mixed"
+) -> MaskTensors | None:
     """The tensors that a problem's masks need, with fixed numbers for a seed; None where it needs none.
 
-    Sinks of both signs take turns. Of six sequences in a row one has all of its queries and some keys, one all keys,
-    one a single key, one no key, one no query, and one a single query; which comes first depends on the seed.
+    Sinks of both signs take turns; each is a number that bfloat16 has, since some peers take no other. `lengths` says
+    how long sequences are (`lengths_of`).
     """
     import torch
 
@@ -180,20 +189,41 @@ def make_masks(problem: Problem, *, seed: int = 0, device: str | torch.device = 
         generator = torch.Generator().manual_seed(seed)
         size = SINKS[0] + (SINKS[1] - SINKS[0]) * torch.rand(problem.num_heads_q, generator=generator)
         sign = 1.0 - 2.0 * ((torch.arange(problem.num_heads_q) + seed) % 2)
-        given["sink"] = (size * sign).to(device)
+        given["sink"] = (size * sign).bfloat16().float().to(device)
     if problem.lengths:
-        for name, lengths in zip("qk", _lengths(problem, seed), strict=True):
+        for name, real in zip("qk", lengths_of(problem, seed, lengths), strict=True):
             if problem.lengths == "ragged":
-                lengths, name = [0, *itertools.accumulate(lengths)], f"cu_seqlens_{name}"
+                real, name = [0, *itertools.accumulate(real)], f"cu_seqlens_{name}"
             else:
                 name = f"seqlens_{name}"
-            given[name] = torch.tensor(lengths, dtype=torch.int32, device=device)
+            given[name] = torch.tensor(real, dtype=torch.int32, device=device)
     return masking.mask_tensors(problem, device, **given)
 
 
-def _lengths(problem: Problem, seed: int) -> tuple[list[int], list[int]]:
-    """Real queries and real keys of each sequence, as `make_masks` says."""
+def lengths_of(problem: Problem, seed: int = 0, kind: str = "mixed") -> tuple[list[int], list[int]]:
+    """Real queries and real keys of each sequence, fixed for a seed; the host needs no tensor to know them.
+
+    Parameters
+    ----------
+    kind
+        ``mixed``: of six sequences in a row one has all of its queries and some keys, one all keys, one a single key,
+        one no key, one no query, and one a single query; which comes first depends on the seed. ``equal``: all are
+        whole. ``uniform``: as many queries as keys, from `FEWEST_ROWS` to all, each number as likely.
+
+    Raises
+    ------
+    UnknownName
+        No such kind.
+    """
+    if kind not in LENGTHS:
+        raise UnknownName("kind of lengths", kind, list(LENGTHS))
+    if kind == "equal":
+        return [problem.seqlen_q] * problem.batch, [problem.seqlen_k] * problem.batch
     rng = random.Random(f"lengths {seed}")
+    if kind == "uniform":
+        most = min(problem.seqlen_q, problem.seqlen_k)
+        drawn = [rng.randint(min(FEWEST_ROWS, most), most) for _ in range(problem.batch)]
+        return drawn, list(drawn)
     lengths_q, lengths_k = [], []
     for sequence in range(problem.batch):
         some_q, some_k = rng.randint(1, problem.seqlen_q), rng.randint(1, problem.seqlen_k)

@@ -11,7 +11,8 @@ import torch
 
 from flashcore import backends
 from flashcore.backends import fa3
-from flashcore.numerics.inputs import make_inputs
+from flashcore.errors import Unsupported
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.ops import problem_of
 from flashcore.problem import Problem, square
 
@@ -157,6 +158,50 @@ def test_a_window_is_said_in_its_words_where_the_build_has_kernels_for_it(monkey
     fa3._left_out.cache_clear()
     assert backend.why_not(problem) == "this build of FlashAttention-3 has no kernels for windows"
     assert backend.why_not(problem.with_(window_left=-1)) is None
+
+
+def test_a_softcap_and_a_ragged_batch_are_said_in_its_words_where_the_build_has_kernels_for_them(monkeypatch, wheel):
+    problem = UNEQUAL.with_(dtype="bfloat16", batch=3, softcap=30.0, lengths="ragged")
+    masks = make_masks(problem, lengths="uniform")
+    q, k, v = make_inputs(problem, masks=masks, spare=0)
+    told = []
+
+    def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, softcap):
+        told.append((tuple(q.shape), tuple(k.shape), max_seqlen_q, max_seqlen_k, causal, softcap))
+        assert cu_seqlens_q is masks.cu_seqlens_q and cu_seqlens_k is masks.cu_seqlens_k
+        return q, torch.zeros(q.shape[1], q.shape[0])
+
+    backend, module = backends.get("fa3"), sys.modules["fa3_fwd_interface"]
+    with pytest.raises(Unsupported, match="no function for ragged batches"):
+        backend.run(q, k, v, problem, masks=masks)
+    module.flash_attn_varlen_func = function
+    fa3._ragged.cache_clear()
+    assert backend.why_not(problem) is None
+    out, lse = backend.run(q, k, v, problem, masks=masks)
+    rows, keys = (int(places[-1]) for places in (masks.cu_seqlens_q, masks.cu_seqlens_k))
+    assert told == [((rows, 4, 24), (keys, 2, 24), 70, 50, True, 30.0)]
+    assert torch.equal(out, q) and lse is None, "its lse is not given on"
+    for flag, words in (("VARLEN", "ragged batches"), ("SOFTCAP", "softcaps")):
+        wheel.CONFIG["build_flags"] = {f"FLASHATTENTION_DISABLE_{flag}": True}
+        fa3._left_out.cache_clear()
+        assert backend.why_not(problem) == f"this build of FlashAttention-3 has no kernels for {words}"
+        assert backend.why_not(UNEQUAL.with_(dtype="bfloat16")) is None
+    fa3._ragged.cache_clear()
+
+
+def test_what_the_package_itself_refuses_is_unsupported_and_any_other_error_stays_one(monkeypatch, wheel):
+    said = ["This flash attention build does not support local attention.\nException raised from mha_fwd", "a fault"]
+
+    def function(q, k, v, softmax_scale, causal, window_size):
+        raise RuntimeError(said.pop(0))
+
+    monkeypatch.setattr(sys.modules["fa3_fwd_interface"], "flash_attn_func", function)
+    fa3._interface.cache_clear()
+    problem = UNEQUAL.with_(dtype="bfloat16", window_left=5)
+    with pytest.raises(Unsupported, match="the package says: This flash attention build does not support local"):
+        backends.get("fa3").run(*make_inputs(problem), problem)
+    with pytest.raises(RuntimeError, match="a fault"):
+        backends.get("fa3").run(*make_inputs(problem), problem)
 
 
 @pytest.mark.parametrize("config", [{"build_flags": None}, {}, None])

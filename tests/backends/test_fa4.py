@@ -11,7 +11,8 @@ import torch
 
 from flashcore import backends
 from flashcore.backends import fa4
-from flashcore.numerics.inputs import make_inputs
+from flashcore.errors import Unsupported
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.ops import problem_of
 from flashcore.problem import Problem, square
 
@@ -128,4 +129,58 @@ def test_it_is_told_of_a_window_and_only_of_one(monkeypatch, options, window):
     assert out[:, :, empty:].isnan().all()
     backends.get("fa4").run(*make_inputs(UNEQUAL), UNEQUAL)
     assert told[1:] == [(True, (None, None))], "its own default"
-    assert "softcap" in backends.get("fa4").why_not(UNEQUAL.with_(softcap=30.0))
+    assert "lengths of padded" in backends.get("fa4").why_not(UNEQUAL.with_(lengths="left"))
+
+
+def test_a_softcap_and_a_sink_are_said_in_its_words_and_a_row_without_a_key_has_its_sink(monkeypatch):
+    told = []
+
+    def function(q, k, v, softmax_scale=None, causal=False, learnable_sink=None, softcap=0.0):
+        told.append((learnable_sink, softcap))
+        return torch.full_like(q, math.nan), torch.full((2, 4, 30), math.inf)
+
+    install(monkeypatch, function)
+    problem = UNEQUAL.with_(seqlen_q=30, seqlen_k=20, softcap=20.0, sink=True)
+    masks = make_masks(problem)
+    backend = backends.get("fa4")
+    assert backend.why_not(problem) is None
+    out, lse = backend.run(*make_inputs(problem), problem, masks=masks)
+    ((sink, softcap),) = told
+    assert softcap == 20.0 and sink.dtype == torch.bfloat16 and torch.equal(sink.float(), masks.sink)
+    assert not out[:, :, :10].any() and torch.equal(lse[:, :, :10], masks.sink[:, None].expand(2, 4, 10))
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_a_ragged_batch_goes_to_the_function_that_takes_one_with_the_words_it_knows(monkeypatch, newer):
+    problem = UNEQUAL.with_(batch=3, lengths="ragged", window_left=7)
+    masks = make_masks(problem, lengths="uniform")
+    q, k, v = make_inputs(problem, masks=masks, spare=0)
+    told = {}
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False,
+                               window_size=(None, None), **more):  # fmt: skip
+        told.update(more, window_size=window_size)
+        found = backends.get("cpu").run(*(t.transpose(0, 1)[None] for t in (q, k, v)), problem, masks=masks)
+        assert cu_seqlens_q is masks.cu_seqlens_q and cu_seqlens_k is masks.cu_seqlens_k
+        return found[0][0].transpose(0, 1), found[1][0]
+
+    def newer_form(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                   softmax_scale=None, causal=False, window_size=(None, None), return_lse=False):  # fmt: skip
+        return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size,
+                                      longest=(max_seqlen_q, max_seqlen_k), return_lse=return_lse)  # fmt: skip
+
+    def older_form(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False,
+                   window_size=(None, None)):  # fmt: skip
+        return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size)
+
+    install(monkeypatch, lambda q, k, v: pytest.fail("it is for dense batches"))
+    module = sys.modules["flash_attn.cute"]
+    monkeypatch.setattr(module, "flash_attn_varlen_func", newer_form if newer else older_form, raising=False)
+    fa4._ragged.cache_clear()
+    out, lse = backends.get("fa4").run(q, k, v, problem, masks=masks)
+    assert told == {"window_size": (7, 0), **({"longest": (20, 50), "return_lse": True} if newer else {})}
+    assert torch.equal(out, backends.get("cpu").run(q, k, v, problem, masks=masks)[0]) and lse is None
+    monkeypatch.delattr(module, "flash_attn_varlen_func")
+    fa4._ragged.cache_clear()
+    with pytest.raises(Unsupported, match="no function for ragged batches"):
+        backends.get("fa4").run(q, k, v, problem, masks=masks)

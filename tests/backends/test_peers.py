@@ -244,3 +244,14 @@ def test_windows_on_the_gpu(name, window):
         )  # fmt: skip
         trial = check_attention(name, problem)
         assert trial.status in ("ok", "unavailable", "unsupported"), trial.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masks", [{"softcap": 30.0}, {"sink": True}, {"lengths": "ragged"},
+                                   {"sink": True, "window_left": 40}])  # fmt: skip
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_other_masks_on_the_gpu(name, masks):
+    for head_dim in (64, 128):
+        problem = PROBLEM.with_(seqlen_q=300, seqlen_k=300, dtype="bfloat16", head_dim=head_dim, **masks)
+        trial = check_attention(name, problem, lengths="uniform")
+        assert trial.status in ("ok", "unavailable", "unsupported"), trial.reason

@@ -80,6 +80,23 @@ def test_tflops_are_worked_out_from_the_latency_and_not_read():
     assert compare.latency_us(synthetic.correctness("wmma", REPORT)) is None
     padded = timed(1000.0).model_copy(update={"problem": REPORT.with_(lengths="left")})
     assert compare.tflops(padded) is None and compare.latency_us(padded) == 1000.0
+    for stated, known in ((REPORT.flops() // 3, True), (REPORT.flops() + 1, False), (0, False), ("many", False)):
+        said = padded.model_copy(update={"timing": padded.timing.model_copy(update={"flops": stated})})
+        assert compare.flops(said) == (stated if known else None), "what lengths leave out is all that they change"
+        assert compare.tflops(said) == (pytest.approx(stated / 1e9) if known else None)
+    assert "contradict" in compare.contradiction(padded), "TFLOPS of nobody knows how many operations"
+
+
+def test_two_problems_of_one_round_are_compared_by_operations_a_second():
+    windowed = REPORT.with_(causal=True, window_left=127)
+    mine = timed(50.0).model_copy(update={"problem": windowed})
+    work = windowed.flops() / REPORT.flops()
+    found = compare.speed_beside(mine, timed(100.0))
+    assert (found.value, found.n) == (pytest.approx(2 * work), 9) and found.interval == pytest.approx((2 * work,) * 2)
+    assert compare.ratio(mine, timed(100.0)) is None, "they are two problems"
+    assert compare.speed_beside(mine, timed(100.0, round_="other")) is None
+    ragged = mine.model_copy(update={"problem": REPORT.with_(lengths="ragged")})
+    assert compare.speed_beside(ragged, timed(100.0)) is None, "its operations are not known"
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])

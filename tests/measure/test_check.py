@@ -67,6 +67,11 @@ def test_the_masked_matrix_has_every_mask_and_is_for_backends_that_take_it():
     assert full[: len(quick)] == quick and len({p.label() for p in full}) == len(full) > 30
     window, ragged, named = quick[0], quick[-2], SMALL.with_(lengths="ragged")
     math_, cpu, flash = (backends.get(name) for name in ("sdpa-math", "cpu", "sdpa-flash"))
+    (fa4,) = backends.select("fa4")
+    taken = [problem for problem, _ in check.pairs(check.masked_problems("full", gpu=False), [fa4])]
+    assert "sink" in {m for p in taken for m in p.masks} and not any(p.lengths for p in taken), (
+        "a peer promises nothing of empty sequences"
+    )
     assert check.pairs([window, ragged, SMALL, named], [math_, cpu, flash]) == [
         (window, math_), (window, cpu), (ragged, cpu), (SMALL, math_), (SMALL, cpu), (SMALL, flash), (named, math_),
         (named, cpu), (named, flash),

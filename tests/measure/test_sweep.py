@@ -6,10 +6,11 @@ import torch
 from flashcore import backends
 from flashcore.backends import Availability, Backend
 from flashcore.backends.cpu import CpuBackend
+from flashcore.decision import compare
 from flashcore.decision.claims import Gpu
-from flashcore.errors import ClaimsError, InvalidProblem, UnknownName
-from flashcore.measure import sweep
-from flashcore.numerics.inputs import make_inputs
+from flashcore.errors import ClaimsError, InvalidProblem, UnknownName, Unsupported
+from flashcore.measure import sweep, workloads
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.problem import PRESETS, square
 from flashcore.records import Timing
 
@@ -191,7 +192,7 @@ def test_what_gates_ask_for_is_timed_by_other_clocks_too(monkeypatch):
     asked = []
 
     def time_on_gpu(chosen, problem, **options):
-        asked.append(options)
+        asked.append(options | {"proved": [candidate.proof for candidate in chosen]})
         return {"cpu": Timing(method="graph_replay", latency_us=10.0, tflops=1.0, l2=options["l2"])}
 
     monkeypatch.setattr(sweep, "time_on_gpu", time_on_gpu)
@@ -201,10 +202,10 @@ def test_what_gates_ask_for_is_timed_by_other_clocks_too(monkeypatch):
     monkeypatch.setattr(sweep, "REPORT_PROBLEMS", (PROBLEM,))
     other = PROBLEM.with_(dtype="float16")
     for problem in (PROBLEM, other):
-        (timing,) = sweep._time([(CpuBackend(), None)], problem, 0, True)
+        (timing,) = sweep._time([(CpuBackend(), problem)], 0, True)
         assert timing.model_extra["clocks_before"].keys() and timing.model_extra["memory_share"] > 0
     assert [o["other_clocks"] for o in asked] == [True, False]
-    assert {o["most_rounds"] for o in asked} == {100} and all(o["proof"] is not None for o in asked)
+    assert {o["most_rounds"] for o in asked} == {100} and all(None not in o["proved"] for o in asked)
 
 
 def test_problems_by_name():
@@ -229,12 +230,84 @@ def test_backends_of_one_problem_share_a_round_on_a_gpu(run, monkeypatch):
     torch.cuda.synchronize()
 
 
-def test_masked_problems_are_timed_and_proved_and_lengths_have_no_tflops(run):
+def test_masked_problems_are_timed_and_proved_and_lengths_count_what_is_real(run):
     window = PROBLEM.with_(causal=True, window_left=8, softcap=20.0, sink=True)
     trials = sweep.sweep(run, [window, PROBLEM.with_(lengths="ragged")], [CpuBackend()])
     timings = [trial for trial in trials if trial.kind == "attention_timing"]
     assert [t.status for t in trials] == ["ok"] * 4 and all(t.timing.model_extra["proved"] for t in timings)
-    assert timings[0].timing.tflops > 0 and timings[1].timing.tflops is None
-    assert (
-        sweep.speed_of_light(timings[1].timing.model_copy(update={"l2": "rotating"}), timings[1].problem, SHEET) == {}
-    )
+    assert timings[0].timing.tflops > 0 and "flops" not in timings[0].timing.model_extra
+    masks = make_masks(PROBLEM.with_(lengths="ragged"))
+    lengths = [tensor.diff().tolist() for _, tensor in masks.named()]
+    ragged = timings[1]
+    assert ragged.timing.model_extra["flops"] == PROBLEM.flops_of(*lengths) <= PROBLEM.flops()
+    assert ragged.timing.tflops == pytest.approx(compare.tflops(ragged), rel=1e-5) and compare.tflops(ragged) > 0
+    assert compare.contradiction(ragged) is None and ragged.data["lengths"] == "mixed"
+    assert all(compare.passed(t) for t in trials if t.kind == "correctness")
+    assert sweep.speed_of_light(ragged.timing.model_copy(update={"l2": "rotating"}), ragged.problem, SHEET) == {}
+
+
+class Refuses(CpuBackend):
+    id = "refuses"
+
+    def run(self, q, k, v, problem, masks=None):
+        raise Unsupported(self.id, "the package says: no kernels")
+
+
+def test_problems_held_against_each_other_share_a_round_and_equal_lengths_do_the_work_of_a_dense_batch(
+    run, monkeypatch
+):
+    dense = square(2, 2, 24, 16, dtype="float32", causal=True)
+    ragged = dense.with_(lengths="ragged")
+    one = workloads.Workload("a", ragged, lengths="equal", beside=dense, beside_words="b")
+    monkeypatch.setattr(workloads, "WORKLOADS", (one,))
+    monkeypatch.setattr(sweep, "MASKED_ALONE", frozenset({ragged}))
+    lines = []
+    trials = sweep.sweep(
+        run, [dense, PROBLEM, ragged], [CpuBackend(), Refuses(), backends.get("sdpa-math"), backends.get("scalar")],
+        gpu=False, progress=lines.append,
+    )  # fmt: skip
+    timed = {(t.backend, t.problem): t for t in trials if t.kind == "attention_timing" and t.problem is not None}
+    mine, beside = timed["cpu", ragged], timed["cpu", dense]
+    assert mine.timing.round == beside.timing.round != timed["cpu", PROBLEM].timing.round
+    assert compare.flops(mine) == compare.flops(beside) == dense.flops() and mine.data == {"lengths": "equal"}
+    found = compare.speed_beside(mine, beside)
+    assert found.value == pytest.approx(beside.timing.latency_us / mine.timing.latency_us) and found.n == 7
+    assert [line.split(":")[0] for line in lines] == ["1 to 2 of 3", "3 of 3"] and "and 1 beside it" in lines[0]
+    assert timed["sdpa-math", dense].status == "ok", "the dense batch is one of the ordinary problems"
+    refused = [timed["refuses", problem] for problem in (dense, ragged)]
+    assert {(t.status, t.reason) for t in refused} == {("unsupported", "the package says: no kernels")}
+    kept = [t.data["lengths"] for t in trials if t.kind == "correctness" and t.problem == ragged and t.status == "ok"]
+    assert kept == ["equal"]
+
+
+def test_backends_without_masks_and_those_that_store_scores_are_left_out_of_problems_with_masks(run, monkeypatch):
+    window = PROBLEM.with_(causal=True, window_left=8)
+    monkeypatch.setattr(sweep, "MASKED_ALONE", frozenset({window}))
+
+    class Plain(CpuBackend):
+        id, masks = "plain", ()
+
+    trials = sweep.sweep(run, [window], [backends.get("sdpa-math"), Plain()], gpu=False)
+    assert [(t.backend, t.status, t.kind) for t in trials] == [("sdpa-math", "unsupported", "attention_timing")]
+    assert "stores all scores" in trials[0].reason
+
+
+def test_the_problems_with_masks_have_a_name_and_are_part_of_the_profile():
+    for profile in ("quick", "full"):
+        named = sweep.named_problems("masked", profile, True)
+        assert named and set(named) <= set(sweep.sweep_problems(profile, True))
+    assert not any(p.masks for p in sweep.sweep_problems("full", False)), "a CPU's speed at them interests nobody"
+
+
+@pytest.mark.gpu
+def test_a_ragged_batch_shares_its_round_with_the_dense_one_on_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(sweep.device, "has_gpu", lambda: True)
+    dense = square(3, 4, 512, 64, dtype="bfloat16", causal=True)
+    ragged = dense.with_(lengths="ragged")
+    one = workloads.Workload("a", ragged, lengths="equal", beside=dense, beside_words="b")
+    monkeypatch.setattr(workloads, "WORKLOADS", (one,))
+    trials = sweep.sweep(run, [dense, ragged], backends.select("hopper,fa3,fa4"))
+    timed = [t for t in trials if t.kind == "attention_timing" and t.status == "ok"]
+    assert len({t.timing.round for t in timed}) == 1 and {dense, ragged} == {t.problem for t in timed}
+    assert all(t.timing.proved and compare.flops(t) == dense.flops() for t in timed)
+    assert not [t.reason for t in trials if t.status in ("failed", "error")]

@@ -14,7 +14,7 @@ from flashcore.measure import timing
 from flashcore.measure.proof import Proof
 from flashcore.measure.timing import Candidate, input_sets, summarise, time_on_cpu, time_on_gpu
 from flashcore.measure.watching import Watch
-from flashcore.numerics.inputs import make_inputs
+from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.problem import PRESETS, square
 
 SMALL = square(1, 1, 16, 8, dtype="float32")
@@ -296,6 +296,42 @@ def test_the_whole_way_of_a_timing_on_a_gpu_emulated(emulated, sets):
     assert isinstance(found["broken"], RuntimeError)
     without = time_on_gpu(calls[:2], problem, sets=sets, rounds=3)
     assert without["cached"].latency_us < 1 and "proved" not in without["cached"].model_dump()
+
+
+def test_calls_of_two_problems_share_a_round_and_each_has_its_own_proof_and_operations(emulated):
+    small, large = square(1, 2, 32, 16), square(1, 2, 48, 16, lengths="right")
+    masks = make_masks(large)
+    buffers = {small: [make_inputs(small)], large: [make_inputs(large, masks=masks)]}
+
+    def call(problem, change=1.0):
+        def run(number):
+            given = {"masks": masks} if problem is large else {}
+            results = tuple(
+                torch.empty_like(t) for t in backends.get("cpu").run(*buffers[problem][0], problem, **given)
+            )
+
+            def kernel():
+                Emulated.now_ms += 0.05
+                found = backends.get("cpu").run(*buffers[problem][0], problem, **given)
+                results[0].copy_(found[0] * change)
+                results[1].copy_(found[1])
+
+            emulated.launch(kernel)
+            return results
+
+        return run
+
+    proofs = {small: Proof(small, buffers[small]), large: Proof(large, buffers[large], masks)}
+    found = time_on_gpu(
+        [Candidate("a", call(small), problem=small, proof=proofs[small]),
+         Candidate("b", call(large), problem=large, proof=proofs[large], flops=1000),
+         Candidate("c", call(large, 1.1), problem=large, proof=proofs[large], flops=1000)], small, rounds=3,
+    )  # fmt: skip
+    assert found["a"].round == found["b"].round and found["a"].proved and found["b"].proved
+    assert isinstance(found["c"], WrongWhenTimed), "another proof would have taken it for what it is not"
+    assert found["a"].tflops == pytest.approx(small.flops() / found["a"].latency_us / 1e6, rel=1e-5)
+    assert found["b"].tflops == pytest.approx(1000 / found["b"].latency_us / 1e6, rel=1e-5)
+    assert found["b"].flops == 1000 and "flops" not in found["a"].model_extra
 
 
 def test_a_timing_says_how_many_samples_it_has_why_and_what_the_sensors_read(emulated, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from flashcore.errors import UnknownName
 from flashcore.numerics import masking
-from flashcore.numerics.inputs import LAYOUTS, PATTERNS, UNUSED_ROWS, make_inputs, make_masks
+from flashcore.numerics.inputs import LAYOUTS, PATTERNS, UNUSED_ROWS, lengths_of, make_inputs, make_masks
 from flashcore.problem import Problem, square
 
 GROUPED = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=5, seqlen_k=300, head_dim=64)
@@ -101,3 +101,24 @@ def test_rows_that_are_not_real_hold_nan_and_all_others_are_finite(lengths, layo
         first, last = masks.cu_seqlens_k[5:7].tolist()
         ramp = tensors[1][0, 0, first:last, 0] * problem.scale
         assert float(ramp[0]) == 0 and float(ramp[-1]) == pytest.approx(4, rel=1e-3), "each sequence has its own ramp"
+
+
+def test_lengths_are_whole_or_drawn_evenly_and_known_without_a_tensor():
+    problem = SIX.with_(batch=200, seqlen_q=300, seqlen_k=200, lengths="ragged", sink=False)
+    assert lengths_of(problem, 0, "equal") == ([300] * 200, [200] * 200)
+    drawn, keys = lengths_of(problem, 3, "uniform")
+    assert drawn == keys and min(drawn) >= 64 and 190 < max(drawn) <= 200 and len(set(drawn)) > 80
+    assert lengths_of(problem, 4, "uniform")[0] != drawn == lengths_of(problem, 3, "uniform")[0]
+    short = lengths_of(problem.with_(seqlen_k=5), 0, "uniform")[0]
+    assert set(short) == {5}
+    masks = make_masks(problem, seed=3, lengths="uniform")
+    assert masks.cu_seqlens_q.diff().tolist() == drawn
+    q, k, _ = make_inputs(problem, masks=masks, spare=0)
+    assert q.shape[2] == k.shape[2] == sum(drawn) and bool(q.isfinite().all())
+    with pytest.raises(UnknownName, match="kind of lengths"):
+        lengths_of(problem, 0, "odd")
+
+
+def test_sinks_are_numbers_that_bfloat16_has():
+    sink = make_masks(SIX.with_(lengths="", sink=True)).sink
+    assert torch.equal(sink, sink.bfloat16().float())

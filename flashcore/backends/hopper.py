@@ -32,6 +32,8 @@ MASK_PARAMS = struct.Struct("7Q 5i 10f 4x")
 """`MaskParams` of kernels/include/masks.cuh."""
 TILE_INTS = 2
 """Ints of a `ListedTile`."""
+MOST_HEADS, MOST_TILES = 1 << 12, 1 << 20
+"""Heads, and tiles of one sequence, that a `ListedTile` can name."""
 CLEARING_BLOCKS = 64
 """Blocks of `PLAN` that clear padding, which may be most of a tensor."""
 PLANNED_AT_ONCE = 256
@@ -67,6 +69,16 @@ class Hopper(CudaBackend):
         if -(-problem.seqlen_q // SMALL_ROWS) * problem.num_heads_q * problem.batch <= multiprocessors(device):
             return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim), *self.mask_defines(problem))
         return self.mask_defines(problem)
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and problem.lengths:
+            most_rows = MOST_TILES * SMALL_ROWS
+            if problem.num_heads_q > MOST_HEADS:
+                return f"with lengths it takes at most {MOST_HEADS} query heads"
+            if problem.seqlen_q > most_rows:
+                return f"with lengths it takes at most {most_rows} query rows a sequence"
+        return reason
 
     def mask_defines(self, problem: Problem) -> tuple[tuple[str, int], ...]:
         """The macro that compiles in what the problem asks for besides the causal mask."""
@@ -157,18 +169,8 @@ def cap_params(softcap: float | None, scale: float) -> tuple[float, ...]:
         return (0.0,) * 10
     by_cap = scale / softcap
     if not SMALLEST_SLOPE < abs(by_cap) < LARGEST_SLOPE:
-        return (
-            softcap,
-            by_cap,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            -1.0,
-            0.0,
-            0.0,
-            -1.0,
-        )  # no score is near: the kernel then goes by exponentials
+        # No score is near, so that the kernel goes by exponentials.
+        return softcap, by_cap, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0
 
     def series(terms) -> list[float]:
         return [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(terms)]

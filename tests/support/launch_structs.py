@@ -23,7 +23,9 @@ def declared(kernel: str, name: str) -> str:
             letters += "Q"
             continue
         kind, names = declaration.split(None, 1)
-        letters += LETTERS[kind] * len(names.split(","))
+        for declared_name in names.split(","):
+            size = re.search(r"\[(\d+)\]", declared_name)
+            letters += LETTERS[kind] * (int(size[1]) if size else 1)
     return letters
 
 

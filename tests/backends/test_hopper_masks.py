@@ -1,0 +1,470 @@
+"""Masks in backend `hopper`: what its kernel is told, which tiles it lists, and on a GPU every mask against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from support import launch_structs
+from support.hopper_masks import HostKernel
+from support.hopper_tiles import MULTIPROCESSORS, loaded_for
+from support.recorded_driver import RecordedDriver, function_at
+
+from flashcore import backends
+from flashcore.backends import _cuda, hopper
+from flashcore.backends._cuda import PARAMS
+from flashcore.backends._tensor_maps import MAP_BYTES
+from flashcore.backends.hopper import MASK_PARAMS, cap_params, most_tiles
+from flashcore.errors import Unsupported
+from flashcore.gpu import build, launching
+from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.outputs import poisoned_outputs
+from flashcore.problem import Problem
+
+BOTH = ("hopper", "hopper-unsplit")
+SOME = Problem(batch=3, num_heads_q=4, num_heads_kv=2, seqlen_q=150, seqlen_k=333, head_dim=64)
+EVERYTHING = {"window_left": 100, "softcap": 5.0, "sink": True}
+LENGTHS = ("right", "left", "ragged")
+FIELDS = (
+    "sink", "cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "tiles", "num_tiles", "sequences", "most_tiles",
+    "padded_left", "window_left", "window_right", "softcap", "scale_by_cap", *(f"series{i}" for i in range(4)),
+    "near_square", "small0", "small1", "small_square",
+)  # fmt: skip
+"""Of `MaskParams`, in order."""
+
+
+def told(packed: bytes) -> dict[str, float]:
+    """A packed `MaskParams`, by name."""
+    return dict(zip(FIELDS, MASK_PARAMS.unpack(packed), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ what is told
+
+
+def test_mask_parameters_are_packed_as_the_kernel_declares_them():
+    letters = launch_structs.declared("attention_hopper", "MaskParams")
+    assert letters == launch_structs.packed(MASK_PARAMS) and len(letters) == len(FIELDS)
+    assert MASK_PARAMS.size == launch_structs.size_in_c(letters)
+
+
+def test_each_mask_has_the_bit_that_the_kernel_looks_at():
+    text = build.kernel_source("attention_hopper")
+    bits = {name.lower(): int(bit) for name, bit in re.findall(r"bool HAS_(\w+) = FLASHCORE_MASKS & (\d+);", text)}
+    assert bits | {"ragged": bits["lengths"]} == hopper.MASK_BITS
+    assert set(hopper.MASK_BITS) == set(backends.get("hopper").masks)
+
+
+def test_what_a_problem_asks_for_is_compiled_in_and_nothing_else(on_an_h200):
+    for name in BOTH:
+        chosen = backends.get(name)
+        for problem, bits in (
+            (SOME, None), (SOME.with_(causal=True), None), (SOME.with_(window_right=0), 1),
+            (SOME.with_(softcap=1.0), 2), (SOME.with_(sink=True), 4), *((SOME.with_(lengths=lengths), 8) for lengths in LENGTHS),
+            (SOME.with_(**EVERYTHING), 7), (SOME.with_(lengths="ragged", **EVERYTHING), 15),
+        ):  # fmt: skip
+            assert dict(chosen.defines(problem, 0)).get(build.MASKS) == bits
+            assert bits is None or chosen.entry(problem, 0) == "attention_hopper", "split keys take no masks"
+    assert backends.get("hopper").entry(SOME, 0) == hopper.SPLIT
+
+
+def test_a_listed_tile_has_room_for_every_head_and_tile_that_the_backend_takes():
+    text = build.kernel_source("attention_hopper")
+    head, nth = re.search(r"ListedTile \{\s+int sequence;\s+unsigned head : (\d+), nth : (\d+);", text).groups()
+    assert (1 << int(head), 1 << int(nth)) == (hopper.MOST_HEADS, hopper.MOST_TILES)
+    assert int(head) + int(nth) == 32 and hopper.TILE_INTS == 2
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_more_than_a_list_can_name_is_refused_where_there_is_one(name):
+    chosen = backends.get(name)
+    heads, rows = SOME.with_(num_heads_q=4096, num_heads_kv=1), SOME.with_(seqlen_q=128 << 20)
+    for lengths in LENGTHS:
+        for problem in (heads, rows):
+            assert chosen.why_not(problem.with_(lengths=lengths)) is None
+        more = heads.with_(num_heads_q=4097, lengths=lengths)
+        assert chosen.why_not(more) == "with lengths it takes at most 4096 query heads"
+        assert chosen.why_not(more.with_(lengths="", sink=True)) is None
+        more = rows.with_(seqlen_q=rows.seqlen_q + 1, lengths=lengths)
+        assert chosen.why_not(more) == "with lengths it takes at most 134217728 query rows a sequence"
+        assert chosen.why_not(more.with_(lengths="")) is None
+        assert chosen.why_not(more.with_(head_dim=96)).startswith("head_dim 96"), "the first reason is the backend's"
+    with pytest.raises(Unsupported, match="at most 4096 query heads"):
+        backends.with_methods(chosen, {"availability": lambda self: backends.AVAILABLE}).require(
+            heads.with_(num_heads_q=5000, lengths="left")
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the softcap
+
+
+def by_series(score: np.ndarray, series: tuple[float, ...]) -> np.ndarray:
+    """The capped exponent, of base 2, in float32 as the kernel computes it."""
+    score = score.astype(np.float32)
+    square, slope = score * score, np.float32(series[-1])
+    for term in series[-2::-1]:
+        slope = square * slope + np.float32(term)
+    return (score * slope).astype(np.float64)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 30.0, 50.0, 500.0])
+@pytest.mark.parametrize("scale", [64**-0.5, 128**-0.5, 1.0, -0.3, 2.5])
+def test_the_series_is_the_capped_exponent_wherever_it_is_used(softcap, scale):
+    cap, by_cap, *series, near_square, small0, small1, small_square = cap_params(softcap, scale)
+    assert (cap, by_cap) == (softcap, scale / softcap)
+    for terms, square, far, off in (
+        (series, near_square, 0.5, 4e-7),
+        ((small0, small1), small_square, 0.2, 6e-6),
+    ):
+        assert math.isclose(math.sqrt(square) * abs(by_cap), far, rel_tol=1e-6)
+        score = np.linspace(-1, 1, 4001) * math.sqrt(square)
+        exact = np.tanh(score.astype(np.float32).astype(float) * by_cap)
+        found = by_series(score, tuple(terms)) * math.log(2) / softcap
+        assert np.abs(found - exact).max() < off < backends.get("hopper").tanh_error
+
+
+def test_slopes_whose_powers_are_no_floats_go_by_exponentials():
+    """The square of no score is below zero: neither series is ever used."""
+    for softcap, scale in ((1e-4, 0.125), (1e5, 0.125), (30.0, 0.0), (30.0, 1e-30), (30.0, -1e-4), (2e-3, -2.5)):
+        cap, by_cap, *series, near_square, small0, small1, small_square = cap_params(softcap, scale)
+        assert (cap, by_cap) == (softcap, scale / softcap) and (near_square, small_square) == (-1.0, -1.0)
+        assert {*series, small0, small1} == {0.0}
+    for softcap, scale in ((1.0, 1.1e-4), (1.0, -900.0), (30.0, 0.125)):
+        packed = np.array(cap_params(softcap, scale), np.float32)
+        assert np.isfinite(packed).all() and (np.abs(packed) > 1.2e-38).all(), "each is a float of full precision"
+    assert cap_params(None, 0.125) == (0.0,) * len(FIELDS[FIELDS.index("softcap") :])
+
+
+# ------------------------------------------------------------------------------------------------ room behind lse
+
+
+def test_there_is_room_for_the_tiles_of_any_lengths():
+    rng = random.Random(0)
+    for _ in range(500):
+        tile_m, heads, batch = rng.choice((128, 192, 256)), rng.choice((1, 3, 64)), rng.randint(1, 40)
+        most = rng.choice((1, 100, 128, 256, 1000, 5000))
+        lengths = [rng.choice((0, 1, tile_m, most, rng.randint(0, most))) for _ in range(batch)]
+        lengths = [min(length, most) for length in lengths]
+        rows = max(1, sum(lengths) + rng.choice((0, 0, 3)))
+        problem = SOME.with_(batch=batch, num_heads_q=heads, num_heads_kv=1, seqlen_q=most)
+        tiles = sum(-(-length // tile_m) for length in lengths) * heads
+        ragged, padded = torch.empty(1, heads, rows, 0), torch.empty(batch, heads, most, 0)
+        for lengths_are, q in (("ragged", ragged), ("right", padded), ("left", padded)):
+            problem = problem.with_(lengths=lengths_are)
+            assert tiles <= most_tiles(q, problem, tile_m)
+            # The list, how many there are, and how many were taken, in what `outputs_for` sets apart.
+            room = backends.get("hopper").room(q, problem)
+            assert hopper.TILE_INTS * most_tiles(q, problem, tile_m) + 2 <= room
+    assert backends.get("hopper").room(padded, SOME.with_(**EVERYTHING)) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 3, 5, 64), (1, 4, 33, 128)])
+def test_the_room_behind_lse_is_aligned_and_part_of_its_memory(shape):
+    q = torch.empty(shape, dtype=torch.float16).transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = launching.outputs_for(q, 37)
+    assert out.shape == q.shape and out.stride() == q.stride() and lse.shape == shape[:3] and lse.is_contiguous()
+    begin, end = lse.data_ptr(), lse.data_ptr() + 4 * lse.numel()
+    assert end <= launching.behind(lse) < end + 16 and launching.behind(lse) % 16 == 0
+    assert launching.behind(lse) + 4 * 37 <= begin + lse.untyped_storage().nbytes()
+    with poisoned_outputs():
+        assert all(bool(tensor.isnan().all()) for tensor in launching.outputs_for(q, 37))
+    assert launching.outputs_for(q)[1].untyped_storage().nbytes() == 4 * lse.numel(), "no room where none is asked for"
+
+
+# ------------------------------------------------------------------------------------------------ launches
+
+MAIN_AT, PLAN_AT = 0xA, 0xB
+
+
+@pytest.fixture
+def machine(monkeypatch, on_an_h200):
+    """A GPU that records each launch of the kernel and of the one that lists its tiles."""
+    masked = [PARAMS.size, *[MAP_BYTES] * 4, 4, MASK_PARAMS.size]
+    driver = RecordedDriver({MAIN_AT: masked, PLAN_AT: [PARAMS.size, MASK_PARAMS.size]})
+    driver.loads, driver.stream = [], 7
+
+    def load(kernel, head_dim, dtype, trace, source, device, defines, entry):
+        driver.loads.append((kernel, entry, dict(defines)))
+        shape = loaded_for(SOME.with_(head_dim=head_dim, seqlen_q=5000))
+        if entry == hopper.PLAN:
+            return dataclasses.replace(shape, threads=256, shared_bytes=0)
+        return dataclasses.replace(shape, overlaps_launch=int(dict(defines)[build.MASKS] & 8 > 0))
+
+    def entry_point(loaded, name, device):
+        return function_at(PLAN_AT if name == hopper.PLAN else MAIN_AT)
+
+    monkeypatch.setattr(launching, "_launch_kernel", lambda: driver.call)
+    monkeypatch.setattr(launching, "_kept", {})
+    monkeypatch.setattr(hopper, "tensor_map", lambda *a, name, **k: name.encode().ljust(MAP_BYTES))
+    for module in (_cuda, hopper):
+        monkeypatch.setattr(module, "load_kernel", load)
+        monkeypatch.setattr(module, "entry_point", entry_point)
+    monkeypatch.setattr(_cuda, "current_stream", lambda device: driver.stream)
+    return driver
+
+
+def call(problem: Problem):
+    """Q, K, V and mask tensors of a problem."""
+    masks = make_masks(problem)
+    return *make_inputs(problem, masks=masks), masks
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_the_tiles_are_listed_ahead_of_the_kernel(machine, lengths):
+    problem = SOME.with_(lengths=lengths, window_right=9, **EVERYTHING)
+    q, k, v, masks = call(problem)
+    out, lse = backends.get("hopper-unsplit").run(q, k, v, problem, masks=masks)
+    plan, main = machine.launches
+    assert (plan.function, main.function) == (PLAN_AT, MAIN_AT) and plan.stream == main.stream == 7
+    tiles = most_tiles(q, problem, 256)
+    assert plan.grid == (-(-tiles // 256), 1, 1) and plan.block == (256, 1, 1) and plan.shared == 0
+    assert main.grid == (min(tiles, MULTIPROCESSORS), 1, 1)
+    assert plan.attributes == [], "it starts when all ahead of it have ended"
+    assert main.attributes == [(launching.PROGRAMMATIC_STREAM_SERIALIZATION, 1)], "it waits for the list by itself"
+    assert plan.arguments == [main.arguments[0], main.arguments[6]], "both are told the same"
+    found = told(main.arguments[6])
+    given = dict(masks.named())
+    for name in ("sink", "cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k"):
+        assert found[name] == (given[name].data_ptr() if name in given else 0)
+    assert found["tiles"] == launching.behind(lse) and found["num_tiles"] == found["tiles"] + 8 * tiles
+    assert found["num_tiles"] + 8 <= lse.data_ptr() + lse.untyped_storage().nbytes()
+    assert (found["sequences"], found["most_tiles"]) == (3, tiles)
+    assert found["padded_left"] == (lengths == "left")
+    assert (found["window_left"], found["window_right"], found["softcap"]) == (100, 9, 5.0)
+    shape = PARAMS.unpack(main.arguments[0])[17:22]
+    rows = q.shape[2], k.shape[2]
+    assert shape == ((1 if lengths == "ragged" else 3), 4, 2, *rows), "a ragged batch is one of all rows"
+    assert [entry for _, entry, _ in machine.loads] == ["attention_hopper", hopper.PLAN]
+    assert all(defines == {build.MASKS: 15} for *_, defines in machine.loads)
+
+
+def test_without_lengths_nothing_is_listed(machine):
+    problem = SOME.with_(causal=True, **EVERYTHING)
+    q, k, v, masks = call(problem)
+    _, lse = backends.get("hopper-unsplit").run(q, k, v, problem, masks=masks)
+    (main,) = machine.launches
+    found = told(main.arguments[6])
+    assert found["sink"] == masks.sink.data_ptr() and (found["window_left"], found["window_right"]) == (100, 0)
+    pointers = ("cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "tiles", "num_tiles")
+    assert {found[name] for name in pointers} == {0} and found["sequences"] == found["most_tiles"] == 0
+    assert main.attributes == [] and lse.untyped_storage().nbytes() == 4 * lse.numel()
+    assert main.grid == (12, 1, 1), "a tile of 256 rows for each head"
+
+
+def test_a_window_wider_than_positions_are_is_one_that_reaches_everything(machine):
+    problem = SOME.with_(window_left=1 << 40, window_right=1 << 31)
+    backends.get("hopper-unsplit").run(*make_inputs(problem), problem)
+    found = told(machine.launches[0].arguments[6])
+    assert found["window_left"] == found["window_right"] == hopper.FARTHEST
+    assert hopper.FARTHEST + (1 << 30) - 1 < 1 << 31, "a position and a limit are an int together"
+
+
+def test_tiles_in_a_window_are_alike_and_need_no_sections(on_an_h200):
+    chosen = backends.get("hopper")
+    problem = SOME.with_(batch=4, num_heads_q=16, num_heads_kv=16, seqlen_q=8192, seqlen_k=8192, causal=True)
+    assert chosen.sections(problem, loaded_for(problem), 0) > 0
+    assert chosen.sections(problem.with_(sink=True), loaded_for(problem), 0) > 0
+    assert chosen.sections(problem.with_(window_left=1024), loaded_for(problem), 0) == 0
+    assert chosen.sections(problem.with_(causal=False, window_right=0), loaded_for(problem), 0) == 0
+
+
+def test_other_mask_tensors_and_other_shapes_are_another_launch(machine):
+    """Of the same memory too: a ragged batch of other lengths may lie where one lay before."""
+    problem = SOME.with_(lengths="ragged", sink=True)
+    q, k, v, masks = call(problem)
+    out, lse = launching.outputs_for(q, backends.get("hopper-unsplit").room(q, problem))
+    chosen = backends.get("hopper-unsplit")
+
+    def launches(*tensors, masks=masks, problem=problem) -> int:
+        before = len(machine.loads)
+        chosen._launch(*tensors, out, lse, problem, masks)
+        return (len(machine.loads) - before) // 2  # of the kernel and of the list
+
+    assert launches(q, k, v) == 1 and launches(q, k, v) == 0, "a repeated call is kept"
+    for name, tensor in masks.named():
+        other = dataclasses.replace(masks, **{name: tensor.clone()})
+        assert launches(q, k, v, masks=other) == 1 and launches(q, k, v, masks=other) == 0, name
+    assert launches(q[:, :, :-1], k, v) == 1 and launches(q, k[:, :, :-1], v[:, :, :-1]) == 1
+    assert q[:, :, :-1].data_ptr() == q.data_ptr() and q[:, :, :-1].stride() == q.stride()
+    for changed in ({"window_left": 5}, {"softcap": 3.0}, {"seqlen_k": 400}, {"causal": True}):
+        assert launches(q, k, v, problem=problem.with_(**changed)) == 1, changed
+    assert launches(q, k, v) == 0
+    machine.launches.clear()
+    masks.cu_seqlens_q.fill_(0)
+    chosen._launch(q, k, v, out, lse, problem, masks)
+    assert [launch.function for launch in machine.launches] == [PLAN_AT, MAIN_AT], "a kept launch lists tiles anew"
+
+
+# ------------------------------------------------------------------------------------- the kernel's text, on the host
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the host")
+TILE_M, TILE_N = 256, 64
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> HostKernel:
+    """The kernel's text about masks, compiled for the host."""
+    return HostKernel.compile(tmp_path_factory.mktemp("masks"), TILE_M)
+
+
+def seen(left: int, right: int, rows, seqlen_q: int, seqlen_k: int) -> np.ndarray:
+    """Whether each of these rows sees each key, by the meaning of a window."""
+    position = np.asarray(rows)[:, None] + seqlen_k - seqlen_q
+    key = np.arange(seqlen_k)[None, :]
+    sees = np.ones((len(rows), seqlen_k), bool)
+    if left >= 0:
+        sees &= key >= position - left
+    if right >= 0:
+        sees &= key <= position + right
+    return sees
+
+
+def random_spans(count: int) -> list[tuple[int, ...]]:
+    """Windows, rows of a tile or a warpgroup, pages and lengths: some begin before row 0, some end after the last."""
+    rng = random.Random(1)
+    calls = []
+    for _ in range(count):
+        seqlen_q, seqlen_k = (rng.choice((0, 1, 5, 63, 64, 100, 200, 400, rng.randint(1, 500))) for _ in range(2))
+        left, right = (rng.choice((-1, -1, 0, 1, 40, 63, 64, 100, 1000)) for _ in range(2))
+        calls.append((left, right, rng.randint(-100, 400), rng.choice((0, 16, 64, 192, 256)), rng.choice((64, 128)),
+                      seqlen_q, seqlen_k))  # fmt: skip
+    return calls
+
+
+@needs_a_compiler
+def test_the_pages_of_some_rows_are_those_that_any_of_them_sees_and_whole_ones_are_whole(host):
+    calls = random_spans(6000)
+    full = partly = 0
+    for call_, (first, end, whole_from, whole_end) in zip(calls, host.page_spans(calls), strict=True):
+        left, right, first_row, rows, tile_n, seqlen_q, seqlen_k = call_
+        real = range(max(0, first_row), min(first_row + rows, seqlen_q))
+        sees = seen(left, right, real, seqlen_q, seqlen_k)
+        keys = np.flatnonzero(sees.any(axis=0))
+        if not len(keys):
+            assert end == first, call_
+            continue
+        assert (first, end) == (keys[0] // tile_n, keys[-1] // tile_n + 1), call_
+        for page in range(first, end):
+            all_seen = (page + 1) * tile_n <= seqlen_k and sees[:, page * tile_n : (page + 1) * tile_n].all()
+            if whole_from <= page < whole_end:
+                assert all_seen, f"page {page} of {call_} needs a mask"
+                full += 1
+            elif len(real) == rows:
+                assert not all_seen, f"page {page} of {call_} needs none"
+                partly += 1
+    assert min(full, partly) > 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences with lengths, as a kernel is told of them."""
+
+    problem: Problem
+    lengths_q: list[int]
+    lengths_k: list[int]
+    rows: tuple[int, int]
+    """Of Q and of K, in the tensors."""
+    gives_q: bool = True
+
+    @property
+    def in_a_line(self) -> bool:
+        return self.problem.lengths == "ragged"
+
+    def call(self, places=None) -> tuple[int, ...]:
+        """What the program on the host reads; `places` in place of the right ones."""
+        p = self.problem
+        shape = torch.empty(1 if self.in_a_line else p.batch, p.num_heads_q, self.rows[0], 0)
+        most = most_tiles(shape, p, TILE_M)
+        given = [self.lengths_q, self.lengths_k]
+        if self.in_a_line:
+            given = [[0, *itertools.accumulate(lengths)] for lengths in given]
+        left, right = p.window
+        return (shape.shape[0], p.num_heads_q, *self.rows, int(p.causal), p.batch, left, right, int(self.in_a_line),
+                int(self.gives_q), int(p.lengths == "left"), most, *itertools.chain(*(places or given)))  # fmt: skip
+
+    def firsts(self) -> list[int]:
+        """The first real row of Q of each sequence, in its tensor."""
+        if self.in_a_line:
+            return [0, *itertools.accumulate(self.lengths_q)][:-1]
+        return [self.rows[0] - n if self.problem.lengths == "left" else 0 for n in self.lengths_q]
+
+
+def random_batches(count: int) -> list[Batch]:
+    rng = random.Random(2)
+    found = []
+    for number in range(count):
+        lengths, causal = LENGTHS[number % 3], rng.random() < 0.5
+        batch, heads = rng.choice(((1, 1), (3, 2), (7, 5), (40, 3), (2, 100), (300, 1)))
+        most_q, most_k = rng.choice(((1, 90), (300, 300), (700, 100), (600, 1500))) if batch < 300 else (5, 70)
+        gives_q = lengths == "ragged" or rng.random() < 0.7
+        of_q, of_k = (
+            [rng.choice((0, 1, most, rng.randint(0, most))) for _ in range(batch)] for most in (most_q, most_k)
+        )
+        if not gives_q:
+            of_q = [most_q] * batch
+        rows = (max(1, sum(of_q) + 3), max(1, sum(of_k))) if lengths == "ragged" else (most_q, most_k)
+        window = rng.choice(((-1, -1), (100, -1), (64, 64), (0, 0), (-1, 30)))
+        problem = Problem(batch=batch, num_heads_q=heads, num_heads_kv=1, seqlen_q=most_q, seqlen_k=most_k, head_dim=64,
+                          causal=causal, window_left=window[0], window_right=-1 if causal else window[1],
+                          lengths=lengths)  # fmt: skip
+        found.append(Batch(problem, of_q, of_k, rows, gives_q))
+    return found
+
+
+def pages_of_tile(batch: Batch, sequence: int, nth: int) -> int:
+    """Pages that the rows of a tile see: what it costs."""
+    seqlen_q, seqlen_k = batch.lengths_q[sequence], batch.lengths_k[sequence]
+    first = -(-seqlen_q // 16) * 16 - (nth + 1) * TILE_M if batch.problem.causal else nth * TILE_M
+    real = range(max(0, first), min(first + TILE_M, seqlen_q))
+    keys = np.flatnonzero(seen(*batch.problem.window, real, seqlen_q, seqlen_k).any(axis=0))
+    return int(keys[-1] // TILE_N - keys[0] // TILE_N + 1) if len(keys) else 0
+
+
+@needs_a_compiler
+def test_every_tile_is_listed_once_section_by_section_from_heavy_to_light_and_other_rows_are_cleared(host):
+    batches = random_batches(18)
+    sections = 0
+    for batch, listed in zip(batches, host.plans([b.call() for b in batches]), strict=True):
+        heads, label = batch.problem.num_heads_q, batch.problem.label()
+        in_order = [
+            (sequence, head, nth)
+            for sequence, length in enumerate(batch.lengths_q)
+            for head in range(heads)
+            for nth in range(-(-length // TILE_M))
+        ]
+        assert len(listed.tiles) == len(in_order) and listed.taken == 0, label
+        weights = {(s, n): pages_of_tile(batch, s, n) for s, _, n in set(in_order)}
+        for first in range(0, len(in_order), hopper.PLANNED_AT_ONCE):
+            section = listed.tiles[first : first + hopper.PLANNED_AT_ONCE]
+            assert sorted(section) == sorted(in_order[first : first + hopper.PLANNED_AT_ONCE]), label
+            cost = [weights[sequence, nth] for sequence, _, nth in section]
+            assert cost == sorted(cost, reverse=True), label
+            sections += 1
+        assert listed.behind == -7, "the list ends where its room does"
+        cleared = np.array(list(listed.rows)).reshape(-1, heads, batch.rows[0])
+        expected = np.full(cleared.shape, "0")
+        for sequence, (first, length) in enumerate(zip(batch.firsts(), batch.lengths_q, strict=True)):
+            expected[0 if batch.in_a_line else sequence, :, first : first + length] = "."
+        assert (cleared == expected).all(), label
+    assert sections > len(batches), "some lists have more than one section"
+
+
+@needs_a_compiler
+def test_lengths_that_make_no_sense_reach_neither_beyond_the_list_nor_beyond_the_tensors(host):
+    """A caller on a GPU is not asked what its lengths are; whatever they hold, the kernel stays in its memory."""
+    ragged = Batch(SOME.with_(lengths="ragged", seqlen_q=600), [600] * 3, [333] * 3, (1800, 999))
+    padded = Batch(SOME.with_(lengths="left", seqlen_q=600), [600] * 3, [333] * 3, (600, 333))
+    wild = [2**31 - 1, -5, 10**9]
+    calls = [ragged.call(([0, 1800, 0, 1800], [0, 999, 0, 999])), ragged.call(([-7, *wild], [-7, *wild])),
+             padded.call((wild, wild))]  # fmt: skip
+    for batch, listed in zip((ragged, ragged, padded), host.plans(calls), strict=True):
+        most = most_tiles(torch.empty(1 if batch.in_a_line else 3, 4, batch.rows[0], 0), batch.problem, TILE_M)
+        assert len(listed.tiles) <= most and listed.behind == -7 and "?" not in listed.rows
+        for sequence, head, nth in listed.tiles:
+            assert 0 <= sequence < 3 and 0 <= head < 4 and 0 <= nth * TILE_M < batch.rows[0]

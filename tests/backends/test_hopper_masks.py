@@ -22,10 +22,15 @@ from flashcore.backends import _cuda, hopper
 from flashcore.backends._cuda import PARAMS
 from flashcore.backends._tensor_maps import MAP_BYTES
 from flashcore.backends.hopper import MASK_PARAMS, cap_params, most_tiles
+from flashcore.bisection.bisecting import bisect
 from flashcore.errors import Unsupported
 from flashcore.gpu import build, launching
+from flashcore.measure import check
+from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs, make_masks
+from flashcore.numerics.masking import mask_tensors
 from flashcore.numerics.outputs import poisoned_outputs
+from flashcore.numerics.tolerance import compare
 from flashcore.problem import Problem
 
 BOTH = ("hopper", "hopper-unsplit")
@@ -66,7 +71,8 @@ def test_what_a_problem_asks_for_is_compiled_in_and_nothing_else(on_an_h200):
         chosen = backends.get(name)
         for problem, bits in (
             (SOME, None), (SOME.with_(causal=True), None), (SOME.with_(window_right=0), 1),
-            (SOME.with_(softcap=1.0), 2), (SOME.with_(sink=True), 4), *((SOME.with_(lengths=lengths), 8) for lengths in LENGTHS),
+            (SOME.with_(softcap=1.0), 2), (SOME.with_(sink=True), 4),
+            *((SOME.with_(lengths=lengths), 8) for lengths in LENGTHS),
             (SOME.with_(**EVERYTHING), 7), (SOME.with_(lengths="ragged", **EVERYTHING), 15),
         ):  # fmt: skip
             assert dict(chosen.defines(problem, 0)).get(build.MASKS) == bits
@@ -468,3 +474,276 @@ def test_lengths_that_make_no_sense_reach_neither_beyond_the_list_nor_beyond_the
         assert len(listed.tiles) <= most and listed.behind == -7 and "?" not in listed.rows
         for sequence, head, nth in listed.tiles:
             assert 0 <= sequence < 3 and 0 <= head < 4 and 0 <= nth * TILE_M < batch.rows[0]
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+MASKINGS = ("window", "softcap", "sink", "padded", "ragged", "everything", "everything ragged")
+VARIANTS = [(head_dim, dtype) for head_dim in (64, 128) for dtype in ("float16", "bfloat16")]
+CASES = 10
+"""Random problems of each test, on each backend."""
+MOST_SCORES = 3e7
+"""Of the float64 reference, which holds some tensors of that size."""
+
+
+def random_problem(rng: random.Random, masking: str, head_dim: int, dtype: str) -> Problem:
+    """Odd lengths, groups of heads, scales of both signs, and these masks with numbers of every kind."""
+    everything = masking.startswith("everything")
+    sizes = (1, 7, 64, 100, 129, 200, 333, 512, 777, 1500)
+    batch, group = rng.choice((1, 2, 5, 17)), rng.choice((1, 2, 4))
+    seqlen_q, seqlen_k = rng.choice(sizes), rng.choice((*sizes, 2100))
+    if rng.random() < 0.5:
+        seqlen_k = seqlen_q
+    heads_kv, causal = rng.choice((1, 2, 4)), rng.random() < 0.5
+    if batch * heads_kv * group * seqlen_q * seqlen_k > MOST_SCORES:
+        batch, heads_kv = 1, 1
+    fields = {}
+    if masking == "window" or everything:
+        fields["window_left"] = rng.choice((-1, 0, 1, 5, 63, 64, 100, 128, 500, 3000))
+        fields["window_right"] = -1 if causal else rng.choice((-1, 0, 1, 17, 64, 300))
+        if fields["window_left"] == fields["window_right"] == -1:
+            fields["window_left"] = 100
+    if masking == "softcap" or everything:
+        fields["softcap"] = rng.choice((1.0, 15.0, 30.0, 50.0))
+    if masking in ("padded", "everything"):
+        fields["lengths"] = rng.choice(("right", "left"))
+    if masking in ("ragged", "everything ragged"):
+        fields["lengths"] = "ragged"
+    return Problem(
+        batch=batch, num_heads_q=heads_kv * group, num_heads_kv=heads_kv, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
+        head_dim=head_dim, dtype=dtype, causal=causal, softmax_scale=rng.choice((None, None, 0.3, -0.2, 2.0)),
+        sink=masking == "sink" or everything, **fields,
+    )  # fmt: skip
+
+
+def random_masks(rng: random.Random, problem: Problem):
+    """Mask tensors on the GPU: some sequences are empty, some have no query or no key, some are whole."""
+    given = {}
+    if problem.sink:
+        size = rng.choice((1, 5, 30))
+        given["sink"] = torch.tensor([rng.gauss(0, size) for _ in range(problem.num_heads_q)], device="cuda")
+    if problem.lengths:
+        of_q, of_k = (
+            [rng.choice((0, 1, most, rng.randint(0, most))) for _ in range(problem.batch)]
+            for most in (problem.seqlen_q, problem.seqlen_k)
+        )
+        if problem.seqlen_q == problem.seqlen_k and rng.random() < 0.3:
+            of_k = of_q
+        if problem.lengths == "ragged":
+            given |= places(of_q, of_k)
+        elif rng.random() < 0.7:
+            given |= {"seqlens_q": on_gpu(of_q), "seqlens_k": on_gpu(of_k)}
+        else:
+            given |= {"seqlens_k": on_gpu(of_k)}
+    return mask_tensors(problem, "cuda", **given)
+
+
+def on_gpu(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device="cuda")
+
+
+def places(of_q: list[int], of_k: list[int]) -> dict[str, torch.Tensor]:
+    """Where sequences of these lengths begin and end, one behind the other."""
+    pairs = (("cu_seqlens_q", of_q), ("cu_seqlens_k", of_k))
+    return {name: on_gpu([0, *itertools.accumulate(lengths)]) for name, lengths in pairs}
+
+
+def masked_inputs(problem: Problem, masks, *, seed: int = 0, layout: str = "bhsd"):
+    """Q, K and V on the GPU; NaN in all rows that are not real, those behind the last sequence among them."""
+    return make_inputs(problem, seed=seed, device="cuda", layout=layout, masks=masks)
+
+
+def run(name: str, inputs, problem: Problem, masks):
+    return backends.get(name).run(*inputs, problem, **backends.with_masks(masks))
+
+
+def assert_near(name: str, problem: Problem, inputs, masks, results, what: str = "") -> None:
+    """Every element within the bounds of a check, against float64; rows that are not real are 0 and -inf."""
+    case = check.expected(
+        *inputs, problem, round_scores=False, masks=masks, tanh_error=backends.get(name).tanh_error
+    )  # fmt: skip
+    assert case.bad_inputs is None
+    out, lse = results
+    label = f"{name} on {problem.label()}{what}"
+    for tensor, expected, atol, rtol in (
+        (out, case.out, case.out_atol, case.out_rtol),
+        (lse, case.lse, case.lse_atol, case.lse_rtol),
+    ):
+        found = compare(tensor, expected, atol=atol, rtol=rtol)
+        assert found.passed, f"{label}: {found.sentence()}"
+
+
+def same(results, others) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(results, others, strict=True))
+
+
+def by_default(cases):
+    """Both head_dims of every masking, with the two dtypes taking turns; the rest `exhaustive`."""
+    runs = {
+        (m, VARIANTS[0 if (n + i) % 2 else 1][1], d) for n, m in enumerate(MASKINGS) for i, d in enumerate((64, 128))
+    }
+    return [
+        pytest.param(m, d, t, marks=() if (m, t, d) in runs else pytest.mark.exhaustive, id=f"{m}-{d}-{t}")
+        for m, d, t in cases
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("masking", "head_dim", "dtype"), by_default((m, d, t) for m in MASKINGS for d, t in VARIANTS))
+def test_random_problems_under_every_mask_are_right_and_have_the_same_bits_each_time(masking, head_dim, dtype):
+    rng = random.Random(f"{masking} {head_dim} {dtype}")
+    for number in range(CASES):
+        problem = random_problem(rng, masking, head_dim, dtype)
+        masks = random_masks(rng, problem)
+        layout = rng.choice(("bhsd", "bshd", "apart"))
+        inputs = masked_inputs(problem, masks, seed=number, layout=layout)
+        for name in BOTH:
+            with poisoned_outputs():
+                results = run(name, inputs, problem, masks)
+            assert_near(name, problem, inputs, masks, results, f", case {number}, {layout}")
+            assert results[0].stride() == torch.empty_like(inputs[0]).stride()
+            assert same(results, run(name, inputs, problem, masks)), f"{name} on {problem.label()}: other bits"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_tiles_than_blocks_under_every_mask(head_dim, causal):
+    """Blocks take tiles of sequences of all lengths, in whatever order they become free."""
+    rng = random.Random(5)
+    of_q = [rng.choice((0, 1, 64, 300, 999, rng.randint(1, 1000))) for _ in range(40)]
+    of_k = of_q if causal else [rng.randint(0, 1000) for _ in of_q]
+    problem = Problem(batch=40, num_heads_q=8, num_heads_kv=2, seqlen_q=1000, seqlen_k=1000, head_dim=head_dim,
+                      causal=causal, sink=True, window_left=300, softcap=20.0)  # fmt: skip
+    sink = torch.linspace(-3, 3, 8, device="cuda")
+    lengths = {"seqlens_q": on_gpu(of_q), "seqlens_k": on_gpu(of_k)}
+    for given, more in (("ragged", places(of_q, of_k)), ("right", lengths), ("left", lengths)):
+        of_these = problem.with_(lengths=given)
+        masks = mask_tensors(of_these, "cuda", sink=sink, **more)
+        inputs = masked_inputs(of_these, masks)
+        results = run("hopper", inputs, of_these, masks)
+        assert_near("hopper", of_these, inputs, masks, results)
+        assert all(same(results, run("hopper", inputs, of_these, masks)) for _ in range(5))
+
+
+@pytest.mark.gpu
+def test_a_ragged_batch_is_its_sequences_one_by_one():
+    """Bit by bit: a tile does not know what lies around it."""
+    of_q, of_k = [300, 0, 129, 64, 1], [300, 70, 500, 0, 333]
+    problem = Problem(batch=5, num_heads_q=4, num_heads_kv=2, seqlen_q=300, seqlen_k=500, head_dim=64, causal=True,
+                      window_left=200, lengths="ragged")  # fmt: skip
+    masks = mask_tensors(problem, "cuda", **places(of_q, of_k))
+    q, k, v = masked_inputs(problem, masks)
+    out, lse = run("hopper-unsplit", (q, k, v), problem, masks)
+    first_q = first_k = 0
+    for num_q, num_k in zip(of_q, of_k, strict=True):
+        rows, keys = slice(first_q, first_q + num_q), slice(first_k, first_k + num_k)
+        if num_q and num_k:
+            alone = problem.with_(batch=1)
+            inputs = q[:, :, rows].clone(), k[:, :, keys].clone(), v[:, :, keys].clone()
+            masks = mask_tensors(alone, "cuda", **places([num_q], [num_k]))
+            got = run("hopper-unsplit", inputs, alone, masks)
+            assert same(got, (out[:, :, rows], lse[:, :, rows])), (num_q, num_k)
+        first_q, first_k = rows.stop, keys.stop
+    assert bool((out[:, :, first_q:] == 0).all()) and bool((lse[:, :, first_q:] == -math.inf).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths_may_change_between_replays_of_a_graph(lengths):
+    """The graph holds addresses: whatever the tensors of lengths hold when it is replayed is what counts."""
+    problem = Problem(batch=4, num_heads_q=8, num_heads_kv=2, seqlen_q=300, seqlen_k=300, head_dim=64, causal=True,
+                      sink=True, lengths=lengths)  # fmt: skip
+    some = [[300, 200, 100, 0], [1, 300, 0, 299], [0, 0, 0, 300], [300] * 4, [0] * 4]
+    sink = torch.linspace(-2, 2, 8, device="cuda")
+
+    def masks_of(n: int):
+        ones, others = some[n], some[n][::-1]
+        given = {"seqlens_q": on_gpu(ones), "seqlens_k": on_gpu(others)}
+        return mask_tensors(problem, "cuda", sink=sink, **(places(ones, others) if lengths == "ragged" else given))
+
+    shape = (1, 8, 1200, 64) if lengths == "ragged" else (4, 8, 300, 64)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.float16)[:, :heads] for heads in (8, 2, 2))
+    masks = masks_of(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run("hopper", (q, k, v), problem, masks)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run("hopper", (q, k, v), problem, masks)
+    for n in (0, 1, 2, 3, 4, 1):
+        for name, tensor in masks_of(n).named():
+            getattr(masks, name).copy_(tensor)
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        assert_near("hopper", problem, (q, k, v), masks, (out, lse), f", lengths {some[n]}")
+        assert same((out, lse), run("hopper", (q, k, v), problem, masks))
+
+
+@pytest.mark.gpu
+def test_calls_on_two_streams_have_a_list_of_tiles_each():
+    problem = Problem(batch=6, num_heads_q=8, num_heads_kv=8, seqlen_q=700, seqlen_k=700, head_dim=64, causal=True,
+                      lengths="ragged")  # fmt: skip
+    of = ([700, 0, 650, 1, 300, 64], [10, 20, 700, 700, 5, 690])
+    calls = []
+    for number, lengths in enumerate(of):
+        masks = mask_tensors(problem, "cuda", **places(lengths, lengths))
+        inputs = masked_inputs(problem, masks, seed=number)
+        calls.append((inputs, masks, run("hopper", inputs, problem, masks)))
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream, (inputs, masks, _) in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run("hopper", inputs, problem, masks))
+    torch.cuda.synchronize()
+    for number, results in enumerate(found):
+        assert same(results, calls[number % 2][2]), f"call {number}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", [{"window_left": 40, "window_right": 25}, {"softcap": 1.5}, {"sink": True}, {"lengths": "right"},
+             {"lengths": "left", **EVERYTHING}, {"lengths": "ragged", **EVERYTHING}], ids=lambda kind: " ".join(kind)
+)  # fmt: skip
+def test_every_stage_is_right_under_every_mask(kind):
+    problem = Problem(batch=3, num_heads_q=4, num_heads_kv=2, seqlen_q=100, seqlen_k=200, head_dim=64, **kind)
+    for name, causal in (("hopper", False), ("hopper-unsplit", "window_right" not in kind)):
+        found = bisect(name, problem.with_(causal=causal))
+        assert found.passed, f"{name}: {found.finding()}"
+
+
+@pytest.mark.gpu
+def test_a_row_that_sees_no_key_for_some_pages_takes_its_reference_from_the_first_that_it_sees():
+    """All scores lie 60 units below zero, where a reference of 0 left by hidden pages would leave nothing of them.
+
+    In a window of 8, most rows of a tile see none of its first page.
+    """
+    problem = Problem(batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=300, seqlen_k=300, head_dim=64, window_left=8,
+                      causal=True, softmax_scale=0.125)  # fmt: skip
+    q, k, v = masked_inputs(problem, None)
+    q[..., -1], k[..., -1] = 8.0, -60.0
+    for name in BOTH:
+        for of_these in (problem, problem.with_(sink=True)):
+            masks = (
+                mask_tensors(of_these, "cuda", sink=torch.full((2,), -60.0, device="cuda")) if of_these.sink else None
+            )
+            assert_near(name, of_these, (q, k, v), masks, run(name, (q, k, v), of_these, masks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("score", [-math.inf, -1e30, -100.0, 100.0, 1e30])
+def test_sinks_far_below_and_far_above_all_scores(score):
+    problem = Problem(batch=2, num_heads_q=2, num_heads_kv=1, seqlen_q=100, seqlen_k=70, head_dim=64, causal=True,
+                      sink=True)  # fmt: skip
+    sink = torch.tensor([score, 0.5], device="cuda")
+    inputs, masks = masked_inputs(problem, None), mask_tensors(problem, "cuda", sink=sink)
+    out, lse = run("hopper-unsplit", inputs, problem, masks)
+    expected_out, expected_lse = reference.attention(*inputs, problem, masks)
+    assert bool(((out.double() - expected_out).abs() <= 2e-3).all())
+    near = (lse.double() - expected_lse).abs() <= 2e-3 + 1e-6 * expected_lse.abs()
+    assert bool(torch.where(expected_lse.isfinite(), near, lse.double() == expected_lse).all())

@@ -183,6 +183,20 @@ FAULTS: tuple[Fault, ...] = (
            problem=PADDED.with_(causal=False)),
     _fault("G68", "keys of a ragged sequence read from one row early", "scores", "another sequence's last key",
            problem=RAGGED),
+    _fault("G69", "a page that the left edge of a window cuts taken as one without a mask", "scores", "finite, wrong",
+           problem=PLAIN.with_(window_left=40)),
+    _fault("G70", "a reference of 0 for a row that sees no key of the first pages", "row_max",
+           "zeros where all scores lie far below zero", pattern="sunken",
+           problem=PLAIN.with_(causal=True, window_left=8)),
+    _fault("G71", "a tile of a ragged batch taken for the one before it in its sequence", "scores",
+           "right while no sequence is longer than a tile, stale memory in the last rows of others",
+           problem=RAGGED.with_(seqlen_q=600)),
+    _fault("G72", "the last rows of a sequence never written where they are not a whole warp's", "out",
+           "stale memory in a few rows", problem=PADDED),
+    _fault("G73", "pages that only earlier rows of a tile see taken for a warpgroup's own", "scores", "finite, wrong",
+           problem=WINDOW),
+    _fault("G74", "pages before a warpgroup's own never handed back", "scores", "a hang where the ring comes round",
+           problem=PLAIN.with_(seqlen_k=1000, window_left=700, window_right=25), may_crash=True, crash_is_found=True),
 )  # fmt: skip
 
 

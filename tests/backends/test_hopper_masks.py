@@ -229,7 +229,9 @@ def test_the_tiles_are_listed_ahead_of_the_kernel(machine, lengths):
     plan, main = machine.launches
     assert (plan.function, main.function) == (PLAN_AT, MAIN_AT) and plan.stream == main.stream == 7
     tiles = most_tiles(q, problem, 256)
-    assert plan.grid == (-(-tiles // 256), 1, 1) and plan.block == (256, 1, 1) and plan.shared == 0
+    blocks = -(-tiles // 256)
+    assert plan.grid == (blocks if lengths == "ragged" else max(blocks, hopper.CLEARING_BLOCKS), 1, 1)
+    assert plan.block == (256, 1, 1) and plan.shared == 0
     assert main.grid == (min(tiles, MULTIPROCESSORS), 1, 1)
     assert plan.attributes == [], "it starts when all ahead of it have ended"
     assert main.attributes == [(launching.PROGRAMMATIC_STREAM_SERIALIZATION, 1)], "it waits for the list by itself"
@@ -377,6 +379,8 @@ class Batch:
     rows: tuple[int, int]
     """Of Q and of K, in the tensors."""
     gives_q: bool = True
+    more_blocks: int = 0
+    """Than the list needs."""
 
     @property
     def in_a_line(self) -> bool:
@@ -391,8 +395,10 @@ class Batch:
         if self.in_a_line:
             given = [[0, *itertools.accumulate(lengths)] for lengths in given]
         left, right = p.window
+        blocks = -(-most // hopper.PLANNED_AT_ONCE) + self.more_blocks
         return (shape.shape[0], p.num_heads_q, *self.rows, int(p.causal), p.batch, left, right, int(self.in_a_line),
-                int(self.gives_q), int(p.lengths == "left"), most, *itertools.chain(*(places or given)))  # fmt: skip
+                int(self.gives_q), int(p.lengths == "left"), most, blocks,
+                *itertools.chain(*(places or given)))  # fmt: skip
 
     def firsts(self) -> list[int]:
         """The first real row of Q of each sequence, in its tensor."""
@@ -408,6 +414,8 @@ def random_batches(count: int) -> list[Batch]:
         lengths, causal = LENGTHS[number % 3], rng.random() < 0.5
         batch, heads = rng.choice(((1, 1), (3, 2), (7, 5), (40, 3), (2, 100), (300, 1)))
         most_q, most_k = rng.choice(((1, 90), (300, 300), (700, 100), (600, 1500))) if batch < 300 else (5, 70)
+        if number < 3:  # more tiles than a section has
+            batch, heads, most_q, most_k = 4, 100, 700, 900
         gives_q = lengths == "ragged" or rng.random() < 0.7
         of_q, of_k = (
             [rng.choice((0, 1, most, rng.randint(0, most))) for _ in range(batch)] for most in (most_q, most_k)
@@ -419,7 +427,7 @@ def random_batches(count: int) -> list[Batch]:
         problem = Problem(batch=batch, num_heads_q=heads, num_heads_kv=1, seqlen_q=most_q, seqlen_k=most_k, head_dim=64,
                           causal=causal, window_left=window[0], window_right=-1 if causal else window[1],
                           lengths=lengths)  # fmt: skip
-        found.append(Batch(problem, of_q, of_k, rows, gives_q))
+        found.append(Batch(problem, of_q, of_k, rows, gives_q, rng.choice((0, 0, 3))))
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flashcore.gpu import build
 
-STRUCTS = ("Strides", "AttentionParams", "Sequence", "alignas(8) ListedTile", "MaskParams", "Span")
+STRUCTS = ("Strides", "AttentionParams", "Sequence", "alignas(8) ListedTile", "MaskParams", "Span", "Share")
 FUNCTIONS = ("place", "sequence_at", "first_row_of", "clear_outputs", "clear_around", "sum_up_to")
 
 HOST = """#include <algorithm>
@@ -34,6 +34,7 @@ using Index = long long;
 struct Dim { int x; };
 thread_local Dim threadIdx, blockIdx;
 Dim gridDim;
+struct int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 constexpr bool HAS_WINDOW = true;
@@ -70,9 +71,9 @@ void spans(FILE* file) {
   std::printf("%d %d %d %d\\n", span.first, span.end, span.whole_from, span.whole_end);
 }
 
-// A call: its shape, whether sequences lie end to end, which lengths are given, and the lengths.
+// A call: its shape, its grid, whether sequences lie end to end, which lengths are given, and the lengths.
 void plan(FILE* file) {
-  const auto n = numbers(file, 12);
+  const auto n = numbers(file, 13);
   const int tensor_batch = n[0], heads = n[1], rows_q = n[2], rows_k = n[3], sequences = n[5], most = n[11];
   const bool ragged = n[8];
   AttentionParams params = {};
@@ -94,7 +95,7 @@ void plan(FILE* file) {
   std::vector<ListedTile> tiles(most + 1, ListedTile{-7, 0, 0});
   int num_tiles[2] = {-1, -1};
   masks.tiles_gmem = tiles.data(), masks.num_tiles_gmem = num_tiles;
-  gridDim.x = (most + PLAN_THREADS - 1) / PLAN_THREADS;
+  gridDim.x = n[12];
   for (int block = 0; block < gridDim.x; ++block) {
     std::vector<std::thread> threads;
     for (int thread = 0; thread < PLAN_THREADS; ++thread)
@@ -140,6 +141,7 @@ def host_source(tile_m: int) -> str:
     pieces += [_piece(text, rf"__device__ __forceinline__ \w+ {name}\(") for name in FUNCTIONS]
     pieces.append(_piece(text, r'extern "C" __global__ void __launch_bounds__\(PLAN_THREADS, 1\)'))
     assert "PLAN_THREADS = 256;" in text
+    pieces = [piece.replace("__shared__ alignas(16)", "alignas(16) __shared__") for piece in pieces]  # as C++ has it
     return f"#define FLASHCORE_TILE_M {tile_m}\n" + HOST + "\n".join(pieces) + MAIN
 
 

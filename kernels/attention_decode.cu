@@ -340,7 +340,7 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
 struct UnitPositions {
   const int* first;  // of each box
   int box_shift;
-  MASKED(int begin[2] = {0, 0};)  // of a thread's two rows: a query sees none before it
+  MASKED(const int (&begin)[2];)  // of a thread's two rows, as they are when asked: a query sees none before it
 
   __device__ int at(int column) const { return first[column >> box_shift] + (column & ((1 << box_shift) - 1)); }
 };
@@ -456,7 +456,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const Unit& unit = smem.unit[at.parity][slot];
     const int number = unit.number, taken = unit.taken, sequence = unit.sequence;
     const bool whole = unit.whole, ends = unit.ends, closes = unit.closes;
-    const UnitPositions positions = {unit.position, box_shift MASKED(, {begin[0], begin[1]})};
+    const UnitPositions positions = {unit.position, box_shift MASKED(, begin)};
     if (number == NO_MORE) {
       if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0});
       return;

@@ -25,6 +25,8 @@ PLAN = "attention_hopper_plan"
 """Entry function that lists the tiles of sequences with lengths, and clears the rows that belong to none."""
 TILE_INTS = 2
 """Ints of a `ListedTile`."""
+MOST_HEADS, MOST_TILES = 1 << 12, 1 << 20
+"""Heads, and tiles of one sequence, that a `ListedTile` can name."""
 CLEARING_BLOCKS = 64
 """Blocks of `PLAN` that clear padding, which may be most of a tensor."""
 PLANNED_AT_ONCE = 256
@@ -50,6 +52,16 @@ class Hopper(CudaBackend):
         if -(-problem.seqlen_q // SMALL_ROWS) * problem.num_heads_q * problem.batch <= multiprocessors(device):
             return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim), *mask_defines(problem))
         return mask_defines(problem)
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is None and problem.lengths:
+            most_rows = MOST_TILES * SMALL_ROWS
+            if problem.num_heads_q > MOST_HEADS:
+                return f"with lengths it takes at most {MOST_HEADS} query heads"
+            if problem.seqlen_q > most_rows:
+                return f"with lengths it takes at most {most_rows} query rows a sequence"
+        return reason
 
     def entry(self, problem: Problem, device: int) -> str:
         """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then.

@@ -9,6 +9,8 @@ import pytest
 
 from flashcore.errors import CompileError, UnknownName
 from flashcore.gpu import build
+from flashcore.history import runs as history
+from flashcore.paths import data_dir
 from flashcore.records import Trial
 
 TINY = """// A kernel of the tests.
@@ -195,6 +197,99 @@ def test_headers_of_another_major_version_are_not_taken(tmp_path, monkeypatch):
 
 
 KEPT = {"cuda_fp16.h", "mma.h", "crt", "cuda_runtime_api.h"}
+
+
+# ------------------------------------------------------------------------------------- the source without its masks
+
+WITH_MASKS = """#ifdef FLASHCORE_MASKS
+#define MASKED(...) __VA_ARGS__
+#else
+#define MASKED(...)
+#endif
+int f(int a MASKED(, int b)) {
+  MASKED(if (b) return g((a), h(b));)
+  return a MASKED(+ b);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a\n#ifdef FLASHCORE_MASKS\nb\n#endif\nc", "a\nc"),
+        ("#ifdef FLASHCORE_MASKS\nb\n#else\nc\n#endif", "c"),
+        ("#ifndef FLASHCORE_MASKS\nb\n#else\nc\n#endif", "b"),
+        ("#ifndef FLASHCORE_MASKS\n#ifdef X\nb\n#else\nc\n#endif\n#endif", "#ifdef X\nb\n#else\nc\n#endif"),
+        ("#ifdef X\n#ifdef FLASHCORE_MASKS\nb\n#else\nc\n#endif\n#endif\nd", "#ifdef X\nc\n#endif\nd"),
+        ("#ifdef FLASHCORE_MASKS\n#ifdef X\nb\n#else\nc\n#endif\nd\n#endif\ne", "e"),
+        (
+            "#if defined(FLASHCORE_MASKS) && defined(X)\nb\n#elif defined(FLASHCORE_MASKS)\nc\n#else\nd\n#endif\ne",
+            "d\ne",
+        ),
+        ("#if X\nb\n#elif Y\nc\n#else\nd\n#endif", "#if X\nb\n#elif Y\nc\n#else\nd\n#endif"),
+        ("  #  ifdef FLASHCORE_MASKS\nb\n  #  endif\nc", "c"),
+        ("#define FLASHCORE_OTHER 1\n#define MASKED(...) __VA_ARGS__\na", "#define FLASHCORE_OTHER 1\na"),
+        ("f(a MASKED(, b), c)", "f(a, c)"),
+        ("f(a MASKED(, g((b), h(c))))", "f(a)"),
+        ("MASKED(const) int a", "int a"),
+        ("a\n  MASKED(if (HAS(x)) return y;)\nb", "a\nb"),
+        ("a\n  MASKED(x;)  b", "a\n  b"),
+        ("MASKED(a MASKED(b) c) d", "d"),
+        ("UNMASKED(a) MASKED_TOO(b)", "UNMASKED(a) MASKED_TOO(b)"),
+        (WITH_MASKS, "int f(int a) {\n  return a;\n}\n"),
+    ],
+)
+def test_a_source_without_its_masks_is_what_the_compiler_sees_without_the_macro(text, left):
+    assert build.without_masks(text) == left
+    assert build.without_masks(left) == left
+
+
+@pytest.mark.parametrize("kernel", build.kernel_names())
+def test_nothing_of_masks_is_left_in_a_kernel_without_them(kernel):
+    source = build.kernel_source(kernel)
+    left = build.without_masks(source)
+    code = "\n".join(line.partition("//")[0] for line in left.split("\n"))
+    for word in (build.MASKS, "MASKED", "MaskParams", "HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINK", "HAS_LENGTHS"):
+        assert word not in code
+    assert code.count("{") == code.count("}") and code.count("(") == code.count(")"), "whole calls and blocks went"
+    assert (build._bare(left) != build._bare(source)) or not build.takes_masks(kernel)
+
+
+def test_an_edit_inside_masks_changes_only_the_hash_with_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    path = tmp_path / "veiled.cu"
+
+    def hashes(text: str) -> tuple[str, str]:
+        path.write_text(text)
+        return build.source_hash("veiled"), build.source_hash("veiled", masks=True)
+
+    without, with_masks = hashes(WITH_MASKS)
+    assert without != with_masks
+    for old, new in (("+ b", "- b"), ("h(b)", "h(2 * b)"), ("(, int b)", "(, int c)")):
+        assert WITH_MASKS.count(old) == 1
+        changed = hashes(WITH_MASKS.replace(old, new))
+        assert changed[0] == without and changed[1] != with_masks
+    assert hashes(WITH_MASKS.replace("return a ", "return 2 * a "))[0] != without
+    assert hashes(WITH_MASKS.replace("return a ", "return a  // the same\n  ")) == (without, with_masks)
+    hashes(WITH_MASKS)
+    assert build.source_hashes()["veiled"] == without and build.source_hashes()["veiled+masks"] == with_masks
+    assert "attention_wmma+masks" not in build.source_hashes(), "a kernel without masks has one hash"
+
+
+@pytest.mark.compiler
+def test_a_cubin_has_the_hash_of_what_was_compiled_into_it(tiny):
+    tiny.write_text(TINY.replace("1.f;", "1.f MASKED(+ 1.f);").replace('"attention.cuh"', '"online_softmax.cuh"'))
+    assert compiled().source_hash == build.source_hash("tiny")
+    assert compiled(defines={build.MASKS: 1}).source_hash == build.source_hash("tiny", masks=True)
+
+
+def test_the_newest_run_recorded_the_hopper_kernel_as_it_is_without_masks():
+    """Masks were added to it since, and edited: what was measured of it without them still holds."""
+    newest = history.newest(data_dir("reports") / "recorded", 1)[0]
+    hashes = {
+        trial.source_hash for trial in newest.trials if trial.backend == "hopper" and trial.kind == "attention_timing"
+    }
+    assert hashes == {build.source_hash("attention_hopper")}
 
 
 # ------------------------------------------------------------------------------------- edits while a process lives

@@ -27,6 +27,29 @@ HOPPER_TILES += [(head_dim, dtype, FEW_TILES[head_dim]) for head_dim, dtype in b
 PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype in build.variants(HOPPER)]
 """Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
 FOR_PAGES = [*((HOPPER, *tile) for tile in PAGED_TILES), *((DECODE, d, t, ()) for k, d, t in VARIANTS if k == DECODE)]
+BY_DEFAULT = {
+    (64, "float16"): (1, 4, 15),
+    (64, "bfloat16"): (2, 8),
+    (128, "float16"): (2, 8),
+    (128, "bfloat16"): (1, 4, 15),
+}
+"""Each mask by itself and all of them at both head_dims, by head_dim and dtype; a few other unions come on top."""
+FEW_AND_MASKED = {(64, "bfloat16", 3), (128, "float16", 9)}
+MASKED_TILES = [
+    pytest.param(
+        head_dim, dtype, (*tile, (build.MASKS, union)), id=f"{head_dim}-{dtype}-{union}{'-few tiles' if tile else ''}",
+        marks=() if (union in BY_DEFAULT[head_dim, dtype] if not tile else (head_dim, dtype, union) in FEW_AND_MASKED)
+        else pytest.mark.exhaustive,
+    )
+    for head_dim, dtype in build.variants(HOPPER)
+    for tile in ((), FEW_TILES[head_dim])
+    for union in range(1, 16)
+]  # fmt: skip
+"""Of the Hopper kernel compiled with masks besides the causal one."""
+KNOWN_SPILLS = {(64, False, 15): 16, **{(128, True, union): 8 for union in range(16) if union & 2}}
+"""Bytes, by head_dim, whether the tile is that of few tiles, and union: two registers, or one, are too few there."""
+KNOWN_MOVES = {(64, False, 3): 24, (128, False, 3): 34}
+"""Moves to uniform registers between the products of a page, likewise: of a window with a softcap and nothing else."""
 WARPGROUP = 128
 INSTRUCTION = 16
 """Bytes of one machine instruction."""
@@ -132,6 +155,21 @@ def test_production_sass_is_the_same_with_the_hooks_taken_out(text, head_dim, dt
     assert changed == [], "the trace hooks left something in production"
 
 
+@pytest.mark.parametrize(
+    ("text", "head_dim", "dtype"),
+    sampled([case for case in TEXTS if build.takes_masks(case[0].kernel)]),
+    ids=lambda value: "-".join((value[0], *(name for name, _ in value[1]))) if isinstance(value, tuple) else None,
+)
+def test_sass_is_the_same_with_the_masks_taken_out_of_the_text(text, head_dim, dtype):
+    """What was recorded of a kernel holds as long as its text without masks is as it was: the machine code is too."""
+    kernel, defines = text
+    variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict(defines)}
+    source = build.kernel_source(kernel)
+    whole = code(build.compile_kernel(kernel, **variant))
+    without = code(build.compile_kernel(kernel, **variant, source=build.without_masks(source)))
+    assert sum(map(len, whole.values())) > 100 * INSTRUCTION and whole == without
+
+
 def test_the_comparison_of_sass_sees_trace_code():
     variant = {"head_dim": 64, "dtype": "float16"}
     plain, traced = (build.compile_kernel("attention_wmma", **variant, trace=trace) for trace in (False, True))
@@ -232,18 +270,74 @@ def test_the_registers_that_the_producer_gives_are_those_that_the_consumers_take
     assert after <= entry["registers"] * entry["threads"] <= REGISTERS_OF_A_MULTIPROCESSOR
 
 
-def shortest_loop_with_products(sass: str) -> list[str]:
-    """The instructions of the tightest loop with warpgroup products: in the Hopper kernel, that over pages."""
+def flow(sass: str) -> tuple[list[str], list[list[int]]]:
+    """The instructions of an entry function, and of each the places of those that may come after it."""
     lines = re.findall(r"^(?:\s*(\.L_\w+):|\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ?;)", sass, flags=re.MULTILINE)
-    places, instructions, loops = {}, [], []
+    instructions, places = [], {}
     for label, instruction in lines:
         if label:
             places[label] = len(instructions)
-            continue
-        instructions.append(instruction)
-        back = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
-        if back and back[1] in places:
-            loops.append(instructions[places[back[1]] :])
+        else:
+            instructions.append(instruction)
+    after = []
+    for place, instruction in enumerate(instructions):
+        leaves = re.match(r"(@\S+ )?(BRA|EXIT)\b(.*)", instruction)
+        target = re.search(r"\.L_\w+", leaves[3]) if leaves else None
+        goes_on = leaves is None or leaves[1] or re.search(r"\bU?P\d", leaves[3])
+        after.append([place + 1] * bool(goes_on and place + 1 < len(instructions)))
+        after[-1] += [places[target[0]]] if target else []
+    return instructions, after
+
+
+def natural_loops(after: list[list[int]]) -> list[set[int]]:
+    """The loops of a flow: of each head that a jump leads back to, all from which that jump is reached without it."""
+    unfinished, seen, back = [(0, iter(after[0]))], {0}, []
+    under_way = {0}
+    while unfinished:
+        place, others = unfinished[-1]
+        other = next(others, None)
+        if other is None:
+            under_way.discard(place)
+            unfinished.pop()
+        elif other in under_way:
+            back.append((place, other))
+        elif other not in seen:
+            seen.add(other)
+            under_way.add(other)
+            unfinished.append((other, iter(after[other])))
+    before: dict[int, list[int]] = {}
+    for place in seen:
+        for other in after[place]:
+            before.setdefault(other, []).append(place)
+    loops: dict[int, set[int]] = {}
+    for last, head in back:
+        loop, reached = loops.setdefault(head, {head}), [last]
+        while reached:
+            place = reached.pop()
+            if place not in loop:
+                loop.add(place)
+                reached += before[place]
+    return list(loops.values())
+
+
+def test_loops_are_found_wherever_the_compiler_put_their_parts():
+    """Of the inner loop, 2 to 4 and 8, one part lies behind the end of the outer one."""
+    lines = ("MOV", ".L_a: HGMMA", ".L_b: HGMMA R2", "@P0 BRA `(.L_c)", ".L_d: @!P1 BRA `(.L_b)", "BRA.U UP0, `(.L_a)")
+    lines += ("EXIT", "NOP", ".L_c: R2UR", "BRA `(.L_d)")
+    sass = "".join(
+        f"{label and label + chr(10)}    /*{16 * number:04x}*/ {instruction} ;\n"
+        for number, line in enumerate(lines)
+        for label, instruction in [re.fullmatch(r"(\.L_\w+:)? ?(.*)", line).groups(default="")]
+    )
+    instructions, after = flow(sass)
+    assert len(instructions) == len(lines) and after[3:7] == [[4, 8], [5, 2], [6, 1], []]
+    assert sorted(map(sorted, natural_loops(after))) == [[1, 2, 3, 4, 5, 8, 9], [2, 3, 4, 8, 9]]
+
+
+def loop_over_pages(sass: str) -> list[str]:
+    """The instructions of the innermost loop with warpgroup products, its rarer branches among them."""
+    instructions, after = flow(sass)
+    loops = [[instructions[place] for place in sorted(loop)] for loop in natural_loops(after)]
     return min((loop for loop in loops if any("HGMMA" in one for one in loop)), key=len)
 
 
@@ -254,10 +348,28 @@ def test_slots_and_descriptors_stay_in_uniform_registers(head_dim, dtype, define
     A branch that lanes take apart, anywhere between two pages, is enough for the compiler to move them out.
     """
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    page = shortest_loop_with_products(entry_functions(build.disassemble(cubin.path))[HOPPER]["sass"])
+    page = loop_over_pages(entry_functions(build.disassemble(cubin.path))[HOPPER]["sass"])
+    assert_the_loop_is_lean(page)
+
+
+def assert_the_loop_is_lean(page: list[str], most: int = 1) -> None:
+    """It is the loop over pages, and at most so many numbers are moved to uniform registers in it."""
     products = sum("HGMMA" in one for one in page)
     assert 8 <= products <= 16 and sum("MUFU.EX2" in one for one in page) >= 64, "this is not the loop over pages"
-    assert sum("R2UR" in one for one in page) <= 1
+    assert sum("R2UR" in one for one in page) <= most
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "defines"), MASKED_TILES)
+def test_masks_leave_the_loop_over_pages_as_lean_and_spill_nothing(head_dim, dtype, defines):
+    cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
+    few, union = len(defines) > 1, dict(defines)[build.MASKS]
+    known = KNOWN_SPILLS.get((head_dim, few, union), 0)
+    entries = entry_functions(build.disassemble(cubin.path))
+    assert sorted(entries) == [HOPPER, f"{HOPPER}_plan"] and cubin.warnings == []
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", entries[HOPPER]["sass"])
+    assert "HGMMA" in opcodes and "UTMALDG" in opcodes and "HMMA" not in opcodes
+    assert cubin.spill_bytes == known and bool({"LDL", "STL"} & set(opcodes)) == (known > 0)
+    assert_the_loop_is_lean(loop_over_pages(entries[HOPPER]["sass"]), KNOWN_MOVES.get((head_dim, few, union), 1))
 
 
 def test_the_audit_sees_a_wait_that_is_missing():

@@ -23,8 +23,8 @@ def declared(kernel: str, name: str) -> str:
             letters += "Q"
             continue
         kind, names = declaration.split(None, 1)
-        for field in names.split(","):
-            size = re.search(r"\[(\d+)\]", field)  # of an array
+        for declared_name in names.split(","):
+            size = re.search(r"\[(\d+)\]", declared_name)
             letters += LETTERS[kind] * (int(size[1]) if size else 1)
     return letters
 

@@ -29,9 +29,9 @@ class Launch:
 
 @dataclass
 class RecordedDriver:
-    """Keeps every launch; a launch takes `sizes` bytes of each argument."""
+    """Keeps every launch; a launch takes `sizes` bytes of each argument, or those of its function's address."""
 
-    sizes: list[int]
+    sizes: list[int] | dict[int, list[int]]
     status: int = 0
     launches: list[Launch] = field(default_factory=list)
 
@@ -41,7 +41,8 @@ class RecordedDriver:
     def _launch(self, config, function, arguments, extra):
         told = config.contents
         attributes = [(told.attributes[n].id, told.attributes[n].value) for n in range(told.num_attributes)]
-        packed = [ctypes.string_at(arguments[n], size) for n, size in enumerate(self.sizes)]
+        sizes = self.sizes[function] if isinstance(self.sizes, dict) else self.sizes
+        packed = [ctypes.string_at(arguments[n], size) for n, size in enumerate(sizes)]
         self.launches.append(
             Launch(function, tuple(told.grid), tuple(told.block), told.shared, told.stream or 0, attributes, packed)
         )

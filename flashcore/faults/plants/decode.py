@@ -205,9 +205,9 @@ DECODE: Plants = {
     "G61": masked((f"{SINK};", f"{SINK} * params.softmax_scale;")),
     "G62": masked(("ex2_approx(fminf(sink - reference, LARGEST_EXPONENT));", "ex2_approx(sink);")),
     "G63": masked((JOIN, f"if (row_sum != 0.f) {JOIN}")),
-    "G69": masked((SUM, f"{SUM} {SINK_OF_PART}")),
-    "G70": masked(("    if (HAS_SINK) {\n", "    if (HAS_SINK && end_part - first_part > 1) {\n")),
-    "G71": masked(("own_position >= of_last.begin &&", "own_position >= of_first.begin &&")),
+    "G75": masked((SUM, f"{SUM} {SINK_OF_PART}")),
+    "G76": masked(("    if (HAS_SINK) {\n", "    if (HAS_SINK && end_part - first_part > 1) {\n")),
+    "G77": masked(("own_position >= of_last.begin &&", "own_position >= of_first.begin &&")),
 }  # fmt: skip
 
 
@@ -253,12 +253,12 @@ PROBLEMS: Mapping[str, Problem] = {fault: PLAIN for fault in DECODE} | {
     "G61": SINKS,
     "G62": SINKS,
     "G63": SINKS.with_(seqlen_q=8, seqlen_k=5),
-    "G69": SINKS,
-    "G70": SINKS.with_(seqlen_k=100),
-    "G71": CAUSAL.with_(window_left=741),
+    "G75": SINKS,
+    "G76": SINKS.with_(seqlen_k=100),
+    "G77": CAUSAL.with_(window_left=741),
 }
 """Where each bug shows: a chain longer than the ring has slots for G25, a last unit without a tail for G27, pages
 larger than a unit for G37 and smaller for G38 and G39, more heads a group than a tile holds for G46, several units a
-block for G47, and a part that the first query tokens see no key of for G49. Windows begin within a unit, those of G71
-from two keys before a unit's first to two after it; rows of G63 stand before every key and see none, and heads of G70
+block for G47, and a part that the first query tokens see no key of for G49. Windows begin within a unit, those of G77
+from two keys before a unit's first to two after it; rows of G63 stand before every key and see none, and heads of G76
 have one unit each."""

@@ -126,6 +126,71 @@ LATER_PAGES: Plants = {
 }  # fmt: skip
 """In what happens from the second page of a chain on."""
 
+# ------------------------------------------------------------------------------- in masks beyond the causal one
+
+
+def masked(*edits: Edit) -> Source:
+    """A patch of the source with its masks."""
+    return Source(edits, masks=True)
+
+
+MASKS_A_LATER_PAGE = "page * TILE_N MASKED(+ first_key, seqlen_q), seqlen_k, lane);\n"
+CAPS_A_LATER_PAGE = "      if (HAS_SOFTCAP && !whole) cap(s, masks.scale_by_cap);\n"
+CAP = "s[i] = 1.f - 2.f * rcp_approx(1.f + ex2_approx(2.f * LOG2_E * scale_by_cap * s[i]));"
+CAPPED_BY_EXPONENTIALS: Edit = (
+    "const bool whole = page >= whole_from",
+    "const bool whole = false && page >= whole_from",
+)
+"""No page goes by the series: `cap` is where every score is capped. No bug by itself."""
+SINK_OF = "masks.sink_gmem[tile.head] * LOG2_E"
+LENGTHS_ARE_READ = "sequence.seqlen_k);\n  return sequence;"
+SPANS = "  const Span spans[2] = {seen_by(masks, row, "
+
+IN_WINDOWS: Plants = {
+    "G55": masked(("first = of_first.begin / tile_n;", "first = (of_first.begin + tile_n - 1) / tile_n;")),
+    "G69": masked(("whole_from = (of_last.begin + tile_n - 1) / tile_n;", "whole_from = of_last.begin / tile_n;")),
+    "G70": masked(("0.f MASKED(+ UNSEEN)", "0.f")),
+    "G73": masked((
+        "at = let_pass(at, uniform(smem.work[0].of[consumer].pages_before));",
+        "at = let_pass(at, 0 * uniform(smem.work[0].of[consumer].pages_before));",
+    )),
+    # The ring comes round to a slot that one warpgroup never handed back.
+    "G74": masked(*WATCHDOG, ("      release(&smem.k_empty[from.slot]);\n", "")),
+}  # fmt: skip
+"""Where a window begins: in how warpgroups share pages, of which tiles of other heights have others."""
+IN_MASKS: Plants = {
+    **IN_WINDOWS,
+    "G53": masked(("position - masks.window_left));", "position - masks.window_left - 1));")),
+    "G54": masked(("position + masks.window_right + 1));", "position + masks.window_right + 2));")),
+    "G56": masked(
+        (CAPS_A_LATER_PAGE, ""),
+        (MASKS_A_LATER_PAGE, f"{MASKS_A_LATER_PAGE}#ifdef FLASHCORE_MASKS\n{CAPS_A_LATER_PAGE}#endif\n"),
+    ),
+    "G57": masked(CAPPED_BY_EXPONENTIALS, (CAP, "s[i] *= scale_by_cap;")),
+    # With 64 columns the usual scale is an eighth.
+    "G58": masked(
+        CAPPED_BY_EXPONENTIALS,
+        (CAP, f"{CAP.replace('scale_by_cap', '8.f * scale_by_cap')}\n  for (float& score : s) score *= 0.125f;"),
+    ),
+    "G59": masked(("lse[r] = HAS_SINK ? join_sink(", "lse[r] = HAS_SINK && false ? join_sink(")),
+    "G60": masked((SINK_OF, SINK_OF.replace("tile.head", "(tile.head + params.num_heads_q - 1) % params.num_heads_q"))),
+    "G61": masked((SINK_OF, f"{SINK_OF} * params.softmax_scale")),
+    "G62": masked(("row_sum += ex2_approx(fminf(sink - reference, LARGEST_EXPONENT))", "row_sum += ex2_approx(sink)")),
+    "G63": masked(("return highest <= UNSEEN ? -INFINITY", "return reference <= UNSEEN ? -INFINITY")),
+    "G64": masked(("min(rows, seqlens_gmem[nth]))", "min(rows, seqlens_gmem[max(0, nth - 1)]))")),
+    "G65": masked(("first = left ? rows - seqlen : 0;", "first = 0;")),
+    "G66": masked((SPANS, f"  row += params.seqlen_k - params.seqlen_q - (seqlen_k - seqlen_q);\n{SPANS}")),
+    "G67": masked((LENGTHS_ARE_READ, LENGTHS_ARE_READ.replace("  return", "  ++sequence.seqlen_k;\n  return"))),
+    "G68": masked((
+        "&smem.k_full[at.slot], page * TILE_N MASKED(+ first_key),",
+        "&smem.k_full[at.slot], page * TILE_N MASKED(+ first_key - 1),",
+    )),
+    "G71": masked(("rows.sequence.seqlen_q, listed.nth);", "rows.sequence.seqlen_q, max(0, int(listed.nth) - 1));")),
+    "G72": masked((
+        "    if (!whole_warp)\n      store_out_rows(", "    if (!whole_warp && false)\n      store_out_rows(",
+    )),
+}  # fmt: skip
+
 # ------------------------------------------------------------------------------- in one entry function
 
 
@@ -155,6 +220,7 @@ NEXT_PAGE = "for (int page = 0; page < pages; ++page, at = at.next()) {\n    mba
 
 UNSPLIT: Plants = {
     **SHARED,
+    **IN_MASKS,
     **LATER_PAGES,
     "F3": source((UNSPLIT_STATE, UNSPLIT_STATE + NAN_FIRST), (UNSPLIT_P_V, UNSPLIT_P_V.replace("page > 1", "true"))),
     "F15": source((
@@ -213,6 +279,7 @@ SPLIT_PRODUCTS = "      wgmma_fence();\n      multiply_q_k<TILE_ROWS, PAGE_KEYS>
 
 SPLIT: Plants = {
     **SHARED,
+    **IN_WINDOWS,  # no keys are split under a mask: the unsplit entry function, with the smaller tile of few rows
     **{fault: Source((TWO_SPLITS, *plant.edits)) for fault, plant in LATER_PAGES.items()},
     "F3": source(
         (SPLIT_STATE, SPLIT_STATE + NAN_FIRST),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.backends import _masks
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._traces import TraceBuffers
 from flashcore.gpu.build import source_version
@@ -85,6 +86,9 @@ class CudaBackend(Backend):
                 False, "CuPy is not installed", f"pip install 'flashcore[{'gpu' if cuda == '12' else 'gpu-cuda13'}]'"
             )
         return AVAILABLE
+
+    def why_not(self, problem: Problem) -> str | None:
+        return super().why_not(problem) or _masks.why_not(problem)
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None

@@ -26,10 +26,23 @@ TANH = (0.999999451, -0.333262842, 0.131899394, -0.0443927384)
 SMALL = 0.2
 TANH_SMALL = (0.999973759, -0.32807452)
 """The same up to SMALL, off by 5.2e-6."""
+SMALL_UP_TO = 100.0
+"""Softcaps for which that error, times the softcap, stays below a rounding of probabilities to 16 bits."""
+LARGEST_SOFTCAP = 1000.0
+"""Beyond it errors of the tanh, times the softcap, would show in the results. Models have 15 to 50."""
 TANH_ERROR = 2.0**-17
 """What the tanh of these kernels is off by at most (`Backend.tanh_error`)."""
 FARTHEST = 1 << 30
 """Positions are 32 bits: a window that reaches farther sees as much."""
+
+
+def why_not(problem: Problem) -> str | None:
+    """None when the kernels take the masks of a problem as they are; otherwise the reason, as a clause."""
+    if problem.softcap is not None and problem.softcap > LARGEST_SOFTCAP:
+        return (
+            f"its tanh is too coarse for a softcap of {problem.softcap:g}; it takes softcaps up to {LARGEST_SOFTCAP:g}"
+        )
+    return None
 
 
 def mask_defines(problem: Problem) -> tuple[tuple[str, int], ...]:
@@ -73,4 +86,5 @@ def cap_params(softcap: float | None, scale: float) -> tuple[float, ...]:
     def series(terms) -> list[float]:
         return [softcap * math.log2(math.e) * by_cap ** (2 * i + 1) * term for i, term in enumerate(terms)]
 
-    return softcap, by_cap, *series(TANH), (NEAR / by_cap) ** 2, *series(TANH_SMALL), (SMALL / by_cap) ** 2
+    small_square = (SMALL / by_cap) ** 2 if softcap <= SMALL_UP_TO else -1.0
+    return softcap, by_cap, *series(TANH), (NEAR / by_cap) ** 2, *series(TANH_SMALL), small_square

@@ -412,7 +412,7 @@ def random_cases(backend: Backend, n: int, *, seed: int = 0) -> Iterator[tuple[i
     long = [*lengths, 200, 257] if backend.device == "cpu" else [*lengths, 300, 517, 1000]
     groups, page_sizes = [1, 1, 2, 3], [16, 64, 100, 128]
     if backend.paged:
-        lengths, groups, page_sizes = [*lengths, 3, 5, 6, 8], [*groups, 4, 8, 9], list(PAGE_SIZES)
+        lengths, groups, page_sizes = [*lengths, 3, 5, 6, 8], [*groups, 4, 8, 9, 16], list(PAGE_SIZES)
     made = 0
     while made < n:
         num_heads_kv = rng.choice(heads)

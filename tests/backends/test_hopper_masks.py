@@ -12,7 +12,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support import launch_structs
 from support.hopper_masks import HostKernel
 from support.hopper_tiles import MULTIPROCESSORS, loaded_for
 from support.recorded_driver import RecordedDriver, function_at
@@ -20,8 +19,9 @@ from support.recorded_driver import RecordedDriver, function_at
 from flashcore import backends
 from flashcore.backends import _cuda, hopper
 from flashcore.backends._cuda import PARAMS
+from flashcore.backends._masks import FARTHEST, MASK_PARAMS
 from flashcore.backends._tensor_maps import MAP_BYTES
-from flashcore.backends.hopper import MASK_PARAMS, cap_params, most_tiles
+from flashcore.backends.hopper import most_tiles
 from flashcore.bisection.bisecting import bisect
 from flashcore.errors import Unsupported
 from flashcore.gpu import build, launching
@@ -51,19 +51,6 @@ def told(packed: bytes) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------ what is told
-
-
-def test_mask_parameters_are_packed_as_the_kernel_declares_them():
-    letters = launch_structs.declared("attention_hopper", "MaskParams")
-    assert letters == launch_structs.packed(MASK_PARAMS) and len(letters) == len(FIELDS)
-    assert MASK_PARAMS.size == launch_structs.size_in_c(letters)
-
-
-def test_each_mask_has_the_bit_that_the_kernel_looks_at():
-    text = build.kernel_source("attention_hopper")
-    bits = {name.lower(): int(bit) for name, bit in re.findall(r"bool HAS_(\w+) = FLASHCORE_MASKS & (\d+);", text)}
-    assert bits | {"ragged": bits["lengths"]} == hopper.MASK_BITS
-    assert set(hopper.MASK_BITS) == set(backends.get("hopper").masks)
 
 
 def test_what_a_problem_asks_for_is_compiled_in_and_nothing_else(on_an_h200):
@@ -105,46 +92,6 @@ def test_more_than_a_list_can_name_is_refused_where_there_is_one(name):
         backends.with_methods(chosen, {"availability": lambda self: backends.AVAILABLE}).require(
             heads.with_(num_heads_q=5000, lengths="left")
         )
-
-
-# ------------------------------------------------------------------------------------------------ the softcap
-
-
-def by_series(score: np.ndarray, series: tuple[float, ...]) -> np.ndarray:
-    """The capped exponent, of base 2, in float32 as the kernel computes it."""
-    score = score.astype(np.float32)
-    square, slope = score * score, np.float32(series[-1])
-    for term in series[-2::-1]:
-        slope = square * slope + np.float32(term)
-    return (score * slope).astype(np.float64)
-
-
-@pytest.mark.parametrize("softcap", [0.5, 5.0, 30.0, 50.0, 500.0])
-@pytest.mark.parametrize("scale", [64**-0.5, 128**-0.5, 1.0, -0.3, 2.5])
-def test_the_series_is_the_capped_exponent_wherever_it_is_used(softcap, scale):
-    cap, by_cap, *series, near_square, small0, small1, small_square = cap_params(softcap, scale)
-    assert (cap, by_cap) == (softcap, scale / softcap)
-    for terms, square, far, off in (
-        (series, near_square, 0.5, 4e-7),
-        ((small0, small1), small_square, 0.2, 6e-6),
-    ):
-        assert math.isclose(math.sqrt(square) * abs(by_cap), far, rel_tol=1e-6)
-        score = np.linspace(-1, 1, 4001) * math.sqrt(square)
-        exact = np.tanh(score.astype(np.float32).astype(float) * by_cap)
-        found = by_series(score, tuple(terms)) * math.log(2) / softcap
-        assert np.abs(found - exact).max() < off < backends.get("hopper").tanh_error
-
-
-def test_slopes_whose_powers_are_no_floats_go_by_exponentials():
-    """The square of no score is below zero: neither series is ever used."""
-    for softcap, scale in ((1e-4, 0.125), (1e5, 0.125), (30.0, 0.0), (30.0, 1e-30), (30.0, -1e-4), (2e-3, -2.5)):
-        cap, by_cap, *series, near_square, small0, small1, small_square = cap_params(softcap, scale)
-        assert (cap, by_cap) == (softcap, scale / softcap) and (near_square, small_square) == (-1.0, -1.0)
-        assert {*series, small0, small1} == {0.0}
-    for softcap, scale in ((1.0, 1.1e-4), (1.0, -900.0), (30.0, 0.125)):
-        packed = np.array(cap_params(softcap, scale), np.float32)
-        assert np.isfinite(packed).all() and (np.abs(packed) > 1.2e-38).all(), "each is a float of full precision"
-    assert cap_params(None, 0.125) == (0.0,) * len(FIELDS[FIELDS.index("softcap") :])
 
 
 # ------------------------------------------------------------------------------------------------ room behind lse
@@ -269,8 +216,8 @@ def test_a_window_wider_than_positions_are_is_one_that_reaches_everything(machin
     problem = SOME.with_(window_left=1 << 40, window_right=1 << 31)
     backends.get("hopper-unsplit").run(*make_inputs(problem), problem)
     found = told(machine.launches[0].arguments[6])
-    assert found["window_left"] == found["window_right"] == hopper.FARTHEST
-    assert hopper.FARTHEST + (1 << 30) - 1 < 1 << 31, "a position and a limit are an int together"
+    assert found["window_left"] == found["window_right"] == FARTHEST
+    assert FARTHEST + (1 << 30) - 1 < 1 << 31, "a position and a limit are an int together"
 
 
 def test_tiles_in_a_window_are_alike_and_need_no_sections(on_an_h200):

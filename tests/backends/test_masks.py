@@ -83,3 +83,11 @@ def test_kernels_over_pages_take_all_masks_but_lengths():
     )
     other = backends.get("cublaslt-paged")
     assert other.why_not_paged(asked.with_(sink=False)) == "it does not take a window or a softcap"
+
+
+def test_a_softcap_that_the_tanh_is_too_coarse_for_is_refused_and_a_large_one_goes_without_the_short_series():
+    capped = square(1, 2, 8, 64, softcap=1000.0)
+    for name in ("hopper", "hopper-paged", "decode"):
+        assert backends.get(name).why_not(capped) is None
+        assert "up to 1000" in backends.get(name).why_not(capped.with_(softcap=1001.0))
+    assert _masks.cap_params(100.0, 0.125)[-1] > 0 > _masks.cap_params(101.0, 0.125)[-1]

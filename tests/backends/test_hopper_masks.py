@@ -583,7 +583,7 @@ def test_more_tiles_than_blocks_under_every_mask(head_dim, causal):
 
 @pytest.mark.gpu
 def test_a_ragged_batch_is_its_sequences_one_by_one():
-    """Bit by bit: a tile does not know what lies around it."""
+    """To a rounding: a warp's rows raise their reference together, and the rows after a sequence are in its last warp."""
     of_q, of_k = [300, 0, 129, 64, 1], [300, 70, 500, 0, 333]
     problem = Problem(batch=5, num_heads_q=4, num_heads_kv=2, seqlen_q=300, seqlen_k=500, head_dim=64, causal=True,
                       window_left=200, lengths="ragged")  # fmt: skip
@@ -598,7 +598,8 @@ def test_a_ragged_batch_is_its_sequences_one_by_one():
             inputs = q[:, :, rows].clone(), k[:, :, keys].clone(), v[:, :, keys].clone()
             masks = mask_tensors(alone, "cuda", **places([num_q], [num_k]))
             got = run("hopper-unsplit", inputs, alone, masks)
-            assert same(got, (out[:, :, rows], lse[:, :, rows])), (num_q, num_k)
+            torch.testing.assert_close(got[0], out[:, :, rows], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(got[1], lse[:, :, rows], rtol=1e-5, atol=1e-5)
         first_q, first_k = rows.stop, keys.stop
     assert bool((out[:, :, first_q:] == 0).all()) and bool((lse[:, :, first_q:] == -math.inf).all())
 

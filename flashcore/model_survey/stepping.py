@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore.errors import InvalidTiming
+from flashcore.errors import InvalidTiming, Unsupported
 from flashcore.measure.timing import is_narrow, summarise
 from flashcore.measure.watching import Watch
 from flashcore.model_survey.attending import Attention
@@ -67,6 +67,9 @@ def steps_of(
         return run
 
     for mode in modes:
+        if isinstance(found.get("eager"), Unsupported):  # torch's compiler would not tell why it is refused
+            found[mode] = found["eager"]
+            continue
         try:
             with instruments.watched(attention.way):
                 run = called(forward if mode == "eager" else whole)

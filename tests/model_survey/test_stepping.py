@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny_models import PLAIN, made
 
-from flashcore.errors import InvalidTiming
+from flashcore.errors import InvalidTiming, Unsupported
 from flashcore.model_survey import stepping
 from flashcore.model_survey.attending import Attention
 from flashcore.model_survey.plan import Work
@@ -39,6 +39,20 @@ def test_what_keeps_a_way_from_a_mode_is_its_result(tokens):
     attention.__class__ = type("Refusing", (Attention,), {"__call__": lambda self, *given: refuses(*given)})
     found = steps_of(made(PLAIN), attention, tokens, ("eager",))
     assert isinstance(found["eager"], ValueError)
+
+
+@torch.no_grad()
+def test_what_a_way_refuses_is_not_given_to_the_compiler(tokens, monkeypatch):
+    """The compiler follows the call up to the refusal, and then says something about its own limits."""
+
+    def refuses(self, *given):
+        raise Unsupported("sdpa", "it takes no window")
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **b: pytest.fail("it was refused before"))
+    attention = Attention("sdpa", PLAIN, None)
+    attention.__class__ = type("Refusing", (Attention,), {"__call__": refuses})
+    found = steps_of(made(PLAIN), attention, tokens, ("eager", "compiled"))
+    assert found["compiled"] is found["eager"] and found["eager"].reason == "it takes no window"
 
 
 @pytest.mark.slow

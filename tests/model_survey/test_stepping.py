@@ -48,7 +48,7 @@ def test_what_a_way_refuses_is_not_given_to_the_compiler(tokens, monkeypatch):
     def refuses(self, *given):
         raise Unsupported("sdpa", "it takes no window")
 
-    monkeypatch.setattr(torch, "compile", lambda *a, **b: pytest.fail("it was refused before"))
+    monkeypatch.setattr(torch, "compile", lambda *a, **b: lambda: pytest.fail("it was refused before"))
     attention = Attention("sdpa", PLAIN, None)
     attention.__class__ = type("Refusing", (Attention,), {"__call__": refuses})
     found = steps_of(made(PLAIN), attention, tokens, ("eager", "compiled"))

@@ -583,7 +583,7 @@ def test_more_tiles_than_blocks_under_every_mask(head_dim, causal):
 
 @pytest.mark.gpu
 def test_a_ragged_batch_is_its_sequences_one_by_one():
-    """To a rounding: the rows of a warp raise their reference together, and its last warp holds rows after a sequence."""
+    """To a rounding: rows of a warp raise their reference together, and the last one holds rows after a sequence."""
     of_q, of_k = [300, 0, 129, 64, 1], [300, 70, 500, 0, 333]
     problem = Problem(batch=5, num_heads_q=4, num_heads_kv=2, seqlen_q=300, seqlen_k=500, head_dim=64, causal=True,
                       window_left=200, lengths="ragged")  # fmt: skip

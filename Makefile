@@ -82,8 +82,9 @@ report: $(RUN_STAMP) ## Measure, judge, render: ends with the verdict and where 
 	@$(FLASHCORE) report $(if $(PROFILE),--profile $(PROFILE)) $(if $(BACKEND),--backend '$(BACKEND)') \
 		$(if $(PROBLEM),--problem '$(PROBLEM)') $(if $(OUT),--out '$(OUT)')
 
-# Two workers, one of which takes over what the other has not begun; more by PYTEST_ARGS='-n 8'.
-WORKERS = $$($(PYTHON) -c 'from importlib.util import find_spec as f; print("-n 2 --dist worksteal" if f("xdist") else "")')
+# Three workers, of which one takes over what another has not begun: on two cores, since some tests only wait for a process
+# to end. More by PYTEST_ARGS='-n 8'.
+WORKERS = $$($(PYTHON) -c 'from importlib.util import find_spec as f; print("-n 3 --dist worksteal" if f("xdist") else "")')
 
 .PHONY: test
 test: $(DEV_STAMP) ## Run the tests; those that need a GPU are skipped where there is none

@@ -194,13 +194,16 @@ class Backend(ABC):
         if reason:
             raise Unsupported(self.id, reason)
 
-    def source_hash(self) -> str | None:
-        """Hash of the kernel's source without comments and white space; None for a backend without a kernel of ours."""
+    def source_hash(self, problem: Problem | None = None) -> str | None:
+        """Hash of the kernel's source without comments and white space; None for a backend without a kernel of ours.
+
+        What the kernel has for masks counts only where the problem has some (`flashcore.gpu.build.without_masks`).
+        """
         if self.kernel is None:
             return None
         from flashcore.gpu.build import source_hash
 
-        return source_hash(self.kernel)
+        return source_hash(self.kernel, masks=problem is not None and bool(problem.masks))
 
 
 def with_masks(masks: MaskTensors | None) -> dict[str, MaskTensors]:

@@ -226,7 +226,7 @@ def traced(
         own = chosen.trace(q, k, v, problem, **backends.with_masks(masks))
         out, lse = chosen.run(q, k, v, problem, **backends.with_masks(masks))
     context = {"seed": seed, "pattern": pattern, "layout": layout, "device": q.device.type}
-    return Traced(chosen.id, problem, own, (q, k, v), out, lse, context, chosen.source_hash(), masks,
+    return Traced(chosen.id, problem, own, (q, k, v), out, lse, context, chosen.source_hash(problem), masks,
                   chosen.tanh_error)  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> 
     found = []
     for one, wanted in pairs:
         problem = one.suits(wanted)
-        owed = {"kind": "bisection", "backend": one.id, "problem": problem, "source_hash": hash_of(one)}
+        owed = {"kind": "bisection", "backend": one.id, "problem": problem, "source_hash": hash_of(one, problem)}
         found.append(Task(f"bisect {one.id} on {problem.label()}", _bisected, (one, problem), options, (owed,)))
     return found
 

@@ -71,7 +71,7 @@ def prove(fault_id: str, backend_id: str) -> Trial:
         return _proved_by_selecting(fault, backend_id, started)
     planted, problem = fault.plant(backend_id), fault.problem_in(backend_id)
     planted.require(problem)
-    hashed = planted.source_hash()
+    hashed = planted.source_hash(problem)
     if fault.found_by == "labels":
         wrong = wrong_labels(planted, problem)
         more = {"finding": wrong[0]} if wrong else {}
@@ -301,7 +301,7 @@ def bisect_planted(
         trials = []
         for what, options in work:
             fields = dict(kind="bisection", backend=backend_id, variant=f"planted-{fault.id}-{what}", problem=wanted,
-                          source_hash=hash_of(planted), data={"fault": fault.id})  # fmt: skip
+                          source_hash=hash_of(planted, wanted), data={"fault": fault.id})  # fmt: skip
             trials.append(isolated_trial(_planted_trial, fault.id, backend_id, what, wanted.label(), options,
                                          worker=worker, timeout_s=CRASH_LIMIT_S, fields=fields))  # fmt: skip
     return trials
@@ -331,7 +331,7 @@ def _bisected(fault: Fault, planted: Backend, problem: Problem, **options) -> Tr
         finding = f"{stage} was refused: {error}"
         data = {"producers": [stage], "finding": finding, "error": type(error).__name__, **options}
         return Trial(kind="bisection", backend=planted.id, problem=problem, status="failed", reason=finding, data=data,
-                     source_hash=hash_of(planted))  # fmt: skip
+                     source_hash=hash_of(planted, problem))  # fmt: skip
 
 
 def _labels_trial(fault: Fault, planted: Backend, problem: Problem) -> Trial:
@@ -340,7 +340,7 @@ def _labels_trial(fault: Fault, planted: Backend, problem: Problem) -> Trial:
     finding = "; ".join(wrong) or "every algorithm that is named is the one that runs"
     return Trial(kind="bisection", backend=planted.id, problem=problem, status="failed" if wrong else "ok",
                  reason=finding if wrong else None, data={"finding": finding, "wrong_labels": len(wrong)},
-                 source_hash=hash_of(planted))  # fmt: skip
+                 source_hash=hash_of(planted, problem))  # fmt: skip
 
 
 def _shortened(first: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -360,10 +360,11 @@ def _not_applicable(fault: Fault, backend: Backend | None) -> Trial:
 
 
 def _one(fault: Fault, backend: Backend, worker: Worker) -> Trial:
+    hashed = hash_of(backend, fault.problem_in(backend.id))
     if not _isolated(fault, backend):
-        return _caught(fault, backend.id, hash_of(backend))
+        return _caught(fault, backend.id, hashed)
     trial = isolated_trial(prove, fault.id, backend.id, worker=worker, timeout_s=CRASH_LIMIT_S,
-                           fields=_fields(fault, backend.id, hash_of(backend)))  # fmt: skip
+                           fields=_fields(fault, backend.id, hashed))  # fmt: skip
     if trial.status != "error":
         return trial
     crashed = trial.data["crashed"]

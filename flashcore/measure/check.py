@@ -99,11 +99,11 @@ def guarded(kind: str, backend: backends.Backend, problem: Problem, measure: Cal
 
     A kernel whose source is edited meanwhile is an error too: nobody could say which of the two was measured.
     """
-    before = hash_of(backend)
+    before = hash_of(backend, problem)
     try:
         backend.require(problem)
         trial = measure()
-        if hash_of(backend) == before:
+        if hash_of(backend, problem) == before:
             return trial
         status, reason = "error", "its source was edited while it was measured, so measure it again"
     except BackendUnavailable as error:
@@ -114,13 +114,13 @@ def guarded(kind: str, backend: backends.Backend, problem: Problem, measure: Cal
         text = " ".join(str(error).split()) or "no message"
         status, reason = "error", f"{type(error).__name__}: {text[:500]}"
     return Trial(kind=kind, backend=backend.id, problem=problem, status=status, reason=reason,
-                 source_hash=hash_of(backend), **fields)  # fmt: skip
+                 source_hash=hash_of(backend, problem), **fields)  # fmt: skip
 
 
-def hash_of(backend: backends.Backend) -> str | None:
+def hash_of(backend: backends.Backend, problem: Problem | None = None) -> str | None:
     """The backend's source hash, or None when even that fails (a plug-in's kernel file that is gone)."""
     try:
-        return backend.source_hash()
+        return backend.source_hash(problem)
     except Exception:
         return None
 
@@ -178,7 +178,7 @@ def check_attention(
         case = make_case(
             problem, seed, pattern, layout, place, chosen.rounds_scores, tanh_error, lengths=lengths, spare=spare
         )
-        common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash())
+        common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash(problem))
         if case.bad_inputs:
             return Trial(status="error", reason=case.bad_inputs, data=data, **common)
         masks = None if case.masks is None else masking.changed(case.masks, _room_like)
@@ -457,7 +457,7 @@ def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, 
 
 def owed_check(backend: backends.Backend, problem: Problem, **data: Any) -> dict[str, Any]:
     """Fields of the record of a check that never came."""
-    return {"kind": "correctness", "backend": backend.id, "problem": problem, "source_hash": hash_of(backend),
+    return {"kind": "correctness", "backend": backend.id, "problem": problem, "source_hash": hash_of(backend, problem),
             "data": {"role": backend.role, **data}}  # fmt: skip
 
 

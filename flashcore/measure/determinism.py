@@ -92,7 +92,7 @@ def check_determinism(
         facts = dict(data, identical=not differing, first_stage=None, element=None, differing=differing,
                      runs_that_differ=runs_that_differ, traced=chosen.traceable)  # fmt: skip
         common = dict(kind="bisection", backend=chosen.id, variant="determinism", problem=problem,
-                      source_hash=chosen.source_hash())  # fmt: skip
+                      source_hash=chosen.source_hash(problem))  # fmt: skip
         if not differing:
             return Trial(**common, data=facts)
         name = next(n for n in [*STAGES, "production out", "production lse"] if n in differing)
@@ -110,7 +110,7 @@ def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> 
     for one, wanted in pairs:
         problem = one.suits(wanted)
         owed = {"kind": "bisection", "backend": one.id, "variant": "determinism", "problem": problem,
-                "source_hash": hash_of(one)}  # fmt: skip
+                "source_hash": hash_of(one, problem)}  # fmt: skip
         found.append(Task(f"repeat {one.id} on {problem.label()}", _repeated, (one, problem), options, (owed,)))
     return found
 

@@ -117,8 +117,12 @@ def sweep(
             found.append(Trial(kind="attention_timing", backend=backend.id, status="unavailable", reason=reason))
     groups, first = workloads.grouped(problems), 1
     for group in groups:
-        owed = tuple({"kind": "attention_timing", "backend": b.id, "problem": problem, "source_hash": hash_of(b)}
-                     for problem in group for b in ready if _concerns(b, problem))  # fmt: skip
+        owed = tuple(
+            {"kind": "attention_timing", "backend": b.id, "problem": problem, "source_hash": hash_of(b, problem)}
+            for problem in group
+            for b in ready
+            if _concerns(b, problem)
+        )
         last = first + len(group) - 1
         which, beside = (f"{first} to {last}", f" and {last - first} beside it") if last > first else (str(first), "")
         found.append(Task(f"{which} of {sum(map(len, groups))}: {group[0].label()}{beside}", _together,
@@ -190,7 +194,7 @@ def _wrong_when_timed(backend: Backend, problem: Problem, error: WrongWhenTimed)
     found = None if error.found is None else correctness_of(error.found, None)
     return Trial(
         kind="correctness", backend=backend.id, problem=problem, status="failed", reason=error.reason,
-        correctness=found, data={"role": backend.role, "timed": True}, source_hash=backend.source_hash(),
+        correctness=found, data={"role": backend.role, "timed": True}, source_hash=backend.source_hash(problem),
     )  # fmt: skip
 
 
@@ -200,8 +204,8 @@ def _timing_trial(backend: Backend, problem: Problem, **fields) -> Trial:
     if problem.lengths:
         data["lengths"] = workloads.kind_of_lengths(problem)
     return Trial(
-        kind="attention_timing", backend=backend.id, problem=problem, source_hash=backend.source_hash(), data=data,
-        **fields,
+        kind="attention_timing", backend=backend.id, problem=problem, data=data,
+        source_hash=backend.source_hash(problem), **fields,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from flashcore import backends
 from flashcore.backends import AVAILABLE, Availability, Backend, with_masks, with_methods
 from flashcore.errors import BackendUnavailable, FaultError, Unsupported
 from flashcore.gpu import build
@@ -164,3 +165,13 @@ def test_planted_methods_are_kept_from_what_is_set_around_a_call_as_the_backends
         product, _ = changed.run(q, q, q, PROBLEM)
         assert (q @ q.mT).dtype == torch.bfloat16, "autocast is on out here"
     assert product.dtype == torch.float32
+
+
+def test_what_a_kernel_has_for_masks_counts_where_a_problem_has_some():
+    hopper, plain = backends.get("hopper"), square(1, 2, 128, 64)
+    assert hopper.source_hash() == hopper.source_hash(plain) == build.source_hash("attention_hopper")
+    for masks in ({"window_left": 3}, {"sink": True}, {"softcap": 5.0}, {"lengths": "ragged"}):
+        masked = hopper.source_hash(plain.with_(**masks))
+        assert masked == build.source_hash("attention_hopper", masks=True) != hopper.source_hash()
+        assert masked in build.source_hashes().values(), "a trial of it is fresh"
+    assert backends.get("cpu").source_hash(plain.with_(sink=True)) is None

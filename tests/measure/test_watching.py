@@ -69,9 +69,11 @@ def test_sensors_that_end_keep_what_they_said():
 def test_readings_are_not_so_frequent_that_they_slow_the_host():
     with pytest.raises(ValueError, match="0.02 is the shortest"):
         Watch(period_s=0.001)
+    started = time.monotonic()
     with Watch(lambda: {"power_w": 1}, period_s=0.02) as watch:
         time.sleep(0.1)
-    assert 1 <= watch.summary()["readings"] <= 5
+    most = (time.monotonic() - started) / 0.02 + 1  # on a busy machine more time went by
+    assert 1 <= watch.summary()["readings"] <= most
 
 
 def test_by_default_it_reads_the_gpu(monkeypatch):

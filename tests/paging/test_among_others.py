@@ -33,7 +33,7 @@ class OnCpu(PagedBackend):
 
         return AVAILABLE
 
-    def source_hash(self):
+    def source_hash(self, problem=None):
         return None
 
     def run_paged(self, q, cache, problem, selection=None, masks=None):

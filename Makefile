@@ -92,7 +92,7 @@ test: $(DEV_STAMP) ## Run the tests; those that need a GPU are skipped where the
 
 .PHONY: test-fast
 test-fast: $(DEV_STAMP) ## Run the tests that start no compiler, browser or notebook: what to run while typing
-	@$(PYTHON) -m pytest $(WORKERS) -m 'not (compiler or browser or notebook or slow or gpu)' $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest $(subst -n 3,-n 2,$(WORKERS)) -m 'not (compiler or browser or notebook or slow or gpu)' $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) ## Run the tests and the complete form of those that are sampled

@@ -133,6 +133,7 @@ def test_no_prefix_stands_for_a_folder():
         assert families == set(), f"{folder.name} has families {families}"
 
 
+@pytest.mark.slow
 def test_there_is_no_circle_between_folders():
     assert circle(between_places((m, to) for m in MODULES for to in used(m))) == []
 

@@ -158,6 +158,7 @@ def test_there_are_no_sections_or_as_many_as_are_about_as_even_as_any(on_an_h200
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the host")
+@pytest.mark.compiler
 def test_the_kernel_finds_the_tile_at_each_position(tmp_path):
     """`heavy_to_light` is plain C++: compiled for the host, beside sorting."""
     text = build.kernel_source("attention_hopper")

@@ -293,6 +293,7 @@ def random_spans(count: int) -> list[tuple[int, ...]]:
 
 
 @needs_a_compiler
+@pytest.mark.compiler
 def test_the_pages_of_some_rows_are_those_that_any_of_them_sees_and_whole_ones_are_whole(host):
     calls = random_spans(6000)
     full = partly = 0
@@ -388,6 +389,7 @@ def pages_of_tile(batch: Batch, sequence: int, nth: int) -> int:
 
 
 @needs_a_compiler
+@pytest.mark.compiler
 def test_every_tile_is_listed_once_section_by_section_from_heavy_to_light_and_other_rows_are_cleared(host):
     batches = random_batches(18)
     sections = 0
@@ -417,6 +419,7 @@ def test_every_tile_is_listed_once_section_by_section_from_heavy_to_light_and_ot
 
 
 @needs_a_compiler
+@pytest.mark.compiler
 def test_lengths_that_make_no_sense_reach_neither_beyond_the_list_nor_beyond_the_tensors(host):
     """A caller on a GPU is not asked what its lengths are; whatever they hold, the kernel stays in its memory."""
     ragged = Batch(SOME.with_(lengths="ragged", seqlen_q=600), [600] * 3, [333] * 3, (1800, 999))

@@ -141,6 +141,7 @@ CHAINS = {"interleaved": lambda n: interleaved(n, 3), "contiguous": lambda n: co
     # Each way with both chains and both problems.
     sampled(itertools.product(LEGAL, CHAINS, PROBLEMS), kind=lambda case: case[0]),
 )
+@pytest.mark.slow
 def test_other_references_and_other_ways_to_combine_are_legal(legal, chains, problem):
     make_chains, problem = CHAINS[chains], PROBLEMS[problem]
     for pattern in ("normal", "rising", "falling", "constant"):

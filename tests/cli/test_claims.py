@@ -22,6 +22,7 @@ def newest_recorded():
     return recorded_runs(data_dir("reports") / "recorded")[0][-1]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_audit_and_ends_with_0_whatever_it_found(run):
     done = runner.invoke(program.app, ["claims", "--run", str(run.path)])
     assert done.exit_code == 0, done.output
@@ -41,6 +42,7 @@ def test_the_command_takes_a_run_of_its_own_and_a_file(tmp_path):
     assert "SYNTHETIC H200" in trial.data["reason"]
 
 
+@pytest.mark.slow
 def test_without_any_run_the_recorded_one_stands_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reporting, "runs_dir", lambda out=None: tmp_path / "runs")

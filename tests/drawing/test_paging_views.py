@@ -33,6 +33,7 @@ def test_a_view_without_records_says_which_command_measures_them_and_no_number(v
     assert not re.search(r"\d", re.sub(r"H\d00|fc-none|&#39;", "", html))
 
 
+@pytest.mark.slow
 def test_the_section_draws_everything_with_its_message_as_text():
     html = paging_views.paging_html(evidence(EVERYTHING))
     assert "fc-none" not in html and "nan" not in html.replace("NaN lies in every slot", "").lower()

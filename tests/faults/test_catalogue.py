@@ -102,6 +102,7 @@ def test_a_patched_kernel_compiles_to_other_code(kernel, defines, text):
     assert changed.path.read_bytes() != clean.path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_sample_of_patches_has_some_of_every_kernel():
     parameters = sampled(patched())
     default = {p.values[:2] for p in parameters if not p.marks}

@@ -13,6 +13,7 @@ from flashcore.faults.planting import Override, Source
 from flashcore.faults.plants import decode
 
 
+@pytest.mark.slow
 def test_planting_leaves_the_backend_itself_alone():
     for fault in FAULTS:
         for backend in fault.plants if fault.found_by != "selection" else ():

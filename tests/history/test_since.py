@@ -13,6 +13,7 @@ from flashcore.history.since import since
 GATES = list(load_gates())
 
 
+@pytest.mark.slow
 def test_the_headline_figures_change_in_words(tmp_path):
     before = Snapshot("before", tuple(synthetic.gpu_trials()), synthetic.environment())
     now = Snapshot("now", tuple(synthetic.gpu_trials(synthetic.FAST)), synthetic.environment())

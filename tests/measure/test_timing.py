@@ -298,6 +298,7 @@ def test_the_whole_way_of_a_timing_on_a_gpu_emulated(emulated, sets):
     assert without["cached"].latency_us < 1 and "proved" not in without["cached"].model_dump()
 
 
+@pytest.mark.slow
 def test_calls_of_two_problems_share_a_round_and_each_has_its_own_proof_and_operations(emulated):
     small, large = square(1, 2, 32, 16), square(1, 2, 48, 16, lengths="right")
     masks = make_masks(large)

@@ -262,6 +262,7 @@ def masked_problems(draw):
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(masked_problems(), st.integers(0, 5), st.sampled_from(["normal", "large", "rising", "sunken"]))
+@pytest.mark.slow
 def test_masks_mean_the_same_to_other_code_and_to_the_page_loop(problem, seed, pattern):
     """Padding holds NaN here, and 0 for the other code."""
     q, k, v = make_inputs(problem, seed=seed, pattern=pattern, layout="apart")

@@ -69,6 +69,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
+@pytest.mark.slow
 def test_what_is_planted_is_found(recorded, what):
     _, evidence, decision = recorded
     html = page.headline_html(decision, evidence) + page.correctness_html(evidence)

@@ -140,6 +140,7 @@ def test_a_planted_bug_is_found_and_its_first_bad_element_named(run, monkeypatch
 
 
 @pytest.mark.usefixtures("each_case_once")
+@pytest.mark.slow
 def test_what_raises_is_missing_or_is_not_supported_says_so(run, monkeypatch):
     trials = check_only(run, monkeypatch, Raises())
     assert {t.status for t in trials} == {"error", "failed"} and "illegal memory access" in trials[0].reason

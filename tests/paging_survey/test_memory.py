@@ -33,6 +33,7 @@ def test_each_record_agrees_with_the_books_of_its_case(run):
     assert len(said) == 3 and said[0].endswith("70.3 % saved") and said[2].endswith("-0.8 % saved")
 
 
+@pytest.mark.slow
 def test_a_case_that_breaks_is_a_record_and_the_rest_goes_on(run, monkeypatch):
     def full(*_):
         raise MemoryError("no room")

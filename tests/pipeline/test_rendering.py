@@ -62,6 +62,7 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(run, monkeypatch):
     assert not (run.path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_evidence_shows_what_was_printed_and_no_warning_with_a_path_of_the_machine(tmp_path):
     import nbformat
 

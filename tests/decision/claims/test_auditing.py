@@ -55,6 +55,7 @@ def shipped(with_records: bool) -> dict[str, library.Audit]:
 
 
 @pytest.mark.parametrize("with_records", [False, True], ids=["alone", "with the recorded run"])
+@pytest.mark.slow
 def test_the_shipped_claims_fall_or_stand_for_the_right_reason(with_records):
     found = shipped(with_records)
     assert {id_: a.verdict for id_, a in found.items()} == {id_: verdict for id_, (verdict, _, _) in SHIPPED.items()}
@@ -67,6 +68,7 @@ def test_the_shipped_claims_fall_or_stand_for_the_right_reason(with_records):
     assert "54,976 TFLOPS" in found["call-5us"].reason
 
 
+@pytest.mark.slow
 def test_the_shipped_claims_beside_the_recorded_run():
     found = shipped(True)
     assert found["call-270us"].of("measurement")[0].backend == "wmma"
@@ -78,6 +80,7 @@ def test_the_shipped_claims_beside_the_recorded_run():
 # ------------------------------------------------------------------------------------------------ data out
 
 
+@pytest.mark.slow
 def test_an_audit_is_frozen_plain_data_and_a_record():
     found = shipped(True)["call-270us"]
     with pytest.raises(FrozenInstanceError):

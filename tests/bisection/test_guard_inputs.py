@@ -81,6 +81,7 @@ class TwoChains(CpuBackend):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.slow
 def test_a_stale_reference_with_the_guard_of_its_dtype_is_right(pattern, dtype):
     for scale in LATER_SCALES:
         found = bisect(Stale(GUARD[dtype]), PLAIN.with_(dtype=dtype, softmax_scale=scale), pattern=pattern)

@@ -159,6 +159,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("promise", BREAKS)
+@pytest.mark.slow
 def test_one_broken_promise_is_found_and_no_other_is_blamed(promise, short):
     asked = [one.id for one in promises.PROMISES if one.binding]
     found, whole = results(BREAKS[promise], only=asked)

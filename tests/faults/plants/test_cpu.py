@@ -23,6 +23,7 @@ def clean_run(problem: Problem, pattern: str):
 
 
 @pytest.mark.parametrize("name", CPU)
+@pytest.mark.slow
 def test_a_bug_of_the_cpu_backend_is_found_at_its_stage(name):
     fault = catalogue.get(name)
     assert clean_run(fault.problem, fault.pattern).passed, "the clean run has to be silent"

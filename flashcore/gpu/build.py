@@ -234,7 +234,7 @@ def _bare(text: str) -> str:
 
 MASKS = "FLASHCORE_MASKS"
 """The macro without which a kernel is compiled as if its masks beyond the causal one were not in its source."""
-MASKED = "+masks"
+MASKED = " with masks"
 """What follows a kernel's name where it is compiled with that macro."""
 
 
@@ -301,7 +301,7 @@ def source_hash(kernel: str, *, masks: bool = False) -> str:
 
 
 def source_hashes() -> dict[str, str]:
-    """`source_hash` of every kernel; of one with masks, under its name and ``+masks``, also the hash with them."""
+    """`source_hash` of every kernel; of one with masks, under its name and ``with masks``, also the hash with them."""
     hashes = {kernel: source_hash(kernel) for kernel in kernel_names()}
     masked = {kernel + MASKED: source_hash(kernel, masks=True) for kernel in kernel_names() if takes_masks(kernel)}
     return hashes | masked

@@ -93,7 +93,8 @@ class CudaBackend(Backend):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, masks: MaskTensors | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = outputs_for(q, self.room(q, problem))
+        # Only lengths need room, and they come as tensors: a plain call asks for nothing.
+        out, lse = outputs_for(q) if masks is None else outputs_for(q, self.room(q, problem))
         self._launch(q, k, v, out, lse, problem, masks)
         return out, lse
 
@@ -174,19 +175,15 @@ class CudaBackend(Backend):
         stream = current_stream(device)
         key = (
             type(self), self.version(), problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-            out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(), *self._facts(q, k, masks),
+            out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
+        if masks is not None:
+            key += (q.shape, k.shape, *((name, tensor.data_ptr()) for name, tensor in masks.named()))
 
         again = kept_launch(key) if buffers is None else None
         if again is None:
             again = self._first(q, k, v, out, lse, problem, masks, device, stream, buffers, key)
         again.launch()
-
-    def _facts(self, q, k, masks: MaskTensors | None) -> tuple:
-        """What a launch depends on besides the rest of its key; nothing without the tensors of a mask."""
-        if masks is None:
-            return ()
-        return (q.shape, k.shape, *((name, tensor.data_ptr()) for name, tensor in masks.named()))
 
     def _first(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, key):
         """A launch that was not made before; kept where its tensors are its arguments, and it stores no stages."""

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from flashcore.errors import InvalidProblem, UnknownName, did_you_mean
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-SELDOM = ("softmax_scale", "page_size", "window_left", "window_right", "softcap", "sink", "lengths")
+SELDOM = (
+    "softmax_scale", "page_size", "window_left", "window_right", "softcap", "sink", "lengths", "batch_invariant",
+)  # fmt: skip
 """Fields of a problem that most leave as they are; a record leaves them out then."""
 
 
@@ -58,6 +60,9 @@ class Problem(BaseModel):
     lengths: Literal["", "right", "left", "ragged"] = ""
     """Which rows of a sequence are real: all (the empty word), the first (`right` padding), the last (`left`), or those
     of its own part of tensors in which sequences lie end to end (`ragged`)."""
+    batch_invariant: bool = False
+    """The bits of a row may depend on its own query, its keys, its mask and these options alone: not on the batch, the
+    other rows of the call, or the pages. Backends that promise it say so (`Backend.batch_invariant`); forward only."""
 
     def __init__(self, **fields):
         try:
@@ -76,7 +81,10 @@ class Problem(BaseModel):
 
     @functools.cached_property
     def mathematics(self) -> tuple:
-        """What says which numbers come out, apart from the scale; ``page_size`` only says how to walk through them."""
+        """What says which numbers come out, apart from the scale; ``page_size`` only says how to walk through them.
+
+        `batch_invariant` is part of it: other bits come out then, at another cost.
+        """
         fields = type(self).model_fields
         return tuple(getattr(self, name) for name in fields if name not in ("page_size", "softmax_scale"))
 
@@ -224,6 +232,8 @@ class Problem(BaseModel):
             parts.append("sink")
         if self.lengths:
             parts.append(f"lengths={self.lengths}")
+        if self.batch_invariant:
+            parts.append("batch_invariant")
         return ",".join(parts)
 
 
@@ -270,7 +280,7 @@ _SHORT = {
     "softcap": ("softcap",),
     "lengths": ("lengths",),
 }
-_FLAGS = ("causal", "sink")
+_FLAGS = ("causal", "sink", "batch_invariant")
 _DTYPE_WORDS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -300,7 +310,7 @@ def parse_problem(text: str) -> Problem:
                 fields["dtype"] = word
             else:
                 hint = did_you_mean(part, [*_FLAGS, *DTYPE_BYTES, *_DTYPE_WORDS])
-                told = f"'{part}' in '{text}' is neither a dtype, nor 'causal' or 'sink', nor a key=value pair."
+                told = f"'{part}' in '{text}' is neither a dtype, nor one of {', '.join(_FLAGS)}, nor a key=value pair."
                 raise InvalidProblem(f"{told} {hint}".rstrip())
             continue
         if key not in _SHORT:

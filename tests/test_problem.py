@@ -28,6 +28,7 @@ def problems(draw):
         causal=draw(st.booleans()),
         softmax_scale=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
         page_size=draw(counts),
+        batch_invariant=draw(st.booleans()),
     )
 
 
@@ -63,6 +64,18 @@ def test_a_label_with_masks_reads_back_and_the_pairs_of_a_window_are_those_that_
     else:
         plain = problem.with_(softcap=None, sink=False, lengths="")
         assert (problem.flops(), problem.bytes()) == (plain.flops(), plain.bytes())
+
+
+def test_bits_that_are_the_same_in_every_batch_are_other_numbers_and_no_other_work():
+    plain = square(1, 2, 8, 64, causal=True)
+    asked = plain.with_(batch_invariant=True)
+    assert asked != plain and hash(asked) != hash(plain) and asked.mathematics != plain.mathematics
+    assert asked.label() == f"{plain.label()},batch_invariant" and parse_problem(asked.label()) == asked
+    assert asked.masks == () and (asked.flops(), asked.bytes()) == (plain.flops(), plain.bytes())
+    with pytest.raises(InvalidProblem, match="batch_invariant"):
+        plain.with_(batch_invariant="perhaps")
+    with pytest.raises(InvalidProblem, match="nor one of causal, sink, batch_invariant, nor a key=value pair"):
+        parse_problem("B=1,H=2,S=8,D=64,invariant")
 
 
 def test_masks_are_named_in_one_order_and_causal_is_none_of_them():

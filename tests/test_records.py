@@ -10,7 +10,8 @@ import os
 import pytest
 
 from flashcore.errors import RecordsDamaged, RecordsError, RecordsTooNew
-from flashcore.problem import PRESETS, square
+from flashcore.paths import data_dir
+from flashcore.problem import PRESETS, Problem, square
 from flashcore.records import SCHEMA_VERSION, Correctness, Ledger, RunFolder, Timing, Trial, append_trials, read_trials
 
 needs_modes = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so a mode keeps nobody out")
@@ -165,6 +166,22 @@ def test_masks_of_a_problem_are_written_only_where_there_are_some_and_read_back(
     new = {"window_left": 4, "softcap": 30.0, "sink": True, "lengths": "ragged"}
     assert not set(new) & set(lines[0]) and lines[1] == lines[0] | new
     assert [trial.problem for trial in run.trials()] == [plain, masked]
+
+
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_problems_of_recorded_runs_know_nothing_of_batch_invariance_and_are_what_they_were(name, tmp_path):
+    lines = (data_dir("reports") / "recorded" / name / "records.jsonl").read_text().splitlines()
+    written = {json.dumps(line["problem"]): line["problem"] for line in map(json.loads, lines) if "problem" in line}
+    found = [Problem(**fields) for fields in written.values()]
+    assert len(found) > 50 and not any(problem.batch_invariant for problem in found)
+    run = RunFolder.create(tmp_path / "run")
+    append_trials(run.records_path, [Trial(kind="correctness", problem=problem) for problem in found])
+    again = [json.loads(line)["problem"] for line in run.records_path.read_text().splitlines()]
+    assert all(after.items() <= before.items() for before, after in zip(written.values(), again, strict=True))
+    assert [trial.problem for trial in run.trials()] == found
+    run.append(Trial(kind="correctness", problem=found[0].with_(batch_invariant=True)))
+    *_, last = run.records_path.read_text().splitlines()
+    assert json.loads(last)["problem"] == again[0] | {"batch_invariant": True}
 
 
 def test_a_ledger_keeps_what_it_was_told_of_apart_from_what_it_is_given():

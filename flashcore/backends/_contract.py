@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,9 @@ def _refused(problem: Problem, taken: tuple[str, ...]) -> str | None:
     return f"it does not take {' or '.join(refused)}" if refused else None
 
 
+REGISTERED: dict[str, Backend] = {}
+"""Every backend that was registered, by its id: one that refuses a problem may name those that do not."""
+
 COMPUTES = ("run", "run_with_lse", "trace", "run_paged")
 """Methods of a backend that compute: what torch has set around their calls, such as autocast, is kept out of them."""
 
@@ -83,6 +86,9 @@ class Backend(ABC):
     """Whether `trace` returns its stages, so that it can be bisected."""
     paged: bool = False
     """Whether `run_paged` reads K and V through a page table."""
+    batch_invariant: bool = False
+    """Whether `run`, and `run_paged` if it is `paged`, keep the promise of `Problem.batch_invariant` where a problem
+    asks for it. `why_not` refuses such a problem otherwise."""
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
@@ -105,7 +111,21 @@ class Backend(ABC):
             return f"dtype {problem.dtype} is not among {', '.join(self.dtypes)}"
         if self.head_dims is not None and problem.head_dim not in self.head_dims:
             return f"head_dim {problem.head_dim} is not among {', '.join(map(str, self.head_dims))}"
-        return _refused(problem, self.masks)
+        return _refused(problem, self.masks) or self._unpromised(
+            problem, lambda other: other.dense and other.why_not(problem) is None
+        )
+
+    def _unpromised(self, problem: Problem, takes: Callable[[Backend], bool]) -> str | None:
+        """Why bits that are the same in every batch are not to be had here, and where they are; None if they are."""
+        if self.batch_invariant or not problem.batch_invariant:
+            return None
+        places = (self.device, "any")
+        able = [
+            other.id for other in REGISTERED.values()
+            if other.batch_invariant and (self.device == "any" or other.device in places) and takes(other)
+        ]  # fmt: skip
+        does = f"{' and '.join(able)} {'do' if able[1:] else 'does'}" if able else "no backend does for this problem"
+        return f"it does not promise bits that are the same in every batch (batch_invariant), and {does}"
 
     def suits(self, problem: Problem) -> Problem:
         """The problem, or one much like it that the backend takes: for checks that ask the same of every backend."""
@@ -152,9 +172,14 @@ class Backend(ABC):
         """As `why_not`, for K and V in pages; with `selected`, of which each KV head attends to some."""
         if not self.paged:
             return "it reads no page table"
-        reason = self.why_not(problem)
+        # Who promises the bits over pages are others than over dense K and V, so that is asked here, and last.
+        promised = self.batch_invariant or not problem.batch_invariant
+        reason = self.why_not(problem if promised else problem.with_(batch_invariant=False))
         refused = _refused(problem, self.paged_masks) if reason is None else None
-        return f"{refused} over pages" if refused else reason
+        reason = f"{refused} over pages" if refused else reason
+        return reason or self._unpromised(
+            problem, lambda other: other.why_not_paged(problem, selected=selected) is None
+        )
 
     def run_paged(
         self, q: torch.Tensor, cache: PagedKV, problem: Problem, selection: PageSelection | None = None,

@@ -12,12 +12,12 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from flashcore.backends._contract import COMPUTES, Backend
+from flashcore.backends._contract import COMPUTES, REGISTERED, Backend
 from flashcore.errors import FlashCoreError, UnknownName
 from flashcore.numerics import instruments
 from flashcore.paths import plugin_folders
 
-_REGISTRY: dict[str, Backend] = {}
+_REGISTRY = REGISTERED
 _discovered: set[str] = set()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashcore import backends
-from flashcore.backends import AVAILABLE, Availability, Backend, with_masks, with_methods
+from flashcore.backends import AVAILABLE, Availability, Backend, _contract, with_masks, with_methods
 from flashcore.errors import BackendUnavailable, FaultError, Unsupported
 from flashcore.gpu import build
 from flashcore.numerics.masking import MaskTensors
@@ -175,3 +175,72 @@ def test_what_a_kernel_has_for_masks_counts_where_a_problem_has_some():
         assert masked == build.source_hash("attention_hopper", masks=True) != hopper.source_hash()
         assert masked in build.source_hashes().values(), "a trial of it is fresh"
     assert backends.get("cpu").source_hash(plain.with_(sink=True)) is None
+
+
+# ------------------------------------------------------------------------------------ bits that are the same anywhere
+
+
+@pytest.fixture
+def keepers(monkeypatch):
+    """A registry of three that promise batch-invariant bits: on the CPU, on a GPU, and on a GPU over pages alone."""
+
+    class Keeps(Twice):
+        batch_invariant = True
+
+    class OnGpu(Keeps):
+        id, device = "on-gpu", "cuda"
+        dtypes = ("bfloat16",)
+
+    class OverPages(OnGpu):
+        id, dense, paged, paged_masks = "over-pages", False, True, ("sink",)
+        masks = ("sink",)
+
+    Keeps.id = "keeps"
+    monkeypatch.setattr(_contract, "REGISTERED", {one.id: one() for one in (Keeps, Twice, OnGpu, OverPages)})
+    return _contract.REGISTERED
+
+
+REFUSAL = "it does not promise bits that are the same in every batch (batch_invariant), and {}"
+
+
+def test_who_does_not_promise_the_bits_of_every_batch_names_who_does_on_its_device(keepers):
+    asked = PROBLEM.with_(batch_invariant=True)
+    assert not Twice.batch_invariant and Twice().why_not(PROBLEM) is None
+    assert Twice().why_not(asked) == REFUSAL.format("keeps does")
+    assert Twice().why_not(asked.with_(dtype="float32")) == "dtype float32 is not among float16, bfloat16"
+    assert keepers["keeps"].why_not(asked) is None and keepers["on-gpu"].why_not(asked.with_(dtype="bfloat16")) is None
+    with pytest.raises(Unsupported, match=r"'twice' cannot run this problem: it does not promise .* keeps does\.$"):
+        Twice().require(asked)
+
+    class Anywhere(Twice):
+        device, masks = "any", ("sink",)
+
+    assert Anywhere().why_not(asked) == REFUSAL.format("keeps does"), "the one on a GPU takes bfloat16 alone"
+    assert Anywhere().why_not(asked.with_(dtype="bfloat16")) == REFUSAL.format("keeps and on-gpu do")
+    assert Anywhere().why_not(asked.with_(sink=True)) == REFUSAL.format("no backend does for this problem")
+
+
+def test_over_pages_those_are_named_that_promise_it_over_pages(keepers):
+    class Paged(Twice):
+        device, paged, masks, paged_masks = "cuda", True, ("window", "sink"), ("window", "sink")
+
+        def why_not_paged(self, problem, *, selected=False):
+            return "it takes no selection" if selected else super().why_not_paged(problem)
+
+    asked = PROBLEM.with_(batch_invariant=True, dtype="bfloat16")
+    assert Paged().why_not_paged(PROBLEM) is None and Paged().why_not(asked) == REFUSAL.format("on-gpu does")
+    assert Paged().why_not_paged(asked) == REFUSAL.format("over-pages does")
+    assert Paged().why_not_paged(asked.with_(sink=True)) == REFUSAL.format("over-pages does")
+    assert Paged().why_not_paged(asked.with_(window_left=2)) == REFUSAL.format("no backend does for this problem")
+    assert Paged().why_not_paged(asked.with_(head_dim=24)) == "head_dim 24 is not among 16, 32"
+    assert keepers["over-pages"].why_not_paged(asked) is None
+    assert keepers["over-pages"].why_not_paged(asked.with_(window_left=2)) == "it does not take a window"
+    assert Twice().why_not_paged(asked) == "it reads no page table"
+
+
+def test_no_peer_promises_the_bits_of_every_batch():
+    asked = square(1, 2, 64, 64, batch_invariant=True)
+    for backend in backends.all_backends():
+        assert backend.role == "ours" or not backend.batch_invariant
+        promised = backend.batch_invariant or "batch_invariant" in (backend.why_not(asked) or "")
+        assert promised or backend.why_not(asked) == backend.why_not(asked.with_(batch_invariant=False)) is not None

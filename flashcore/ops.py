@@ -39,8 +39,10 @@ LAST_WITH_MASKS = {"cuda": ("fa3", "sdpa-math", "reference"), "cpu": ("reference
 without a key or a sequence, which a backend of somebody else's does not."""
 
 KEPT_CALLS = 4096
-_calls: dict[tuple, tuple[Problem, backends.Backend, tuple[int, ...]]] = {}
-"""Calls that were checked, with what was found and the strides of `out`. Keys hold plain values, and no tensor."""
+Call = tuple[Problem, backends.Backend, tuple[int, ...]]
+"""What was found of a call that was checked: its problem, what runs it, and the strides of `out`."""
+_calls: dict[tuple, Call] = {}
+"""Calls that were checked. Keys hold plain values, and no tensor."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 """How many of torch's dispatch modes are active, such as that of fake tensors; nearly always none."""
@@ -267,21 +269,37 @@ def _compute(q, k, v, causal: bool, softmax_scale: float | None, return_lse: boo
         key = known = None
     if known is None:
         problem = problem_of(q, k, v, causal, softmax_scale)
-        known = problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)
-        if key is not None:
-            if len(_calls) >= KEPT_CALLS:
-                _calls.clear()
-            _calls[key] = known
+        known = keep(_calls, key, (problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)))
     problem, chosen, strides = known
-    run = chosen.run_with_lse if return_lse else chosen.run
+    out, lse = run(chosen, problem, q, k, v, return_lse)
+    return (out if out.stride() == strides else dense.laid_out(out, strides)), lse
+
+
+def keep(calls: dict[tuple, Call], key: tuple | None, known: Call) -> Call:
+    """Remember what was found of a call, unless it has no key; a table that is full begins anew."""
+    if key is not None:
+        if len(calls) >= KEPT_CALLS:
+            calls.clear()
+        calls[key] = known
+    return known
+
+
+def run(chosen: backends.Backend, problem: Problem, q, k, v, return_lse: bool, masks: MaskTensors | None = None):
+    """`out` and `lse` of a backend for a checked problem, on the GPU where the tensors lie.
+
+    Raises
+    ------
+    Unsupported
+        `lse` is asked for, and the backend returned none.
+    """
     if q.is_cuda and q.get_device() != _current_gpu():
         with torch.cuda.device(q.device):
-            out, lse = run(q, k, v, problem)
-    else:
-        out, lse = run(q, k, v, problem)
+            return run(chosen, problem, q, k, v, return_lse, masks)
+    compute = chosen.run_with_lse if return_lse else chosen.run
+    out, lse = compute(q, k, v, problem) if masks is None else compute(q, k, v, problem, masks=masks)
     if return_lse and lse is None:
         raise Unsupported(chosen.id, "it does not return lse; choose another backend, or leave return_lse out")
-    return (out if out.stride() == strides else dense.laid_out(out, strides)), lse
+    return out, lse
 
 
 def _compute_op(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
@@ -406,11 +424,7 @@ def _compute_masked(
         masked.check_masks(q, sink, seqlens_q, seqlens_k)
         lengths = "" if seqlens_q is None and seqlens_k is None else masked.side(padding, True)
         problem = masked_problem(base, window_left, window_right, softcap, sink is not None, lengths)
-        known = problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)
-        if key is not None:
-            if len(_calls) >= KEPT_CALLS:
-                _calls.clear()
-            _calls[key] = known
+        known = keep(_calls, key, (problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)))
     problem, chosen, strides = known
     out, lse = run_masked(chosen, problem, q, k, v, return_lse, sink, seqlens_q=seqlens_q, seqlens_k=seqlens_k)
     return dense.laid_out(out, strides), lse.contiguous() if return_lse else None
@@ -442,16 +456,7 @@ def run_masked(chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, who
         masks = MaskTensors(sink, **lengths)
         if not q.is_cuda or debugging():
             check_numbers(masks, problem, q.shape[2], k.shape[2], whole)
-    run = chosen.run_with_lse if return_lse else chosen.run
-    more = {} if masks is None else {"masks": masks}
-    if q.is_cuda and q.get_device() != _current_gpu():
-        with torch.cuda.device(q.device):
-            out, lse = run(q, k, v, problem, **more)
-    else:
-        out, lse = run(q, k, v, problem, **more)
-    if return_lse and lse is None:
-        raise Unsupported(chosen.id, "it does not return lse; choose another backend, or leave return_lse out")
-    return out, lse
+    return run(chosen, problem, q, k, v, return_lse, masks)
 
 
 def check_numbers(masks: MaskTensors, problem: Problem, rows: int, keys: int, whole: bool = False) -> None:

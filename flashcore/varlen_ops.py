@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashcore import backends, ops
+from flashcore import ops
 from flashcore.errors import InvalidProblem
 from flashcore.library import dense, masked
 from flashcore.numerics import plain
@@ -91,8 +91,8 @@ def _longest(name: str, value) -> int:
     return number
 
 
-_calls: dict[tuple, tuple[Problem, backends.Backend, tuple[int, ...]]] = {}
-"""Calls that were checked, as `flashcore.ops` keeps them: what was found, and the strides of `out`."""
+_calls: dict[tuple, ops.Call] = {}
+"""Calls that were checked, as `flashcore.ops` keeps them."""
 
 
 def _compute(
@@ -120,11 +120,7 @@ def _compute(
         chosen = ops.choose(problem, q.device, backend, return_lse)
         if 0 in (q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k):
             chosen = ops.STAND_IN  # no kernel runs over nothing
-        known = problem, chosen, dense.out_strides(q)
-        if key is not None:
-            if len(_calls) >= ops.KEPT_CALLS:
-                _calls.clear()
-            _calls[key] = known
+        known = ops.keep(_calls, key, (problem, chosen, dense.out_strides(q)))
     problem, chosen, strides = known
     views = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]  # [1, H, tokens, D]
     places = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}

@@ -164,6 +164,15 @@ def test_the_calls_that_are_kept_hold_plain_values(qkv):
     assert [type(part) for part in key[-4:]] == [bool, float, str, bool]
 
 
+def test_a_table_of_kept_calls_that_is_full_begins_anew(monkeypatch):
+    monkeypatch.setattr(ops, "KEPT_CALLS", 2)
+    calls, found = {}, (ON_CPU, ops.STAND_IN, (1,))
+    assert ops.keep(calls, None, found) is found and calls == {}, "what has no key is not kept"
+    for key in ("a", "b", "c"):
+        assert ops.keep(calls, (key,), found) is found
+    assert calls == {("c",): found}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", DENSE)
 def test_a_scale_in_a_tensor_on_the_gpu(backend):

@@ -11,14 +11,19 @@
 // warps, counts the units that are accounted for, and combines a head's parts once all are.
 //
 // With FLASHCORE_MASKS there are other masks than the causal one (masks.cuh); units wholly before a window are not there at all.
+// With FLASHCORE_INVARIANT the bits of a row are those that it has in any other call (chunks.cuh, decode_chunks.cuh).
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"
 #include "paged.cuh"
 #include "warpgroup_tile.cuh"
 
+#ifdef FLASHCORE_INVARIANT
+constexpr int UNIT_KEYS = LAW_TILE, UNIT_SHIFT = 6;
+#else
 constexpr int UNIT_KEYS = HEAD_DIM == 64 ? 128 : 64;
 constexpr int UNIT_SHIFT = HEAD_DIM == 64 ? 7 : 6;
+#endif
 static_assert(UNIT_KEYS == 1 << UNIT_SHIFT, "a unit is a page, or part of one, or several");
 constexpr int TILE_ROWS = WARPGROUP_ROWS;
 constexpr int NUM_CONSUMERS = 2;
@@ -31,7 +36,11 @@ constexpr int OTHER_REGISTERS = 120;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - OTHER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 constexpr int UNIT_BYTES = UNIT_KEYS * HEAD_DIM * sizeof(Element);
+#ifdef FLASHCORE_INVARIANT
+constexpr int NUM_SLOTS = HEAD_DIM == 64 ? 12 : 6;     // each warpgroup has a chunk of its own, and half of them
+#else
 constexpr int NUM_SLOTS = 4;                           // units of K, and of V, under way: more only make the rest wait
+#endif
 // A warpgroup that waits for a slot's next round must have seen the last one, or it would take an old one for it.
 static_assert(NUM_SLOTS % NUM_CONSUMERS == 0, "a slot is always taken by the same warpgroup");
 static_assert(NUM_CONSUMERS == 2, "one warpgroup lends what it has of a head to the other");
@@ -68,11 +77,13 @@ struct Part {
   int number, taken;
 };
 
+#ifndef FLASHCORE_INVARIANT
 // What a warpgroup has of a head, by thread, for the other one to add.
 struct Loan {
   float o[OUTPUTS][WARPGROUP];
   float2 softmax[2][WARPGROUP];  // of a thread's two rows: reference and row sum
 };
+#endif
 
 struct SharedMemory {
   alignas(1024) unsigned char k[NUM_SLOTS][UNIT_BYTES];  // [column block][row][64 columns], swizzled
@@ -80,10 +91,18 @@ struct SharedMemory {
   Unit unit[2][NUM_SLOTS];        // by round: the last one's V is still wanted when K of this one comes
   int first_unit[MAX_HEADS + 1];  // of each head
   int sums[THREADS / WARP];
+#ifndef FLASHCORE_INVARIANT
   Loan loan;
+#endif
   Part part[PARTS_UNDER_WAY];
+#ifdef FLASHCORE_INVARIANT
+  int completed;  // a head whose parts are all there
+#else
   bool combines;
+#endif
+#ifndef FLASHCORE_INVARIANT
   Mbarrier loan_full, loan_empty;
+#endif
   Mbarrier k_full[NUM_SLOTS], k_empty[NUM_SLOTS];
   Mbarrier v_full[NUM_SLOTS], v_empty[NUM_SLOTS];
   Mbarrier part_full[PARTS_UNDER_WAY], part_empty[PARTS_UNDER_WAY];
@@ -232,6 +251,9 @@ __device__ __forceinline__ Lookup look_up(const SharedMemory& smem, const Attent
   return box;
 }
 
+#ifdef FLASHCORE_INVARIANT
+#include "decode_chunks.cuh"
+#else
 // One warp: the block's units, as room becomes free. Each lane looks up one box, a warp's worth of them ahead.
 __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParams& params, const PagedParams& paged,
                                         const DecodeParams& decode, const CUtensorMap& k_map, const CUtensorMap& v_map,
@@ -333,6 +355,7 @@ __device__ __forceinline__ void produce(SharedMemory& smem, const AttentionParam
     }
   }
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------- the consumer
 
@@ -393,6 +416,7 @@ __device__ __forceinline__ AccumulatorTrace traced_rows(const TraceBuffers& trac
 }
 #endif
 
+#ifndef FLASHCORE_INVARIANT
 // Tell the combiner of a part, after those before it; by all threads of the consumer.
 __device__ __forceinline__ void pass_on(SharedMemory& smem, int sequence, const Part& part) {
   const int entry = sequence % PARTS_UNDER_WAY;
@@ -429,6 +453,7 @@ __device__ __forceinline__ void add_loan(const Loan& loan, float (&o)[OUTPUTS], 
 #pragma unroll
   for (int i = 0; i < OUTPUTS; ++i) o[i] = o[i] * own_weight[row_of(i)] + loan.o[i][thread] * weight[row_of(i)];
 }
+#endif
 
 // One warpgroup: every NUM_CONSUMERS-th unit of the ring. Of a head's units that the block has, the warpgroup with the last
 // one adds what the other has, so that they make one part.
@@ -446,7 +471,11 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   unsigned q[Q_REGISTERS] = {}, p[UNIT_KEYS / 4] = {};  // P stays zero in a warp without rows
   Softmax softmax(MASKED(HAS_SOFTCAP ? masks.softcap :) params.softmax_scale);
   int length = 0, limit[2] = {} MASKED(, begin[2] = {});
+#ifdef FLASHCORE_INVARIANT
+  int parts = 0;
+#else
   unsigned loans = 0;
+#endif
   RingPosition at;
   TRACE(int first_key = 0;)
 
@@ -454,11 +483,20 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const int slot = uniform(at.slot);
     mbarrier_wait(&smem.k_full[slot], at.parity);
     const Unit& unit = smem.unit[at.parity][slot];
+#ifdef FLASHCORE_INVARIANT
+    const int number = unit.number, taken = unit.taken, index = unit.index;
+    const bool whole = unit.whole, ends = unit.ends;
+#else
     const int number = unit.number, taken = unit.taken, sequence = unit.sequence;
     const bool whole = unit.whole, ends = unit.ends, closes = unit.closes;
+#endif
     const UnitPositions positions = {unit.position, box_shift MASKED(, begin)};
     if (number == NO_MORE) {
+#ifdef FLASHCORE_INVARIANT
+      pass_on(smem, consumer, parts, {NO_MORE, 0});
+#else
       if (consumer == 0) pass_on(smem, sequence, {NO_MORE, 0});
+#endif
       return;
     }
     if (unit.begins) {
@@ -512,6 +550,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     if (!ends) continue;
 
     float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
+#ifndef FLASHCORE_INVARIANT
     if (taken > 1) {
       const unsigned parity = loans++ % 2;
       mbarrier_wait(closes ? &smem.loan_full : &smem.loan_empty, closes ? parity : parity ^ 1);
@@ -521,11 +560,16 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       if (lane == 0) mbarrier_arrive(closes ? &smem.loan_empty : &smem.loan_full);
       if (!closes) continue;
     }
+#endif
     if (has_rows) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (row + 8 * r >= tile_rows) continue;
+#ifdef FLASHCORE_INVARIANT
+        const Index part_row = (Index(number) * most_chunks(paged) + chunk_of(index)) * tile_rows + row + 8 * r;
+#else
         const Index part_row = Index(number + static_cast<int>(blockIdx.x)) * tile_rows + row + 8 * r;
+#endif
         if (lane % 4 == 0) __stcg(&decode.softmax_gmem[part_row], make_float2(softmax.reference[r], row_sum[r]));
 #pragma unroll
         for (int i = 2 * r; i < OUTPUTS; i += 4)
@@ -533,7 +577,11 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
                  make_float2(o[i], o[i + 1]));
       }
     }
+#ifdef FLASHCORE_INVARIANT
+    pass_on(smem, consumer, parts++, {number, taken});
+#else
     pass_on(smem, sequence, {number, taken});
+#endif
   }
 }
 
@@ -541,17 +589,26 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
 // out = sum of w * O over the parts of a head, by the sum of w * l; w = exp2(m - largest m)
 __device__ __forceinline__ void combine(const SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
-                                        const Shares& shares, int number, int thread MASKED(, const MaskParams& masks)) {
+                                        const Shares& shares, int number,
+                                        int thread INVARIANT(, const PagedParams& paged) MASKED(, const MaskParams& masks)) {
   constexpr int PIECE = 8;  // columns of a thread: 16 bytes of output
   constexpr int PIECES = HEAD_DIM / PIECE;
   const Head head(params, decode, number);
   const int tile_rows = decode.heads_a_tile * params.seqlen_q;
+#ifdef FLASHCORE_INVARIANT
+  const int before = 0 MASKED(+ units_before(params, paged, masks, head.batch));
+  const int last = before + smem.first_unit[number + 1] - smem.first_unit[number] - 1;
+  const int first_part = number * most_chunks(paged) + chunk_of(before);
+  const int end_part = number * most_chunks(paged) + chunk_of(last) + 1;
+#else
   // Shares lie end to end as heads do, so that a head's parts do too.
   const int first_part = number + shares.block_of(smem.first_unit[number]);
   const int end_part = number + shares.block_of(smem.first_unit[number + 1] - 1) + 1;
+#endif
   for (int i = thread; i < head.heads * params.seqlen_q * PIECES; i += COMBINER_THREADS) {
     const int row = i / PIECES, column = i % PIECES * PIECE;
     float reference = -INFINITY, row_sum = 0.f, out[PIECE] = {};
+    INVARIANT(ChunkSum sum;)
     for (int first = first_part; first < end_part; first += PARTS_AT_ONCE) {
       float2 softmax[PARTS_AT_ONCE];
       float4 accum[PARTS_AT_ONCE][PIECE / 4];
@@ -567,6 +624,14 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
       }
 #pragma unroll
       for (int j = 0; j < PARTS_AT_ONCE; ++j) {
+#ifdef FLASHCORE_INVARIANT
+        if (first + j >= end_part) continue;
+        float before;
+        const float weight = sum.join(softmax[j].x, softmax[j].y, before);
+#pragma unroll
+        for (int c = 0; c < PIECE; ++c)
+          out[c] = joined(out[c], before, reinterpret_cast<const float(&)[PIECE]>(accum[j])[c], weight);
+#else
         if (softmax[j].y == 0.f) continue;  // it saw no key of this row
         const float highest = fmaxf(reference, softmax[j].x);
         const float before = ex2_approx(reference - highest), weight = ex2_approx(softmax[j].x - highest);
@@ -575,16 +640,27 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
 #pragma unroll
         for (int c = 0; c < PIECE; ++c)
           out[c] = out[c] * before + reinterpret_cast<const float(&)[PIECE]>(accum[j])[c] * weight;
+#endif
       }
     }
-#ifdef FLASHCORE_MASKS
+#ifdef FLASHCORE_INVARIANT
+    reference = sum.reference;
+    row_sum = sum.row_sum;
+    float lse = log_sum_exp(reference, row_sum);
+#elif defined(FLASHCORE_MASKS)
     float lse = row_sum == 0.f ? -INFINITY : reference * LN_2 + logf(row_sum);
+#endif
+#ifdef FLASHCORE_MASKS
     if (HAS_SINK) {
       const float sink = masks.sink_gmem[head.first_head + row / params.seqlen_q] * LOG2_E;
       lse = join_sink(fmaxf(sink, UNSEEN), reference, row_sum);
     }
 #endif
+#ifdef FLASHCORE_INVARIANT
+    const float inverse = row_sum == 0.f ? 0.f : rcp_approx(row_sum);
+#else
     const float inverse = row_sum == 0.f ? 0.f : __fdividef(1.f, row_sum);
+#endif
     const int query_head = head.first_head + row / params.seqlen_q, token = row % params.seqlen_q;
     unsigned packed[PIECE / 2];
 #pragma unroll
@@ -594,7 +670,7 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
     *reinterpret_cast<uint4*>(out_gmem) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     if (column == 0) {
       const Index lse_row = (Index(head.batch) * params.num_heads_q + query_head) * params.seqlen_q + token;
-#ifdef FLASHCORE_MASKS
+#if defined(FLASHCORE_MASKS) || defined(FLASHCORE_INVARIANT)
       params.lse_gmem[lse_row] = lse;
 #else
       params.lse_gmem[lse_row] = row_sum == 0.f ? -INFINITY : reference * LN_2 + logf(row_sum);
@@ -605,8 +681,21 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
 
 // Three warps: each part that the warpgroups complete.
 __device__ __forceinline__ void combine_parts(SharedMemory& smem, const AttentionParams& params, const DecodeParams& decode,
-                                              const Shares& shares MASKED(, const MaskParams& masks)) {
+                                              const Shares& shares INVARIANT(, const PagedParams& paged)
+                                                  MASKED(, const MaskParams& masks)) {
   const int thread = threadIdx.x - CONSUMER_THREADS - WARP;
+#ifdef FLASHCORE_INVARIANT
+  PartsOfBlock parts;
+  for (;;) {
+    if (thread == 0) smem.completed = parts.next_head(smem, decode);
+    barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);
+    const int number = smem.completed;
+    barrier_sync(COMBINER_BARRIER, COMBINER_THREADS);  // it may be set anew
+    if (number == NO_MORE) return;
+    fence_acquire();
+    combine(smem, params, decode, shares, number, thread, paged MASKED(, masks));
+  }
+#else
   for (int sequence = 0;; ++sequence) {
     const int entry = sequence % PARTS_UNDER_WAY;
     mbarrier_wait(&smem.part_full[entry], sequence / PARTS_UNDER_WAY % 2);
@@ -625,6 +714,7 @@ __device__ __forceinline__ void combine_parts(SharedMemory& smem, const Attentio
     fence_acquire();
     combine(smem, params, decode, shares, part.number, thread MASKED(, masks));
   }
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -644,8 +734,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       mbarrier_init(&smem.k_empty[i], WARPGROUP / WARP);
       mbarrier_init(&smem.v_empty[i], WARPGROUP / WARP);
     }
+#ifndef FLASHCORE_INVARIANT
     mbarrier_init(&smem.loan_full, WARPGROUP / WARP);
     mbarrier_init(&smem.loan_empty, WARPGROUP / WARP);
+#endif
     for (int i = 0; i < PARTS_UNDER_WAY; ++i) {
       mbarrier_init(&smem.part_full[i], WARPGROUP / WARP);
       mbarrier_init(&smem.part_empty[i], 1);
@@ -663,6 +755,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x < CONSUMER_THREADS + WARP)
       produce(smem, params, paged, decode, k_map, v_map, shares, num_heads MASKED(, masks));
     else
-      combine_parts(smem, params, decode, shares MASKED(, masks));
+      combine_parts(smem, params, decode, shares INVARIANT(, paged) MASKED(, masks));
   }
 }

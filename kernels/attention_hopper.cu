@@ -11,7 +11,8 @@
 // their exponentials. O leaves by tensor copy, from the half of Q that its tile no longer needs.
 //
 // With FLASHCORE_PAGED the keys lie in pages, and each sequence has its own length (paged.cuh). With FLASHCORE_MASKS there are
-// other masks than the causal one (masks.cuh).
+// other masks than the causal one (masks.cuh). With FLASHCORE_INVARIANT the bits of a row are those that it has in any other
+// call (chunks.cuh).
 //
 // Variants: head_dim 64 128, dtype float16 bfloat16
 #include "online_softmax.cuh"
@@ -35,7 +36,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28 MASKED(+ MASK_REGISTERS);
+constexpr int REST_REGISTERS = 28 MASKED(+ MASK_REGISTERS) INVARIANT(+ 4);
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
@@ -113,6 +114,11 @@ __device__ __forceinline__ int keys_of(const AttentionParams& params, int batch 
 
 #ifdef FLASHCORE_MASKS
 #include "sequences.cuh"
+#endif
+
+#ifdef FLASHCORE_INVARIANT
+static_assert(TILE_N == LAW_TILE, "a page of keys is a tile of the law");
+#include "chunk_totals.cuh"
 #endif
 
 #ifdef FLASHCORE_PAGED
@@ -342,7 +348,7 @@ struct Turn {
 // Lanes take no branch apart here: after one, slots and descriptors would no longer be kept in uniform registers.
 __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParams& params,
                                         const CUtensorMap& out_map PAGED_PARAM MASKED(, const MaskParams& masks)
-                                            TRACE_PARAM) {
+                                            INVARIANT(, float4* totals_gmem) TRACE_PARAM) {
   const int consumer = uniform(threadIdx.x / WARPGROUP);
   const int warp = uniform(threadIdx.x / WARP % 4);
   const int lane = threadIdx.x % WARP;
@@ -383,6 +389,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   unsigned p[TILE_N / 4];
   HeldQ<HELD_STEPS> held_q;
   const int warp_row = consumer * WARPGROUP_ROWS + warp * WARP_ROWS;
+  INVARIANT(ChunkTotals totals(totals_gmem);)
 
   // S = Q @ K^T of the first page of the first tile. Where there is none, S is not used.
   mbarrier_wait(&smem.q_full[0], 0);
@@ -415,13 +422,18 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const MatrixDescriptor q = q_halves.at(half * Q_BYTES);
     const int row = first_row + warp * WARP_ROWS + lane / 4;  // a thread's other row is row + 8
     at = {uniform(at.slot), static_cast<unsigned>(uniform(at.parity))};
+#ifndef FLASHCORE_INVARIANT
     MASKED(bool small = true;)  // the scores, by what the softcap does to them
+#endif
     Softmax softmax(MASKED(HAS_SOFTCAP ? masks.softcap :) params.softmax_scale);
 #ifdef FLASHCORE_MASKS
     TRACE(const AccumulatorTrace stages(trace, params, masks, work.tile, row, lane, seqlen_q, seqlen_k);)
 #else
     TRACE(const AccumulatorTrace stages(trace, params, work.tile, row, lane);)
 #endif
+    // Whether a page of this warpgroup's begins a chunk.
+    INVARIANT(const auto begins = [&](int page) { return starts_chunk(page MASKED(+ first_page)); };)
+    INVARIANT(totals.begin();)
 
     if (pages > 0) {
       MASKED(if (HAS_SOFTCAP) cap(s, masks.scale_by_cap);)
@@ -442,7 +454,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       turn.wait();
       wgmma_fence();
       multiply_q_k<TILE_M, TILE_N>(s, q, k_ring.at(k_at.slot * PAGE_BYTES), held_q);
-      multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);
+      multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1 INVARIANT(&& !begins(page - 1)));
       wgmma_commit();
       turn.pass();
       wgmma_wait<0>();
@@ -451,13 +463,18 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       at = k_at;
 #ifdef FLASHCORE_MASKS
       const bool whole = page >= whole_from && page < whole_pages PAGED(&& present == all_present);
-      if (HAS_SOFTCAP && !whole) cap(s, masks.scale_by_cap);
+      if (HAS_SOFTCAP && (INVARIANT(true ||) !whole)) cap(s, masks.scale_by_cap);
 #endif
       if (page >= whole_pages MASKED(|| page < whole_from))
         sign_and_mask(s, params MASKED(, masks), row, page * TILE_N MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
       TRACE(stages.accum(page - 1 MASKED(+ first_page), o);)
-#ifdef FLASHCORE_MASKS
+#ifdef FLASHCORE_INVARIANT
+      if (begins(page)) {
+        totals.add(o, softmax);
+        softmax.first(s, p);
+      } else
+#elif defined(FLASHCORE_MASKS)
       if (HAS_SOFTCAP && whole)
         softmax.next_capped(s, p, o, masks, small);
       else
@@ -513,7 +530,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     turn.wait();
     wgmma_fence();
     multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(other_half * Q_BYTES), k_ring.at(after.slot * PAGE_BYTES), held_q);
-    multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), pages > 1);
+    multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), pages > 1 INVARIANT(&& !begins(pages - 1)));
     wgmma_commit();
     turn.pass();
     wgmma_wait<0>();
@@ -528,13 +545,18 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       for (int i = 0; i < OUTPUTS; ++i) o[i] = 0.f;
       asm volatile("");  // a branch, not a choice for each
     }
-#ifdef FLASHCORE_MASKS
+#if defined(FLASHCORE_MASKS) || defined(FLASHCORE_INVARIANT)
     float row_sum[2], lse[2];
+    INVARIANT(totals.finish(o, softmax);)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+#ifdef FLASHCORE_INVARIANT
+      row_sum[r] = softmax.row_sum[r];
+#else
       row_sum[r] = quad_sum(softmax.row_sum[r]);
-      lse[r] = HAS_SINK ? join_sink(work.sink, softmax.reference[r], row_sum[r])
-                        : log_sum_exp(softmax.reference[r], row_sum[r]);
+#endif
+      lse[r] = MASKED(HAS_SINK ? join_sink(work.sink, softmax.reference[r], row_sum[r]) :)
+                   log_sum_exp(softmax.reference[r], row_sum[r]);
     }
 #else
     const float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
@@ -568,7 +590,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                      const __grid_constant__ CUtensorMap out_map,
                      const int sections PAGED(, const __grid_constant__ PagedParams paged)
-                         MASKED(, const __grid_constant__ MaskParams masks) TRACE_PARAM) {
+                         MASKED(, const __grid_constant__ MaskParams masks) INVARIANT(, float4* totals_gmem) TRACE_PARAM) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared_bytes);
 
@@ -597,13 +619,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       produce(smem, params, q_map, k_map, v_map, sections PAGED(, paged) MASKED(, masks));
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume(smem, params, out_map PAGED(, paged) MASKED(, masks) TRACE(, trace));
+    consume(smem, params, out_map PAGED(, paged) MASKED(, masks) INVARIANT(, totals_gmem) TRACE(, trace));
     tma_store_wait_read();  // the copies still read the block's shared memory
   }
 }
 
 #ifndef FLASHCORE_MASKS
+#ifndef FLASHCORE_INVARIANT
 #ifndef FLASHCORE_PAGED
 #include "hopper_split.cuh"
+#endif
 #endif
 #endif

@@ -222,13 +222,15 @@ class Backend(ABC):
     def source_hash(self, problem: Problem | None = None) -> str | None:
         """Hash of the kernel's source without comments and white space; None for a backend without a kernel of ours.
 
-        What the kernel has for masks counts only where the problem has some (`flashcore.gpu.build.without_masks`).
+        What the kernel has for masks, and for the batch-invariant mode, counts only where the problem asks for either
+        (`flashcore.gpu.build.without_options`).
         """
         if self.kernel is None:
             return None
         from flashcore.gpu.build import source_hash
 
-        return source_hash(self.kernel, masks=problem is not None and bool(problem.masks))
+        options = problem is not None and (bool(problem.masks) or problem.batch_invariant)
+        return source_hash(self.kernel, options=options)
 
 
 def with_masks(masks: MaskTensors | None) -> dict[str, MaskTensors]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.backends import _masks
+from flashcore.backends._chunks import chains
 from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._traces import TraceBuffers
 from flashcore.gpu.build import source_version
@@ -19,6 +20,7 @@ from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
+    capture_id,
     current_stream,
     entry_point,
     kept,
@@ -109,6 +111,8 @@ class CudaBackend(Backend):
         self._launch(q, k, v, out, lse, problem, masks, buffers)
         pages = -(-problem.seqlen_k // loaded.tile_n)
         previous = interleaved(pages, loaded.num_splits) if loaded.num_splits > 1 else None
+        if problem.batch_invariant:
+            previous = chains(problem.seqlen_k)
         return buffers.trace(problem, loaded.tile_n, out, lse, previous, masks)
 
     def strides(self, name: str, tensor: torch.Tensor) -> Sequence[int]:
@@ -164,6 +168,10 @@ class CudaBackend(Backend):
         """What the kernel is told of masks, and what has to run before it; for a backend that takes any."""
         raise NotImplementedError
 
+    def room_for_sums(self, problem: Problem, loaded: LoadedKernel, device: int, stream: int) -> torch.Tensor | None:
+        """Where the kernel keeps sums over chunks in the batch-invariant mode; None if it takes no such room."""
+        return None
+
     def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
         """The grid to launch: one block a tile of query rows."""
         return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch, 1, 1
@@ -177,6 +185,8 @@ class CudaBackend(Backend):
             type(self), self.version(), problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
             out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
+        if problem.batch_invariant:
+            key += (capture_id(stream),)  # room for sums is a graph's own
         if masks is not None:
             key += (q.shape, k.shape, *((name, tensor.data_ptr()) for name, tensor in masks.named()))
 
@@ -197,13 +207,15 @@ class CudaBackend(Backend):
 
     def _prepare(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
-        arguments, ahead = self.arguments(q, k, v, out, lse, problem, loaded), None
+        arguments, ahead, sums = self.arguments(q, k, v, out, lse, problem, loaded), None, None
         blocks = self.blocks(problem, loaded, device)
         if problem.masks:
             found = self.masked(arguments, q, lse, problem, masks, stream)
             arguments.append(found.packed)
             ahead, blocks = found.ahead, found.blocks or blocks
+        if problem.batch_invariant and (sums := self.room_for_sums(problem, loaded, device, stream)) is not None:
+            arguments.append(struct.pack("Q", sums.data_ptr()))
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
-        return PreparedLaunch(function, loaded, blocks, arguments, stream, again=again, ahead=ahead)
+        return PreparedLaunch(function, loaded, blocks, arguments, stream, again=again, ahead=ahead, keeps=sums)

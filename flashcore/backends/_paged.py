@@ -19,6 +19,7 @@ from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
+    capture_id,
     current_stream,
     entry_point,
     facts_of,
@@ -131,6 +132,9 @@ class PagedBackend(OverPages, CudaBackend):
             )
             if problem.masks:
                 arguments.append(mask_params(problem, masks, self.scale(problem)))
+            if problem.batch_invariant and (sums := self.room_for_sums(problem, loaded, device, stream)) is not None:
+                arguments.append(struct.pack("Q", sums.data_ptr()))
+                keeps = (keeps, sums)
             if buffers is not None:
                 arguments.append(buffers.packed())
             function = entry_point(loaded, self.entry(problem, device), device)
@@ -155,12 +159,3 @@ class PagedBackend(OverPages, CudaBackend):
             cache.page_table.data_ptr(), cache.lengths.data_ptr(), chosen[0], chosen[1], cache.page_table.stride(0),
             chosen[2], cache.page_size.bit_length() - 1,
         )  # fmt: skip
-
-
-def capture_id(stream: int) -> int:
-    """Which CUDA graph the stream is being captured into; 0 for none."""
-    if not torch.cuda.is_current_stream_capturing():
-        return 0
-    from cuda.bindings import driver
-
-    return int(driver.cuStreamGetCaptureInfo(stream)[2])

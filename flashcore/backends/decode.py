@@ -7,11 +7,12 @@ import struct
 
 import torch
 
+from flashcore.backends._chunks import chains, invariant_defines, most_chunks
 from flashcore.backends._contract import with_masks
 from flashcore.backends._masks import OVER_PAGES, TANH_ERROR, mask_defines
-from flashcore.backends._paged import PagedBackend, capture_id
+from flashcore.backends._paged import PagedBackend
 from flashcore.backends._registry import register
-from flashcore.gpu.launching import LoadedKernel, multiprocessors
+from flashcore.gpu.launching import LoadedKernel, capture_id, multiprocessors
 from flashcore.numerics.masking import MaskTensors
 from flashcore.paging import PagedKV, PageSelection
 from flashcore.problem import Problem
@@ -20,6 +21,8 @@ DECODE = struct.Struct("3Q 2i")
 """`DecodeParams` of kernels/attention_decode.cu."""
 MOST_TOKENS = 8
 """Query tokens of a sequence; for more there is `hopper-paged`."""
+MOST_ROOM = 1 << 28
+"""Bytes that a launch in the batch-invariant mode takes for parts, where sequences can be shared out over several."""
 MOST_HEADS = 6144
 """K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
 
@@ -51,9 +54,10 @@ class Decode(PagedBackend):
     masks = paged_masks = OVER_PAGES
     tanh_error = TANH_ERROR
     selects = True
+    batch_invariant = True
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
-        return mask_defines(problem)
+        return (*mask_defines(problem), *invariant_defines(problem))
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
@@ -69,6 +73,8 @@ class Decode(PagedBackend):
         masks: MaskTensors | None = None,
     ):  # fmt: skip
         at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
+        if problem.batch_invariant:
+            at_once = max(1, min(at_once, MOST_ROOM // self.room_of_one(problem, cache)))
         if problem.batch <= at_once:
             return super().run_paged(q, cache, problem, selection, **with_masks(masks))
         parts, cache = [], cache.within_table()
@@ -81,6 +87,12 @@ class Decode(PagedBackend):
             parts.append(super().run_paged(q[rows], part, fewer, chosen, **with_masks(masks)))
         out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return out, lse
+
+    def room_of_one(self, problem: Problem, cache: PagedKV) -> int:
+        """Bytes of the parts that one sequence may have, whatever its length, in the batch-invariant mode."""
+        heads_a_tile, tiles = self.tiling(problem)
+        rows = problem.num_heads_kv * tiles * heads_a_tile * problem.seqlen_q
+        return rows * most_chunks(table_keys(cache)) * (problem.head_dim + 2) * 4
 
     def tiling(self, problem: Problem) -> tuple[int, int]:
         """Query heads of a tile of 64 rows, and tiles that the heads of a group take."""
@@ -97,6 +109,8 @@ class Decode(PagedBackend):
         return next(parts for parts in range(min(2, units), units + 1) if units % parts == 0)
 
     def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...]:
+        if problem.batch_invariant:
+            return chains(problem.seqlen_k)
         units, before = -(-problem.seqlen_k // loaded.tile_n), units_before(problem, loaded.tile_n)
         share = (units - before) // self.traced_parts(problem, loaded.tile_n)
         consumers = loaded.num_splits
@@ -109,10 +123,13 @@ class Decode(PagedBackend):
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
         heads_a_tile, tiles = self.tiling(problem)
         heads = problem.batch * problem.num_heads_kv * tiles
-        # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
-        blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else multiprocessors(q.device.index or 0)
-        # A part is numbered by its head and its block, one added to the other.
-        rows, parts = heads_a_tile * problem.seqlen_q, heads + blocks
+        rows, blocks = heads_a_tile * problem.seqlen_q, multiprocessors(q.device.index or 0)
+        if problem.batch_invariant:
+            parts = heads * most_chunks(table_keys(cache))
+        else:
+            # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
+            blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else blocks
+            parts = heads + blocks  # a part is numbered by its head and its block, one added to the other
         room = _room(parts, rows, problem.head_dim, heads, q.device, stream, capture_id(stream), self.source)
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
@@ -122,6 +139,11 @@ class Decode(PagedBackend):
             DECODE.pack(room.accum.data_ptr(), room.softmax.data_ptr(), room.accounted.data_ptr(), heads_a_tile, tiles),
         ]
         return arguments, blocks, room
+
+
+def table_keys(cache: PagedKV) -> int:
+    """Keys of the longest sequence that the page table has room for."""
+    return cache.page_table.stride(0) * cache.page_size
 
 
 def units_before(problem: Problem, unit_keys: int) -> int:

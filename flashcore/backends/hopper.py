@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
 
+from flashcore.backends._chunks import LAW_TILE, invariant_defines
 from flashcore.backends._cuda import CudaBackend, Masked
 from flashcore.backends._dealing import WARP_ROWS, sections
 from flashcore.backends._masks import TANH_ERROR, mask_defines, mask_params
 from flashcore.backends._registry import register
 from flashcore.backends._tensor_maps import tensor_map
-from flashcore.gpu.launching import LoadedKernel, PreparedLaunch, behind, entry_point, load_kernel, multiprocessors
+from flashcore.gpu.launching import (
+    LoadedKernel,
+    PreparedLaunch,
+    behind,
+    capture_id,
+    entry_point,
+    load_kernel,
+    multiprocessors,
+)
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
 
@@ -42,6 +52,7 @@ class Hopper(CudaBackend):
     kernel = "attention_hopper"
     masks = ("window", "softcap", "sink", "lengths", "ragged")
     tanh_error = TANH_ERROR
+    batch_invariant = True
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         """The tile: the kernel's own (head_dim 64: 4 warpgroups, pages of 64 keys; 128: 3, 64), or a smaller one.
@@ -49,9 +60,11 @@ class Hopper(CudaBackend):
         While tiles of 128 rows all fit on the GPU at once, larger ones would leave part of it idle: 14.8 µs against
         19.3 at B=1, H=16, S=1024, D=64.
         """
+        options = (*mask_defines(problem), *invariant_defines(problem))
         if -(-problem.seqlen_q // SMALL_ROWS) * problem.num_heads_q * problem.batch <= multiprocessors(device):
-            return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", problem.head_dim), *mask_defines(problem))
-        return mask_defines(problem)
+            tile_n = LAW_TILE if problem.batch_invariant else problem.head_dim
+            return (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", tile_n), *options)
+        return options
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
@@ -66,9 +79,9 @@ class Hopper(CudaBackend):
     def entry(self, problem: Problem, device: int) -> str:
         """The keys are split while the small tiles of that all fit on the GPU at once: none waits for another then.
 
-        That kernel has no other mask than the causal one.
+        That kernel has no other mask than the causal one, and adds in another order.
         """
-        if problem.masks:
+        if problem.masks or problem.batch_invariant:
             return self.kernel
         tiles = -(-problem.seqlen_q // SPLIT_ROWS) * problem.num_heads_q * problem.batch
         return SPLIT if tiles <= multiprocessors(device) else self.kernel
@@ -123,11 +136,22 @@ class Hopper(CudaBackend):
         ahead = PreparedLaunch(entry_point(plan, PLAN, device), plan, blocks, [arguments[0], packed], stream)
         return Masked(packed, ahead, (min(tiles, multiprocessors(device)), 1, 1))
 
+    def room_for_sums(self, problem: Problem, loaded: LoadedKernel, device: int, stream: int) -> torch.Tensor:
+        return _sums(loaded.tile_m, problem.head_dim, device, stream, capture_id(stream), self.source)
+
     def sections(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
         """Parts of the deal, each of which runs from heavy tiles to light ones; in a window all are alike."""
         if problem.masks and problem.window_left >= 0:
             return 0
         return sections(problem, loaded.tile_m, loaded.tile_n, self.blocks(problem, loaded, device)[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _sums(rows: int, head_dim: int, device: int, stream: int, capture: int, source: str | None) -> torch.Tensor:
+    """Room for O of the rows of every block, used again by every call on one stream; a captured graph has its own."""
+    return torch.empty(
+        multiprocessors(device) * rows * head_dim, dtype=torch.float32, device=torch.device("cuda", device)
+    )
 
 
 def most_tiles(q, problem: Problem, tile_m: int) -> int:
@@ -146,7 +170,7 @@ class HopperUnsplit(Hopper):
     swept = False
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
-        return mask_defines(problem)
+        return (*mask_defines(problem), *invariant_defines(problem))
 
     def entry(self, problem: Problem, device: int) -> str:
         return self.kernel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashcore import backends
 from flashcore.backends import with_methods
 from flashcore.errors import FaultError, UnknownName
-from flashcore.gpu.build import kernel_source, without_masks
+from flashcore.gpu.build import kernel_source, without_options
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Source:
 
     def unpatched(self, kernel: str) -> str:
         """The kernel's source that the patch is made in."""
-        return kernel_source(kernel) if self.masks else without_masks(kernel_source(kernel))
+        return kernel_source(kernel) if self.masks else without_options(kernel_source(kernel))
 
     def text(self, kernel: str) -> str:
         """The kernel's source with the patch in it; `FaultError` when it no longer applies."""
@@ -51,7 +51,9 @@ class Source:
 
     def apply(self, backend: Backend) -> Backend:
         """A copy of the backend that compiles the patched source."""
-        planted = with_methods(backend, self.methods if self.masks else {"masks": (), **self.methods})
+        planted = with_methods(
+            backend, self.methods if self.masks else {"masks": (), "batch_invariant": False, **self.methods}
+        )
         planted.source = self.text(backend.kernel)
         return planted
 

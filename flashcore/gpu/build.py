@@ -136,7 +136,7 @@ class _Snapshot:
     text: str
     version: str
     hash: str
-    hash_with_masks: str
+    hash_with_options: str
     files: tuple[tuple[Path, int, int], ...]
     """Path, time of change in ns and size of each; the kernel's own file first."""
     looked: float
@@ -161,7 +161,7 @@ def _snapshot(kernel: str) -> _Snapshot:
         if _states(paths) == files:
             break
     version = hashlib.sha256(text.encode()).hexdigest()[:16]
-    made = _Snapshot(text, version, _hash_of(without_masks(text)), _hash_of(text), files, now)
+    made = _Snapshot(text, version, _hash_of(without_options(text)), _hash_of(text), files, now)
     _snapshots[kernel] = made
     return made
 
@@ -234,15 +234,20 @@ def _bare(text: str) -> str:
 
 MASKS = "FLASHCORE_MASKS"
 """The macro without which a kernel is compiled as if its masks beyond the causal one were not in its source."""
-MASKED = " with masks"
-"""What follows a kernel's name where it is compiled with that macro."""
+INVARIANT = "FLASHCORE_INVARIANT"
+"""The macro that compiles the batch-invariant mode in; no product is contracted with a sum then."""
+OPTIONS = {MASKS: "MASKED", INVARIANT: "INVARIANT"}
+"""Macros that compile an option in, each with the function-like macro around what belongs to the option."""
+WITH_OPTIONS = " with options"
+"""What follows a kernel's name where it is compiled with any of them."""
 
 
-def without_masks(text: str) -> str:
-    """A kernel's source as the compiler sees it where FLASHCORE_MASKS is not defined.
+def without_options(text: str) -> str:
+    """A kernel's source as the compiler sees it where none of `OPTIONS` is defined.
 
-    What stands under a condition that wants the macro, and in ``MASKED(...)``, is gone. A kernel whose masks were
-    edited is the same kernel without them, down to its machine code, and what was measured of it still holds.
+    What stands under a condition that wants such a macro, and in ``MASKED(...)`` or ``INVARIANT(...)``, is gone. A
+    kernel whose options were edited is the same kernel without them, down to its machine code, and what was measured of
+    it still holds.
     """
     kept: list[str] = []
     open_conditions: list[tuple[bool, bool]] = []
@@ -250,7 +255,7 @@ def without_masks(text: str) -> str:
     for line in text.split("\n"):
         directive = _DIRECTIVE.match(line)
         word, rest = directive.groups() if directive else ("", "")
-        ours = MASKS in rest
+        ours = any(macro in rest for macro in OPTIONS)
         if word in ("if", "ifdef", "ifndef"):
             open_conditions.append((ours, not ours or word == "ifndef"))
             if ours:
@@ -260,9 +265,13 @@ def without_masks(text: str) -> str:
             continue
         elif word == "endif" and open_conditions and open_conditions.pop()[0]:
             continue
-        if all(keeps for _, keeps in open_conditions) and not (word == "define" and rest.startswith("MASKED(")):
+        defines_one = word == "define" and rest.startswith(tuple(f"{name}(" for name in OPTIONS.values()))
+        if all(keeps for _, keeps in open_conditions) and not defines_one:
             kept.append(line)
-    return _without_calls("\n".join(kept), "MASKED")
+    bare = "\n".join(kept)
+    for name in OPTIONS.values():
+        bare = _without_calls(bare, name)
+    return bare
 
 
 _DIRECTIVE = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else|endif|define)\b\s*(.*)$")
@@ -291,25 +300,27 @@ def _without_calls(text: str, name: str) -> str:
     return "".join([*parts, text[start:]])
 
 
-def source_hash(kernel: str, *, masks: bool = False) -> str:
+def source_hash(kernel: str, *, options: bool = False) -> str:
     """16 hex digits over the kernel and its headers, without comments and white space: names what a record measured.
 
-    With `masks` of all of it, otherwise of what is left `without_masks`.
+    With `options` of all of it, otherwise of what is left `without_options`.
     """
     snapshot = _snapshot(kernel)
-    return snapshot.hash_with_masks if masks else snapshot.hash
+    return snapshot.hash_with_options if options else snapshot.hash
 
 
 def source_hashes() -> dict[str, str]:
-    """`source_hash` of every kernel; of one with masks, under its name and ``with masks``, also the hash with them."""
+    """`source_hash` of every kernel; of one that has options also the hash with them, as ``<kernel> with options``."""
     hashes = {kernel: source_hash(kernel) for kernel in kernel_names()}
-    masked = {kernel + MASKED: source_hash(kernel, masks=True) for kernel in kernel_names() if takes_masks(kernel)}
-    return hashes | masked
+    whole = {
+        kernel + WITH_OPTIONS: source_hash(kernel, options=True) for kernel in kernel_names() if has_options(kernel)
+    }
+    return hashes | whole
 
 
-def takes_masks(kernel: str) -> bool:
-    """Whether the kernel can be compiled with masks beyond the causal one."""
-    return MASKS in _text(kernel_path(kernel))
+def has_options(kernel: str) -> bool:
+    """Whether the kernel can be compiled with masks beyond the causal one, or batch-invariant."""
+    return any(macro in _text(kernel_path(kernel)) for macro in OPTIONS)
 
 
 def variants(kernel: str) -> list[tuple[int, str]]:
@@ -434,7 +445,7 @@ def compile_kernel(
         macros["FLASHCORE_TRACE"] = 1
     text = kernel_source(kernel) if source is None else source
 
-    return _built(kernel, path, text, macros, source_hash(kernel, masks=MASKS in macros))
+    return _built(kernel, path, text, macros, source_hash(kernel, options=any(macro in macros for macro in OPTIONS)))
 
 
 def compile_text(name: str, text: str) -> Cubin:
@@ -502,6 +513,7 @@ def _nvrtc(path: Path, text: str, macros: dict[str, str | int]) -> tuple[bytes, 
         std="c++17",
         include_path=[str(f) for f in header_dirs()],
         define_macro=[(name, str(value)) for name, value in macros.items()] or None,
+        fma=INVARIANT not in macros,
         ptxas_options=["-v"],
         lineinfo=True,  # file and line for compute-sanitizer; the instructions stay the same
     )

@@ -209,6 +209,15 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capture_id(stream: int) -> int:
+    """Which CUDA graph the stream is being captured into; 0 for none."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    from cuda.bindings import driver
+
+    return int(driver.cuStreamGetCaptureInfo(stream)[2])
+
+
 def current_stream(device: int) -> int:
     """Address of torch's current stream on a GPU."""
     # What torch gives the kernels that its own compiler makes: a fifth of the time of building a Stream object.

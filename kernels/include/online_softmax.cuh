@@ -11,6 +11,11 @@
 #else
 #define MASKED(...)
 #endif
+#ifdef FLASHCORE_INVARIANT
+#include "chunks.cuh"
+#else
+#define INVARIANT(...)
+#endif
 
 // A probability above this would not be finite in 16 bits: the page's sum, which bounds each, has to stay below.
 // bfloat16 has float's range; there the accumulator is what has to stay finite.
@@ -28,10 +33,12 @@ __device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], const Attentio
   }
 }
 
-#ifdef FLASHCORE_MASKS
+#if defined(FLASHCORE_MASKS) || defined(FLASHCORE_INVARIANT)
 // The reference of a row that has seen no key yet: below every score, so that the first one it sees outgrows it.
 constexpr float UNSEEN = -1e37f;
+#endif
 
+#ifdef FLASHCORE_MASKS
 // The same for all masks; the sign is in scores that have a cap already.
 template <int SCORES>
 __device__ __forceinline__ void sign_and_mask(float (&s)[SCORES], const AttentionParams& params, const MaskParams& masks,
@@ -87,15 +94,20 @@ struct Softmax {
 
   // reference = max(reference, rowmax(S)), and everything before is brought to it
   template <int SCORES, typename Rescale>
-  __device__ __forceinline__ void raise_reference(const float (&s)[SCORES], Rescale&& rescale_outputs) {
+  __device__ __forceinline__ void raise_reference(const float (&s)[SCORES],
+                                                  Rescale&& rescale_outputs INVARIANT(, const bool (&raises)[2])) {
     float row_max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < SCORES; ++i) row_max[row_of(i)] = fmaxf(row_max[row_of(i)], s[i]);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float highest = fmaxf(reference[row], quad_max(row_max[row]) * scale_log2);
+#ifdef FLASHCORE_INVARIANT
+      const float raised = raises[row] ? fmaxf(highest, UNSEEN) : reference[row];
+#else
       // A row that has seen no key subtracts 0, since -inf - (-inf) is NaN.
       const float raised = highest == -INFINITY ? 0.f MASKED(+ UNSEEN) : highest;
+#endif
       rescale[row] = ex2_approx(reference[row] - raised);
       reference[row] = raised;
       row_sum[row] *= rescale[row];
@@ -103,10 +115,18 @@ struct Softmax {
     rescale_outputs();
   }
 
+#ifdef FLASHCORE_INVARIANT
+  // Whether a row outgrows its reference on this page, in the columns of any of the four lanes that have it.
+  __device__ __forceinline__ static bool outgrown(float page_sum) {
+    const unsigned lanes = __ballot_sync(~0u, !(page_sum < LARGEST_PAGE_SUM));
+    return lanes >> (threadIdx.x & 28) & 15;
+  }
+#endif
+
   // The softmax of the first page, with its own maximum for a reference.
   template <int SCORES>
   __device__ __forceinline__ void first(const float (&s)[SCORES], unsigned (&p)[SCORES / 2]) {
-    raise_reference(s, [] {});
+    raise_reference(s, [] {} INVARIANT(, {true, true}));
     exponentials(s, p, row_sum);
   }
 
@@ -178,7 +198,7 @@ struct Softmax {
       raise_reference(s, [&] {
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) o[i] *= rescale[row_of(i)];
-      });
+      } INVARIANT(, {outgrown(page_sum[0]), outgrown(page_sum[1])}));
       exponentials(s, p, page_sum);
     }
     row_sum[0] += page_sum[0];

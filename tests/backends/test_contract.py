@@ -172,7 +172,7 @@ def test_what_a_kernel_has_for_masks_counts_where_a_problem_has_some():
     assert hopper.source_hash() == hopper.source_hash(plain) == build.source_hash("attention_hopper")
     for masks in ({"window_left": 3}, {"sink": True}, {"softcap": 5.0}, {"lengths": "ragged"}):
         masked = hopper.source_hash(plain.with_(**masks))
-        assert masked == build.source_hash("attention_hopper", masks=True) != hopper.source_hash()
+        assert masked == build.source_hash("attention_hopper", options=True) != hopper.source_hash()
         assert masked in build.source_hashes().values(), "a trial of it is fresh"
     assert backends.get("cpu").source_hash(plain.with_(sink=True)) is None
 

@@ -240,19 +240,19 @@ int f(int a MASKED(, int b)) {
     ],
 )
 def test_a_source_without_its_masks_is_what_the_compiler_sees_without_the_macro(text, left):
-    assert build.without_masks(text) == left
-    assert build.without_masks(left) == left
+    assert build.without_options(text) == left
+    assert build.without_options(left) == left
 
 
 @pytest.mark.parametrize("kernel", build.kernel_names())
 def test_nothing_of_masks_is_left_in_a_kernel_without_them(kernel):
     source = build.kernel_source(kernel)
-    left = build.without_masks(source)
+    left = build.without_options(source)
     code = "\n".join(line.partition("//")[0] for line in left.split("\n"))
     for word in (build.MASKS, "MASKED", "MaskParams", "HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINK", "HAS_LENGTHS"):
         assert word not in code
     assert code.count("{") == code.count("}") and code.count("(") == code.count(")"), "whole calls and blocks went"
-    assert (build._bare(left) != build._bare(source)) or not build.takes_masks(kernel)
+    assert (build._bare(left) != build._bare(source)) or not build.has_options(kernel)
 
 
 def test_an_edit_inside_masks_changes_only_the_hash_with_them(tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_an_edit_inside_masks_changes_only_the_hash_with_them(tmp_path, monkeypa
 
     def hashes(text: str) -> tuple[str, str]:
         path.write_text(text)
-        return build.source_hash("veiled"), build.source_hash("veiled", masks=True)
+        return build.source_hash("veiled"), build.source_hash("veiled", options=True)
 
     without, with_masks = hashes(WITH_MASKS)
     assert without != with_masks
@@ -272,18 +272,18 @@ def test_an_edit_inside_masks_changes_only_the_hash_with_them(tmp_path, monkeypa
     assert hashes(WITH_MASKS.replace("return a ", "return 2 * a "))[0] != without
     assert hashes(WITH_MASKS.replace("return a ", "return a  // the same\n  ")) == (without, with_masks)
     hashes(WITH_MASKS)
-    assert build.source_hashes()["veiled"] == without and build.source_hashes()["veiled with masks"] == with_masks
-    assert "attention_wmma with masks" not in build.source_hashes(), "a kernel without masks has one hash"
+    assert build.source_hashes()["veiled"] == without and build.source_hashes()["veiled with options"] == with_masks
+    assert "attention_wmma with options" not in build.source_hashes(), "a kernel without masks has one hash"
 
 
 @pytest.mark.compiler
 def test_a_cubin_has_the_hash_of_what_was_compiled_into_it(tiny):
     tiny.write_text(TINY.replace("1.f;", "1.f MASKED(+ 1.f);").replace('"attention.cuh"', '"online_softmax.cuh"'))
     assert compiled().source_hash == build.source_hash("tiny")
-    assert compiled(defines={build.MASKS: 1}).source_hash == build.source_hash("tiny", masks=True)
+    assert compiled(defines={build.MASKS: 1}).source_hash == build.source_hash("tiny", options=True)
 
 
-def test_the_newest_run_recorded_the_hopper_kernel_as_it_is_without_masks():
+def test_the_newest_run_recorded_the_hopper_kernel_as_it_is_without_options():
     """Masks were added to it since, and edited: what was measured of it without them still holds."""
     newest = history.newest(data_dir("reports") / "recorded", 1)[0]
     hashes = {

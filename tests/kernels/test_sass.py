@@ -157,7 +157,7 @@ def test_production_sass_is_the_same_with_the_hooks_taken_out(text, head_dim, dt
 
 @pytest.mark.parametrize(
     ("text", "head_dim", "dtype"),
-    sampled([case for case in TEXTS if build.takes_masks(case[0].kernel)]),
+    sampled([case for case in TEXTS if build.has_options(case[0].kernel)]),
     ids=lambda value: "-".join((value[0], *(name for name, _ in value[1]))) if isinstance(value, tuple) else None,
 )
 def test_sass_is_the_same_with_the_masks_taken_out_of_the_text(text, head_dim, dtype):
@@ -166,7 +166,7 @@ def test_sass_is_the_same_with_the_masks_taken_out_of_the_text(text, head_dim, d
     variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict(defines)}
     source = build.kernel_source(kernel)
     whole = code(build.compile_kernel(kernel, **variant))
-    without = code(build.compile_kernel(kernel, **variant, source=build.without_masks(source)))
+    without = code(build.compile_kernel(kernel, **variant, source=build.without_options(source)))
     assert sum(map(len, whole.values())) > 100 * INSTRUCTION and whole == without
 
 

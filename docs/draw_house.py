@@ -3,9 +3,10 @@
     python docs/draw_house.py            writes docs/house.svg
     python docs/draw_house.py --count    prints modules and lines of every folder
 
-A room stands one floor above the highest room that it imports from. Everything drawn is read from the sources: the
-imports (also those inside functions, not those for type checkers), and the first line of each docstring. Needs nothing
-but the standard library.
+A room stands one floor above the highest room that it imports from. Folders within a folder are drawn as rooms within
+its room; what they import counts as imported by it. Everything drawn is read from the sources: the imports (also those
+inside functions, not those for type checkers), and the first line of each docstring. Needs nothing but the standard
+library.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Room:
     torch: bool
     """Whether any of its modules imports torch, CuPy or CUDA's bindings, be it inside a function."""
     uses: frozenset[str]
-    """The rooms that it imports from."""
+    """The rooms that it imports from, and not those within them; empty for a room within another."""
+    within: tuple[Room, ...] = ()
+    """The folders that lie in it, by name."""
 
     @property
     def is_folder(self) -> bool:
@@ -77,27 +80,31 @@ def read_rooms(package: Path = PACKAGE) -> dict[str, Room]:
     """Every room of a package, by name: ``measure`` for a folder, ``ops.py`` for a module in the root."""
     folders = {p.name: sorted(p.rglob("*.py")) for p in sorted(package.iterdir()) if (p / "__init__.py").is_file()}
     modules = {p.name: [p] for p in sorted(package.glob("*.py")) if not p.name.startswith("__")}
-    rooms = {}
-    for name, paths in {**folders, **modules}.items():
-        uses, torch, purpose = set(), False, ""
-        for path in paths:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            if path in (package / name / "__init__.py", package / name):
-                purpose = (ast.get_docstring(tree) or "").partition("\n")[0]
-            for imported in _imports(tree):
-                head, _, rest = imported.partition(".")
-                torch |= head in ("torch", "cupy", "cuda")
-                place = rest.partition(".")[0]
-                uses |= {room for room in (place, f"{place}.py") if head == package.name and room in folders | modules}
-        rooms[name] = Room(
-            name,
-            purpose.replace("`", ""),
-            modules=len([p for p in paths if not p.name.startswith("__")]),
-            lines=sum(_lines(p) for p in paths),
-            torch=torch,
-            uses=frozenset(uses - {name}),
-        )
-    return rooms
+    return {name: _read(name, paths, package, folders | modules) for name, paths in {**folders, **modules}.items()}
+
+
+def _read(name: str, paths: Sequence[Path], package: Path, rooms: Mapping[str, Sequence[Path]]) -> Room:
+    """The room of that name in a folder, which has these `.py` files; `rooms` are those that it may use."""
+    uses, torch, purpose = set(), False, ""
+    for path in paths:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path in (package / name / "__init__.py", package / name):
+            purpose = (ast.get_docstring(tree) or "").partition("\n")[0]
+        for imported in _imports(tree):
+            head, _, rest = imported.partition(".")
+            torch |= head in ("torch", "cupy", "cuda")
+            place = rest.partition(".")[0]
+            uses |= {room for room in (place, f"{place}.py") if head == package.name and room in rooms}
+    inner = sorted(path.parent for path in paths if path.parent.parent == package / name and path.name == "__init__.py")
+    return Room(
+        name,
+        purpose.replace("`", ""),
+        modules=len([p for p in paths if not p.name.startswith("__")]),
+        lines=sum(_lines(p) for p in paths),
+        torch=torch,
+        uses=frozenset(uses - {name}),
+        within=tuple(_read(p.name, sorted(p.rglob("*.py")), package / name, {}) for p in inner),
+    )
 
 
 def _lines(path: Path) -> int:
@@ -165,6 +172,10 @@ def _text(x: float, y: float, size: float, content: str, *, fill: str = INK, mor
     return f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{fill}"{more}>{content}</text>'
 
 
+def _rect(x: float, y: float, width: float, height: float, fill: str, border: str) -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}" stroke="{border}"/>'
+
+
 def _uses(room: Room, order: Sequence[str], below: set[str]) -> list[tuple[str, str]]:
     """What a room uses, the nearest floor first, as (plain text, SVG) a word; what lies one floor down is bold."""
     used = [name for name in order if name in room.uses]
@@ -202,7 +213,26 @@ def _draw_room(
     for line in _wrap(_uses(room, order, below), edge - left, SMALL):
         top += SMALL + 4
         parts.append(_text(left, top, SMALL, line, fill=MUTED))
+    top += GAP if room.within else 0
+    for inner in room.within:
+        drawn, tall = _draw_inner(inner, left, top, edge - left)
+        parts += drawn
+        top += tall + GAP / 2
     return parts, (max(top, bottom) if alone else top) + PADDING - y
+
+
+def _draw_inner(room: Room, x: float, y: float, width: float) -> tuple[list[str], float]:
+    """A room within another: its name and its purpose, one after the other, and how high it is."""
+    name = f"{room.name}/"
+    bold = f'<tspan font-weight="700" font-family="{MONO}">{escape(name)}</tspan>'
+    words = [("n" * (len(name) + 1), bold), *((word, escape(word)) for word in room.purpose.split())]
+    lines = _wrap(words, width - PADDING, SMALL)
+    fill, border = COMPUTES if room.torch else READS
+    tall = len(lines) * (SMALL + 4) + GAP - 2
+    parts = [_rect(x, y, width, tall, fill, border)]
+    for number, line in enumerate(lines, start=1):
+        parts.append(_text(x + PADDING / 2, y + number * (SMALL + 4), SMALL, line))
+    return parts, tall
 
 
 def draw(rooms: Mapping[str, Room]) -> str:
@@ -221,11 +251,7 @@ def draw(rooms: Mapping[str, Room]) -> str:
         for i, (room, (parts, _)) in enumerate(zip(storey, drawn, strict=True)):
             fill, border = COMPUTES if room.torch else READS
             x = left + i * (width + GAP)
-            body.append(
-                f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}"'
-                f' stroke="{border}"/>'
-            )
-            body += parts
+            body += [_rect(x, y, width, height, fill, border), *parts]
         y += height + GAP
     modules, lines = sum(r.modules for r in rooms.values()), sum(r.lines for r in rooms.values())
     total = f"{sum(r.is_folder for r in rooms.values())} folders · {modules} modules · {rounded(lines)}"
@@ -251,7 +277,8 @@ def draw(rooms: Mapping[str, Room]) -> str:
         _text(left + 310, key, SMALL, "imports none of them: reads, decides, draws, runs the others", fill=MUTED),
         _text(left, key + 22, SMALL, "A room uses only rooms on lower floors, and on the ground floor only those to "
               "its left. Bold: one floor down.", fill=MUTED),
-        _text(left, key + 40, SMALL, "Names that end in .py are modules in the root of the package.", fill=MUTED),
+        _text(left, key + 40, SMALL, "A room within another is a folder in it. Names that end in .py are modules in "
+              "the root of the package.", fill=MUTED),
     ]  # fmt: skip
     said = "Floors from the top: " + "; ".join(", ".join(r.name for r in storey) for storey in reversed(storeys)) + "."
     head = [

@@ -20,8 +20,8 @@ _HOMES = {
     "FlashCoreError": "flashcore.errors",
     "check_attention": "flashcore.measure.check",
     "bisect": "flashcore.bisection",
-    "diagnose": "flashcore.diagnosis",
-    "debug": "flashcore.interactive",
+    "diagnose": "flashcore.bisection.diagnosis",
+    "debug": "flashcore.bisection.interactive",
     "report": "flashcore.pipeline.reporting",
 }
 
@@ -42,6 +42,6 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell) -> None:
     """What ``%load_ext flashcore`` calls: it gives a notebook the magics ``%diagnose`` and ``%bisect``."""
-    from flashcore.interactive import load_magics
+    from flashcore.bisection.interactive import load_magics
 
     load_magics(shell)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 
 from flashcore import backends
+from flashcore.backends.others.standing_in import StandIn
 from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName, Unsupported
 from flashcore.library import dense, masked
 from flashcore.library.dense import DTYPES
 from flashcore.numerics import masking, plain, transforms
 from flashcore.numerics.masking import MaskTensors
-from flashcore.others.standing_in import StandIn
 from flashcore.paging.checks import can_read_back, debugging
 from flashcore.problem import Problem
 

@@ -38,12 +38,13 @@ STARTS = {"compiler": "the CUDA compiler", "browser": "a browser", "notebook": "
 """What a test may start only under the marker of that name. A test with a fixture of that name has the marker."""
 
 SLOW_FILES = (
-    "pipeline/test_spread_reports.py", "cluster/test_spreading.py", "parallel/test_parallel_example.py",
+    "pipeline/test_spread_reports.py", "measure/cluster/test_spreading.py", "parallel/test_parallel_example.py",
     "page/test_in_a_browser.py", "kernels/test_sass.py", "pipeline/test_reporting.py", "pipeline/test_folders.py",
-    "faults/test_catalogue.py", "gpu/test_build.py", "pipeline/test_redo.py", "pipeline/test_notebooks.py",
-    "interactive/test_your_kernel.py", "diagnosis/test_diagnosing.py", "diagnosis/test_apart.py",
-    "pipeline/test_rendering.py", "kernels/test_new_kernel.py", "page/test_random_runs.py", "faults/test_proving.py",
-    "cli/test_printing_contract.py", "drawing/test_paging_views.py", "paging/test_selecting.py",
+    "bisection/faults/test_catalogue.py", "gpu/test_build.py", "pipeline/test_redo.py", "pipeline/test_notebooks.py",
+    "bisection/interactive/test_your_kernel.py", "bisection/diagnosis/test_diagnosing.py",
+    "bisection/diagnosis/test_apart.py", "pipeline/test_rendering.py", "kernels/test_new_kernel.py",
+    "page/test_random_runs.py", "bisection/faults/test_proving.py",
+    "cli/test_printing_contract.py", "page/drawing/test_paging_views.py", "paging/test_selecting.py",
     "paging/test_appending.py", "paging/test_cache_machine.py", "bisection/test_split_traces.py",
     "parallel/test_attending.py", "parallel/test_gradients.py", "backends/test_hopper_masks.py",
 )  # fmt: skip

@@ -78,9 +78,9 @@ def test_every_dotted_name_of_the_package_in_a_document_exists(name):
 
 
 def test_these_tests_see_what_is_not_there():
-    text = "`nowhere.py`, `gpu/`, `no/mine.py`, `flashcore/faults/plants/mine.py`\n    tests/  docs\n`git/x.txt` `a/`\n"
+    text = "`nowhere.py`, `gpu/`, `no/mine.py`, `flashcore/page/mine.py`\n    tests/  docs\n`git/x.txt` `a/`\n"
     assert list(paths_named(text)) == [
-        "nowhere.py", "gpu/", "no/mine.py", "flashcore/faults/plants/mine.py", "a/", "tests/",
+        "nowhere.py", "gpu/", "no/mine.py", "flashcore/page/mine.py", "a/", "tests/",
     ]  # fmt: skip
     assert [path for path in paths_named(text) if not exists(path)] == ["nowhere.py", "no/mine.py", "a/"]
     text = "`gpu.build.no_such` `records.jsonl` `Trace.previous` flashcore.paging\nfrom flashcore.cli import app, x\n"

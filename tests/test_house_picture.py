@@ -76,7 +76,8 @@ def toy(tmp_path):
         "low/__init__.py": '"""Low.\n\nMore."""\n',
         "low/thing.py": "import torch\nfrom toy import words\n",
         "high/__init__.py": '"""The `high` one."""\n',
-        "high/deep/__init__.py": "def f():\n    import toy.low.thing\n",
+        "high/deep/__init__.py": '"""Deep <below>."""\ndef f():\n    import toy.low.thing\n',
+        "high/deep/deeper/__init__.py": "import torch\n",
         "high/typed.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from toy.call import f\n",
     }
     for name, text in sources.items():
@@ -95,10 +96,19 @@ def test_what_is_read_from_the_sources(toy):
         "call.py": ["low"],
     }
     assert (rooms["low"].purpose, rooms["high"].purpose, rooms["low"].lines) == ("Low.", "The high one.", 5)
-    assert [name for name, room in rooms.items() if room.torch] == ["low"]
+    assert [name for name, room in rooms.items() if room.torch] == ["high", "low"]
     assert [[room.name for room in storey] for storey in house.floors(rooms)] == [
         ["words.py"], ["low"], ["call.py", "high"],
     ]  # fmt: skip
+
+
+def test_a_room_within_another_is_named_in_it_and_no_deeper_one(toy):
+    rooms = house.read_rooms(toy)
+    [deep] = rooms["high"].within
+    assert (deep.name, deep.purpose, deep.torch, deep.within[0].name) == ("deep", "Deep <below>.", True, "deeper")
+    assert rooms["low"].within == ()
+    drawn = house.draw(rooms)
+    assert ">deep/<" in drawn and "Deep &lt;below&gt;." in drawn and "deeper" not in drawn
 
 
 def test_a_circle_is_named(toy):

@@ -9,7 +9,7 @@ import graphlib
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,17 @@ import flashcore
 PACKAGE = Path(flashcore.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file())
+ROOMS = sorted(FOLDERS + [f"{p.parent.parent.name}.{p.parent.name}" for p in PACKAGE.glob("*/*/__init__.py")])
+"""The folders, and those that lie within them: `measure` and `measure.cluster`."""
 ROOT_MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
 MOST_ROOT_MODULES = 8
-DECIDES_AND_DRAWS = ("decision", "drawing", "history", "page", "errors", "problem", "records", "tables", "paths")
+MOST_FOLDERS = 16
+DECIDES_AND_DRAWS = ("decision", "page", "errors", "problem", "records", "tables", "paths")
 """Records in, words and pictures out: torch has no business there, not even inside a function."""
-LOADS_TORCH = ("backends", "bisection", "compat", "diagnosis", "exploits", "faults", "gpu",
-               "integrations", "interactive", "library", "measure", "model_survey", "numerics", "others", "paging",
-               "paging_survey", "parallel", "ops", "paged_ops", "varlen_ops")  # fmt: skip
+LOADS_TORCH = ("backends", "backends.others", "bisection", "bisection.diagnosis", "bisection.faults",
+               "bisection.interactive", "compat", "gpu", "integrations", "library", "measure", "measure.exploits",
+               "numerics", "paging", "parallel", "surveys.models", "surveys.paging", "ops", "paged_ops",
+               "varlen_ops")  # fmt: skip
 """What computes. Everything else loads, and `flashcore --help` answers, without the seconds that torch takes."""
 
 
@@ -41,6 +45,15 @@ MODULES = {name_of(path): path for path in FILES}
 def place(module: str) -> str:
     """The folder under the root that a module lies in; a module of the root stands for itself."""
     return module.split(".")[1] if "." in module else ""
+
+
+def room(module: str) -> str:
+    """The room that a module lies in: its folder, or the one within that; a module of the root stands for itself."""
+    return max((r for r in ROOMS if lies_in(module, f"flashcore.{r}")), key=len, default=place(module))
+
+
+def lies_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 parsed = functools.cache(ast.parse)
@@ -92,29 +105,31 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def between_places(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    """Which folder uses which, from pairs of modules."""
+def between(where: Callable[[str], str], pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Which folder (`place`) or room (`room`) uses which, from pairs of modules."""
     graph: dict[str, set[str]] = {}
     for module, other in pairs:
-        if place(module) and place(other) and place(module) != place(other):
-            graph.setdefault(place(module), set()).add(place(other))
+        if where(module) and where(other) and where(module) != where(other):
+            graph.setdefault(where(module), set()).add(where(other))
     return graph
 
 
 def breaches(module: str, text: str) -> list[str]:
-    """What a module takes from another folder that this folder does not offer in its `__all__`."""
+    """What a module takes from a folder that it does not lie in and that does not offer it in its `__all__`."""
     found = []
     for target, name in imports(text):
         parts = target.split(".")
-        if len(parts) < 2 or parts[1] not in FOLDERS or parts[1] == place(module):
+        if len(parts) < 2 or parts[1] not in FOLDERS:
             continue
-        # Each step down from the folder has to be offered by the one above it.
+        # Each step down from a folder of others has to be offered by the one above it.
         for depth in range(2, len(parts)):
-            offered = importlib.import_module(".".join(parts[:depth])).__all__
-            if parts[depth] not in offered:
+            above = ".".join(parts[:depth])
+            if not lies_in(module, above) and parts[depth] not in importlib.import_module(above).__all__:
                 found.append(target)
         package = (MODULES[target].name == "__init__.py") if target in MODULES else False
-        if name and (name.startswith("_") or (package and name not in importlib.import_module(target).__all__)):
+        if not name or lies_in(module, target if package else target.rpartition(".")[0]):
+            continue
+        if name.startswith("_") or (package and name not in importlib.import_module(target).__all__):
             found.append(f"{target}.{name}")
     return found
 
@@ -122,6 +137,10 @@ def breaches(module: str, text: str) -> list[str]:
 def test_the_root_holds_the_words_and_what_a_model_calls():
     assert len(ROOT_MODULES) <= MOST_ROOT_MODULES, ROOT_MODULES
     assert [p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in (*FOLDERS, "__pycache__", "_data")] == []
+
+
+def test_the_folders_are_few_enough_to_be_seen_at_once():
+    assert len(FOLDERS) <= MOST_FOLDERS, FOLDERS
 
 
 def test_no_prefix_stands_for_a_folder():
@@ -135,7 +154,13 @@ def test_no_prefix_stands_for_a_folder():
 
 @pytest.mark.slow
 def test_there_is_no_circle_between_folders():
-    assert circle(between_places((m, to) for m in MODULES for to in used(m))) == []
+    assert circle(between(place, ((m, to) for m in MODULES for to in used(m)))) == []
+
+
+@pytest.mark.slow
+def test_there_is_no_circle_between_the_rooms_within_folders_either():
+    """What lies in a folder itself counts as one room, beside those within it."""
+    assert circle(between(room, ((m, to) for m in MODULES for to in used(m)))) == []
 
 
 def test_there_is_no_circle_between_modules_not_even_for_types():
@@ -156,12 +181,23 @@ def test_a_folder_says_what_lives_there_and_what_others_may_use(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [p for p in FOLDERS + ROOT_MODULES if p not in LOADS_TORCH])
+@pytest.mark.parametrize("where", [p for p in ROOMS + ROOT_MODULES if p not in LOADS_TORCH])
 def test_what_does_not_compute_loads_without_torch(where):
-    names = [m for m in MODULES if place(m) == where]
+    names = [m for m in MODULES if room(m) == where]
     code = f"import sys, importlib; [importlib.import_module(n) for n in {names!r}]; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or f"importing {where} loads torch"
+
+
+@pytest.mark.slow
+def test_a_folder_loads_none_of_the_rooms_within_it():
+    """Else whoever asks for one room waits for all of them."""
+    within = [r for r in ROOMS if "." in r]
+    parents = sorted({r.partition(".")[0] for r in within})
+    code = f"import sys, {', '.join(f'flashcore.{p}' for p in parents)}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(parents) > 3 and {f"flashcore.{p}" for p in parents} <= set(loaded)
+    assert {f"flashcore.{r}" for r in within} & set(loaded) == set() and not {"torch", "matplotlib"} & set(loaded)
 
 
 @pytest.mark.parametrize("where", DECIDES_AND_DRAWS)
@@ -177,8 +213,19 @@ def test_these_tests_see_a_breach():
     text = "def f():\n    from flashcore.paging import arguments\n    from flashcore.gpu.build import _bare\n"
     assert breaches("flashcore.records", text) == ["flashcore.paging.arguments", "flashcore.gpu.build._bare"]
     assert breaches("flashcore.paging.cache", "from flashcore.paging import arguments") == []
+    text = "from flashcore.bisection import zoom\nfrom flashcore.bisection.faults import planting\n"
+    assert breaches("flashcore.bisection.interactive.moving", text) == ["flashcore.bisection.faults.planting"]
+    assert breaches("flashcore.measure.check", text) == [
+        "flashcore.bisection.zoom",
+        "flashcore.bisection.faults.planting",
+    ]
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) and circle({"a": {"b"}, "b": set()}) == []
     typing = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flashcore.paging import PagedKV\n"
     assert imports(typing) == [] and imports(typing, typing_too=True) == [("flashcore.paging", "PagedKV")]
     pairs = [("flashcore.gpu.build", "flashcore.page.pdf"), ("flashcore.page.pdf", "flashcore.gpu.device")]
-    assert circle(between_places(pairs))
+    assert circle(between(place, pairs)) and circle(between(room, pairs))
+    pairs = [("flashcore.page.pdf", "flashcore.page.history.runs"), ("flashcore.page.history.views", "flashcore.page")]
+    assert not circle(between(place, pairs)) and set(circle(between(room, pairs))) == {"page", "page.history"}
+    assert [room(m) for m in ("flashcore", "flashcore.ops", "flashcore.bisection.faults.plants.cpu")] == [
+        "", "ops", "bisection.faults",
+    ]  # fmt: skip

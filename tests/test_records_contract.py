@@ -15,7 +15,7 @@ from support import synthetic_records as synthetic
 
 from flashcore.decision import verdict
 from flashcore.errors import FlashCoreError, GatesError, RecordsDamaged, RecordsError, RecordsTooNew
-from flashcore.page.resources import embedded_records
+from flashcore.page._resources import embedded_records
 from flashcore.pipeline import superseding
 from flashcore.problem import PRESETS
 from flashcore.records import SETTLED_NS, RunFolder, Trial, append_trials, parse_json, read_trials

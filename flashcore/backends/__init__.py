@@ -3,6 +3,8 @@
 A module whose name has no underscore in front holds backends: `Backend` subclasses under the decorator `register`. So
 do the modules in a folder that FLASHCORE_PLUGINS names. Notebooks, the sweep, bisection and the command line ask the
 registry (`get`, `select`) and know no backend by name.
+
+One room lies within: `others` computes what no kernel of ours takes, and is in no registry.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from flashcore.backends._registry import all_backends, get, register, select
 
 __all__ = [
     "AVAILABLE", "Availability", "Backend", "CudaBackend", "all_backends", "get", "register", "select", "with_masks",
-    "with_methods", "cpu", "cublaslt", "cublaslt_paged", "decode",
+    "with_methods", "cpu", "cublaslt", "cublaslt_paged", "decode", "others",
 ]  # fmt: skip
 
 

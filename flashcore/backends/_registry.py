@@ -36,7 +36,7 @@ def register(cls: type[Backend]) -> type[Backend]:
 @functools.cache  # a plug-in may come later; our own folder stays as it is
 def _import_our_own() -> None:
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if not info.name.startswith("_"):
+        if not (info.ispkg or info.name.startswith("_")):
             importlib.import_module(f"{__package__}.{info.name}")
 
 

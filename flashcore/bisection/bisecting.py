@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashcore import backends
 from flashcore.bisection.stagewise import Judgement, Judges
 from flashcore.bisection.zoom import tile, zoom
-from flashcore.cluster import Task
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
 from flashcore.measure.check import device_of, guarded, hash_of
+from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient, masking, reference
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
@@ -237,7 +237,7 @@ def bisect_trial(backend: str | backends.Backend, problem: Problem, **options) -
 
 
 def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> list[Task]:
-    """`bisect_trial` of each backend on its problem, or one like it that it takes, as `flashcore.cluster.Task`."""
+    """`bisect_trial` of each backend on its problem, or one like it that it takes, as tasks of `measure.cluster`."""
     found = []
     for one, wanted in pairs:
         problem = one.suits(wanted)

@@ -17,8 +17,8 @@ from flashcore.decision.compare import number
 from flashcore.problem import parse_problem
 
 if TYPE_CHECKING:
-    from flashcore.history import Comparison, Snapshot
-    from flashcore.history.timings import Row
+    from flashcore.page.history import Comparison, Snapshot
+    from flashcore.page.history.timings import Row
 
 REGRESSION, NOTHING_COMPARED = 3, 4
 MOST_LINES = 20
@@ -53,7 +53,7 @@ def compare(
     Exit code 0: compared, whatever was found. With --strict 3: a timing of ours is slower by more than 3 % with
     separated intervals, or a check that passed now fails or is gone; 4: no timing of ours could be compared. 2: usage.
     """
-    from flashcore import history
+    from flashcore.page import history
 
     found = history.compare_runs(_snapshot(run_a, out_dir), _snapshot(run_b, out_dir))
     regressions = found.regressions
@@ -82,8 +82,8 @@ def trend(
 
     Exit code 0, also when there is nothing to show; 2: usage.
     """
-    from flashcore.history import runs_in
-    from flashcore.history.trend import trend as trend_of
+    from flashcore.page.history import runs_in
+    from flashcore.page.history.trend import trend as trend_of
     from flashcore.pipeline import folders
 
     wanted = parse_problem(problem)
@@ -119,7 +119,7 @@ def trend(
 
 def _snapshot(run: str, out_dir: Path | None) -> Snapshot:
     """A run by folder, id or `latest`, as for the other commands, or by its file of records."""
-    from flashcore import history
+    from flashcore.page import history
     from flashcore.pipeline import folders
 
     path = Path(run)
@@ -165,7 +165,7 @@ def _print_comparison(found: Comparison, every: bool) -> None:
 
 
 def _overview(found: Comparison) -> Table:
-    from flashcore.history.interval import WORDS
+    from flashcore.page.history.interval import WORDS
 
     table = Table(title="Timings in both runs, by backend")
     table.add_column("Backend", no_wrap=True)
@@ -201,7 +201,7 @@ def _details(rows: list[Row], title: str) -> Table:
 
 
 def _percent(value: float | None) -> str:
-    from flashcore.history.comparing import signed
+    from flashcore.page.history.comparing import signed
 
     return f"{signed(value)} %"
 

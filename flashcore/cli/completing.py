@@ -49,13 +49,13 @@ def _backends_or_all() -> list[str]:
 
 
 def _exploits() -> list[str]:
-    from flashcore.exploits import catalogue
+    from flashcore.measure.exploits import catalogue
 
     return [exploit.id for exploit in catalogue.EXPLOITS]
 
 
 def _faults() -> list[str]:
-    from flashcore.faults import catalogue
+    from flashcore.bisection.faults import catalogue
 
     return [fault.id for fault in catalogue.FAULTS]
 

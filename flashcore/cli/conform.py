@@ -12,7 +12,7 @@ from flashcore.cli.debug import CLEAN, FOUND, JsonOption, RunOption
 from flashcore.paths import absolute_place
 
 if TYPE_CHECKING:
-    from flashcore.diagnosis import Conformance
+    from flashcore.bisection.diagnosis import Conformance
     from flashcore.records import Trial
 
 
@@ -41,7 +41,8 @@ def conform(
     run: RunOption = None,
 ) -> None:
     """Ask for the promises of attention: kept, broken or refused. Exit code 0: none is broken; 3: one is."""
-    from flashcore import diagnosis, tables
+    from flashcore import tables
+    from flashcore.bisection import diagnosis
 
     places = [absolute_place(one) for one in function] if function else None
     trials: list[Trial] = []

@@ -57,7 +57,7 @@ def bisect(
     """Find the stage and the element where a backend goes wrong. Exit code 0: nowhere; 3: found; 1: unfinished."""
     from flashcore import backends
     from flashcore.bisection import bisect_trial
-    from flashcore.faults import catalogue, proving
+    from flashcore.bisection.faults import catalogue, proving
     from flashcore.measure.determinism import check_determinism
     from flashcore.numerics.inputs import PATTERNS
 
@@ -97,7 +97,7 @@ def faults(
     """Plant every known bug and see whether it is found at its stage. Exit code 0: all were; 3: one was not."""
     from flashcore import backends as registry
     from flashcore import tables
-    from flashcore.faults import proving
+    from flashcore.bisection.faults import proving
 
     chosen = _provable(registry.select(backends), backends)
     with adding_to(run) as folder:
@@ -119,7 +119,7 @@ def faults(
 
 
 def _provable(selected: list, names: str) -> list:
-    from flashcore.faults import proving
+    from flashcore.bisection.faults import proving
 
     found = proving.provable(selected)
     if not found:
@@ -137,8 +137,8 @@ def sanitize(
     """Watch kernels with compute-sanitizer. Exit code 0: clean; 3: findings; 4: not available; 1: unfinished."""
     from flashcore import backends as registry
     from flashcore import tables
-    from flashcore.faults import catalogue
-    from flashcore.faults.sanitizer import sanitizing
+    from flashcore.bisection.faults import catalogue
+    from flashcore.bisection.faults.sanitizer import sanitizing
 
     chosen = [b for b in registry.select(backend) if b.kernel]
     if not chosen:

@@ -49,7 +49,7 @@ def diagnose(
         raise InvalidProblem("--backend goes with --prove; name the backend itself to diagnose it.")
     if function is None:
         raise InvalidProblem("Name a function: flashcore diagnose FILE.py:function, or a backend's id.")
-    from flashcore.diagnosis import diagnose_apart, write_test
+    from flashcore.bisection.diagnosis import diagnose_apart, write_test
 
     place = absolute_place(function)
     found = diagnose_apart(place, problem, layout=layout, lse=lse, device=device, pattern=pattern, seed=seed,
@@ -79,7 +79,7 @@ def _refuse(options: dict) -> None:
 
 def _prove(names: str, json: bool, run: Path | None) -> None:
     from flashcore import backends as registry
-    from flashcore.faults import diagnosing
+    from flashcore.bisection.faults import diagnosing
     from flashcore.gpu.isolation import isolated_trial
 
     chosen = [b for b in registry.select(names) if b.availability().ok]

@@ -29,8 +29,8 @@ def model(
 ) -> None:
     """Measure attention inside of whole models: tokens, time, attention's share. Exit code 3: something is wrong."""
     from flashcore.gpu import device
-    from flashcore.model_survey.measuring import measure
-    from flashcore.model_survey.plan import plan_for
+    from flashcore.surveys.models.measuring import measure
+    from flashcore.surveys.models.plan import plan_for
 
     plan = plan_for(profile, device.has_gpu()).of_shapes(shape)
     err = Console(stderr=True, highlight=False, soft_wrap=True)

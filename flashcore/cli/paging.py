@@ -39,8 +39,8 @@ def paging(
 ) -> None:
     """Measure paging: memory, time, accuracy, tokens a second. Exit code 0: done; 3: something is wrong."""
     from flashcore.gpu import device
-    from flashcore.paging_survey.measuring import chosen, measure
-    from flashcore.paging_survey.plan import plan_for
+    from flashcore.surveys.paging.measuring import chosen, measure
+    from flashcore.surveys.paging.plan import plan_for
 
     plan = plan_for(profile, device.has_gpu(), report_layers=report_layers)
     chosen(what, plan.gpu)

@@ -154,7 +154,7 @@ def _adopted(kernel: str | None, layout: str, lse: str | None) -> Iterator[dict[
     if kernel is None:
         yield None
         return
-    from flashcore.diagnosis import write_plugin
+    from flashcore.bisection.diagnosis import write_plugin
 
     place = absolute_place(kernel)
     before = os.environ.get("FLASHCORE_PLUGINS")

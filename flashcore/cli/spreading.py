@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from flashcore.cluster import Pool
+    from flashcore.measure.cluster import Pool
 
 GpusOption = Annotated[
     str | None, typer.Option("--gpus", metavar="N|all", help="Spread the work over this many cards of this machine.")
@@ -87,7 +87,7 @@ def spread(
     if (gpus, workers, scheduler, cluster) == (None, None, None, None):
         yield None
         return
-    from flashcore import cluster as engine
+    from flashcore.measure import cluster as engine
 
     asked = {"gpus": gpus, "workers": workers, "scheduler": scheduler, "cluster": cluster}
     board = Board()

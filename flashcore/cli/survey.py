@@ -27,11 +27,11 @@ def survey(
 ) -> None:
     """Time what cuBLASLt offers for attention's products. Exit code 0: done; 3: a label is not what ran."""
     from flashcore.decision import evidence
-    from flashcore.drawing import answers
     from flashcore.gpu import device
-    from flashcore.survey import labels
-    from flashcore.survey import measuring as surveying
-    from flashcore.survey.grid import survey_grid
+    from flashcore.page.drawing import answers
+    from flashcore.surveys.cublaslt import labels
+    from flashcore.surveys.cublaslt import measuring as surveying
+    from flashcore.surveys.cublaslt.grid import survey_grid
 
     cases = survey_grid(profile)
     if not device.has_gpu():

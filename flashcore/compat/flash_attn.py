@@ -7,7 +7,8 @@
 Tensors are ``[batch, seqlen, num_heads, head_dim]``; causal masks and windows are aligned bottom right, per sequence.
 What a kernel of ours computes it computes, windows, softcaps and ragged batches too. All else goes, with the same
 meaning, to FlashAttention-3 or -2 where they are installed, then to the FlashAttention-2 in torch, and last to torch's
-operations (`flashcore.others`). Nothing that is passed is ignored: what nobody here can do is refused in a sentence.
+operations (`flashcore.backends.others`). Nothing that is passed is ignored: what nobody here can do is refused in a
+sentence.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import math
 import torch
 
 from flashcore import ops, paged_ops, varlen_ops
+from flashcore.backends.others import flash, masked
+from flashcore.backends.others.flash import HALVES
+from flashcore.backends.others.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import traced
 from flashcore.numerics import plain
-from flashcore.others import flash, masked
-from flashcore.others.flash import HALVES
-from flashcore.others.masked import Masking
 from flashcore.paging import PAGE_SIZES, PagedKV, append_tokens
 from flashcore.paging.checks import debugging
 

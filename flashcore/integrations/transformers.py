@@ -3,7 +3,7 @@
 It means what transformers' own `sdpa` and `eager` mean. Attention without a mask, under a causal one and in a sliding
 window without padding goes to our kernels where they take it, with softcaps and sinks. With any other mask (padding,
 packed sequences) torch's attention computes it, and what `sdpa` cannot do there, softcaps and sinks, torch's operations
-do (`flashcore.others.masked`). With ``exact_padding=False`` padding becomes lengths, and no mask is made: on the right
+do (`backends.others.masked`). With ``exact_padding=False`` padding becomes lengths, and no mask is made: on the right
 of a prompt it is left alone, since under a causal mask no real token sees what comes after it; on the left our kernels
 take the lengths; and a prompt with holes, or one that they do not take, is packed into a ragged batch
 (`flashcore.compat.flash_attn`). Only the rows of the padding are then other numbers.
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from flashcore import ops
+from flashcore.backends.others import masked
+from flashcore.backends.others.flash import HALVES
+from flashcore.backends.others.masked import Masking
 from flashcore.compat import flash_attn, sdpa
 from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
 from flashcore.integrations.pages import InPages, reader_of
 from flashcore.library import traced
 from flashcore.numerics import plain, seen
-from flashcore.others import masked
-from flashcore.others.flash import HALVES
-from flashcore.others.masked import Masking
 from flashcore.paged_ops import paged_attention
 
 NAME = "fcore"

@@ -3,6 +3,11 @@
 Each function makes one record for each measurement; `ceilings` measures what the machine could reach at best, and
 `watching` reads its sensors meanwhile; `cards` measures each card of a fleet by one short list, and `workloads` lists
 the problems with masks. Where a kernel that `check` calls wrong goes wrong is a question for `flashcore.bisection`.
+
+Two rooms lie within: `cluster` computes lists of such trials on whatever workers there are, and `exploits` plants ways
+to look fast or right, to prove that what measures and judges sees through them.
 """
 
-__all__ = ["cards", "ceilings", "check", "determinism", "sweep", "timing", "watching", "workloads"]
+__all__ = [
+    "cards", "ceilings", "check", "cluster", "determinism", "exploits", "sweep", "timing", "watching", "workloads",
+]  # fmt: skip

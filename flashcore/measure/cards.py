@@ -14,12 +14,12 @@ import torch
 
 from flashcore import backends
 from flashcore.backends import Backend
-from flashcore.cluster import Pool, Task, perform
 from flashcore.decision.fleet import WHAT
 from flashcore.gpu import device
 from flashcore.gpu.counters import IDLE_REASONS, counters
 from flashcore.measure import ceilings
 from flashcore.measure.check import check_attention
+from flashcore.measure.cluster import Pool, Task, perform
 from flashcore.measure.timing import Candidate, input_sets, time_on_cpu, time_on_gpu
 from flashcore.measure.watching import Watch
 from flashcore.numerics import ambient

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from flashcore.cluster import Pool, Task, perform
 from flashcore.gpu.device import gpu_name, has_gpu
+from flashcore.measure.cluster import Pool, Task, perform
 from flashcore.numerics import ambient
 from flashcore.records import RunFolder, Trial
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from flashcore import backends
-from flashcore.cluster import Task
 from flashcore.errors import BackendUnavailable, Unsupported
+from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient, instruments, masking, reference
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
@@ -446,7 +446,7 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
 
 
 def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, pattern: str = "normal") -> list[Task]:
-    """The checks of `pairs` as tasks for `flashcore.cluster.perform`: one a problem, since its reference is shared."""
+    """The checks of `pairs` as tasks for `cluster.perform`: one a problem, since its reference is shared."""
     found = []
     for problem, group in groupby(wanted, key=lambda pair: pair[0]):
         chosen = [one for _, one in group]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from flashcore import backends
-from flashcore.cluster import Task
 from flashcore.errors import InvalidProblem
 from flashcore.measure.check import device_of, guarded, hash_of
+from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
@@ -105,7 +105,7 @@ def check_determinism(
 
 
 def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> list[Task]:
-    """`check_determinism` of each backend on its problem, or one like it that it takes, as `flashcore.cluster.Task`."""
+    """`check_determinism` of each backend on its problem, or one like it that it takes, as tasks of `cluster`."""
     found = []
     for one, wanted in pairs:
         problem = one.suits(wanted)

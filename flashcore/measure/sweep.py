@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from flashcore.backends import Backend, with_masks
-from flashcore.cluster import Pool, Task, perform
 from flashcore.decision import claims
 from flashcore.errors import FlashCoreError, WrongWhenTimed
 from flashcore.gpu import device
 from flashcore.measure import workloads
 from flashcore.measure.check import check_attention, correctness_of, hash_of
+from flashcore.measure.cluster import Pool, Task, perform
 from flashcore.measure.proof import Proof
 from flashcore.measure.timing import MOST_ROUNDS, Candidate, input_sets, time_on_cpu, time_on_gpu
 from flashcore.numerics.inputs import lengths_of, make_inputs, make_masks

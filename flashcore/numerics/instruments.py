@@ -38,7 +38,8 @@ _INSTALLED = tuple(
     os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 _OURS = str(Path(__file__).resolve().parent.parent) + os.sep
-_JUDGES = f"{_OURS}measure{os.sep}"
+_JUDGES = f"{_OURS}measure"
+"""The folder of what checks and times; the exploits, which lie in a folder within it, are no judges."""
 
 _kept: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 """By owner and name: the owner, the name in words, and what it stood for. The owners live as long as the process."""
@@ -132,7 +133,7 @@ def _working_behind(before: set[threading.Thread]) -> list[str]:
             paths.append(os.path.realpath(frame.f_code.co_filename))
             frame = frame.f_back
         own = any(not path.startswith(_INSTALLED) or path.startswith(_OURS) for path in paths)
-        if own and not any(path.startswith(_JUDGES) for path in paths):
+        if own and not any(os.path.dirname(path) == _JUDGES for path in paths):
             found.append(thread.name)
     return found
 

@@ -1,24 +1,43 @@
 """The status page, part by part: records and a decision in, HTML out, and a PDF that a browser prints.
 
 Each module makes one part of the page, from the headline down to the provenance; `variants` says which parts a reader
-gets, and `resources` what the template needs. Nothing here measures or imports torch; figures come from `drawing`.
+gets, and `resources` gives what the template needs. Nothing here measures or imports torch.
+
+Two rooms lie within: `drawing` makes figures and tables of records, for notebooks and the page alike, and `history`
+holds runs against each other. Each loads when it is asked for, and so does each part of the page.
 """
 
 from __future__ import annotations
 
-from flashcore.page.anchors import anchored
-from flashcore.page.changes import since_html
-from flashcore.page.claims import claims_html
-from flashcore.page.decision import blockers_html, gates_html, options_html
-from flashcore.page.headline import banner_html, headline_html
-from flashcore.page.parts import drawn, fold
-from flashcore.page.proof import correctness_html, machine_html, proof_html
-from flashcore.page.resources import resources
-from flashcore.page.sections import chosen, opened
-from flashcore.page.variants import AUDIENCES, SECTIONS, Variant, variant
+from importlib import import_module
 
-__all__ = [
-    "AUDIENCES", "SECTIONS", "Variant", "anchored", "banner_html", "blockers_html", "chosen", "claims_html", "cleaning",
-    "correctness_html", "drawn", "fold", "gates_html", "headline_html", "machine_html", "opened", "options_html", "pdf",
-    "policy", "proof_html", "resources", "since_html", "variant",
-]  # fmt: skip
+_HOMES = {
+    "AUDIENCES": "variants",
+    "SECTIONS": "variants",
+    "Variant": "variants",
+    "anchored": "anchors",
+    "banner_html": "headline",
+    "blockers_html": "decision",
+    "chosen": "sections",
+    "claims_html": "claims",
+    "correctness_html": "proof",
+    "drawn": "parts",
+    "fold": "parts",
+    "gates_html": "decision",
+    "headline_html": "headline",
+    "machine_html": "proof",
+    "opened": "sections",
+    "options_html": "decision",
+    "proof_html": "proof",
+    "resources": "_resources",
+    "since_html": "changes",
+    "variant": "variants",
+}
+
+__all__ = [*_HOMES, "cleaning", "drawing", "history", "pdf", "policy"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:  # most of them load matplotlib, which comparing two runs does without
+        return getattr(import_module(f"flashcore.page.{_HOMES[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

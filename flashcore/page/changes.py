@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flashcore.history import views
-from flashcore.history.since import Since
+from flashcore.page.history import views
+from flashcore.page.history.since import Since
 from flashcore.records import RunFolder
 
 

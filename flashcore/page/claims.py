@@ -11,8 +11,8 @@ from flashcore.decision import claims
 from flashcore.decision.claims.findings import time_words
 from flashcore.decision.compare import number
 from flashcore.decision.verdict import Evidence
-from flashcore.drawing import html_tables
 from flashcore.errors import FlashCoreError
+from flashcore.page.drawing import html_tables
 from flashcore.page.parts import fold
 
 CSS = {"confirmed": "pass", "contradicted": "fail", "impossible": "fail"}

@@ -10,11 +10,11 @@ from markupsafe import Markup, escape
 from flashcore.decision import advice, compare
 from flashcore.decision.compare import number
 from flashcore.decision.verdict import Decision, GateResult
-from flashcore.drawing import html_tables, paging_views
 from flashcore.page.anchors import row_id
+from flashcore.page.drawing import html_tables, paging_views
 from flashcore.page.parts import fold, short, signed
-from flashcore.paging_survey import facts
 from flashcore.problem import parse_problem
+from flashcore.surveys.paging import facts
 
 EVIDENCE_AT = {
     "correct_percent": ("correctness", "Correctness"), "tflops": ("speed", "Speed"), "latency_us": ("speed", "Speed"),

@@ -10,11 +10,11 @@ from flashcore import tables
 from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
 from flashcore.decision.verdict import Decision, Evidence, GateResult
-from flashcore.drawing import paging_views
-from flashcore.history.since import Since
-from flashcore.paging_survey import facts
+from flashcore.page.drawing import paging_views
+from flashcore.page.history.since import Since
 from flashcore.problem import parse_problem
 from flashcore.records import Trial
+from flashcore.surveys.paging import facts
 
 CARD_WORD = {"PASS": "met", "FAIL": "missed", "INCONCLUSIVE": "inconclusive"}
 SAVED = "data.saved_percent"

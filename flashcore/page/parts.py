@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import escape
 
 from flashcore.decision.compare import number
-from flashcore.drawing import html_tables
+from flashcore.page.drawing import html_tables
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from flashcore import tables
 from flashcore.decision.verdict import Evidence
-from flashcore.drawing import html_tables
+from flashcore.page.drawing import html_tables
 from flashcore.page.parts import fold, frame_html
 from flashcore.records import Trial
 

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from flashcore.decision.verdict import Decision, Evidence
-from flashcore.drawing import html_tables
+from flashcore.page.drawing import html_tables
 from flashcore.page.parts import fold
 from flashcore.page.proof import machine_html
 from flashcore.paths import data_dir

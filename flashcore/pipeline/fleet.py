@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore.decision import fleet
-from flashcore.drawing import fleet_views
 from flashcore.errors import RecordsError
 from flashcore.gpu import device
 from flashcore.page import policy
+from flashcore.page.drawing import fleet_views
 from flashcore.paths import data_dir
 from flashcore.pipeline.folders import new_run, runs_dir
 from flashcore.records import RunFolder, write_whole
 
 if TYPE_CHECKING:
-    from flashcore.cluster import Pool
+    from flashcore.measure.cluster import Pool
 
 PAGE = "fleet.html"
 

@@ -18,7 +18,7 @@ from flashcore.pipeline.rendering import Progress
 from flashcore.records import RunFolder, write_whole
 
 if TYPE_CHECKING:
-    from flashcore.cluster import Place
+    from flashcore.measure.cluster import Place
 
 SHORT = {
     "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",

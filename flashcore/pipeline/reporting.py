@@ -24,7 +24,7 @@ from flashcore.records import RunFolder
 
 if TYPE_CHECKING:
     from flashcore.backends import Backend
-    from flashcore.cluster import Place
+    from flashcore.measure.cluster import Place
 
 __all__ = [
     "ReportResult", "find_run", "judge_and_seal", "new_run", "planned_notebooks", "print_page", "render", "report",
@@ -140,10 +140,10 @@ def report(
     bars
         Whether papermill shows its bar in each notebook, where there is `progress`.
     places
-        Of the workers that `flashcore.cluster.spread` has for the notebooks: named in the run's environment.
+        Of the workers that `flashcore.measure.cluster.spread` has for the notebooks: named in the run's environment.
     kernel
         A function that the caller adopted as a backend, to be diagnosed beside what the notebooks measure: its
-        ``backend`` id, its ``place``, and the ``layout`` and ``lse`` of `flashcore.diagnosis.diagnose`.
+        ``backend`` id, its ``place``, and the ``layout`` and ``lse`` of `flashcore.bisection.diagnosis.diagnose`.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def _digest(path: Path) -> str | None:
 
 def _diagnose(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:
     """Diagnose the adopted function by its outputs, and write the record."""
-    from flashcore.diagnosis import diagnose_apart
+    from flashcore.bisection.diagnosis import diagnose_apart
 
     say(f"Diagnosing {kernel['place']} ...")
     found = diagnose_apart(kernel["place"], layout=kernel["layout"], lse=kernel["lse"])

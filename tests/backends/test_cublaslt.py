@@ -10,8 +10,8 @@ import torch
 
 from flashcore import backends
 from flashcore.backends.cublaslt import CublasLt
-from flashcore.faults import catalogue
-from flashcore.faults.planting import PLAIN
+from flashcore.bisection.faults import catalogue
+from flashcore.bisection.faults.planting import PLAIN
 from flashcore.gpu import cublaslt
 from flashcore.gpu.cublaslt import Algorithm, Product
 from flashcore.numerics import outputs as _outputs

@@ -19,9 +19,9 @@ from flashcore import backends
 from flashcore.backends._page_tables import END
 from flashcore.backends.cublaslt import CublasLt, CublasLtBatched, CublasLtLoop
 from flashcore.bisection.bisecting import bisect, judge
+from flashcore.bisection.faults import catalogue
+from flashcore.bisection.faults.planting import PLAIN
 from flashcore.errors import CublasLtError, PageTableError, Unsupported
-from flashcore.faults import catalogue
-from flashcore.faults.planting import PLAIN
 from flashcore.measure.check import check_attention
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs

@@ -14,8 +14,8 @@ from flashcore import backends
 from flashcore.backends import hopper
 from flashcore.backends._cuda import PARAMS
 from flashcore.backends._tensor_maps import MAP_BYTES
-from flashcore.faults import catalogue
-from flashcore.faults.planting import PLAIN
+from flashcore.bisection.faults import catalogue
+from flashcore.bisection.faults.planting import PLAIN
 from flashcore.gpu import build
 from flashcore.measure import check
 from flashcore.measure.check import check_attention

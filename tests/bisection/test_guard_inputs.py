@@ -12,7 +12,7 @@ import torch
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
 from flashcore.bisection import bisect
-from flashcore.faults import catalogue
+from flashcore.bisection.faults import catalogue
 from flashcore.measure import check
 from flashcore.measure.check import check_attention
 from flashcore.numerics import reference

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flashcore.cli import compare
 from flashcore.cli.program import app
-from flashcore.history.trend import FIRST
+from flashcore.page.history.trend import FIRST
 
 runner = CliRunner()
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from flashcore import diagnosis
+from flashcore.bisection import diagnosis
+from flashcore.bisection.diagnosis.conforming import Conformance, Finding
 from flashcore.cli.program import app
-from flashcore.diagnosis.conforming import Conformance, Finding
 from flashcore.records import RunFolder
 
 runner = CliRunner()

@@ -8,10 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from flashcore.bisection.faults import planting, proving
+from flashcore.bisection.faults.catalogue import get
+from flashcore.bisection.faults.sanitizer import sanitizing
 from flashcore.cli import debug, program
-from flashcore.faults import planting, proving
-from flashcore.faults.catalogue import get
-from flashcore.faults.sanitizer import sanitizing
 from flashcore.records import RunFolder, Trial
 
 runner = CliRunner()
@@ -125,5 +125,5 @@ def test_the_modules_load_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, flashcore.cli.debug, flashcore.drawing.stage_plots; sys.exit('torch' in sys.modules)"
+    code = "import sys, flashcore.cli.debug, flashcore.page.drawing.stage_plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

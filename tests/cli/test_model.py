@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from flashcore.cli.program import app
 from flashcore.gpu import device
-from flashcore.model_survey import measuring
 from flashcore.records import read_trials
+from flashcore.surveys.models import measuring
 
 runner = CliRunner()
 

@@ -32,7 +32,7 @@ def test_usage_errors_write_nothing(tmp_path, arguments):
 
 
 def test_something_wrong_is_exit_code_3(run, monkeypatch):
-    from flashcore.paging_survey import memory
+    from flashcore.surveys.paging import memory
 
     monkeypatch.setattr(
         memory, "MEMORY_CASES", {"shared_prefix": lambda *_: (_ for _ in ()).throw(MemoryError("full"))}

@@ -82,7 +82,7 @@ def test_a_letter_that_an_encoding_lacks_is_written_as_json_has_it():
 @pytest.mark.slow
 def test_figures_are_drawn_whatever_backend_a_shell_names(tmp_path):
     code = (
-        "import os, flashcore.history.views, flashcore.page, matplotlib; "
+        "import os, flashcore.page.history.views, flashcore.page, matplotlib; "
         "print(os.environ['MPLBACKEND'], matplotlib.get_backend())"
     )
     for name, backend in (("x", "agg"), ("svg", "svg")):

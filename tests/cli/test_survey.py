@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from flashcore.errors import UnknownName
 from flashcore.gpu import device
 from flashcore.records import Trial
-from flashcore.survey import labels
+from flashcore.surveys.cublaslt import labels
 
 
 @pytest.fixture(name="stand_in")

@@ -11,10 +11,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from flashcore import ops, paged_ops
+from flashcore.backends.others import flash
 from flashcore.compat import flash_attn
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashcore.errors import InvalidProblem, Unsupported
-from flashcore.others import flash
 
 
 def exact(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, first=0):

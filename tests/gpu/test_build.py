@@ -9,7 +9,7 @@ import pytest
 
 from flashcore.errors import CompileError, UnknownName
 from flashcore.gpu import build
-from flashcore.history import runs as history
+from flashcore.page.history import runs as history
 from flashcore.paths import data_dir
 from flashcore.records import Trial
 

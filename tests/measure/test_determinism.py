@@ -9,8 +9,8 @@ import pytest
 
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
+from flashcore.bisection.faults.catalogue import get
 from flashcore.errors import InvalidProblem
-from flashcore.faults.catalogue import get
 from flashcore.measure.determinism import check_determinism
 from flashcore.problem import square
 from flashcore.records import Trial

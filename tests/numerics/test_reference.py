@@ -7,12 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flashcore.backends.others import masked
 from flashcore.errors import FlashCoreError
 from flashcore.numerics import masking, reference
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import STAGES
-from flashcore.others import masked
 from flashcore.problem import Problem, square
 
 SHAPES = [
@@ -214,7 +214,7 @@ def test_the_combined_results_depend_on_the_reference_of_each_chain():
 
 
 def by_other_code(q, k, v, problem, masks):
-    """`out` and `lse` by `flashcore.others.masked`, which shares no line with the reference; one sequence at a time."""
+    """`out` and `lse` by `backends.others.masked`, which shares no line with the reference; one sequence at a time."""
     out, lse = q.new_zeros(q.shape), torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
     counts = [[n] * problem.batch for n in (problem.seqlen_q, problem.seqlen_k)]
     for b in range(problem.batch):

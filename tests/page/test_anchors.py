@@ -9,8 +9,8 @@ from support.decisions import decide
 
 from flashcore import page
 from flashcore.decision import verdict
-from flashcore.drawing import html_tables, plots
 from flashcore.page.anchors import anchored, row_id, slug
+from flashcore.page.drawing import html_tables, plots
 
 
 def ids(html: str) -> list[str]:

@@ -6,8 +6,8 @@ from support.synthetic_history import snapshot
 
 from flashcore import page
 from flashcore.decision.gates import load_gates
-from flashcore.history import views
-from flashcore.history.since import since
+from flashcore.page.history import views
+from flashcore.page.history.since import since
 
 
 def test_without_a_run_before_there_is_nothing_so_that_the_section_is_left_out():

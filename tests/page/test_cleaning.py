@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from support import synthetic_records as synthetic
 
-from flashcore.drawing import html_tables, plots
 from flashcore.page import cleaning
 from flashcore.page.cleaning import cleaned
+from flashcore.page.drawing import html_tables, plots
 from flashcore.problem import PRESETS
 
 AWAY = "https://elsewhere.invalid/x"

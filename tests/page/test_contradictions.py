@@ -11,7 +11,7 @@ from support.decisions import decide
 
 from flashcore import page
 from flashcore.decision import verdict
-from flashcore.drawing import answers, html_tables, masked_views, paging_views, plots, survey_views
+from flashcore.page.drawing import answers, html_tables, masked_views, paging_views, plots, survey_views
 from flashcore.paths import data_dir
 from flashcore.records import RunFolder
 

@@ -12,8 +12,8 @@ from support.decisions import decide, hopper, timing_at, with_timing
 from flashcore import page
 from flashcore.decision import compare, verdict
 from flashcore.decision.gates import load_gates
-from flashcore.history.runs import Snapshot
-from flashcore.history.since import since
+from flashcore.page.history.runs import Snapshot
+from flashcore.page.history.since import since
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import RunFolder, Trial
 

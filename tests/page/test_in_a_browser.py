@@ -35,7 +35,7 @@ LONG = "a_word_so_long_that_it_must_break_" * 6
 PATIENCE_MS = 600_000
 """For the browser of a busy machine; nothing is judged by it."""
 NEW_EACH_TIME = r"\bf[0-9a-f]{8}-\d+"
-"""An id in a drawn figure, for which `flashcore.drawing.svg` draws lots."""
+"""An id in a drawn figure, for which `flashcore.page.drawing.svg` draws lots."""
 A4_INSIDE = (695, 1032)
 """CSS pixels of an A4 page inside the margins of the print style."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 from support import synthetic_records as synthetic
 
 from flashcore.decision import verdict
-from flashcore.page.resources import embedded_records, resources
+from flashcore.page import _resources
+from flashcore.page._resources import embedded_records, resources
 from flashcore.page.variants import variant
 from flashcore.records import Trial
 
@@ -60,9 +59,9 @@ def test_the_last_word_of_a_notebook_says_whether_it_failed(gpu_run):
 
 def test_the_recorded_records_give_way_in_a_page_that_would_be_too_large(tmp_path, monkeypatch):
     run = synthetic.write_run(tmp_path / "cpu", synthetic.cpu_trials(), synthetic.environment(None))
-    evidence, module = verdict.gather(run), importlib.import_module("flashcore.page.resources")
+    evidence = verdict.gather(run)
     assert len(embedded_records(run, evidence)) == 2
-    monkeypatch.setattr(module, "MOST_RECORD_BYTES", len(run.records_path.read_text()) + 10)
+    monkeypatch.setattr(_resources, "MOST_RECORD_BYTES", len(run.records_path.read_text()) + 10)
     assert [f["id"] for f in embedded_records(run, evidence)] == ["fc-records"]
 
 

@@ -10,8 +10,8 @@ import torch
 from support.gpu_tools import nothing_synchronises
 from support.sampling import sampled
 
-from flashcore.faults.planting import Source
-from flashcore.faults.plants.page_selection import RACY_BASE
+from flashcore.bisection.faults.planting import Source
+from flashcore.bisection.faults.plants.page_selection import RACY_BASE
 from flashcore.gpu import build
 from flashcore.gpu.profiling import graph_us
 from flashcore.paging import PagedKV, PageSelection, TopK, _selecting

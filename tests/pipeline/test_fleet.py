@@ -6,8 +6,8 @@ import json
 
 from support import synthetic_fleet as synthetic
 
-from flashcore.cluster import Place
 from flashcore.measure import cards
+from flashcore.measure.cluster import Place
 from flashcore.pipeline import fleet as fleets
 
 

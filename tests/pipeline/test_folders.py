@@ -74,7 +74,7 @@ def test_every_path_is_absolute_where_it_comes_in(tmp_path, monkeypatch):
         assert paths.folder_in(name) == tmp_path / "kept"
     monkeypatch.setenv("FLASHCORE_PLUGINS", f"plug{os.pathsep}{os.pathsep}/other")
     assert paths.plugin_folders() == [tmp_path / "plug", Path("/other")]
-    from flashcore import history
+    from flashcore.page import history
 
     named = [
         RunFolder("runs/a").path, RunFolder.create("runs/b").path, folders.runs_dir("runs"), cache_dir(),
@@ -315,7 +315,7 @@ def test_a_status_report_that_is_damaged_is_one_sentence(tmp_path, toys, run):
 
 @pytest.mark.parametrize("name", ["b" * 60, "x" * 200, "a$b", "$\\frac$", "ok"])
 def test_a_backend_of_any_name_makes_a_page(name):
-    from flashcore.drawing import plots, svg
+    from flashcore.page.drawing import plots, svg
 
     trials = [
         t.model_copy(update={"backend": name}) if t.backend == "wmma" else t
@@ -352,8 +352,8 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_damaged_run_does_not_take_its_neighbours_down(tmp_path, bad):
-    from flashcore import history
-    from flashcore.history.views import since_last_run
+    from flashcore.page import history
+    from flashcore.page.history.views import since_last_run
 
     trials = synthetic.gpu_trials()
     for day in (1, 3):
@@ -370,7 +370,7 @@ def test_a_damaged_run_does_not_take_its_neighbours_down(tmp_path, bad):
 
 
 def test_a_neighbour_that_may_not_be_looked_into_is_none(tmp_path, monkeypatch):
-    from flashcore import history
+    from flashcore.page import history
 
     synthetic.write_run(tmp_path / "run1", [Trial(kind="ceiling")], synthetic.environment())
     (tmp_path / "closed").mkdir()

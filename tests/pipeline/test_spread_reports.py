@@ -10,26 +10,27 @@ from pathlib import Path
 import pytest
 from support import notebook_tools as tools
 
-from flashcore import backends, bisection, diagnosis
-from flashcore.cluster import Task, starting
-from flashcore.cluster.tasks import packed
+from flashcore import backends, bisection
+from flashcore.bisection import diagnosis
+from flashcore.bisection.faults import proving
+from flashcore.bisection.faults.catalogue import FAULTS
+from flashcore.bisection.faults.sanitizer import sanitizing
 from flashcore.decision import verdict
-from flashcore.exploits import proving as judging
-from flashcore.faults import proving
-from flashcore.faults.catalogue import FAULTS
-from flashcore.faults.sanitizer import sanitizing
 from flashcore.gpu import device
 from flashcore.measure import check, determinism
+from flashcore.measure.cluster import Task, starting
+from flashcore.measure.cluster.tasks import packed
+from flashcore.measure.exploits import proving as judging
 from flashcore.measure.sweep import sweep, sweep_problems
-from flashcore.model_survey import measuring as modelling
-from flashcore.model_survey.plan import plan_for as model_plan
-from flashcore.paging_survey import measuring as paging
-from flashcore.paging_survey.plan import plan_for
 from flashcore.pipeline import reporting
 from flashcore.problem import square
 from flashcore.records import RunFolder, Trial
-from flashcore.survey import measuring as surveying
-from flashcore.survey.grid import survey_grid
+from flashcore.surveys.cublaslt import measuring as surveying
+from flashcore.surveys.cublaslt.grid import survey_grid
+from flashcore.surveys.models import measuring as modelling
+from flashcore.surveys.models.plan import plan_for as model_plan
+from flashcore.surveys.paging import measuring as paging
+from flashcore.surveys.paging.plan import plan_for
 
 
 class Packs:
@@ -94,7 +95,8 @@ def test_when_the_scheduler_goes_the_notebook_fails_and_what_was_measured_stays(
     tools.finishing_notebook(
         folder, "01_spread",
         f"import sys\nsys.path.append({str(Path(tools.__file__).parents[1])!r})\n"
-        "from flashcore.cluster import Task, perform, pool, spreading\nfrom support.cluster_tasks import count, nap\n"
+        "from flashcore.measure.cluster import Task, perform, pool, spreading\n"
+        "from support.cluster_tasks import count, nap\n"
         "spreading.CONNECT_S = 1.0",
         'tasks = [Task("first", count, (1,), cost_s=9.0), Task("long", nap, (60.0,))]\n'
         "perform(tasks, run=run, pool=pool())",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flashcore.paging_survey import facts
-from flashcore.paging_survey.plan import plan_for
+from flashcore.surveys.paging import facts
+from flashcore.surveys.paging.plan import plan_for
 
 PLAN = plan_for("quick", False)
 

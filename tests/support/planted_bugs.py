@@ -6,13 +6,13 @@ import difflib
 
 from flashcore import backends
 from flashcore.bisection.bisecting import bisect
-from flashcore.faults import catalogue
-from flashcore.faults.planting import Source
+from flashcore.bisection.faults import catalogue
+from flashcore.bisection.faults.planting import Source
 
 
 def run_and_find_all(names, plants):
     """Every bug of these backends, each found at its stage; the trials."""
-    from flashcore.faults.proving import run_faults
+    from flashcore.bisection.faults.proving import run_faults
 
     trials = run_faults(None, backends.select(names))
     planted = [t for t in trials if t.data["outcome"] != "not applicable"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from flashcore import history
-from flashcore.history.runs import Snapshot
+from flashcore.page import history
+from flashcore.page.history.runs import Snapshot
 from flashcore.problem import PRESETS
 from support import synthetic_records as synthetic
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flashcore.model_survey.plan import LLAMA_64, ModelShape, Work
 from flashcore.records import Timing, Trial
+from flashcore.surveys.models.plan import LLAMA_64, ModelShape, Work
 from support import synthetic_records as synthetic
 
 STEP = {"flashcore": 5000.0, "sdpa": 8000.0, "sdpa-cudnn": 7000.0, "left out": 4000.0}

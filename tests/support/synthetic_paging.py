@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashcore.paging_survey.plan import plan_for
 from flashcore.problem import Problem
 from flashcore.records import Timing, Trial
+from flashcore.surveys.paging.plan import plan_for
 from support import synthetic_records as synthetic
 
 READ_TBS = 4.6

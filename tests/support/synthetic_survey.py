@@ -9,10 +9,10 @@ from flashcore.gpu import cublaslt, device
 from flashcore.gpu.cublaslt import Algorithm, Product
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Correctness, Timing, Trial
-from flashcore.survey import measuring
-from flashcore.survey.grid import SurveyCase, survey_grid
-from flashcore.survey.matmul_heuristics import Prediction
-from flashcore.survey.measuring import Measured, Roofs, trials_of
+from flashcore.surveys.cublaslt import measuring
+from flashcore.surveys.cublaslt.grid import SurveyCase, survey_grid
+from flashcore.surveys.cublaslt.matmul_heuristics import Prediction
+from flashcore.surveys.cublaslt.measuring import Measured, Roofs, trials_of
 
 ROOFS = Roofs({"float16": 700.0, "bfloat16": 720.0}, 4.0)
 ENVIRONMENT = {"id": "env-synthetic001", "gpu": "SYNTHETIC H200", "date": "2001-02-03T04:05:06+00:00",

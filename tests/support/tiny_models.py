@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flashcore.model_survey.model import Model
-from flashcore.model_survey.plan import ModelShape
+from flashcore.surveys.models.model import Model
+from flashcore.surveys.models.plan import ModelShape
 
 PLAIN = ModelShape("plain", "plain", 2, 32, 4, 2, 16, 48, vocab=97)
 MIXED = ModelShape("mixed", "window and full in turn, sinks", 2, 32, 4, 2, 16, 48, vocab=97, window=5, sink=True)

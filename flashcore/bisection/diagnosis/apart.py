@@ -1,0 +1,56 @@
+"""Diagnose in a process of its own: a function that crashes or never returns is a finding, and the caller goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Broken
+from flashcore.bisection.diagnosis.diagnosing import Diagnosis, diagnose
+from flashcore.bisection.diagnosis.screening import HOME, Inputs, Screened
+from flashcore.errors import FlashCoreError
+from flashcore.gpu.isolation import Worker
+from flashcore.problem import Problem, parse_problem
+
+WHOLE_LIMIT_S = 300.0
+"""Seconds that a whole diagnosis may take."""
+
+
+def diagnose_apart(place: str, problem: Problem | str | None = None, **options: Any) -> Diagnosis:
+    """`diagnose` in a process of its own.
+
+    Parameters
+    ----------
+    place
+        ``FILE.py:function``, ``MODULE:function`` or the id of a backend: what another process can find too.
+    problem, options
+        As in `diagnose`, without `progress`.
+
+    Returns
+    -------
+    Diagnosis
+        Without tensors. A process that dies or hangs is a finding.
+    """
+    limit = WHOLE_LIMIT_S + 2 * options.get("time_limit_s", TIME_LIMIT_S)
+    with Worker() as worker:
+        outcome = worker.call(_bare, place, problem, options, timeout_s=limit)
+    if outcome.ok:
+        found = outcome.value
+        if isinstance(found, Diagnosis):
+            return found
+        kind, sentence = found
+        error = kind.__new__(kind)  # its fields did not travel; its sentence did
+        Exception.__init__(error, sentence)
+        raise error
+    asked = parse_problem(problem) if isinstance(problem, str) else problem or HOME
+    kind = "hang" if outcome.how == "timeout" else "crash"
+    broken = Broken(kind, f"It took its process with it: {outcome.reason.rstrip('.')}.")
+    return Diagnosis(place, False, (Screened(Inputs(asked), None, broken=broken),), asked, seconds=outcome.seconds)
+
+
+def _bare(
+    place: str, problem: Problem | str | None, options: dict[str, Any]
+) -> Diagnosis | tuple[type[FlashCoreError], str]:
+    try:
+        return diagnose(place, problem, **options).without_tensors()
+    except FlashCoreError as error:
+        return type(error), str(error)

@@ -1,0 +1,906 @@
+"""Find the bugs of one function one after another: each probe shows some steps of attention and hides the others.
+
+What a probe showed is put into a `Behaviour`, and the next probe is judged against that. So two bugs at once are both
+named, as long as each has a probe that shows it alone. In the end the behaviour has to predict the wrong outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+
+from flashcore.bisection.diagnosis import naming, reading
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, LoopFault, LseKind, mask_of, simulate
+from flashcore.bisection.diagnosis.calling import Broken, Candidate, Refusal
+from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.screening import Inputs, Screened
+from flashcore.measure import check
+from flashcore.numerics import ambient, reference
+from flashcore.problem import Problem
+
+LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
+LANES = tuple(("mod", n) for n in (2, 4, 8, 16, 32, 64)) + tuple(("block", n) for n in (2, 8, 16, 32, 64))
+LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
+"""What is added to all scores of a row, which may change nothing."""
+PROBES = 12
+"""How many there are."""
+EXPLAINED = 0.98
+"""Share of the wrong elements that a hypothesis has to predict to stand."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One probe: what it looked at, what it showed, what it cost."""
+
+    name: str
+    looks_at: str
+    showed: str
+    right: bool
+    calls: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """Where something is wrong that no hypothesis explains."""
+
+    stages: tuple[str, ...]
+    sentence: str
+    place: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """What came of the probes."""
+
+    problem: Problem
+    """At whose shapes the probes were made."""
+    hypotheses: tuple[Hypothesis, ...]
+    behaviour: Behaviour
+    suspicions: tuple[Suspicion, ...]
+    probes: tuple[ProbeResult, ...]
+    explained: int
+    wrong: int
+    """Wrong elements of the failing calls, and how many of them the behaviour predicts."""
+    spoiled: int
+    """Right elements that it predicts wrongly."""
+
+
+@ambient.judging
+def peel(
+    candidate: Candidate, problem: Problem, failing: list[Screened], known: Behaviour = RIGHT,
+    *, told: Callable[[str, int, int], None] | None = None,
+) -> Peeled:  # fmt: skip
+    """Probe a function that is wrong on `failing`, at the shapes of `problem`; `known` was found at other shapes.
+
+    `told` hears the name of each probe before it, how many there were, and how many there are at most.
+    """
+    return _Peeling(candidate, problem, failing, known, told).all()
+
+
+@ambient.judging
+def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int, int], None] | None = None) -> Peeled:
+    """Probe a function whose outputs are all within their bounds: for what bounds of ordinary inputs let pass."""
+    peeling = _Peeling(candidate, problem, [], RIGHT, told)
+    peeling.probe("equal keys", "mask and list of keys", peeling.counts)
+    peeling.probe("keys that do not exist", "padding", peeling.phantoms)
+    peeling.probe("lifted scores", "subtraction of the maximum", peeling.lifted)
+    peeling.probe("a small number beside a large one", "precision of scores and sums", peeling.precision)
+    return Peeled(
+        problem, tuple(peeling.found), peeling.state, tuple(peeling.suspicions), tuple(peeling.probes), 0, 0, 0
+    )
+
+
+def explains(candidate: Candidate, behaviour: Behaviour, one: Screened) -> bool:
+    """Whether a behaviour without tables of its own shapes predicts a failing call."""
+    if one.answer is None or not one.out_wrong:
+        return not one.out_wrong
+    q, k, v = one.inputs.make(candidate.device)
+    predicted = simulate(q, k, v, one.inputs.problem, behaviour)[0]
+    return share_of(one.answer.out, predicted, one, candidate)[0] >= EXPLAINED
+
+
+class _Peeling:
+    def __init__(self, candidate: Candidate, problem: Problem, failing: list[Screened], known: Behaviour, told=None):
+        self.candidate, self.problem, self.failing = candidate, problem, failing
+        self.state = known
+        self.told = told or (lambda *_: None)
+        self.varies = False
+        self.alternatives: list[Hypothesis] = []
+        self.found: list[Hypothesis] = []
+        self.suspicions: list[Suspicion] = []
+        self.probes: list[ProbeResult] = []
+        self._scores: reading.Scores | None = None
+
+    # --- the order of the probes ---
+
+    def all(self) -> Peeled:
+        self.probe("the same again", "races", self.races)
+        self.probe("memory full of NaN", "elements that are never written", self.unwritten)
+        if not self.varies:
+            for name, looks_at, run in (
+                ("strides", "layout of memory", self.strides),
+                ("marks", "heads of Q, K and V", self.marks),
+                ("equal keys", "mask and list of keys", self.counts),
+                ("keys that do not exist", "padding", self.phantoms),
+                ("anchored scores", "scale, products, order of keys", self.scores),
+                ("lifted scores", "subtraction of the maximum", self.lifted),
+                ("a small number beside a large one", "precision of scores and sums", self.precision),
+                ("moving maximum", "rescaling from page to page", self.loop),
+                ("V by itself", "P V", self.linear),
+            ):
+                if self.found and not self.suspicions and not self._unexplained():
+                    break  # what was found predicts every wrong element: no other bug shows
+                self.probe(name, looks_at, run)
+        self.probe("lse", "the log-sum-exp", self.lse)
+        self._prune()
+        explained, wrong, spoiled = self.verify()
+        return Peeled(
+            self.problem,
+            tuple(self.found),
+            self.state,
+            tuple(self.suspicions),
+            tuple(self.probes),
+            explained,
+            wrong,
+            spoiled,
+        )
+
+    def probe(self, name: str, looks_at: str, run: Callable[[], str | None]) -> None:
+        before = len(self.candidate.calls)
+        self.told(f"probe '{name}', which shows {looks_at}", len(self.probes), PROBES)
+        try:
+            showed = run()
+        except Refusal as refusal:
+            showed = f"refused: {refusal}"
+        except (ArithmeticError, torch.linalg.LinAlgError) as error:  # outputs that no reading makes sense of
+            showed = f"nothing that could be read: {error}"
+        except Broken as broken:
+            showed = broken.sentence
+            self.suspicions.append(Suspicion((), broken.sentence))
+        calls = self.candidate.calls[before:]
+        self.probes.append(
+            ProbeResult(name, looks_at, showed or "nothing wrong", showed is None, len(calls), sum(calls))
+        )
+
+    def add(self, hypothesis: Hypothesis) -> str:
+        changes = {k: v.to(self.candidate.device) if isinstance(v, torch.Tensor) else v
+                   for k, v in hypothesis.changes.items()}  # fmt: skip
+        self.state = self.state.with_(**changes)
+        self.found.append(hypothesis)
+        return hypothesis.sentence
+
+    # --- probes ---
+
+    def marks(self) -> str | None:
+        problem = self.problem
+        if problem.batch * problem.num_heads_q == 1:
+            return None
+        found = reading.read_marks(self.candidate, problem)
+        said = []
+        marks = {"Q": found.q, "K": found.k, "V": found.v}
+        written = naming.of_output(marks, problem)
+        if written:
+            return self.add(written)
+        for what, table in marks.items():
+            hypothesis = None if table is None else naming.of_heads(what, table, problem)
+            if hypothesis:
+                said.append(self.add(hypothesis))
+        return "; ".join(said) or None
+
+    def counts(self) -> str | None:
+        found = reading.read_counts(self.candidate, self.problem)
+        wanted = mask_of(self.problem, self.candidate.device)
+        rows = wanted.sum(dim=-1) > 0
+        total = found.total[:, rows]
+        if bool(total.isnan().any()):
+            where = total.isnan().nonzero()[0].tolist()
+            head = self._head(where[0])
+            everywhere = bool(found.total.isnan().all())
+            words = "every element is NaN" if everywhere else f"{int(total.isnan().sum())} rows are NaN"
+            stages, why = self._stages_of_nan()
+            self.suspicions.append(Suspicion(stages, f"{words} even when all scores are 0 and V is 0 or 1{why}", head))
+            return words
+        if bool(found.total[:, ~rows].isnan().any()):
+            self.suspicions.append(Suspicion(
+                ("rescale", "probs", "row_sum", "out"), "rows that see no key give NaN where 0 is meant: "
+                "-inf minus -inf, or 0 / 0", {"row": int((~rows).nonzero()[0])},
+            ))  # fmt: skip
+        if not found.clear:
+            self.suspicions.append(self._unclear(found.counts, wanted))
+            return self.suspicions[-1].sentence
+        if not bool(found.total[:, rows].any()):
+            words = "every element is 0, also where V is 1"
+            self.suspicions.append(Suspicion(("scores", "probs", "accum", "out"), words))
+            return words
+        said = []
+        self.alternatives = naming.of_counts(found.counts[:, rows], self.problem) if rows.all() else naming.of_counts(
+            found.counts.masked_fill(~rows[:, None], 0.0), self.problem)  # fmt: skip
+        if self.alternatives:
+            said.append(self.add(self.alternatives[0]))
+        extra = naming.of_extra(found.extra, self.problem)
+        keys = found.counts.sum(dim=-1)[:, rows]
+        if bool(((total / keys - 1).abs() < 0.01).all()) and bool((keys > 1).any()):
+            said.append(self.add(Hypothesis("not normalised", "the output is not divided by row_sum: the weights of a "
+                                            f"row add up to {float(total.max()):.4g} when all scores are 0", ("out",),
+                                            {"normalised": False})))  # fmt: skip
+        elif extra:
+            said.append(self.add(extra))
+        elif bool(((total - 1).abs() > 8 * torch.finfo(reading.dtype_of(self.problem)).eps + 1e-4).any()):
+            worst = (total - 1).abs().flatten().argmax().item()
+            place = {**self._head(worst // total.shape[1]), "row": int(worst % total.shape[1])}
+            self.suspicions.append(Suspicion(("row_sum",), "the weights of a row do not add up to 1 when all scores "
+                                             f"are 0: {float(total.flatten()[worst]):.4g}", place))  # fmt: skip
+            said.append(self.suspicions[-1].sentence)
+        return "; ".join(said) or None
+
+    def _unclear(self, counts, wanted) -> Suspicion:
+        """Weights that are no multiple of a unit, though all scores are 0: beside the usual weight of their row."""
+        seen = (wanted > 0).expand(counts.shape)
+        usual = counts.masked_fill(~seen, math.nan).nanmedian(dim=-1, keepdim=True).values
+        off = (~((counts / usual - 1).abs() < 0.01)) & seen
+        place = self._place(off.flatten().to(torch.uint8).argmax().item(), counts.shape)
+        one = float((counts / usual).flatten()[off.flatten().to(torch.uint8).argmax()])
+        words = (f"{int(off.sum()):,} of {int(seen.sum()):,} keys have another weight than the keys of equal score "
+                 f"beside them, the first {one:.3g} times theirs")  # fmt: skip
+        return Suspicion(("scores", "probs", "accum"), words, place)
+
+    def phantoms(self) -> str | None:
+        if self.state.extra is not None or self.state.counts is not None:
+            return None
+        found = reading.read_phantoms(self.candidate, self.problem)
+        if found is None:
+            return None
+        median = found.median(dim=0).values
+        hypothesis = naming.of_extra(torch.where(median.abs() > 0.5, median, 0.0), self.problem)
+        return self.add(hypothesis) if hypothesis else None
+
+    def scores(self) -> str | None:
+        found = self._scores = reading.read_scores(self.candidate, self.problem, self.state.k_heads)
+        if found is None:
+            return None
+        if self.agrees(found, self.state):
+            return None
+        tried: list[tuple[float, list[Hypothesis], Behaviour]] = []
+
+        def consider(hypotheses: list[Hypothesis], base: Behaviour) -> None:
+            changes: dict[str, Any] = {}
+            for one in hypotheses:
+                changes |= {
+                    k: v.to(found.q.device) if isinstance(v, torch.Tensor) else v for k, v in one.changes.items()
+                }
+            behaviour = base.with_(**changes)
+            tried.append((self.disagreement(found, behaviour), hypotheses, behaviour))
+
+        bases = [([], self.state)]
+        if self.state.counts is not None:
+            bases.append(([], self._without_counts()))
+        for other in self.alternatives[1:]:
+            bases.append(([other], self._without_counts().with_(**other.changes)))
+        factor = naming.of_factor(found.factor, self.problem)
+        for extra, base in bases:
+            consider(extra, base)
+            if factor:
+                consider([*extra, factor], base)
+            for more in ([], [factor]) if factor else ([],):
+                for one in (*self._row_hypotheses(found, base, more), *self._order_hypotheses(found, base, more)):
+                    consider([*extra, *more, one], base)
+            for lanes in LANES:
+                consider([*extra, Hypothesis("maximum not reduced over lanes", "each lane keeps a maximum of its own "
+                          f"({_lane_words(lanes)}) and their sums are added as they are", ("probs", "row_max"),
+                          {"lanes": lanes})], base)  # fmt: skip
+        if min(t[0] for t in tried) > 0.02:
+            metric = reading.read_metric(self.candidate, self.problem)
+            hypothesis = None if metric is None else naming.of_metric(metric, self.problem)
+            if hypothesis:
+                consider([hypothesis], self.state)
+        best = min(tried, key=lambda t: (t[0] > 0.02, len(t[1]) if t[0] <= 0.02 else 0, t[0]))
+        if best[0] <= 0.02 and best[1]:
+            if (
+                self.alternatives
+                and self.alternatives[0] in self.found
+                and any(h in self.alternatives for h in best[1])
+            ):
+                self.found.remove(self.alternatives[0])
+            if best[2].counts is None and self.alternatives and self.alternatives[0] in self.found:
+                self.found.remove(self.alternatives[0])
+            self.found.extend(best[1])
+            self.state = best[2]
+            return "; ".join(h.sentence for h in best[1])
+        return self._unnamed_scores(found)
+
+    def _without_counts(self) -> Behaviour:
+        return self.state.with_(counts=None)
+
+    def _row_hypotheses(self, found: reading.Scores, base: Behaviour, more: list[Hypothesis]) -> Iterator[Hypothesis]:
+        """Rows whose weights are those of another row, the same one in every head."""
+        changes: dict[str, Any] = {}
+        for one in more:
+            changes |= one.changes
+        wanted = reading.simulated_weights(found.q, found.k, self.problem, base.with_(**changes, q_rows=None))
+        got = found.weights
+        if not bool(got.isfinite().all()) or self.problem.seqlen_q < 2:
+            return
+        distance = torch.cdist(got.transpose(0, 1).flatten(1), wanted.transpose(0, 1).flatten(1))
+        named = naming.of_rows(distance.argmin(dim=-1))
+        if named:
+            yield named
+
+    def _order_hypotheses(self, found: reading.Scores, base: Behaviour, more: list[Hypothesis]) -> Iterator[Hypothesis]:
+        """K or V rows at other places: each row's weights beside those that another key would have."""
+        problem = self.problem
+        changes: dict[str, Any] = {}
+        for one in more:
+            changes |= one.changes
+        plain = base.with_(**changes)
+        wanted = reading.simulated_weights(found.q, found.k, problem, plain.with_(counts=None, v_of=None, k_of=None))
+        rows = (mask_of(problem, found.q.device) > 0).all(dim=-1)
+        if int(rows.sum()) < 4:
+            return
+        got, right = found.weights[:, rows], wanted[:, rows]
+        # K: the weight of key j is, up to the row's sum, that of another key.
+        shape = got.masked_fill(~(got > 0), math.nan).log()
+        # `relative` is measured from the anchors, which may have moved themselves: level by the row's own mean.
+        level = shape.nanmean(dim=-1, keepdim=True)
+        mine, theirs = shape - level, right.log() - right.log().mean(dim=-1, keepdim=True)
+        a = mine.permute(2, 0, 1).reshape(problem.seqlen_k, -1)
+        b = theirs.permute(2, 0, 1).reshape(problem.seqlen_k, -1)
+        a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
+        if bool(a.isfinite().all()):
+            place = torch.arange(problem.seqlen_k, device=a.device)
+            anchor = place % reading.ANCHOR_EVERY == 0
+            distance = torch.cdist(a, b)
+            distance[anchor] = math.inf
+            distance[:, anchor] = math.inf
+            nearest = distance.argmin(dim=-1)
+            own = distance[place, place]
+            best = distance.gather(1, nearest[:, None])[:, 0]
+            k_of = torch.where(anchor | (own <= 1.5 * best + 1e-6), place, nearest)
+            k_of = _carry_anchors(k_of, anchor)
+            if not bool((k_of == place).all()):
+                yield naming.of_order(k_of, problem, "K")
+        # V: each output row is a sum of the right weights of the keys that used it. All anchors of a row weigh the
+        # same, so one of them stands for all; each goes where its neighbours went.
+        place = torch.arange(problem.seqlen_k, device=found.q.device)
+        anchor = place % reading.ANCHOR_EVERY == 0
+        asked = torch.cat([place[:1], place[~anchor]])
+        flat = right.reshape(-1, problem.seqlen_k)[:, asked]
+        if flat.shape[0] >= problem.seqlen_k:
+            size = flat.norm(dim=0).clamp_min(1e-12)
+            used = torch.linalg.lstsq(flat / size, got.nan_to_num(nan=0.0).reshape(flat.shape[0], -1)).solution
+            best = (used / size[:, None])[1:].max(dim=-1)
+            v_of = place.clone()
+            v_of[~anchor] = torch.where(best.values > 0.5, best.indices, -1)
+            v_of = _carry_anchors(v_of, anchor)
+            if not bool((v_of == place).all()):
+                yield naming.of_order(v_of, problem, "V")
+
+    def _unnamed_scores(self, found: reading.Scores) -> str:
+        wanted = reading.simulated_weights(found.q, found.k, self.problem, self.state)
+        if not self._lse_tells() and float((found.weights > 0).double().mean()) < 0.999 * float(
+            (wanted > 0).double().mean()
+        ):
+            bad = self._bad_weights(found.weights, wanted)
+            place = self._place(bad.flatten().to(torch.uint8).argmax().item(), bad.shape)
+            self.suspicions.append(Suspicion(("scores", "probs"), "keys that count have no weight", place))
+            return self.suspicions[-1].sentence
+        return self._suspect(found.weights, wanted, "weights are not those of q k")
+
+    def _suspect(self, found: torch.Tensor, wanted: torch.Tensor, otherwise: str) -> str:
+        """Say where weights go wrong that no hypothesis explains: even by row, by page, or neither."""
+        bad = self._bad_weights(found, wanted)
+        place = self._place(bad.flatten().to(torch.uint8).argmax().item(), bad.shape)
+        slack = 2 * reading.tolerance(self.problem)
+        ratio = (found / wanted).masked_fill(wanted < torch.finfo(torch.float16).tiny, math.nan)
+        by_row = ratio.nanmedian(dim=-1, keepdim=True).values
+        even = ((ratio / by_row - 1).abs() <= slack) | ratio.isnan()
+        sums = bool(((found.sum(dim=-1) - 1).abs() > slack)[wanted.sum(dim=-1) > 0.5].any())
+        if self._lse_tells():
+            stages: tuple[str, ...] = ("probs", "accum", "out")
+            why = (
+                f"{int(bad.sum()):,} of {bad.numel():,} weights are wrong, and lse is right: the sums of P V are wrong"
+            )
+        elif bool(even.all()):
+            stages, why = ("row_sum",), "the weights of a row are right beside each other, and do not add up to 1"
+        elif _even_by_page(ratio, self.problem):
+            stages = ("rescale", "probs", "accum") if sums else ("rescale", "probs", "out")
+            why = "weights are off by one factor a page: pages, or chains of pages, are weighed by another reference"
+        else:
+            stages, why = ("scores", "probs"), f"{int(bad.sum()):,} of {bad.numel():,} {otherwise}"
+        self.suspicions.append(Suspicion(stages, why, place))
+        return why
+
+    def _lse_tells(self) -> bool:
+        """Whether lse is right in every call whose output is wrong: then scores and row_sum are right too."""
+        wrong = [s for s in self.failing if s.out_wrong and s.lse is not None]
+        return bool(wrong) and all(s.lse.passed for s in wrong)
+
+    def _stages_of_nan(self) -> tuple[tuple[str, ...], str]:
+        """Where a NaN may come from that shows in the output; what lse says of it."""
+        wrong = [s for s in self.failing if s.out_wrong and s.lse is not None]
+        if not wrong:
+            return ("scores", "probs", "accum", "out"), ""
+        if self._lse_tells():
+            return ("accum", "out"), ", and lse is right"
+        return ("scores", "row_max", "rescale", "probs", "row_sum"), ", and lse is wrong as well"
+
+    def lifted(self) -> str | None:
+        problem, device = self.problem, self.candidate.device
+        if problem.scale == 0 or abs(150 / problem.scale) > 3e4 or self.candidate.rounds_scores:
+            return None
+        q, k = reading.anchored(problem, device, 0.125)
+        v = check.make_case(problem, 1, "normal", "bhsd", device).v
+        k = k.clone()
+        base = k[..., 0].clone()
+        failed: dict[float, str] = {}
+        for lift in (0.0, *LIFTS):
+            k[..., 0] = (base.float() + lift / problem.scale).to(k.dtype)
+            got = self.candidate(q, k, v, problem).out.double()
+            wanted = simulate(q, k, v, problem, self.state)[0]
+            bad = ~((got - wanted).abs() <= 0.05 + 0.05 * wanted.abs()) & wanted.isfinite()
+            if bool(bad.any()):
+                if lift == 0.0:
+                    return None  # it is wrong without a lift too, which other probes look into
+                gone = bad & (got.abs() < 1e-3 * wanted.abs())
+                vanished = bool(gone.sum() > 0.5 * bad.sum())
+                nan, inf = bool(got.isnan().any()), bool(got.isinf().any())
+                failed[lift] = "NaN" if nan else "Inf" if inf else "vanished" if vanished else "wrong"
+        if not failed:
+            return None
+        up = min((x for x in failed if x > 0), default=None)
+        if up is not None and failed[up] in ("NaN", "Inf"):
+            dtype = "float16" if up <= 16 else "float32"
+            words = (f"no maximum is subtracted before exp: rows whose scores are near {up:g} give {failed[up]} "
+                     f"(exp in {dtype} overflows)")  # fmt: skip
+            return self.add(Hypothesis("no maximum subtracted", words, ("row_max", "probs"), {"no_max": dtype}))
+        down = max((x for x in failed if x < 0), default=None)
+        if up is None and failed[down] == "vanished":
+            words = (f"rows whose scores are near {down:g} vanish: the reference that is subtracted, or that of a part "
+                     "without keys, is 0 or higher")  # fmt: skip
+            self.suspicions.append(Suspicion(("row_max", "out"), words))
+            return words
+        if up is None or failed[up] == "wrong":
+            return None  # scores of that size may be rounded too much, which the probe of precision looks into
+        words = f"adding {up:g} to all scores of a row makes its result vanish, which it may not"
+        self.suspicions.append(Suspicion(("row_max", "scores"), words))
+        return words
+
+    def precision(self) -> str | None:
+        """Sums and scores that need more than 16 bits, made so that 32 bits hold them exactly.
+
+        Each has a control of the same kind that 16 bits hold as well: a function that fails it is wrong otherwise.
+        """
+        if self.suspicions:
+            return None
+        problem = self.problem
+        dtype = reading.dtype_of(problem)
+        said = []
+        if problem.seqlen_k >= 32 and self._sums_wrong(4096.0) and not self._sums_wrong(16.0):
+            said.append(self._precise("accumulation in 16 bits", "sums of P V are kept in 16 bits (or in less than "
+                                      "float32): 4096 + 1 loses the 1", ("accum",)))  # fmt: skip
+        plain = problem.scale != 0 and problem.head_dim >= 2 and self.state.no_max is None
+        if plain and not self.candidate.rounds_scores and self._scores_wrong(2048.0) and not self._scores_wrong(16.0):
+            said.append(self._precise("scores in 16 bits", "scores are rounded to 16 bits before the softmax: 2048 and "
+                                      "2049 times the scale become the same", ("scores",),
+                                      {"scores_rounded": True}))  # fmt: skip
+        if dtype == torch.float32 and self._scores is not None:
+            wanted = reading.simulated_weights(self._scores.q, self._scores.k, problem, self.state)
+            off = (self._scores.weights / wanted - 1).abs().masked_fill(wanted == 0, 0.0)
+            if 2.0**-15 < float(off.max()) < 2.0**-6:
+                said.append(self._precise("probabilities in 16 bits", "weights are off by up to "
+                                          f"{float(off.max()):.1e}: probabilities or products have fewer than 32 "
+                                          "bits", ("probs", "scores")))  # fmt: skip
+        return "; ".join(said) or None
+
+    def _sums_wrong(self, large: float) -> bool:
+        """Whether the last row's sum of V is wrong where `large` and its negative stand beside a few ones."""
+        problem, device = self.problem, self.candidate.device
+        q, k, v = (torch.zeros_like(t) for t in Inputs(problem).make(device))
+        keys = problem.seqlen_k
+        ones = (torch.rand(keys, generator=torch.Generator().manual_seed(7)) < 0.05).double()
+        ones[0], ones[-1] = large, -large
+        v[:] = ones.to(device=device, dtype=v.dtype)[:, None]
+        got = self.candidate(q, k, v, problem).out.double()[:, :, -1]
+        wanted = simulate(q, k, v, problem, self.state)[0][:, :, -1]
+        slack = 0.25 / keys + 4 * torch.finfo(v.dtype).eps * wanted.abs()
+        return not bool(((got - wanted).abs() <= slack).all())
+
+    def _scores_wrong(self, large: float) -> bool:
+        """Whether weights are wrong where scores are `large` and `large` + 1, times the scale."""
+        problem = self.problem
+        step = abs(math.expm1(problem.scale))
+        if step < 4e-3:
+            return False
+        q, k, _ = (torch.zeros_like(t) for t in Inputs(problem).make(self.candidate.device))
+        q[..., 0] = q[..., 1] = 1.0
+        k[..., 0] = large
+        k[:, :, 1::2, 1] = 1.0
+        found = reading.weights(self.candidate, q, k, problem)
+        wanted = reading.simulated_weights(q, k, problem, self.state)
+        slack = (0.2 * min(step, 1.0) + reading.tolerance(problem)) * wanted
+        return not bool(((found - wanted).abs() <= slack).all())
+
+    def _precise(self, name: str, sentence: str, stages: tuple[str, ...], changes: dict | None = None) -> str:
+        return self.add(Hypothesis(name, sentence, stages, changes or {}, by_rounding=True))
+
+    def strides(self) -> str | None:
+        plain = {s.inputs for s in self.failing if not s.inputs.strided}
+        only = [s for s in self.failing if s.inputs.strided and replace(s.inputs, strided=False) not in plain]
+        for one in only:
+            if one.answer is None:
+                continue
+            # In an order without gaps, so that all that is read in a wrong order is known.
+            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in one.inputs.make(self.candidate.device))
+            out = self.candidate(q, k, v, one.inputs.problem).out
+            predicted = simulate(q, k, v, one.inputs.problem, self.state.with_(strides_ignored=True))[0]
+            words = "strides are ignored: inputs that are not contiguous are read as if they were"
+            if share_of(out, predicted, one, self.candidate)[0] >= EXPLAINED:
+                return self.add(Hypothesis("strides ignored", words, ("scores",), {"strides_ignored": True}))
+            self.suspicions.append(self._strided_alone(one))
+            return self.suspicions[-1].sentence
+        return None
+
+    def _strided_alone(self, one: Screened) -> Suspicion:
+        """Which of Q, K and V gives a wrong result when it alone lies in memory as ``[B, S, H, D]``."""
+        case = one.inputs.case(self.candidate)
+        wrong = []
+        for place, name in enumerate("qkv"):
+            given = [t.contiguous() for t in (case.q, case.k, case.v)]
+            given[place] = given[place].transpose(1, 2).contiguous().transpose(1, 2)
+            out = self.candidate(*given, one.inputs.problem).out.double()
+            if not bool(((out - case.out).abs() <= case.out_atol + case.out_rtol * case.out.abs()).all()):
+                wrong.append(name.upper())
+        stages = tuple(dict.fromkeys("accum" if name == "V" else "scores" for name in wrong)) or ("scores", "accum")
+        which = f"; {' or '.join(wrong)} alone is enough" if wrong else ""
+        return Suspicion(stages, f"only inputs that are not contiguous give a wrong result{which}")
+
+    def unwritten(self) -> str | None:
+        inputs = self.failing[0].inputs if self.failing else Inputs(self.problem)
+        q, k, v = inputs.make(self.candidate.device)
+        filled, plain = [], []
+        for _ in range(2):
+            with full_of_nan():
+                filled.append(self.candidate(q, k, v, inputs.problem).out.isnan())
+            for _ in range(3):  # what lies in memory that is handed out next is no NaN then
+                primed = [torch.full_like(q, 0.5) for _ in range(4)]
+                del primed
+            plain.append(self.candidate(q, k, v, inputs.problem).out.isnan())
+        fresh = filled[0] & ~plain[0]
+        if not bool(fresh.any()) or bool((filled[0] != filled[1]).any()):  # the second: a race, not this
+            return None
+        rows = fresh.any(dim=-1).flatten(0, 1).any(dim=0).nonzero().flatten().tolist()
+        place = dict(zip(("batch", "head", "row", "column"), fresh.nonzero()[0].tolist(), strict=True))
+        words = (f"{int(fresh.sum())} elements of the output come from memory that was never written: rows "
+                 f"{naming._ranges(rows)}")  # fmt: skip
+        whole = bool(fresh[:, :, rows].all())
+        changes = {"unwritten": tuple(rows)} if whole else {}
+        return self.add(Hypothesis("uninitialised memory", words, ("out",), changes, place))
+
+    def races(self) -> str | None:
+        if all(s.repeats for s in self.failing) and not self._varies():
+            return None
+        if self._varies_when_zeroed():
+            words = "the same call gives other results each time: a race, or memory that is read before it is written"
+        else:
+            return None  # memory that nobody wrote: the next probe names it
+        self.varies = True
+        self.suspicions.append(Suspicion(("scores", "probs", "accum", "out"), words, self._where_it_varies()))
+        return words
+
+    def _varies_when_zeroed(self) -> bool:
+        """Whether results still vary when no memory is handed out uninitialised."""
+        with full_of_nan():
+            return self._varies()
+
+    def _where_it_varies(self) -> dict[str, int]:
+        one = self.failing[0]
+        q, k, v = one.inputs.make(self.candidate.device)
+        for _ in range(5):
+            now = self.candidate(q, k, v, one.inputs.problem, default_scale=one.inputs.default_scale).out
+            other = (now != one.answer.out) & ~(now.isnan() & one.answer.out.isnan())
+            if bool(other.any()):
+                return dict(zip(("batch", "head", "row", "column"), other.nonzero()[0].tolist(), strict=True))
+        return {}
+
+    def _varies(self) -> bool:
+        if not self.failing or self.failing[0].answer is None:
+            return False
+        inputs = self.failing[0].inputs
+        q, k, v = inputs.make(self.candidate.device)
+        first = self.candidate(q, k, v, inputs.problem, default_scale=inputs.default_scale).out
+        scale = max(float(first.nan_to_num(0).abs().max()), 1e-6)
+        for _ in range(3):
+            now = self.candidate(q, k, v, inputs.problem, default_scale=inputs.default_scale).out
+            if bool(((now - first).abs().nan_to_num(0) > 0.01 * scale).any()):
+                return True
+        return False
+
+    def loop(self) -> str | None:
+        """Faults of the page loop, tried on a failing call that nothing explains so far."""
+        if self.suspicions:
+            return None  # where the maximum does not move something is wrong already that no model predicts
+        left = [s for s in self._unexplained() if s.inputs.problem.seqlen_k > min(LOOP_SIZES)]
+        if not left:
+            return None
+        one = min(left, key=lambda s: (s.inputs.pattern not in ("rising", "normal"), s.inputs.problem.seqlen_k))
+        q, k, v = one.inputs.make(self.candidate.device)
+        problem = one.inputs.problem
+        small = self._first_group(problem, q, k, v, one)
+        best: tuple[float, Loop] | None = None
+        sizes = dict.fromkeys([s for s in (problem.page_size, *LOOP_SIZES) if s < problem.seqlen_k])
+        for page in (None, *range(1, 5), -1):
+            for size in sizes:
+                for backwards in (False, True):
+                    for kind in get_args(LoopFault):
+                        at = -(-problem.seqlen_k // size) - 1 if page == -1 else page
+                        if at is not None and (at * size >= problem.seqlen_k or kind == "pages averaged"):
+                            continue
+                        loop = Loop(kind, size, at, backwards)
+                        share = share_of(*small(loop), one, self.candidate)[0]
+                        if share > (best[0] if best else 0.5):
+                            best = (share, loop)
+            if best and best[0] >= EXPLAINED:
+                break
+        if best is None or best[0] < 0.9:
+            return self._unnamed_loop(one)
+        loop = best[1]
+        words, stages = _loop_words(loop)
+        return self.add(Hypothesis(loop.kind, words, stages, {"loop": loop},
+                                   {"page": loop.page} if loop.page is not None else {}))  # fmt: skip
+
+    def _first_group(self, problem: Problem, q, k, v, one: Screened):
+        """A function that gives ``got, predicted`` of one group of heads: enough to tell loops apart, and quick."""
+        whole = any(t is not None for t in (self.state.q_heads, self.state.k_heads, self.state.v_heads))
+        group = problem.num_heads_q // problem.num_heads_kv
+        counts = self.state.counts
+        if whole or (counts is not None and counts.dim() == 3):
+            return lambda loop: (one.answer.out, simulate(q, k, v, problem, self.state.with_(loop=loop))[0])
+        part = problem.with_(batch=1, num_heads_q=group, num_heads_kv=1)
+        pieces = q[-1:, -group:], k[-1:, -1:], v[-1:, -1:]
+        got = one.answer.out[-1:, -group:]
+        return lambda loop: (got, simulate(*pieces, part, self.state.with_(loop=loop))[0])
+
+    def _unnamed_loop(self, one: Screened) -> str | None:
+        """Weights of a failing call that no loop explains."""
+        if self.suspicions or one.inputs.problem.mathematics != self.problem.mathematics:
+            return None
+        case = one.inputs.case(self.candidate)
+        lost = ~one.answer.out.isfinite() & case.out.isfinite()
+        if bool(lost.any()):
+            place = dict(zip(("batch", "head", "row", "column"), lost.nonzero()[0].tolist(), strict=True))
+            stages = ("row_max", "probs", "accum" if self._lse_tells() else "scores", "out")
+            words = (f"{int(lost.sum()):,} elements are NaN or Inf with inputs '{one.inputs.pattern}', as where an "
+                     "exponential outgrows its reference, in a page or where parts are added up")  # fmt: skip
+            self.suspicions.append(Suspicion(stages, words, place))
+            return words
+        found = reading.weights(self.candidate, case.q, case.k, self.problem)
+        wanted = reading.simulated_weights(case.q, case.k, self.problem, self.state)
+        if not bool(self._bad_weights(found, wanted).any()):
+            return None
+        return self._suspect(found, wanted, f"weights are wrong with inputs '{one.inputs.pattern}'")
+
+    def linear(self) -> str | None:
+        """Whether the output is the weights times V: judged where the weights themselves are as they should be."""
+        left = [s for s in self._unexplained() if s.inputs.problem.mathematics == self.problem.mathematics]
+        if not left or self.suspicions:
+            return None
+        one = left[0]
+        q, k, v = one.inputs.make(self.candidate.device)
+        found = reading.weights(self.candidate, q, k, one.inputs.problem)
+        heads = reference.kv_head_index(self.problem, q.device)
+        values = v.reshape(-1, *v.shape[2:]).double()[heads if self.state.v_heads is None else self.state.v_heads]
+        made = (found @ values).view(one.answer.out.shape)
+        case = one.inputs.case(self.candidate)
+        bound = 4 * case.out_atol + 8 * case.out_rtol * made.abs()
+        off = ~((one.answer.out.double() - made).abs() <= bound)
+        if not bool(off.any()):
+            return None
+        place = dict(zip(("batch", "head", "row", "column"), off.nonzero()[0].tolist(), strict=True))
+        words = f"the output is not the sum of V by the weights that were read: {int(off.sum())} elements"
+        self.suspicions.append(Suspicion(("accum",), words, place))
+        return words
+
+    def lse(self) -> str | None:
+        wrong = [s for s in self.failing if s.lse is not None and not s.lse.passed and s.answer is not None]
+        for one in wrong:
+            q, k, v = one.inputs.make(self.candidate.device)
+            got = one.answer.lse
+            case = one.inputs.case(self.candidate)
+
+            bad = ~((got - case.lse).abs() <= case.lse_atol + case.lse_rtol * case.lse.abs()) & (got != case.lse)
+
+            def fits(behaviour: Behaviour, one=one, q=q, k=k, v=v, got=got, case=case, bad=bad) -> bool:
+                wanted = simulate(q, k, v, one.inputs.problem, behaviour)[1]
+                same = ((got - wanted).abs() <= 4 * case.lse_atol + 1e-5 * wanted.abs()) | (got == wanted)
+                same |= got.isnan() & wanted.isnan()
+                return float(same[bad].double().mean()) >= EXPLAINED
+
+            if fits(self.state):
+                continue
+            for kind in get_args(LseKind):
+                if fits(self.state.with_(lse=kind)):
+                    return self.add(
+                        Hypothesis(f"lse of another kind: {kind}", _LSE_WORDS[kind], ("lse",), {"lse": kind})
+                    )
+            if one.lse_alone or not (self.suspicions or self.found):
+                words = f"lse is wrong: {one.lse.sentence()}"
+                self.suspicions.append(Suspicion(("lse",) if one.lse_alone else ("row_sum", "lse"), words,
+                                                 dict(one.lse.first_bad or {})))  # fmt: skip
+                return words
+            return "lse follows the wrong output"
+        return None
+
+    # --- what the state predicts ---
+
+    def verify(self) -> tuple[int, int, int]:
+        """Wrong elements that the state predicts, all wrong ones, and right ones that it predicts wrongly."""
+        explained = wrong = spoiled = 0
+        for one in self.failing:
+            if one.answer is None or not one.out_wrong or not self._fits_shape(one.inputs.problem):
+                continue
+            q, k, v = one.inputs.make(self.candidate.device)
+            predicted = simulate(q, k, v, one.inputs.problem, self.state)[0]
+            _, mine, all_wrong, bad = share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)
+            explained, wrong, spoiled = explained + mine, wrong + all_wrong, spoiled + bad
+        return explained, wrong, spoiled
+
+    def _prune(self) -> None:
+        """Drop hypotheses without which the wrong outputs are predicted as well."""
+        if len(self.found) < 2:
+            return
+        for hypothesis in list(self.found):
+            rest = {name: getattr(RIGHT, name) for name in hypothesis.changes}
+            if (
+                not rest
+                or hypothesis.by_rounding
+                or any(name in other.changes for other in self.found if other is not hypothesis for name in rest)
+            ):
+                continue
+            before, state = self.verify(), self.state
+            self.state = state.with_(**rest)
+            now = self.verify()
+            if now[0] - now[2] >= before[0] - before[2] and now[0] > 0:
+                self.found.remove(hypothesis)
+            else:
+                self.state = state
+
+    def _unexplained(self) -> list[Screened]:
+        left = []
+        for one in self.failing:
+            if one.answer is None or not one.out_wrong or not self._fits_shape(one.inputs.problem):
+                continue
+            q, k, v = one.inputs.make(self.candidate.device)
+            predicted = simulate(q, k, v, one.inputs.problem, self.state)[0]
+            if share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)[0] < EXPLAINED:
+                left.append(one)
+        return left
+
+    def _fits_shape(self, problem: Problem) -> bool:
+        """Whether what was read at the probed shapes says something of this problem."""
+        shaped = (self.state.counts, self.state.extra, self.state.k_of, self.state.v_of, self.state.q_heads,
+                  self.state.k_heads, self.state.v_heads, self.state.q_rows, self.state.unwritten or None)  # fmt: skip
+        same = all(getattr(problem, name) == getattr(self.problem, name)
+                   for name in ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "head_dim",
+                                "causal"))  # fmt: skip
+        return same or all(t is None for t in shaped)
+
+    def agrees(self, found: reading.Scores, behaviour: Behaviour) -> bool:
+        return self.disagreement(found, behaviour) == 0.0
+
+    def disagreement(self, found: reading.Scores, behaviour: Behaviour) -> float:
+        """Share of the weights that the behaviour does not predict."""
+        wanted = reading.simulated_weights(found.q, found.k, self.problem, behaviour)
+        return float(self._bad_weights(found.weights, wanted).double().mean())
+
+    def _bad_weights(self, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        slack = reading.tolerance(self.problem) * wanted.abs() + 4 * torch.finfo(torch.float16).tiny
+        return ~((found - wanted).abs() <= slack) & ~(found.isnan() & wanted.isnan())
+
+    def _head(self, flat: int) -> dict[str, int]:
+        return {"batch": flat // self.problem.num_heads_q, "head": flat % self.problem.num_heads_q}
+
+    def _place(self, index: int, shape: tuple[int, ...]) -> dict[str, int]:
+        head, rest = divmod(index, shape[1] * shape[2])
+        row, column = divmod(rest, shape[2])
+        return {**self._head(head), "row": row, "column": column}
+
+
+_LSE_WORDS: dict[str, str] = {
+    "log2": "lse is a logarithm of base 2 where the natural one is meant",
+    "log2 of the sum": "the logarithm in lse is of base 2 where the natural one is meant",
+    "row_max alone": "lse is the row's maximum alone: the logarithm of the sum is missing",
+    "row_sum alone": "lse is the sum itself: its logarithm and the maximum are missing",
+    "without row_max": "lse is the logarithm of the sum alone: the maximum is not added back",
+    "negative": "lse has the wrong sign",
+    "scaled": "lse is multiplied by the scale once more",
+}
+
+
+@ambient.judging
+def share_of(
+    got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
+) -> tuple[float, int, int, int]:
+    """How much of a wrong output a prediction explains.
+
+    Returns
+    -------
+    share, explained, wrong, spoiled
+        The share of the wrong elements that are predicted, less the share of right ones that are not; the counts.
+    """
+    case = one.inputs.case(candidate)
+    truth = case.out
+    if got.shape != truth.shape:  # one group of heads stands for all
+        truth = truth[-got.shape[0] :, -got.shape[1] :]
+    got, predicted = got.double(), predicted.double()
+    bad = ~((got - truth).abs() <= case.out_atol + case.out_rtol * truth.abs())
+    bound = 4 * case.out_atol + 4 * case.out_rtol * predicted.abs() + 4 * case.out_rtol * float(case.v.abs().max()) / 8
+    same = ((got - predicted).abs() <= bound) | (~got.isfinite() & ~predicted.isfinite())
+    if unwritten:  # what lies in memory that nobody wrote may be anything
+        same[:, :, list(unwritten)] = True
+    wrong, explained, spoiled = int(bad.sum()), int((bad & same).sum()), int((~bad & ~same).sum())
+    share = explained / wrong if wrong else 0.0
+    return share - spoiled / max(1, bad.numel() - wrong), explained, wrong, spoiled
+
+
+@contextlib.contextmanager
+def full_of_nan(value: bool = True) -> Iterator[None]:
+    """Inside, memory that torch hands out uninitialised is full of NaN; with `value` False it is as it comes."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(value, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = value
+        try:
+            yield
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _lane_words(lanes: tuple[str, int]) -> str:
+    how, count = lanes
+    return f"{count} lanes, key j in lane j % {count}" if how == "mod" else f"{count} keys a lane"
+
+
+def _loop_words(loop: Loop) -> tuple[str, tuple[str, ...]]:
+    where = "on every page" if loop.page is None else f"on page {loop.page}"
+    order = ", last page first" if loop.backwards else ""
+    pages = f"{where} of {loop.page_size} keys{order}"
+    words = {
+        "accum not rescaled": ("the accumulator is not rescaled when the maximum moves", ("accum",)),
+        "row_sum not rescaled": ("row_sum is not rescaled when the maximum moves", ("row_sum",)),
+        "neither rescaled": ("neither the accumulator nor row_sum is rescaled when the maximum moves", ("rescale",)),
+        "neighbour's factor": ("the accumulator is rescaled by the factor of the row before", ("accum",)),
+        "inverse factor": ("the rescale factor is exp(new - old) where exp(old - new) is meant", ("rescale",)),
+        "accum overwritten": ("the accumulator is overwritten instead of added to", ("accum",)),
+        "row_sum overwritten": ("row_sum is overwritten instead of added to", ("row_sum",)),
+        "pages averaged": ("each page is normalised by itself and the results are averaged", ("rescale", "out")),
+        "factor of base 2": ("the rescale factor is of base 2 where base e is meant", ("rescale",)),
+    }[loop.kind]
+    return f"{words[0]}, {pages}", words[1]
+
+
+def _even_by_page(ratio: torch.Tensor, problem: Problem) -> bool:
+    """Whether the ratio is one number within every page of 16 keys of a row."""
+    keys = ratio.shape[-1] // 16 * 16
+    pages = ratio[..., :keys].unflatten(-1, (-1, 16))
+    middle = pages.nanmedian(dim=-1, keepdim=True).values
+    even = ((pages / middle - 1).abs() <= 2 * reading.tolerance(problem)) | pages.isnan()
+    return bool(even.double().mean() > 0.98)
+
+
+def _carry_anchors(k_of: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    """Anchors look all alike: each goes where its neighbours went."""
+    k_of = k_of.clone()
+    for place in anchor.nonzero().flatten().tolist():
+        beside = place + 1 if place + 1 < len(k_of) else place - 1
+        there = k_of[beside]
+        k_of[place] = there if there < 0 else (there + place - beside).clamp(0, len(k_of) - 1)
+    return k_of

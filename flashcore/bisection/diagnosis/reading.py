@@ -1,0 +1,287 @@
+"""Read the inside of attention from its outputs: V made of unit vectors shows the weight of each key in each row.
+
+With V[j] = e_c, column c of `out` is the normalised probability of key j, exact up to the rounding of `out`. So a few
+calls read the whole matrix of weights, whatever the function is. What Q and K are made of decides what that tells:
+
+- Q = 0: every key that is counted has the same weight, so the mask and the list of keys show, and nothing else.
+- *Anchored* keys: every 16th key has a known score that no other reaches, so the running maximum never moves after the
+  first keys, in whatever order and tile size they are taken. The weights beside an anchor's give each score itself.
+- Marks: one unit vector a head, in V, K or Q, names the head that was read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, mask_of, simulate
+from flashcore.bisection.diagnosis.calling import Candidate
+from flashcore.numerics import ambient, reference
+from flashcore.problem import Problem
+
+ANCHOR_EVERY = 16
+"""Keys from one anchor to the next: no tile of keys is narrower."""
+ANCHOR, SPREAD = 3.0, 0.5
+"""Score of the anchors, and standard deviation of the other scores."""
+GENTLE = 0.125
+"""What both are multiplied by while nobody knows how the function scales its scores."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which head each query head reads, ``int64 [B*Hq]`` flat; None where no mark came through clearly."""
+
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often each key is counted when all scores are 0."""
+
+    counts: torch.Tensor
+    """float64 ``[N, Sq, Sk]``, whole numbers where `clear`."""
+    total: torch.Tensor
+    """float64 ``[N, Sq]``: the sum of all weights, 1 for a right function; NaN or 0 in rows that see no key."""
+    extra: torch.Tensor
+    """float64 ``[Sq]``: weight that went to no key at all, in units of one key."""
+    clear: bool
+    """Whether every weight is a whole multiple of one unit."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores that the weights of anchored inputs tell."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    weights: torch.Tensor
+    """float64 ``[N, Sq, Sk]``."""
+    amplitude: float
+    factor: float
+    """What the function's scores are beside the right ones, by a fit over all of them; NaN where it cannot be told."""
+    relative: torch.Tensor
+    """float64 ``[N, Sq, Sk]``: each score minus the anchors' score, NaN where a key has no weight."""
+
+
+def tolerance(problem: Problem) -> float:
+    """The relative error of a weight that a right function may have: roundings of score, probability and output."""
+    return max(6.0 * torch.finfo(getattr(torch, problem.dtype)).eps, 2e-3)
+
+
+def dtype_of(problem: Problem) -> torch.dtype:
+    return getattr(torch, problem.dtype)
+
+
+@ambient.judging
+def weights(candidate: Candidate, q, k, problem: Problem) -> torch.Tensor:
+    """float64 ``[B*Hq, Sq, Sk]``: the weight of each key in each row, by ``ceil(Sk / D)`` calls."""
+    return _weights(lambda v: candidate(q, k, v, problem).out, k, width=problem.head_dim)
+
+
+@ambient.judging
+def simulated_weights(q, k, problem: Problem, behaviour: Behaviour = RIGHT) -> torch.Tensor:
+    """What `weights` would read of a function that behaves so; rows that see no key have zeros."""
+    # A simulation takes a V of any width, so that its softmax is computed once and not for each group of keys.
+    return _weights(lambda v: simulate(q, k, v, problem, behaviour)[0], k, width=problem.seqlen_k)
+
+
+def _weights(out_of: Callable[[torch.Tensor], torch.Tensor], k: torch.Tensor, *, width: int) -> torch.Tensor:
+    """The output for V made of unit vectors, `width` keys at a time, flat over batch and heads."""
+    seqlen = k.shape[2]
+    found = []
+    for start in range(0, seqlen, width):
+        v = torch.zeros(*k.shape[:3], width, dtype=k.dtype, device=k.device)
+        here = torch.arange(start, min(start + width, seqlen), device=k.device)
+        v[:, :, here, here - start] = 1.0
+        found.append(out_of(v)[..., : len(here)].double())
+    return torch.cat(found, dim=-1).flatten(0, 1)
+
+
+@ambient.judging
+def read_marks(candidate: Candidate, problem: Problem) -> Marks:
+    """Which head of Q, K and V each query head reads, by one call each.
+
+    The row that is looked at is the last one: it sees the most keys. A mark needs as many columns, and for K and Q as
+    many keys, as there are heads.
+    """
+    heads_q, heads_kv = problem.batch * problem.num_heads_q, problem.batch * problem.num_heads_kv
+    device, dtype, width = candidate.device, dtype_of(problem), problem.head_dim
+    q = torch.zeros(problem.batch, problem.num_heads_q, problem.seqlen_q, width, dtype=dtype, device=device)
+    k = torch.zeros(problem.batch, problem.num_heads_kv, problem.seqlen_k, width, dtype=dtype, device=device)
+    found: dict[str, torch.Tensor | None] = {"q": None, "k": None, "v": None}
+    flat = torch.arange(heads_kv, device=device)
+    if heads_kv <= width:
+        v = torch.zeros_like(k)
+        v.view(heads_kv, problem.seqlen_k, width)[flat, :, flat] = 1.0
+        found["v"] = _clearest(candidate(q, k, v, problem).out[:, :, -1], heads_kv)
+    strong = _strong(problem)
+    if strong is None:
+        return Marks(**found)
+    if heads_kv <= min(width, problem.seqlen_k):
+        # K head h has its large score at key h, whose V says h.
+        marked, v = torch.zeros_like(k), torch.zeros_like(k)
+        marked.view(heads_kv, problem.seqlen_k, width)[flat, flat, 0] = strong
+        v[:, :, flat, flat] = 1.0
+        ones = torch.zeros_like(q)
+        ones[..., 0] = 1.0
+        found["k"] = _clearest(candidate(ones, marked, v, problem).out[:, :, -1], heads_kv)
+    if heads_q <= min(width, problem.seqlen_k):
+        # Query head h points at column h, along which key h alone is large, in every K head.
+        each = torch.arange(heads_q, device=device)
+        pointing, marked, v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)
+        pointing.view(heads_q, problem.seqlen_q, width)[each, :, each] = 1.0
+        marked[:, :, each, each] = strong
+        v[:, :, each, each] = 1.0
+        found["q"] = _clearest(candidate(pointing, marked, v, problem).out[:, :, -1], heads_q)
+    return Marks(**found)
+
+
+def _strong(problem: Problem) -> float | None:
+    """The element of K that gives a key 12 more than all others for a query of 1; None where no such number fits."""
+    if problem.scale == 0:
+        return None
+    value = 12.0 / problem.scale
+    return value if abs(value) < 3e4 else None
+
+
+def _clearest(rows: torch.Tensor, count: int) -> torch.Tensor | None:
+    """The column with nearly all the weight, ``int64 [B*Hq]``; None where a row has no such column."""
+    rows = rows.reshape(-1, rows.shape[-1])[:, :count].double()
+    best = rows.max(dim=-1)
+    clear = bool((best.values > 0.5 * rows.nan_to_num(nan=math.inf).abs().sum(dim=-1)).all())
+    return best.indices if clear and bool((best.values > 1e-3).all()) else None
+
+
+@ambient.judging
+def read_counts(candidate: Candidate, problem: Problem) -> Counts:
+    """Which keys each row counts, how often, and what else it counts, from Q = 0."""
+    device, dtype = candidate.device, dtype_of(problem)
+    q = torch.zeros(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim, dtype=dtype, device=device)
+    k = _ordinary(problem, device)[1]
+    found = weights(candidate, q, k, problem)
+    total = found.sum(dim=-1)
+    # The unit is the weight of a key that is counted once: the smallest there is in the row.
+    unit = found.masked_fill(~(found > 1e-12), math.inf).amin(dim=-1)
+    counts = (found / unit[..., None]).nan_to_num(nan=math.nan, posinf=math.nan)
+    counts = counts.masked_fill((unit == math.inf)[..., None] & (found == 0), 0.0)
+    slack = max(4.0 * torch.finfo(dtype).eps, 1e-4)
+    whole = counts.round()
+    clear = bool(((counts - whole).abs() <= slack * whole.clamp_min(1)).all())
+    missing = ((1.0 - total) / unit).masked_fill(unit == math.inf, 0.0).nan_to_num(nan=0.0)
+    extra = missing.median(dim=0).values
+    noise = slack * whole.nan_to_num(nan=0.0).sum(dim=-1).amax(dim=0).clamp_min(1)
+    return Counts(whole if clear else counts, total, extra.masked_fill(extra.abs() < noise.clamp_min(0.2), 0.0), clear)
+
+
+@ambient.judging
+def read_phantoms(candidate: Candidate, problem: Problem) -> torch.Tensor | None:
+    """float64 ``[N, Sq]``: keys of score 0 that are counted though they do not exist; None where it cannot be asked.
+
+    All real keys score -8, so one that does not exist, with its score of 0, outweighs 2981 of them.
+    """
+    strong = _strong(problem)
+    if strong is None:
+        return None
+    device, dtype = candidate.device, dtype_of(problem)
+    q = torch.zeros(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim, dtype=dtype, device=device)
+    k = torch.zeros(problem.batch, problem.num_heads_kv, problem.seqlen_k, problem.head_dim, dtype=dtype, device=device)
+    q[..., 0] = 1.0
+    k[..., 0] = -8.0 / problem.scale
+    total = candidate(q, k, torch.ones_like(k), problem).out.double()[..., 0].reshape(-1, problem.seqlen_q)
+    score = float(k[0, 0, 0, 0]) * problem.scale
+    keys = mask_of(problem, device).sum(dim=-1)
+    counted = keys * math.exp(score) * (1.0 / total - 1.0)
+    return counted.masked_fill((total - 1.0).abs() < 4 * torch.finfo(dtype).eps, 0.0).masked_fill(keys == 0, 0.0)
+
+
+def _ordinary(problem: Problem, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from flashcore.numerics.inputs import make_inputs
+
+    return make_inputs(problem, seed=seed, device=device)
+
+
+@ambient.judging
+def anchored(problem: Problem, device: str, amplitude: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and K whose every 16th key scores ``3 * amplitude``, more than all others (about ``0.5 * amplitude``)."""
+    q, k, _ = _ordinary(problem, device, seed)
+    dtype, scale = q.dtype, problem.scale or 1.0
+    width = max(problem.head_dim - 1, 1)
+    size = math.sqrt(SPREAD * amplitude / (abs(scale) * math.sqrt(width)))
+    q, k = q.float() * size, k.float() * size
+    q[..., 0] = 1.0
+    k[..., 0] = 0.0
+    k[:, :, ::ANCHOR_EVERY] = 0.0
+    k[:, :, ::ANCHOR_EVERY, 0] = ANCHOR * amplitude / scale
+    return q.to(dtype), k.to(dtype)
+
+
+@ambient.judging
+def read_scores(candidate: Candidate, problem: Problem, k_heads: torch.Tensor | None = None) -> Scores | None:
+    """The function's scores, read beside the anchors'; first gently, so that a wrong scale drives no weight to 0.
+
+    `k_heads` says which flat K head each query head is known to read; None for its own.
+
+    None for a scale of 0, or one that its anchors would not fit into the dtype for.
+    """
+    if problem.scale == 0 or abs(ANCHOR / problem.scale) > 3e4:
+        return None
+    gentle = _scores(candidate, problem, GENTLE, k_heads)
+    if not math.isfinite(gentle.factor) or not 0.02 < abs(gentle.factor) < 50:
+        return gentle
+    return _scores(candidate, problem, min(1.0, 1.0 / abs(gentle.factor)), k_heads)
+
+
+def _scores(candidate: Candidate, problem: Problem, amplitude: float, k_heads: torch.Tensor | None) -> Scores:
+    q, k = anchored(problem, candidate.device, amplitude)
+    found = weights(candidate, q, k, problem)
+    logs = found.masked_fill(~(found > 0), math.nan).log()
+    anchors = logs[..., ::ANCHOR_EVERY]
+    relative = logs - anchors.nanmean(dim=-1, keepdim=True)
+    wanted = right_scores(q, k, problem, k_heads)
+    known = relative.isfinite() & (mask_of(problem, q.device) > 0)
+    x, y = wanted[known], relative[known]
+    factor = float((x * y).sum() / (x * x).sum()) if known.any() else math.nan
+    return Scores(q, k, found, amplitude, factor, relative)
+
+
+def right_scores(q, k, problem: Problem, k_heads: torch.Tensor | None = None) -> torch.Tensor:
+    """float64 ``[N, Sq, Sk]``: the scores of anchored inputs minus the anchors' score."""
+    flat_q, flat_k, _ = reference.flat_inputs(q, k, k, problem, slice(None))
+    if k_heads is not None:
+        flat_k = k.reshape(-1, *k.shape[2:]).double()[k_heads]
+    scores = flat_q @ flat_k.mT * problem.scale
+    return scores - scores[..., :1]
+
+
+@ambient.judging
+def read_metric(candidate: Candidate, problem: Problem) -> torch.Tensor | None:
+    """float64 ``[D, D]``: the matrix A for which the scores are q A k, by least squares over small random scores.
+
+    ``scale`` times the identity for a right function. Logarithms of weights are scores up to a constant of the row, so
+    keys are taken from their mean. None where fewer than D rows and D + 1 keys see each other, or weights vanish.
+    """
+    if problem.scale == 0:
+        return None
+    q, k, _ = _ordinary(problem, candidate.device, seed=3)
+    size = math.sqrt(SPREAD / (abs(problem.scale) * math.sqrt(problem.head_dim)))
+    q, k = (q.float() * size).to(q.dtype), (k.float() * size).to(k.dtype)
+    seen = mask_of(problem, q.device) > 0
+    keys = problem.seqlen_k if bool(seen.all()) else problem.seqlen_k // 2
+    rows = seen[:, :keys].all(dim=-1)
+    width = problem.head_dim
+    if int(rows.sum()) < width or keys < width + 1:
+        return None
+    found = weights(candidate, q, k, problem)[:, rows, :keys]
+    if not bool((found > 0).all()):
+        return None
+    logs = found.log()
+    flat_q, flat_k, _ = reference.flat_inputs(q, k, k, problem, slice(None))
+    flat_q, flat_k = flat_q[:, rows], flat_k[:, :keys]
+    flat_k = flat_k - flat_k.mean(dim=1, keepdim=True)
+    logs = logs - logs.mean(dim=-1, keepdim=True)
+    return (torch.linalg.pinv(flat_q) @ logs @ torch.linalg.pinv(flat_k).mT).mean(dim=0)

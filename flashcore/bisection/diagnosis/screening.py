@@ -1,0 +1,179 @@
+"""Compare a function with float64 on ordinary problems and on inputs that attention kernels break on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.bisection.diagnosis.calling import Answer, Broken, Candidate, Refusal
+from flashcore.measure import check
+from flashcore.numerics import ambient
+from flashcore.numerics.inputs import PATTERNS, make_inputs
+from flashcore.numerics.tolerance import Comparison, compare
+from flashcore.problem import Problem
+
+HOME = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=200, seqlen_k=200, head_dim=64)
+"""Where an unknown function is looked at: several batches and heads, grouped heads, lengths that no tile divides."""
+_EASIER = (
+    {}, {"num_heads_kv": 4}, {"seqlen_q": 256, "seqlen_k": 256}, {"num_heads_kv": 4, "seqlen_q": 256, "seqlen_k": 256},
+)  # fmt: skip
+_DTYPES = ("float16", "bfloat16", "float32")
+_HEAD_DIMS = (64, 128, 32)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of one call are made."""
+
+    problem: Problem
+    pattern: str = "normal"
+    strided: bool = False
+    """Q, K and V each lie in an order of their own, so that one's strides are neither the shape's nor another's."""
+    default_scale: bool = False
+    seed: int = 0
+
+    @property
+    def _layout(self) -> str:
+        return "apart" if self.strided else "bhsd"
+
+    def make(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return make_inputs(self.problem, seed=self.seed, device=device, pattern=self.pattern,
+                           layout=self._layout)  # fmt: skip
+
+    def case(self, candidate: Candidate) -> check.Case:
+        """The inputs with what is expected of the candidate, and how far off it may be."""
+        return check.make_case(self.problem, self.seed, self.pattern, self._layout, candidate.device,
+                               candidate.rounds_scores)  # fmt: skip
+
+    def label(self) -> str:
+        """In words, as a finding names it."""
+        words = [self.problem.label()]
+        if self.pattern != "normal":
+            words.append(f"inputs '{self.pattern}'")
+        if self.strided:
+            words.append("strided inputs")
+        if self.default_scale:
+            words.append("its own default scale")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """One call, judged."""
+
+    inputs: Inputs
+    answer: Answer | None
+    """None where the call was refused or gave no answer."""
+    out: Comparison | None = None
+    lse: Comparison | None = None
+    refused: str | None = None
+    """What the function raised."""
+    broken: Broken | None = None
+    repeats: bool = True
+    """Whether a second call gave the same bits."""
+
+    @property
+    def wrong(self) -> bool:
+        judged = [c for c in (self.out, self.lse) if c is not None]
+        return self.broken is not None or any(not c.passed for c in judged)
+
+    @property
+    def out_wrong(self) -> bool:
+        return self.out is not None and not self.out.passed
+
+    @property
+    def lse_alone(self) -> bool:
+        return self.lse is not None and not self.lse.passed and not self.out_wrong
+
+
+@ambient.judging
+def screen_one(candidate: Candidate, inputs: Inputs, *, again: bool = False) -> Screened:
+    """Call it once (with `again` twice) and compare every element with float64."""
+    problem = inputs.problem
+    case = inputs.case(candidate)
+    try:
+        answer = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale)
+        second = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale) if again else answer
+    except Refusal as refusal:
+        return Screened(inputs, None, refused=str(refusal))
+    except Broken as broken:
+        return Screened(inputs, None, broken=broken)
+    out = compare(answer.out, case.out, atol=case.out_atol, rtol=case.out_rtol)
+    lse = None
+    if answer.lse is not None:
+        lse = compare(answer.lse, case.lse, atol=case.lse_atol, rtol=case.lse_rtol)
+    same = bool(((answer.out == second.out) | (answer.out.isnan() & second.out.isnan())).all())
+    return Screened(inputs, answer, out, lse, repeats=same)
+
+
+@ambient.judging
+def find_home(candidate: Candidate, start: Problem = HOME) -> tuple[Problem | None, list[Screened]]:
+    """The richest ordinary problem that the function takes, and what it said to those before it.
+
+    Parameters
+    ----------
+    start
+        What is tried first; those after it have other dtypes, head_dims, lengths, and K/V heads for each query head.
+    """
+    tried: list[Screened] = []
+    for head_dim in _HEAD_DIMS:
+        for dtype in _DTYPES:
+            for change in _EASIER:
+                problem = start.with_(head_dim=head_dim, dtype=dtype, **change)
+                found = screen_one(candidate, Inputs(problem))
+                tried.append(found)
+                if found.refused is None:
+                    return problem, tried
+                if found.broken is not None and found.broken.kind == "hang":
+                    return None, tried
+    return None, tried
+
+
+def ordinary(candidate: Candidate, home: Problem) -> Iterator[Inputs]:
+    """What an unknown function is asked, the plainest first."""
+    yield Inputs(home)
+    whole = home.with_(seqlen_q=256, seqlen_k=256)
+    masks = [False, True] if "causal" in candidate.takes else [home.causal]
+    for causal in masks:
+        one = home.with_(causal=causal)
+        for pattern in PATTERNS:
+            yield Inputs(one, pattern)
+        yield Inputs(one, strided=True)
+        yield Inputs(whole.with_(causal=causal))
+        yield Inputs(one.with_(seqlen_q=77))
+        yield Inputs(one.with_(seqlen_q=1))
+        yield Inputs(one.with_(seqlen_q=130, seqlen_k=1100))
+        yield Inputs(one.with_(seqlen_q=130, seqlen_k=1100), "rising")
+        if not causal:
+            yield Inputs(one.with_(seqlen_k=77))
+        if home.num_heads_kv != home.num_heads_q:
+            yield Inputs(one.with_(num_heads_kv=home.num_heads_q))
+            yield Inputs(one.with_(num_heads_kv=1))
+    yield Inputs(home.with_(batch=1, num_heads_q=1, num_heads_kv=1))
+    yield Inputs(home.with_(batch=3))
+    for dtype in _DTYPES:
+        if dtype != home.dtype:
+            yield Inputs(home.with_(dtype=dtype))
+    for head_dim in (64, 128):
+        if head_dim != home.head_dim:
+            yield Inputs(home.with_(head_dim=head_dim))
+    if "softmax_scale" in candidate.takes:
+        yield Inputs(home.with_(softmax_scale=0.3))
+        yield Inputs(home.with_(softmax_scale=-0.125))
+        if candidate.default_scale:
+            yield Inputs(home, default_scale=True)
+            yield Inputs(home.with_(head_dim=128), default_scale=True)
+
+
+def of_problem(candidate: Candidate, problem: Problem, pattern: str | None, seed: int) -> Iterator[Inputs]:
+    """What a function is asked about one problem: every pattern of inputs, or the one that was named."""
+    if pattern is not None:
+        yield Inputs(problem, pattern, seed=seed)
+        return
+    for one in PATTERNS:
+        yield Inputs(problem, one, seed=seed)
+    yield Inputs(problem, strided=True, seed=seed)
+    if problem.softmax_scale is None and "softmax_scale" in candidate.takes and candidate.default_scale:
+        yield Inputs(problem, default_scale=True, seed=seed)

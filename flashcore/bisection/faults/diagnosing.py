@@ -1,0 +1,211 @@
+"""Prove the diagnosis: plant every known bug, hide the stages, see what outputs alone tell; ask right code too."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flashcore import backends as registry
+from flashcore import tables
+from flashcore.backends import Backend
+from flashcore.bisection.diagnosis import Diagnosis, diagnose
+from flashcore.bisection.faults.catalogue import FAULTS, get
+from flashcore.bisection.faults.proving import precompile
+from flashcore.errors import FlashCoreError, Unsupported
+from flashcore.gpu.isolation import Worker, isolated_trial
+from flashcore.measure.check import device_of
+from flashcore.numerics.inputs import PATTERNS, make_inputs
+from flashcore.problem import Problem
+from flashcore.records import RunFolder, Trial
+
+LIMIT_S = 120.0
+LONG = 5000
+"""Keys of the second problem that a bug is looked for on, where the first does not show it: many pages a block."""
+CALL_LIMIT_S = 10.0
+TRIES = 200
+"""Random problems that are drawn for one that a backend takes."""
+CLEAN_CASES = 100
+"""Random problems that each right backend is asked about."""
+CLASSES: dict[str, tuple[str, ...]] = {
+    "scores": ("scores", "probs"),
+    "row_max": ("row_max", "probs", "scores"),
+    "rescale": ("rescale", "probs", "scores", "row_sum", "accum"),
+    "probs": ("probs", "scores", "row_max", "rescale"),
+    "row_sum": ("row_sum", "scores", "out"),
+    "accum": ("accum", "out"),
+    "out": ("out", "accum", "row_sum"),
+    "lse": ("lse",),
+}
+"""For each stage those that a bug of it may be taken for, since an output shows their product alone."""
+REASONS: dict[str, str] = {
+    "scores": "a weight is exp(score - maximum): a wrong score and a wrong exponential look alike",
+    "row_max": "the maximum cancels out; it shows only where it lets an exponential overflow",
+    "rescale": "a factor on earlier pages is one on their weights, and on one of the two sums if it misses the other",
+    "probs": "a weight is exp(score - maximum): a wrong score looks alike, and a wrong reference like a wrong rescale",
+    "row_sum": "a row's sum that is too large is one key more, or an output that is too small",
+    "accum": "the output is the accumulator over the sum: NaN in either is NaN in the output",
+    "out": "an element that was not written may hold what any sum could give",
+    "lse": "it is returned by itself",
+}
+
+
+def plan(backends: Sequence[Backend]) -> list[tuple[str, str]]:
+    """Faults and backends that can be asked about: bugs of a backend's stages that change what it returns.
+
+    Those that show under a window, a softcap, a sink or lengths are left out: a diagnosis asks about none of these.
+    """
+    return [(fault.id, backend.id) for backend in backends for fault in FAULTS
+            if fault.why_not(backend.id) is None and fault.found_by == "bisection"
+            and not fault.problem_in(backend.id).masks]  # fmt: skip
+
+
+def prove(fault_id: str, backend_id: str) -> Trial:
+    """Plant one bug and diagnose by outputs alone. Importable, to be run in another process.
+
+    Returns
+    -------
+    Trial
+        Kind ``diagnosis``, variant the fault's id; data `outcome`: ``stage`` (its stage is named alone or among
+        several), ``class`` (one is named that no output can tell apart from it), ``elsewhere`` (found, at another),
+        ``raised`` (an error of its own says so), ``not visible`` (no output has another bit), or ``missed``.
+    """
+    fault = get(fault_id)
+    problem = fault.problem_in(backend_id)
+    started = time.perf_counter()
+    base = {"fault": fault_id, "expected": fault.stage}
+    try:
+        planted = fault.plant(backend_id)
+        found = diagnose(planted, problem, time_limit_s=CALL_LIMIT_S)
+        if found.right and same_bits(planted, backend_id, problem):
+            longer = problem.with_(seqlen_k=LONG)
+            found = diagnose(planted, longer, time_limit_s=CALL_LIMIT_S)
+            if found.right and same_bits(planted, backend_id, longer):
+                data = {
+                    **base,
+                    "outcome": "not visible",
+                    "finding": "it changes no bit of the output on these problems",
+                }
+                return Trial(kind="diagnosis", backend=backend_id, variant=fault_id, problem=problem, data=data)
+            problem = longer if not found.right else problem
+    except FlashCoreError as error:
+        if not fault.error_is_found:
+            raise
+        data = {**base, "outcome": "raised", "finding": str(error), "seconds": time.perf_counter() - started}
+        return Trial(kind="diagnosis", backend=backend_id, variant=fault_id, problem=problem, data=data)
+    outcome = judge(found, fault.stage, crash=fault.crash_is_found, error=fault.error_is_found)
+    trial = found.to_trial()
+    data = {**trial.data, **base, "outcome": outcome}
+    status = "ok" if outcome in ("stage", "class", "raised") else "failed"
+    reason = (
+        None if status == "ok" else f"{fault_id} was planted in {backend_id} at {fault.stage}, and {found.headline()}"
+    )
+    return Trial(kind="diagnosis", backend=backend_id, variant=fault_id, problem=problem, data=data, status=status,
+                 reason=reason)  # fmt: skip
+
+
+def same_bits(planted: Backend, backend_id: str, problem: Problem) -> bool:
+    """Whether a backend with a bug in it gives the bits of the one without, whatever the inputs look like."""
+    right = registry.get(backend_id)
+    for pattern in PATTERNS:
+        q, k, v = make_inputs(problem, device=device_of(right), pattern=pattern)
+        for one, other in zip(planted.run(q, k, v, problem), right.run(q, k, v, problem), strict=True):
+            if not bool(((one == other) | (one.isnan() & other.isnan())).all()):
+                return False
+    return True
+
+
+def judge(found: Diagnosis, stage: str, *, crash: bool = False, error: bool = False) -> str:
+    """The outcome of a diagnosis of a function with a bug at `stage`; with `crash`, no answer is one."""
+    if found.right:
+        return "missed"
+    if found.home is None or any(s.broken for s in found.screened):
+        return "raised" if crash or error else "elsewhere"
+    if stage in found.stages:
+        return "stage"
+    return "class" if set(found.stages) & set(CLASSES.get(stage, ())) else "elsewhere"
+
+
+def prove_all(
+    run: RunFolder | None, backends: Sequence[Backend], progress: Callable[[str], None] | None = None
+) -> list[Trial]:
+    """Every bug of `plan`, each in a process that may die; records go to `run`."""
+    found: list[Trial] = []
+    if any(b.device == "cuda" for b in backends):
+        precompile(FAULTS, backends, progress, traced=(False,))
+    with Worker(warm="flashcore.bisection.faults.diagnosing") as worker:
+        for fault_id, backend_id in plan(backends):
+            if progress:
+                progress(f"{fault_id} in {backend_id}")
+            fault = get(fault_id)
+            problem = fault.problem_in(backend_id)
+            fields = {"kind": "diagnosis", "backend": backend_id, "variant": fault_id, "problem": problem,
+                      "data": {"fault": fault_id, "expected": fault.stage}}  # fmt: skip
+            trial = isolated_trial(prove, fault_id, backend_id, worker=worker, timeout_s=LIMIT_S, fields=fields)
+            if trial.data.get("crashed"):
+                expected = fault.may_crash
+                trial = trial.model_copy(update={
+                    "data": {**trial.data, "outcome": "raised" if expected else "elsewhere"},
+                    "status": "ok" if expected else "failed",
+                })  # fmt: skip
+            elif trial.status == "error":
+                trial = trial.model_copy(update={"data": {**trial.data, "outcome": "elsewhere"}})
+            found.append(trial)
+            if run:
+                run.append(trial)
+    return found
+
+
+def random_problem(generator: random.Random) -> Problem:
+    """A problem of ordinary size: any lengths, groups of heads and masks, with no row that sees no key."""
+    kv = generator.choice([1, 2, 3])
+    causal = generator.random() < 0.5
+    keys = generator.randint(1, 300)
+    rows = generator.randint(1, keys) if causal else generator.randint(1, 300)
+    return Problem(batch=generator.randint(1, 3), num_heads_kv=kv, num_heads_q=kv * generator.choice([1, 2, 4]),
+                   seqlen_q=rows, seqlen_k=keys, head_dim=generator.choice([64, 128]), causal=causal,
+                   dtype=generator.choice(["float16", "bfloat16"]))  # fmt: skip
+
+
+def ask_clean(backend_id: str, cases: int = CLEAN_CASES, seed: int = 0) -> Trial:
+    """Diagnose a right backend on random problems; an alarm is a failure. Importable, to be run in another process."""
+    backend = registry.get(backend_id)
+    backend.require()
+    generator = random.Random(seed)
+    asked, alarms = 0, []
+    while asked < cases:
+        problem = backend.suits(random_problem(generator))
+        for _ in range(TRIES):
+            if backend.why_not(problem) is None:
+                break
+            problem = backend.suits(random_problem(generator))
+        else:
+            raise Unsupported(backend_id, backend.why_not(problem))
+        found = diagnose(backend, problem, seed=generator.randrange(1 << 20), time_limit_s=CALL_LIMIT_S)
+        asked += 1
+        if not found.right:
+            alarms.append(f"{problem.label()}: {found.headline()}")
+    data: dict[str, Any] = {"cases": asked, "alarms": len(alarms), "seed": seed}
+    return Trial(kind="diagnosis", backend=backend_id, variant="clean", data=data, status="failed" if alarms else "ok",
+                 reason=alarms[0] if alarms else None)  # fmt: skip
+
+
+def sentence(trials: Sequence[Trial]) -> str:
+    """What the proof says, counted."""
+    trials = [t for t in trials if not (t.variant or "").startswith(tables.CONFORM)]
+    planted = [t for t in trials if t.variant != "clean" and t.data.get("outcome") != "not visible"]
+    hidden = sum(t.data.get("outcome") == "not visible" for t in trials)
+    clean = [t for t in trials if t.variant == "clean" and t.status in ("ok", "failed")]
+    outcomes = [t.data.get("outcome") for t in planted]
+    told = sum(o in ("stage", "class", "raised") for o in outcomes)
+    words = (f"{told} of {len(planted)} planted bugs were diagnosed from outputs alone "
+             f"({outcomes.count('stage')} at their stage, {outcomes.count('class')} at one that no output tells apart, "
+             f"{outcomes.count('raised')} by an error or the end of their process), {outcomes.count('elsewhere')} "
+             f"elsewhere, {outcomes.count('missed')} missed")  # fmt: skip
+    if hidden:
+        words += f"; {hidden} change no output and cannot be asked about"
+    if clean:
+        cases, alarms = sum(t.data["cases"] for t in clean), sum(t.data["alarms"] for t in clean)
+        words += f"; {cases} clean cases over {len(clean)} implementations gave {alarms} alarms"
+    return words

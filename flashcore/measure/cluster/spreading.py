@@ -1,0 +1,489 @@
+"""Give tasks to Dask workers, one at a time each, and take care of those that die, hang or lose their card.
+
+Dask carries calls and answers, knows which workers there are, and starts new ones. Which worker gets which task is
+decided here, so that for each moment it is known what runs on which card: a timing runs alone, and what a dead worker
+was doing is done by another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashcore.errors import ClusterError, ClusterLost, FlashCoreError, ToolMissing
+from flashcore.gpu.isolation import START_S
+from flashcore.measure.cluster.places import Place, identify, place_of, refuse_foreign, refuse_mixed
+from flashcore.measure.cluster.serving import Answer, answer
+from flashcore.measure.cluster.tasks import Task, Work, packed
+from flashcore.records import Trial
+
+TOPIC = "flashcore"
+"""The topic of Dask's events that tells who watches what each worker does."""
+RESOURCES = ("GPU", "CPU")
+"""What a worker offers one of: Dask then puts nothing else beside a task of ours."""
+MOST_TRIES = 2
+"""Workers that one task may take with it; then the task itself is at fault, and its record says so."""
+CONNECT_S = 10.0
+"""Seconds that a scheduler may take to answer."""
+EMPTY_S = 120.0
+"""Seconds without a worker until those that are left to do are given up; a worker that died comes back by then."""
+GRACE_S = 60.0
+"""Seconds beyond the limit of a task after which its worker, which should have ended it, counts as hung."""
+LOOK_S = 0.5
+"""Seconds between two looks at which workers there are."""
+FIX = "start one a card with 'CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --nthreads 1 --nworkers 1 --resources GPU=1'"
+
+Record = Callable[[Trial], Trial]
+
+
+@dataclass
+class _Seat:
+    """One worker, and what it does."""
+
+    address: str
+    name: str
+    resource: str
+    place: Place | None = None
+    """None until it has said what it is; asked again after a crash."""
+    barred: str = ""
+    """Why it gets nothing to do."""
+    token: int | None = None
+    """Of the call that it is answering."""
+    job: _Job | None = None
+    future: Any = None
+    since: float = 0.0
+
+
+@dataclass
+class _Job:
+    """One task on its way."""
+
+    task: Task
+    work: int
+    slot: int
+    tried: set[str] = field(default_factory=set)
+    deaths: list[str] = field(default_factory=list)
+
+
+class Spread:
+    """The workers of one Dask scheduler.
+
+    Parameters
+    ----------
+    address
+        Of the scheduler, such as ``tcp://10.0.0.1:8786``.
+    mixed
+        Take workers whatever their cards and software are, as a comparison of cards does.
+    grace_s, empty_s
+        Other limits than `GRACE_S` and `EMPTY_S`.
+
+    Raises
+    ------
+    ClusterError
+        Nothing answers there.
+    ToolMissing
+        Dask is not installed.
+    """
+
+    def __init__(self, address: str, *, mixed: bool = False, grace_s: float = GRACE_S, empty_s: float = EMPTY_S):
+        self.address, self.mixed = address, mixed
+        self.client = _connected(address)
+        self._mine = place_of(identify(), "this process")
+        self._grace_s, self._empty_s = grace_s, empty_s
+        self._seats: dict[str, _Seat] = {}
+        self._answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._tokens = itertools.count(1)
+        self._looked = self._last_seen = 0.0
+        self._refused: list[tuple[str, str]] = []
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The places that work, in the order of their nodes and cards."""
+        found = [seat.place for seat in self._seats.values() if seat.place is not None and not seat.barred]
+        return tuple(sorted(found, key=lambda p: (p.node, p.name, p.key)))
+
+    @property
+    def _fix(self) -> str:
+        return FIX.replace("ADDRESS", self.address)
+
+    def close(self) -> None:
+        """Leave the scheduler; the workers stay."""
+        self.client.close(timeout=CONNECT_S)
+
+    # ---------------------------------------------------------------------------------------------- at the start
+
+    def await_workers(self, count: int | None = None, *, timeout_s: float, strict: bool = True) -> None:
+        """Wait until workers have said what they are.
+
+        Parameters
+        ----------
+        count
+            How many; None for those that the scheduler has now.
+        strict
+            Whether one that cannot be used is an error; otherwise the others do its work, and a record says so.
+
+        Raises
+        ------
+        ClusterError
+            One of them cannot be used, or there are too few when the time is up.
+        """
+        until = time.monotonic() + timeout_s
+        while True:
+            self._look(at_once=True)
+            self._hear(LOOK_S)
+            if self._refused and strict:
+                raise ClusterError(self._refused[0][1])
+            asked = [seat for seat in self._seats.values() if seat.place is None and not seat.barred]
+            if not asked and len(self.places) >= (count or 1):
+                break
+            if time.monotonic() > until:
+                raise ClusterError(self._too_few(count, timeout_s))
+
+    def _too_few(self, count: int | None, timeout_s: float) -> str:
+        if not self._seats:
+            return f"The scheduler at {self.address} has no worker; {self._fix}."
+        wanted = count or len(self._seats)
+        return (
+            f"Only {len(self.places)} of {wanted} workers at {self.address} were ready within {timeout_s:g} s; see "
+            "their logs, or ask for fewer."
+        )
+
+    # ---------------------------------------------------------------------------------------------- the work
+
+    def perform(
+        self, works: Sequence[Work], record: Record, progress: Callable[[str], None] | None = None
+    ) -> list[list[Trial]]:
+        """See `flashcore.measure.cluster.Pool`.
+
+        A worker that dies, hangs or loses its card leaves a record of kind ``worker``, and its task goes to another. A
+        task that took `MOST_TRIES` workers with it is recorded as failed. So is one whose function raises.
+
+        Raises
+        ------
+        ClusterLost
+            The scheduler does not answer any more, or no worker was left for `EMPTY_S`.
+        """
+        with ThreadPoolExecutor(max(1, len(works))) as threads:
+            # What comes before the tasks of one work, such as compiling, keeps no worker from the tasks of another.
+            preparing = {n: threads.submit(work.prepare, False) for n, work in enumerate(works) if work.prepare}
+            try:
+                return self._all(works, preparing, record, progress)
+            finally:
+                self._leave()
+                for work in works:
+                    if work.finish:
+                        work.finish()
+
+    def _all(
+        self,
+        works: Sequence[Work],
+        preparing: dict[int, Future],
+        record: Record,
+        progress: Callable[[str], None] | None,
+    ) -> list[list[Trial]]:
+        found: list[list[list[Trial]]] = [[[] for _ in work.tasks] for work in works]
+        waiting: list[_Job] = []
+        for number, work in enumerate(works):
+            for slot, task in enumerate(work.tasks):
+                if isinstance(task, Task):
+                    waiting.append(_Job(task, number, slot))
+                else:
+                    found[number][slot].append(record(task))
+        waiting.sort(key=lambda job: -job.task.cost_s)  # stable: what takes longest begins first
+        left = len(waiting)
+        self._last_seen = time.monotonic()
+
+        def settle(job: _Job, trials: list[Trial]) -> None:
+            nonlocal left
+            left -= 1
+            found[job.work][job.slot] += [record(trial) for trial in trials]
+
+        while left:
+            for job, seat, how in self._look():
+                self._died(job, seat, how, waiting, record, settle)
+            for name, sentence in self._refused:
+                record(Trial(kind="worker", status="unavailable", reason=sentence, data={"worker": name}))
+            self._refused.clear()
+            for job in self._out_of_reach(waiting):
+                waiting.remove(job)
+                settle(job, job.task.failed("its worker is gone"))
+            for number in [n for n, done in preparing.items() if done.done()]:
+                preparing.pop(number).result()  # what it raises ends it all
+            self._assign(waiting, preparing, progress)
+            for seat, job, told in self._hear(LOOK_S):
+                if told.ok:
+                    settle(job, [_stamped(trial, seat.place) for trial in told.value])
+                elif told.crashed:
+                    self._died(job, seat, told.how, waiting, record, settle, reason=told.reason)
+                    seat.place = None  # its process is a new one, and the card may be gone
+                    self._ask_who(seat)
+                elif job.task.owed:
+                    settle(job, [_stamped(trial, seat.place) for trial in job.task.failed(told.reason)])
+                else:
+                    raise ClusterError(f"'{job.task.name}' failed on {_where(seat)}: {told.reason}")
+        for done in preparing.values():
+            done.result()
+        return [[trial for trials in work for trial in trials] for work in found]
+
+    def _assign(
+        self, waiting: list[_Job], preparing: Mapping[int, Future], progress: Callable[[str], None] | None
+    ) -> None:
+        """Give each idle worker the first task that may run there now."""
+        for seat in self._idle():
+            job = next((job for job in waiting if job.work not in preparing and self._may(seat, job)), None)
+            if job is None:
+                continue
+            waiting.remove(job)
+            seat.job = job
+            if progress:
+                progress(job.task.name)
+            self._call(seat, packed(job.task.function, job.task.arguments, job.task.keywords), job.task.limit_s,
+                       job.task.name)  # fmt: skip
+            self._tell(seat, job.task.name)
+
+    def _out_of_reach(self, waiting: Sequence[_Job]) -> list[_Job]:
+        """Tasks that one place alone may do, which is gone."""
+        if any(seat.place is None and not seat.barred for seat in self._seats.values()):
+            return []  # it may be the one that still has to say what it is
+        there = {place.key for place in self.places}
+        return [job for job in waiting if job.task.only is not None and job.task.only not in there]
+
+    def _idle(self) -> list[_Seat]:
+        idle = [s for s in self._seats.values() if s.token is None and s.place is not None and not s.barred]
+        return sorted(idle, key=lambda seat: (seat.place.node, seat.name))
+
+    def _may(self, seat: _Seat, job: _Job) -> bool:
+        """Whether a task may begin on a worker now: not where it died, if others work, and no timing beside others."""
+        if job.task.only not in (None, seat.place.key):
+            return False
+        others = [s for s in self._seats.values() if s is not seat and not s.barred]
+        if seat.place.key in job.tried and any(s.place is None or s.place.key not in job.tried for s in others):
+            return False  # one that still has to say what it is may be the one
+        if seat.place.card is not None:  # one worker a card
+            return True
+        beside = [s.job for s in others if s.job is not None and s.place.node == seat.place.node]
+        return not beside or not (job.task.timing or any(other.task.timing for other in beside))
+
+    def _died(
+        self,
+        job: _Job | None,
+        seat: _Seat,
+        how: str,
+        waiting: list[_Job],
+        record: Record,
+        settle: Callable[[_Job, list[Trial]], None],
+        *,
+        reason: str = "",
+    ) -> None:
+        """Record what became of a worker, and see that its task is done elsewhere, or given up."""
+        words = (reason[:1].lower() + reason[1:].rstrip(".")) or {
+            "gone": "it left the scheduler, as a worker does that was killed",
+            "hung": "it did not answer within the task's limit",
+        }.get(how, how)
+        doing = f" during '{job.task.name}'" if job else ""
+        again = job is not None and len(job.deaths) + 1 < MOST_TRIES and job.task.only is None
+        if job is not None:
+            job.tried.add(seat.place.key if seat.place else seat.name)
+            job.deaths.append(f"{_where(seat)}: {words}")
+        fate = "" if job is None else "; it is done elsewhere" if again else "; it is given up"
+        data = {"worker": seat.name, "ended": how, "task": job.task.name if job else None, "redone": again}
+        told = f"The worker {_where(seat)} was lost{doing}: {words}{fate}."
+        trial = Trial(kind="worker", status="error", reason=told, data={k: v for k, v in data.items() if v is not None})
+        record(_stamped(trial, seat.place))
+        self._tell(seat, f"lost: {words}")
+        if job is None:
+            return
+        if again:
+            waiting.insert(0, job)
+            return
+        told = f"it took {len(job.deaths)} workers with it, the last on {job.deaths[-1]}"
+        if job.task.only is not None:
+            told = f"its worker was lost, {job.deaths[-1]}"
+        trials = job.task.failed(told, ended=how)
+        if not trials:
+            raise ClusterError(f"'{job.task.name}' could not be done: {told}.")
+        settle(job, [_stamped(trial, seat.place) for trial in trials])
+
+    # ---------------------------------------------------------------------------------------------- the workers
+
+    def _look(self, *, at_once: bool = False) -> list[tuple[_Job | None, _Seat, str]]:
+        """See which workers came, went or hang; gives those lost, each with what it was doing.
+
+        Raises
+        ------
+        ClusterLost
+            The scheduler does not answer, or there has been no worker for too long.
+        """
+        now = time.monotonic()
+        if not at_once and now - self._looked < LOOK_S:
+            return []
+        self._looked = now
+        there = self._there()
+        lost: list[tuple[_Job | None, _Seat, str]] = []
+        for address in [a for a in self._seats if a not in there]:
+            seat = self._seats.pop(address)
+            if not seat.barred:
+                lost.append((seat.job, seat, "gone"))
+        for address, facts in there.items():
+            if address not in self._seats:
+                self._seats[address] = self._seated(address, facts)
+        for seat in self._seats.values():
+            limit = (seat.job.task.limit_s if seat.job else 0.0) + START_S * (seat.job is None) + self._grace_s
+            if seat.token is not None and not seat.barred and now - seat.since > limit:
+                seat.barred, job, seat.job, seat.token = "it hangs", seat.job, None, None
+                lost.append((job, seat, "hung"))
+        if any(not seat.barred for seat in self._seats.values()):
+            self._last_seen = now
+        elif self._last_seen and now - self._last_seen > self._empty_s:
+            raise ClusterLost(f"No worker is left at {self.address}; what was measured is kept.")
+        return lost
+
+    def _there(self) -> dict[str, Mapping[str, Any]]:
+        """The workers that the scheduler has, by address."""
+        try:
+            found = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=CONNECT_S)
+            return found["workers"]
+        except Exception as error:  # whatever the connection dies of
+            raise ClusterLost(
+                f"The scheduler at {self.address} answers no more ({type(error).__name__}); what was measured is kept."
+            ) from error
+
+    def _seated(self, address: str, facts: Mapping[str, Any]) -> _Seat:
+        """A place in the books for a worker, which is asked what it is."""
+        offered = facts.get("resources") or {}
+        resource = next((name for name in RESOURCES if offered.get(name, 0) >= 1), "")
+        seat = _Seat(address, str(facts.get("name", address)), resource)
+        if not resource or facts.get("nthreads") != 1:
+            self._bar(seat, f"The worker {seat.name} has {facts.get('nthreads')} threads and the resources "
+                            f"{dict(offered) or 'none'}, so Dask could put other work beside a timing; "
+                            f"{self._fix}.")  # fmt: skip
+        else:
+            self._ask_who(seat)
+        return seat
+
+    def _ask_who(self, seat: _Seat) -> None:
+        self._call(seat, packed(identify), START_S, "who are you")
+
+    def _met(self, seat: _Seat, told: Answer) -> None:
+        """Take a worker in by what it says of itself, or refuse it."""
+        if not told.ok:
+            self._bar(seat, f"The worker {seat.name} cannot say what it is: {told.reason.rstrip('.')}; see that "
+                            f"FlashCore {self._mine.version} runs there.")  # fmt: skip
+            return
+        place = place_of(told.value if isinstance(told.value, Mapping) else {}, seat.name)
+        try:
+            refuse_foreign(place, self._mine)
+            others = [p for p in self.places if p.key == place.key]
+            refuse_mixed([*others, place], place if self.mixed else self._mine)
+        except ClusterError as error:
+            self._bar(seat, str(error))
+            return
+        seat.place = place
+        self._tell(seat, "ready")
+
+    def _bar(self, seat: _Seat, sentence: str) -> None:
+        seat.barred = sentence
+        self._refused.append((seat.name, sentence))
+
+    # ---------------------------------------------------------------------------------------------- the wire
+
+    def _call(self, seat: _Seat, content: bytes, limit_s: float, name: str) -> None:
+        """Let a worker answer one call, and no other worker."""
+        seat.token, seat.since = next(self._tokens), time.monotonic()
+        token = seat.token
+        seat.future = self.client.submit(
+            answer, content, limit_s, key=f"{name} ({os.getpid()}-{token})", workers=[seat.address],
+            allow_other_workers=False, resources={seat.resource: 1}, pure=False, retries=0,
+        )  # fmt: skip
+        seat.future.add_done_callback(lambda future: self._answers.put((token, future)))
+
+    def _hear(self, timeout_s: float) -> list[tuple[_Seat, _Job, Answer]]:
+        """The answers that came, at least one unless the time is up; what a worker says of itself is taken here."""
+        heard = []
+        try:
+            heard.append(self._answers.get(timeout=timeout_s))
+            while True:
+                heard.append(self._answers.get_nowait())
+        except queue.Empty:
+            pass
+        found = []
+        for token, future in heard:
+            seat = next((s for s in self._seats.values() if s.token == token), None)
+            if seat is None or future.status not in ("finished", "error"):  # given up, or the connection is lost
+                continue
+            told = _read(future)
+            job, seat.job, seat.token, seat.future = seat.job, None, None, None
+            if job is None:
+                self._met(seat, told)
+            else:
+                self._tell(seat, "")
+                found.append((seat, job, told))
+        return found
+
+    def _tell(self, seat: _Seat, doing: str) -> None:
+        """Let whoever watches know what a worker does now; nothing hangs on it."""
+        place = seat.place
+        event = {"key": place.key if place else seat.name, "doing": doing,
+                 "label": place.label if place else f"worker {seat.name}"}  # fmt: skip
+        try:
+            self.client.sync(self.client.scheduler.log_event, topic=TOPIC, msg=event, callback_timeout=CONNECT_S)
+        except Exception:  # the connection is lost, which the next look will say
+            return
+
+    def _leave(self) -> None:
+        """Forget what is still on its way; the workers finish it for nobody."""
+        for seat in self._seats.values():
+            if seat.job is not None:
+                seat.job = seat.token = None
+                try:
+                    self.client.cancel([seat.future], force=True)
+                except Exception:  # the connection is lost
+                    pass
+                seat.barred = seat.barred or "its last task was given up"
+
+
+def _read(future: Any) -> Answer:
+    """The answer that a future holds; one that Dask itself failed at is an answer too."""
+    try:
+        error = future.exception()
+        if error is None:
+            return future.result()
+    except Exception as failure:
+        error = failure
+    lost = type(error).__name__ == "KilledWorker"
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return Answer(False, how="exit" if lost else "raised", reason=said, crashed=lost)
+
+
+def _connected(address: str) -> Any:
+    try:
+        import dask
+        from distributed import Client
+    except ImportError as error:
+        raise ToolMissing("Dask", "pip install 'flashcore[cluster]'") from error
+    dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S:g}s"})
+    try:
+        return Client(address, timeout=CONNECT_S, set_as_default=False, name=f"flashcore-{os.getpid()}")
+    except FlashCoreError:
+        raise
+    except Exception as error:  # an address that is none, nobody there, or somebody who speaks otherwise
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ClusterError(
+            f"No scheduler answers at {address} ({said}); start one with 'dask scheduler', and give the address that "
+            "it prints."
+        ) from error
+
+
+def _stamped(trial: Trial, place: Place | None) -> Trial:
+    """The trial with where it was measured."""
+    return trial if place is None else trial.model_copy(update={"card": place.key, "node": place.node})
+
+
+def _where(seat: _Seat) -> str:
+    return seat.place.label if seat.place else seat.name

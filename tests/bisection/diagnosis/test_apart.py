@@ -1,0 +1,32 @@
+"""In a process of its own a crash is a finding, and a wrong question is the same error as here."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashcore.bisection.diagnosis import diagnose_apart
+from flashcore.errors import UnknownName
+
+FUNCTIONS = """
+import os
+import torch
+
+def dies(q, k, v):
+    os._exit(7)
+
+def wrong(q, k, v):
+    return v.mean(dim=2, keepdim=True).expand_as(q).contiguous()
+"""
+
+
+@pytest.mark.slow
+def test_a_crash_is_a_finding_and_a_finding_comes_back(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    found = diagnose_apart(f"{file}:dies", device="cpu")
+    assert not found.right and "took its process with it" in found.headline() and "exit code 7" in found.headline()
+    assert found.to_trial().status == "failed"
+    found = diagnose_apart(f"{file}:wrong", "B=1,H=1,S=40,D=16", device="cpu")
+    assert not found.right and found.screened[0].answer is None and found.seconds > 0
+    with pytest.raises(UnknownName, match="function in"):
+        diagnose_apart(f"{file}:none", device="cpu")

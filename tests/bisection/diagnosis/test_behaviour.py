@@ -1,0 +1,97 @@
+"""What a behaviour predicts: the right one is the reference, and each wrong one is the function that behaves so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import wrong_attention as zoo
+
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, mask_of, simulate
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import make_inputs
+from flashcore.problem import Problem
+
+PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=60, seqlen_k=150, head_dim=16, dtype="float32")
+PAGE_0_TWICE = torch.cat([torch.arange(64), torch.arange(64), torch.arange(128, 150)])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_right_behaviour_is_the_reference_to_the_bit_of_float64(causal):
+    problem = PROBLEM.with_(causal=causal, seqlen_q=150, seqlen_k=60)
+    q, k, v = make_inputs(problem)
+    for got, wanted in zip(simulate(q, k, v, problem), reference.attention(q, k, v, problem), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "behaviour"),
+    [
+        (zoo.no_scale, Behaviour(scale_factor=4.0)),
+        (zoo.not_divided, Behaviour(normalised=False)),
+        (zoo.four_lanes, Behaviour(lanes=("mod", 4))),
+        (zoo.accum_not_rescaled, Behaviour(loop=Loop("accum not rescaled", 64))),
+        (zoo.row_sum_not_rescaled, Behaviour(loop=Loop("row_sum not rescaled", 64))),
+        (zoo.nothing_rescaled, Behaviour(loop=Loop("neither rescaled", 64))),
+        (zoo.one_page_not_rescaled, Behaviour(loop=Loop("accum not rescaled", 64, page=2))),
+        (zoo.page_loop, Behaviour(loop=Loop("accum not rescaled", 64, page=9))),
+        (zoo.tail_padded, Behaviour(extra=torch.full((60,), 42.0).double())),
+        (zoo.heads_by_remainder, Behaviour(k_heads=torch.tensor([0, 1, 0, 1, 2, 3, 2, 3]),
+                                           v_heads=torch.tensor([0, 1, 0, 1, 2, 3, 2, 3]))),
+        (zoo.stale_v, Behaviour(v_of=PAGE_0_TWICE)),
+        (zoo.k_page_read_twice, Behaviour(k_of=PAGE_0_TWICE)),
+        (zoo.swizzled, Behaviour(metric=torch.eye(16).double().roll(8, 0) / 4.0)),
+        (zoo.heads_written_backwards, Behaviour(q_heads=torch.tensor([3, 2, 1, 0, 7, 6, 5, 4]),
+                                                k_heads=torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]),
+                                                v_heads=torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]))),
+    ],
+)  # fmt: skip
+def test_a_behaviour_is_the_function_that_behaves_so(function, behaviour):
+    q, k, v = make_inputs(PROBLEM)
+    predicted = simulate(q, k, v, PROBLEM, behaviour)[0]
+    assert torch.allclose(function(q, k, v).double(), predicted, atol=2e-4, rtol=2e-3)
+    right = simulate(q, k, v, PROBLEM)[0]
+    assert function is zoo.page_loop or not torch.allclose(predicted, right, atol=2e-3, rtol=2e-2)
+
+
+def test_no_maximum_overflows_where_float32_does():
+    problem = PROBLEM.with_(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=2)
+    q, k, v = make_inputs(problem)
+    q[0, 0, 1] *= 1000
+    out = simulate(q, k, v, problem, Behaviour(no_max="float32"))[0]
+    assert torch.equal(out.isfinite().all(-1), zoo.no_maximum(q, k, v).isfinite().all(-1))
+    assert out[0, 0, 0].isfinite().all() and not out[0, 0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("log2", lambda lse, shared: lse / math.log(2)),
+        ("row_max alone", lambda lse, shared: shared),
+        ("without row_max", lambda lse, shared: lse - shared),
+        ("row_sum alone", lambda lse, shared: (lse - shared).exp()),
+        ("negative", lambda lse, shared: -lse),
+        ("scaled", lambda lse, shared: lse / 4),
+        ("log2 of the sum", lambda lse, shared: shared + (lse - shared) / math.log(2)),
+    ],
+)
+def test_kinds_of_lse(kind, other):
+    q, k, v = make_inputs(PROBLEM)
+    lse = simulate(q, k, v, PROBLEM)[1]
+    heads = reference.kv_head_index(PROBLEM, "cpu")
+    scores = q.flatten(0, 1).double() @ k.flatten(0, 1)[heads].double().mT / 4
+    shared = scores.amax(-1).view(lse.shape)
+    assert torch.allclose(simulate(q, k, v, PROBLEM, Behaviour(lse=kind))[1], other(lse, shared))
+
+
+def test_what_depends_on_one_shape_is_not_carried_to_another():
+    told = Behaviour(
+        scale_factor=2.0, k_of=torch.arange(3), counts=torch.ones(1, 1), unwritten=(3,), metric=torch.eye(2)
+    )
+    assert told.without_tables() == RIGHT.with_(scale_factor=2.0)
+
+
+def test_mask_of_counts_each_visible_key_once():
+    problem = PROBLEM.with_(causal=True, seqlen_q=2, seqlen_k=3)
+    assert mask_of(problem, "cpu").tolist() == [[1, 1, 0], [1, 1, 1]]

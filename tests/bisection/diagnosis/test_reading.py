@@ -1,0 +1,82 @@
+"""What is read out of a function by its outputs alone is what the function computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import wrong_attention as zoo
+
+from flashcore.bisection.diagnosis import reading
+from flashcore.bisection.diagnosis.behaviour import mask_of
+from flashcore.bisection.diagnosis.calling import candidate_of
+from flashcore.numerics.inputs import make_inputs
+from flashcore.problem import Problem
+
+PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=90, head_dim=32)
+
+
+def of(function):
+    return candidate_of(function, device="cpu")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_weights_are_the_probabilities(causal, dtype):
+    problem = PROBLEM.with_(causal=causal, dtype=dtype)
+    q, k, _ = make_inputs(problem)
+    got, wanted = reading.weights(of(zoo.two_pass), q, k, problem), reading.simulated_weights(q, k, problem)
+    assert torch.allclose(got, wanted, rtol=reading.tolerance(problem), atol=1e-6)
+    assert torch.allclose(wanted.sum(-1), torch.ones(8, 70).double())
+
+
+def test_marks_name_the_heads():
+    found = reading.read_marks(of(zoo.heads_by_remainder), PROBLEM)
+    assert found.q.tolist() == list(range(8))
+    assert found.k.tolist() == found.v.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert reading.read_marks(of(zoo.two_pass), PROBLEM).k.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_marks_that_no_head_shows_are_none():
+    found = reading.read_marks(of(lambda q, k, v: torch.zeros_like(q)), PROBLEM)
+    assert found.q is found.k is found.v is None
+
+
+def test_counts_are_the_mask_and_what_is_beside_it():
+    causal = PROBLEM.with_(causal=True)
+    found = reading.read_counts(of(zoo.two_pass), causal)
+    assert found.clear and torch.equal(found.counts, mask_of(causal, "cpu").expand(8, -1, -1))
+    assert torch.allclose(found.total, torch.ones(8, 70).double(), atol=1e-3) and not found.extra.any()
+    padded = reading.read_counts(of(zoo.tail_padded), PROBLEM)
+    assert torch.allclose(padded.extra, torch.full((70,), 38.0).double(), atol=0.3)
+    assert not reading.read_counts(of(zoo.one_score), PROBLEM).clear
+
+
+def test_keys_that_do_not_exist_outweigh_those_that_do():
+    assert not reading.read_phantoms(of(zoo.two_pass), PROBLEM).any()
+    found = reading.read_phantoms(of(zoo.tail_padded), PROBLEM)
+    assert torch.allclose(found, torch.full_like(found, 38.0), rtol=0.02)
+    assert reading.read_phantoms(of(zoo.two_pass), PROBLEM.with_(softmax_scale=0.0)) is None
+
+
+def test_anchors_are_above_all_other_scores():
+    for problem in (PROBLEM, PROBLEM.with_(softmax_scale=-0.5), PROBLEM.with_(softmax_scale=3.0)):
+        q, k = reading.anchored(problem, "cpu")
+        scores = reading.right_scores(q, k, problem)
+        anchors = torch.arange(90) % reading.ANCHOR_EVERY == 0
+        assert torch.equal(scores[..., anchors], torch.zeros_like(scores[..., anchors]))
+        assert scores[..., ~anchors].max() < -0.2
+
+
+@pytest.mark.parametrize(("function", "factor"), [(zoo.two_pass, 1.0), (zoo.no_scale, 32**0.5), (zoo.base_two, 0.6931)])
+def test_the_factor_of_the_scores_is_fitted(function, factor):
+    found = reading.read_scores(of(function), PROBLEM)
+    assert abs(found.factor / factor - 1) < 2e-3
+
+
+def test_the_matrix_of_the_scores_is_read_in_full():
+    scale = PROBLEM.scale
+    found = reading.read_metric(of(zoo.two_pass), PROBLEM)
+    assert torch.allclose(found, torch.eye(32).double() * scale, atol=0.05 * scale)
+    found = reading.read_metric(of(zoo.swizzled), PROBLEM)
+    assert torch.allclose(found, torch.eye(32).double().roll(8, 0) * scale, atol=0.05 * scale)
+    assert reading.read_metric(of(zoo.two_pass), PROBLEM.with_(seqlen_q=20)) is None

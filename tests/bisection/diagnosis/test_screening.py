@@ -1,0 +1,56 @@
+"""What a function is asked, and how its answers are judged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import wrong_attention as zoo
+
+from flashcore.bisection.diagnosis import screening
+from flashcore.bisection.diagnosis.calling import candidate_of
+from flashcore.bisection.diagnosis.screening import HOME, Inputs
+from flashcore.numerics.inputs import PATTERNS
+
+
+def of(function, **options):
+    return candidate_of(function, device="cpu", **options)
+
+
+@pytest.mark.slow
+def test_the_home_is_the_richest_problem_that_is_taken():
+    assert screening.find_home(of(zoo.two_pass))[0] == HOME
+
+    def no_groups(q, k, v):
+        assert q.shape == k.shape and q.shape[2] % 128 == 0 and q.dtype == torch.bfloat16
+        return zoo.two_pass(q, k, v)
+
+    home, tried = screening.find_home(of(no_groups))
+    assert (home.num_heads_kv, home.seqlen_k, home.dtype) == (4, 256, "bfloat16")
+    assert all("AssertionError" in one.refused for one in tried[:-1])
+    assert screening.find_home(of(zoo.raises))[0] is None
+
+
+def test_what_is_asked_goes_by_what_the_function_takes():
+    plain = list(screening.ordinary(of(zoo.page_loop), HOME))
+    assert {i.pattern for i in plain} == set(PATTERNS)
+    assert not any(i.problem.causal or i.problem.softmax_scale for i in plain)
+    rich = list(screening.ordinary(of(zoo.two_pass), HOME))
+    assert any(i.problem.causal for i in rich) and any(i.default_scale for i in rich)
+    assert {i.problem.softmax_scale for i in rich} == {None, 0.3, -0.125}
+    assert {i.problem.dtype for i in rich} == {"float16", "bfloat16", "float32"}
+    assert any(i.strided for i in rich) and any(i.problem.seqlen_q == 1 for i in rich)
+
+
+def test_no_row_that_sees_no_key_is_asked_about():
+    for inputs in screening.ordinary(of(zoo.two_pass), HOME):
+        problem = inputs.problem
+        assert not problem.causal or problem.seqlen_q <= problem.seqlen_k
+
+
+def test_answers_are_judged_to_the_element():
+    found = screening.screen_one(of(zoo.one_score), Inputs(HOME))
+    assert found.wrong and found.out_wrong and found.out.first_bad["head"] == 3
+    assert not screening.screen_one(of(zoo.two_pass), Inputs(HOME)).wrong
+    assert screening.screen_one(of(zoo.a_race), Inputs(HOME), again=True).repeats is False
+    found = screening.screen_one(of(zoo.with_lse, lse="log2"), Inputs(HOME))
+    assert found.lse_alone and not found.out_wrong

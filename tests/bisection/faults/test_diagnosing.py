@@ -1,0 +1,67 @@
+"""Planted bugs are diagnosed with their stages hidden, and right backends raise no alarm."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from support.sampling import first
+
+from flashcore import backends
+from flashcore.bisection.faults import catalogue, diagnosing
+from flashcore.numerics.reference import STAGES
+from flashcore.records import Trial
+
+PLANTED = [name for name, backend in diagnosing.plan([backends.get("cpu")])]
+
+
+def test_every_bug_of_a_backends_stages_is_asked_about():
+    assert len(PLANTED) >= 25 and "F16" not in PLANTED
+    every = {f.id: f for f in catalogue.planted_in("cpu") if f.found_by == "bisection"}
+    assert set(PLANTED) == {name for name, fault in every.items() if not fault.problem.masks}
+    left_out = set(every) - set(PLANTED)
+    assert left_out == {f"G{n}" for n in range(53, 69)}, "a function is not told of windows, caps, sinks and lengths"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", first(PLANTED, 3))
+def test_a_planted_bug_is_diagnosed_from_outputs_alone(fault):
+    trial = diagnosing.prove(fault, "cpu")
+    assert trial.data["outcome"] in ("stage", "class", "not visible"), trial.reason
+
+
+@pytest.mark.slow
+def test_right_backends_raise_no_alarm():
+    trial = diagnosing.ask_clean("sdpa-math", cases=2, seed=3)
+    assert trial.status == "ok" and trial.data == {"cases": 2, "alarms": 0, "seed": 3}
+
+
+def test_a_stage_that_may_be_taken_for_another_has_a_reason():
+    assert set(diagnosing.CLASSES) == set(diagnosing.REASONS) == set(STAGES)
+    for stage, others in diagnosing.CLASSES.items():
+        assert stage in others and set(others) <= set(STAGES)
+
+
+def test_random_problems_have_no_row_without_a_key():
+    generator = random.Random(5)
+    for _ in range(200):
+        problem = diagnosing.random_problem(generator)
+        assert not problem.causal or problem.seqlen_q <= problem.seqlen_k
+
+
+def test_the_sentence_counts():
+    def trial(outcome, status="ok", variant="F1", **data):
+        return Trial(kind="diagnosis", backend="cpu", variant=variant, status=status, data={"outcome": outcome, **data})
+
+    trials = [trial("stage"), trial("class"), trial("missed", "failed"), trial("not visible"),
+              trial(None, variant="clean", cases=7, alarms=1)]  # fmt: skip
+    said = diagnosing.sentence(trials)
+    assert said.startswith("2 of 3 planted bugs") and "1 missed" in said
+    assert "1 change no output" in said and "7 clean cases over 1 implementations gave 1 alarms" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["hopper", "wmma", "scalar", "cublaslt", "sdpa-cudnn", "sdpa-flash", "sdpa-math"])
+def test_right_backends_raise_no_alarm_on_a_gpu(backend):
+    trial = diagnosing.ask_clean(backend, cases=25)
+    assert trial.status == "ok", trial.reason

@@ -1,0 +1,213 @@
+"""Tasks on Dask workers: right results, and workers that are killed, hang or lose their scheduler in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.cluster_tasks import count, die, hang, nap, nap_until, refuse, stop_worker
+
+from flashcore.errors import ClusterError, ClusterLost
+from flashcore.gpu import device
+from flashcore.measure.cluster import Place, spreading, starting
+from flashcore.measure.cluster.serving import Answer
+from flashcore.measure.cluster.tasks import Task, Work
+from flashcore.records import Trial
+
+pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(device.has_gpu(), reason="CPU workers stand for cards where there are none"),
+]
+OWED = ({"kind": "correctness", "backend": "cpu"},)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with starting.spread(workers=2) as pool:
+        pool._grace_s = 3.0
+        yield pool
+
+
+def done(pool, *tasks: Task):
+    """What came of tasks, and everything that was recorded."""
+    kept: list[Trial] = []
+
+    def record(trial: Trial) -> Trial:
+        kept.append(trial)
+        return trial
+
+    [found] = pool.perform([Work(tasks)], record)
+    return found, [t for t in kept if t.kind == "worker"]
+
+
+def deaths(kept):
+    return [(t.data["task"], t.data["ended"], t.data["redone"]) for t in kept]
+
+
+def killing(path: Path, which: int):
+    """Kill one of the processes that a file names, once it is there: 0 the one that measures, 1 the Dask worker."""
+
+    def kill():
+        until = time.monotonic() + 30
+        while not (path.exists() and path.read_text()) and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(int(path.read_text().split()[which]), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+def test_trials_come_back_in_order_from_all_workers_with_where_they_were_made(workers):
+    known, kept, begun = Trial(kind="fault", status="unsupported", reason="no"), [], []
+
+    def record(trial):
+        kept.append(trial)
+        return trial
+
+    tasks = [known, *(Task(f"count {i}", count, (i,), cost_s=i) for i in range(8))]
+    one, two = workers.perform([Work(tasks), Work([Task("last", count, (9,))])], record, begun.append)
+    assert one[0] == known and [t.data["number"] for t in one[1:]] == list(range(8)) and two[0].data["number"] == 9
+    assert begun[:2] == ["count 7", "count 6"] and len(begun) == 9, "what takes longest begins first"
+    assert {t.node for t in one[1:]} == {workers.places[0].node} and one[0].node is None
+    assert {t.card for t in one[1:]} == {"cpu-0", "cpu-1"} and len({t.data["pid"] for t in one[1:]}) == 2
+    assert len(kept) == 10
+
+
+def test_work_that_is_being_prepared_keeps_no_worker_from_other_work(workers):
+    order, other_done = [], threading.Event()
+
+    def prepare(here):
+        order.append(f"here: {here}")
+        other_done.wait(20)
+
+    def record(trial):
+        order.append(trial.data["number"])
+        if trial.data["number"] == 2:
+            other_done.set()
+        return trial
+
+    first = Work([Task("one", count, (1,), cost_s=9.0)], prepare, lambda: order.append("finished"))
+    workers.perform([first, Work([Task("two", count, (2,))])], record)
+    assert order == ["here: False", 2, 1, "finished"]
+
+    def fail(here):
+        raise ValueError("it does not compile")
+
+    with pytest.raises(ValueError, match="does not compile"):
+        workers.perform([Work([Task("one", count, (1,))], fail)], record)
+
+
+def test_a_task_for_one_place_is_done_there_or_not_at_all(workers):
+    found, _ = done(workers, *(Task(f"on {key}", count, (i,), only=key, owed=OWED)
+                               for i, key in enumerate(("cpu-1", "cpu-0", "cpu-1", "GPU-none"))))  # fmt: skip
+    assert [t.card for t in found] == ["cpu-1", "cpu-0", "cpu-1", None]
+    assert (found[3].status, found[3].reason) == ("error", "its worker is gone")
+
+
+def test_a_worker_whose_card_is_gone_gets_nothing_more_to_do():
+    """As after a crash, when its process is asked again what it is."""
+    pool, said = spreading.Spread.__new__(spreading.Spread), []
+    h200 = Place("box", "GPU-1", "NVIDIA H200", "1.0", "aa", {"torch": "2.13.0"}, 141 << 30)
+    pool.mixed, pool._mine, pool._seats, pool._refused = False, h200, {}, []
+    pool._tell = lambda seat, doing: said.append(doing)
+    facts = {"node": "box", "card": "GPU-2", "gpu": "NVIDIA H200", "version": "1.0", "sources": "aa",
+             "software": {"torch": "2.13.0"}, "memory_bytes": 141 << 30}  # fmt: skip
+    seat = pool._seats["tcp://a"] = spreading._Seat("tcp://a", "1", "GPU")
+    pool._met(seat, Answer(True, facts))
+    assert seat.place.card == "GPU-2" and not seat.barred and said == ["ready"]
+    seat.place = None
+    pool._met(seat, Answer(True, facts | {"card": None, "gpu": None, "memory_bytes": None}))
+    assert seat.place is None and "has no GPU and this process NVIDIA H200" in seat.barred
+    other = pool._seats["tcp://b"] = spreading._Seat("tcp://b", "2", "GPU")
+    pool._met(other, Answer(False, reason="ModuleNotFoundError: No module named 'flashcore'"))
+    assert "cannot say what it is: ModuleNotFoundError" in other.barred and pool.places == ()
+
+
+def test_timings_on_a_cpu_run_while_no_other_work_is_on_the_node(workers):
+    naps = [Task(f"nap {i}", nap, (0.15,), timing=True) for i in range(3)]
+    found, _ = done(workers, *naps, Task("beside", nap, (0.15,)))
+    ends = sorted(t.data["ended"] for t in found)
+    assert all(later - earlier > 0.14 for earlier, later in zip(ends, ends[1:], strict=False)), ends
+
+
+def test_what_a_killed_process_was_doing_is_done_elsewhere(workers, tmp_path):
+    killing(tmp_path / "victim", 0)
+    found, lost = done(workers, Task("victim", nap_until, (str(tmp_path / "victim"), 60.0)))
+    assert [t.data["first"] for t in found] == [False]
+    assert deaths(lost) == [("victim", "signal", True)]
+    assert "lost during 'victim': its process was ended by SIGKILL; it is done elsewhere." in lost[0].reason
+
+
+def test_a_worker_that_is_killed_is_a_record_and_comes_back(workers, tmp_path):
+    killing(tmp_path / "victim", 1)
+    found, lost = done(workers, Task("victim", nap_until, (str(tmp_path / "victim"), 60.0)))
+    assert [t.data["first"] for t in found] == [False]
+    assert deaths(lost) == [("victim", "gone", True)]
+    workers.await_workers(2, timeout_s=60.0)
+
+
+def test_a_hang_ends_with_its_limit_and_is_tried_on_another_worker(workers, tmp_path):
+    found, lost = done(workers, Task("hang", hang, (str(tmp_path / "hang"),), limit_s=0.5))
+    assert [t.data["first"] for t in found] == [False]
+    assert deaths(lost) == [("hang", "timeout", True)]
+
+
+def test_a_task_that_takes_two_workers_with_it_is_at_fault_itself(workers):
+    found, lost = done(workers, Task("poison", die, owed=OWED), Task("fine", count, (1,)))
+    assert [t.status for t in found] == ["error", "ok"] and found[0].backend == "cpu"
+    assert "it took 2 workers with it" in found[0].reason and found[0].data["ended"] == "signal"
+    assert deaths(lost) == [("poison", "signal", True), ("poison", "signal", False)]
+    assert len({t.data["worker"] for t in lost}) == 2, "it was tried twice on one worker"
+
+
+def test_what_a_function_raises_is_recorded_once_and_takes_nobody_with_it(workers):
+    found, lost = done(workers, Task("no", refuse, owed=OWED))
+    assert [t.status for t in found] == ["error"] and "this cannot be measured" in found[0].reason and lost == []
+    with pytest.raises(ClusterError, match="'no' failed on CPU worker . on .*this cannot be measured"):
+        done(workers, Task("no", refuse))
+
+
+def test_a_worker_that_does_not_answer_within_the_limit_gets_nothing_more_to_do(workers, tmp_path):
+    path = tmp_path / "stopped"
+    try:
+        found, lost = done(workers, Task("stop", stop_worker, (str(path),), limit_s=1.0))
+        assert len(found) == 1 and deaths(lost) == [("stop", "hung", True)]
+        assert len(workers.places) == 1
+    finally:
+        os.kill(int(path.read_text()), signal.SIGKILL)  # the nanny starts another
+    workers.await_workers(2, timeout_s=60.0, strict=False)
+
+
+def test_workers_with_other_sources_or_on_a_card_of_another_kind_are_refused(workers):
+    other = spreading.Spread(workers.address)
+    try:
+        other._mine = replace(other._mine, sources="0123456789abcdef")
+        with pytest.raises(ClusterError, match="other kernels or modules .*instead of 0123456789abcdef"):
+            other.await_workers(timeout_s=30.0)
+    finally:
+        other.close()
+
+
+def test_when_the_scheduler_goes_what_was_measured_stays(run, monkeypatch):
+    monkeypatch.setattr(spreading, "CONNECT_S", 1.0)
+    with starting.spread(workers=1) as pool:
+        tasks = [Task("first", count, (1,), cost_s=9.0), Task("long", nap, (30.0,))]
+
+        def end():
+            with contextlib.suppress(Exception):  # it answers no more, which is what is asked of it
+                pool.client.sync(pool.client.scheduler.terminate)
+
+        stop = threading.Timer(1.0, end)
+        stop.start()
+        with pytest.raises(
+            ClusterLost, match=r"The scheduler at tcp://\S+ answers no more .* what was measured is kept"
+        ):
+            pool.perform([Work(tasks)], run.append)
+        stop.join()
+    assert [t.data["number"] for t in run.trials(kind="correctness")] == [1]

@@ -1,0 +1,97 @@
+"""Which workers are asked for, and what cannot be had, in one sentence each."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from flashcore.errors import ClusterError
+from flashcore.gpu import device
+from flashcore.measure.cluster import pools, starting
+
+
+@pytest.fixture
+def three_cards(monkeypatch):
+    """A machine with three cards, as far as torch says."""
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+
+
+def test_each_worker_gets_a_card_of_its_own(three_cards, monkeypatch):
+    assert starting._cards("all") == ["0", "1", "2"] and starting._cards("2") == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-aa,7")
+    assert starting._cards("all") == ["5", "GPU-aa", "7"] and starting._cards(1) == ["5"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("4", "4 GPUs are asked for and this machine has 3; give --gpus 3"),
+        ("0", "--gpus is '0'; give a number of cards from 1 on, or 'all'"),
+        ("many", "--gpus is 'many'; give a number"),
+    ],
+)
+def test_cards_that_are_not_there_are_refused(three_cards, asked, words):
+    with pytest.raises(ClusterError, match=words):
+        starting._cards(asked)
+
+
+@pytest.mark.parametrize("asked", ["all", "2"])
+def test_a_machine_without_a_card_says_so(no_card, asked):
+    with pytest.raises(ClusterError, match="This machine has no GPU that torch can use; leave --gpus out"):
+        starting._cards(asked)
+
+
+def test_cpu_workers_are_for_machines_without_a_card(three_cards):
+    with pytest.raises(ClusterError, match="this machine has a GPU; use --gpus"):
+        starting._checked(2)
+
+
+@pytest.mark.parametrize("count", [0, -1, 65])
+def test_a_number_of_cpu_workers_makes_sense(no_card, count):
+    with pytest.raises(ClusterError, match=f"--workers is {count}; give a number from 1 to 64"):
+        starting._checked(count)
+
+
+def test_the_workers_are_named_in_one_way():
+    with pytest.raises(ClusterError, match="--gpus and --scheduler name the workers; give one of --gpus, --workers"):
+        with starting.spread(gpus=1, scheduler="tcp://127.0.0.1:9"):
+            pass
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_does_not_answer_is_an_error_and_nothing_is_left_behind(monkeypatch):
+    pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    monkeypatch.setattr("flashcore.measure.cluster.spreading.CONNECT_S", 0.5)
+    for address in ("tcp://127.0.0.1:9", "nonsense"):
+        with pytest.raises(ClusterError, match=f"No scheduler answers at {address} .*start one with 'dask scheduler'"):
+            with starting.spread(scheduler=address):
+                pass
+    assert pools.SCHEDULER not in os.environ
+
+
+@pytest.mark.slow
+def test_a_scheduler_without_workers_says_how_to_start_one(monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    monkeypatch.setattr(starting, "JOIN_S", 0.2)
+    with distributed.LocalCluster(n_workers=0, dashboard_address=":0", silence_logs="ERROR") as cluster:
+        with pytest.raises(ClusterError, match="has no worker; start one a card with 'CUDA_VISIBLE_DEVICES=0 dask wor"):
+            with starting.spread(scheduler=cluster.scheduler_address):
+                pass
+
+
+@pytest.mark.slow
+def test_a_worker_that_dask_may_give_other_work_is_refused(monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0",
+                                  silence_logs="ERROR") as cluster:  # fmt: skip
+        with pytest.raises(ClusterError, match="has 2 threads and the resources none, so Dask could put other work"):
+            with starting.spread(scheduler=cluster.scheduler_address):
+                pass

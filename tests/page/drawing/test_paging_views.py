@@ -1,0 +1,116 @@
+"""The views of a survey of paging: their figures against invented records whose answer is known, and their markup."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from support import synthetic_paging as synthetic
+from support import synthetic_records
+
+from flashcore.decision import evidence as evidences
+from flashcore.decision.evidence import Evidence, Recorded
+from flashcore.gpu import device
+from flashcore.page.drawing import paging_views
+from flashcore.surveys.paging import facts
+
+VIEWS = [paging_views.memory_html, paging_views.decode_html, paging_views.tokens_html, paging_views.accuracy_html,
+         paging_views.correctness_html, paging_views.other_times_html]  # fmt: skip
+EVERYTHING = synthetic.everything()
+
+
+def evidence(trials, recorded=None) -> Evidence:
+    environment = synthetic_records.environment()
+    kept = None if recorded is None else Recorded(tuple(recorded), environment)
+    return Evidence(tuple(trials), {} if kept else environment, {}, kept)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_without_records_says_which_command_measures_them_and_no_number(view):
+    html = view([])
+    assert "fc-none" in html and "not measured yet: run &#39;flashcore paging&#39; on an H100 or H200" in html
+    assert not re.search(r"\d", re.sub(r"H\d00|fc-none|&#39;", "", html))
+
+
+@pytest.mark.slow
+def test_the_section_draws_everything_with_its_message_as_text():
+    html = paging_views.paging_html(evidence(EVERYTHING))
+    assert "fc-none" not in html and "nan" not in html.replace("NaN lies in every slot", "").lower()
+    svgs = re.findall(r"<svg.*?</svg>", html, flags=re.S)
+    assert len(svgs) == 1 + 3 + 2 + 1
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+        assert 'role="img"' in svg and len(re.search(r'aria-label="([^"]*)"', svg)[1]) > 80
+    for said in ("70.3 % saved", "costs 0.8 % more", "98 % of the speed of reading alone", "0.360 of the time with all",
+                 "the needle FOUND", "the needle LOST", "LOST by 40 of 128", "0.970 × as fast as hopper"):  # fmt: skip
+        assert said in html, said
+
+
+def test_every_rate_of_tokens_is_called_attention_only():
+    html = paging_views.tokens_html(EVERYTHING)
+    for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, flags=re.S):
+        assert caption.lower().count("attention only") >= 2
+    assert "Batch 64: " in html and "32 layers, 32 query heads, 8 KV heads, head_dim 128, context 8192" in html
+    assert "Batch 16: " in html and "1 layer, 16 query heads" in html
+
+
+def test_times_of_the_cpu_are_never_drawn():
+    slow = [
+        t.model_copy(update={"timing": synthetic.timing(9.0, method="host")}) if t.timing else t for t in EVERYTHING
+    ]
+    assert "not measured yet" in paging_views.decode_html(slow) and "not measured yet" in paging_views.tokens_html(slow)
+    assert facts.decodes(slow) == []
+
+
+def test_wrong_results_have_no_speed_and_are_said():
+    bad = {"status": "failed", "reason": "its result is wrong <b>"}
+    ours = [t.data["what"] in ("decode", "tokens") and t.backend == "decode" for t in EVERYTHING]
+    wrong = [t.model_copy(update=bad) if mine else t for t, mine in zip(EVERYTHING, ours, strict=True)]
+    html = paging_views.paging_html(evidence(wrong))
+    assert "All pages:" not in html and "not measured yet" in paging_views.tokens_html(wrong)
+    assert "WRONG" in html and "its result is wrong &lt;b&gt;" in html and "<b>" not in html
+
+
+def test_a_wrong_kernel_shows_in_the_matrix():
+    one = synthetic.correctness()[0]
+    bad = one.model_copy(update={"status": "failed", "data": {**one.data, "right": 9, "wrong": 3}})
+    found = facts.checks_by_backend([*synthetic.correctness(), bad])
+    assert found["decode"]["wrong"] == 3 and found["decode"]["right"] == 33, "the last record of a group counts"
+    assert "WRONG in 3" in paging_views.correctness_html([*synthetic.correctness(), bad])
+
+
+@pytest.mark.slow
+def test_without_a_gpu_a_run_shows_its_own_where_any_machine_can_tell():
+    own = [*synthetic.memory(), *synthetic.accuracy()]
+    html = paging_views.paging_html(evidence(own, recorded=[]))
+    assert "70.3 % saved" in html and "Measured live on this machine, which has no GPU" in html
+    assert "memory, accuracy" in html and html.count("not measured yet") >= 3
+    both = paging_views.paging_html(evidence(own, recorded=EVERYTHING))
+    assert "Measured live on this machine" not in both and "not measured yet" not in both
+
+
+def test_a_real_recorded_run_is_shown_or_said_to_lack_paging(run):
+    found = evidences.gather(run)
+    assert found.recorded is not None
+    html = paging_views.paging_html(found)
+    if not facts.paging_trials(found.recorded.trials):
+        assert "<svg" not in html and html.count("not measured yet") >= 5
+
+
+# --- the notebook ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_the_notebook_measures_what_any_machine_can_tell_and_finishes(run):
+    from flashcore.pipeline import reporting
+
+    device.record_environment(run, "before", {"notebooks": ["05_sparse_paging"]})
+    executed = reporting.execute_notebook("05_sparse_paging", run, {"profile": "quick", "seed": 1})
+    assert [t.status for t in run.trials(kind="notebook")] == ["ok"]
+    trials = facts.paging_trials(run.trials())
+    assert {"correctness", "memory", "accuracy"} <= {t.data["what"] for t in trials}
+    assert {t.status for t in trials} <= {"ok", "unsupported", "unavailable"}
+    text = executed.read_text(encoding="utf-8")
+    assert "70.3 % saved" in text and "the needle LOST" in text

@@ -664,7 +664,12 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
     const int query_head = head.first_head + row / params.seqlen_q, token = row % params.seqlen_q;
     unsigned packed[PIECE / 2];
 #pragma unroll
-    for (int c = 0; c < PIECE; c += 2) packed[c / 2] = pack_pair(out[c] * inverse, out[c + 1] * inverse);
+    for (int c = 0; c < PIECE; c += 2)
+#ifdef FLASHCORE_INVARIANT
+      packed[c / 2] = pack_pair(normalised(out[c], inverse), normalised(out[c + 1], inverse));
+#else
+      packed[c / 2] = pack_pair(out[c] * inverse, out[c + 1] * inverse);
+#endif
     Element* out_gmem = params.out_gmem + head.batch * params.out.batch + query_head * params.out.head +
                         token * params.out.row + column;
     *reinterpret_cast<uint4*>(out_gmem) = make_uint4(packed[0], packed[1], packed[2], packed[3]);

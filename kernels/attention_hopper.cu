@@ -36,7 +36,7 @@ constexpr int PRODUCER_REGISTERS = 32;
 constexpr int CONSUMER_REGISTERS =
     (LAUNCH_REGISTERS * THREADS - PRODUCER_REGISTERS * WARPGROUP) / CONSUMER_THREADS / 8 * 8;
 // How many steps of Q @ K^T find their part of Q in registers, of those that scores, probabilities, O and the rest leave.
-constexpr int REST_REGISTERS = 28 MASKED(+ MASK_REGISTERS) INVARIANT(+ 4);
+constexpr int REST_REGISTERS = 28 MASKED(+ MASK_REGISTERS) INVARIANT(+ (HEAD_DIM == 64 ? 4 : 12));
 constexpr int SPARE_STEPS = (CONSUMER_REGISTERS - TILE_N / 2 - TILE_N / 4 - OUTPUTS - REST_REGISTERS) / 4;
 constexpr int HELD_STEPS = SPARE_STEPS < HEAD_DIM / DEPTH ? SPARE_STEPS : HEAD_DIM / DEPTH;
 constexpr int PAGE_BYTES = TILE_N * HEAD_DIM * sizeof(Element);
@@ -406,18 +406,27 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
   wgmma_wait<0>();
   if (any) release(&smem.k_empty[0 MASKED(+ at.slot)]);
 
+  INVARIANT(int from = 0;)  // a tile goes chunk by chunk, as if each were a tile: the first page of this one
   for (int step = 0;; ++step) {
     const int half = step % 2, other_half = half ^ 1;
     const Work& work = smem.work[half];
-    const int tile_pages = uniform(work.pages) MASKED(- uniform(work.of[consumer].pages_before));
+    const int tile_pages = uniform(work.pages) MASKED(- uniform(work.of[consumer].pages_before)) INVARIANT(- from);
     if (tile_pages == NO_MORE) break;
-    const int first_row = uniform(work.of[consumer].first_row), pages = uniform(work.of[consumer].pages);
-    const int whole_pages = uniform(work.of[consumer].whole_pages);
+#ifdef FLASHCORE_INVARIANT
+    const int first_of_tile = 0 MASKED(+ uniform(work.first_page) + uniform(work.of[consumer].pages_before));
+    const int chunk_end = first_tile_of(chunk_of(first_of_tile + from) + 1) - first_of_tile;
+    const int later_pages = max(0, uniform(work.of[consumer].pages) - chunk_end);  // of the tile, in later chunks
+    const bool ends_tile = later_pages == 0;
+#endif
+    const int first_row = uniform(work.of[consumer].first_row), pages = uniform(work.of[consumer].pages) INVARIANT(- from - later_pages);
+    const int whole_pages = uniform(work.of[consumer].whole_pages) INVARIANT(- from);
     const int seqlen_k = keys_in(work);
 #ifdef FLASHCORE_MASKS
     const int seqlen_q = HAS_LENGTHS ? uniform(work.sequence.seqlen_q) : params.seqlen_q;
-    const int first_page = uniform(work.first_page) + uniform(work.of[consumer].pages_before);
-    const int first_key = first_page * TILE_N, whole_from = uniform(work.of[consumer].whole_from);
+    const int first_page = uniform(work.first_page) + uniform(work.of[consumer].pages_before) INVARIANT(+ from);
+    const int first_key = first_page * TILE_N, whole_from = uniform(work.of[consumer].whole_from) INVARIANT(- from);
+#elif defined(FLASHCORE_INVARIANT)
+    const int first_page = from, first_key = first_page * TILE_N;
 #endif
     const MatrixDescriptor q = q_halves.at(half * Q_BYTES);
     const int row = first_row + warp * WARP_ROWS + lane / 4;  // a thread's other row is row + 8
@@ -431,19 +440,17 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 #else
     TRACE(const AccumulatorTrace stages(trace, params, work.tile, row, lane);)
 #endif
-    // Whether a page of this warpgroup's begins a chunk.
-    INVARIANT(const auto begins = [&](int page) { return starts_chunk(page MASKED(+ first_page)); };)
-    INVARIANT(totals.begin();)
+    INVARIANT(if (from == 0) totals.begin();)
 
     if (pages > 0) {
       MASKED(if (HAS_SOFTCAP) cap(s, masks.scale_by_cap);)
-      if (whole_pages == 0 MASKED(|| whole_from > 0))
-        sign_and_mask(s, params MASKED(, masks), row, 0 MASKED(+ first_key, seqlen_q), seqlen_k, lane);
+      if (whole_pages == 0 INVARIANT(|| whole_pages < 0) MASKED(|| whole_from > 0))
+        sign_and_mask(s, params MASKED(, masks), row, 0 CHUNKED(+ first_key) MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
       softmax.first(s, p);
-      TRACE(stages.page(0 MASKED(+ first_page), TILE_N, s, p, softmax);)
+      TRACE(stages.page(0 CHUNKED(+ first_page) MASKED(+ first_page), TILE_N, s, p, softmax);)
     }
-    if (step > 0) release_q(other_half);
+    if (step > 0 INVARIANT(&& from == 0)) release_q(other_half);
 #pragma unroll 1
     for (int page = 1; page < pages; ++page) {
       // S = Q @ K^T of this page, O += P @ V of the last one
@@ -454,7 +461,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       turn.wait();
       wgmma_fence();
       multiply_q_k<TILE_M, TILE_N>(s, q, k_ring.at(k_at.slot * PAGE_BYTES), held_q);
-      multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1 INVARIANT(&& !begins(page - 1)));
+      multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), page > 1);
       wgmma_commit();
       turn.pass();
       wgmma_wait<0>();
@@ -466,21 +473,16 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       if (HAS_SOFTCAP && (INVARIANT(true ||) !whole)) cap(s, masks.scale_by_cap);
 #endif
       if (page >= whole_pages MASKED(|| page < whole_from))
-        sign_and_mask(s, params MASKED(, masks), row, page * TILE_N MASKED(+ first_key, seqlen_q), seqlen_k, lane);
+        sign_and_mask(s, params MASKED(, masks), row, page * TILE_N CHUNKED(+ first_key) MASKED(+ first_key, seqlen_q), seqlen_k, lane);
       PAGED(if (present != all_present) mask_absent(s, present, paged.page_shift, lane);)
-      TRACE(stages.accum(page - 1 MASKED(+ first_page), o);)
-#ifdef FLASHCORE_INVARIANT
-      if (begins(page)) {
-        totals.add(o, softmax);
-        softmax.first(s, p);
-      } else
-#elif defined(FLASHCORE_MASKS)
+      TRACE(stages.accum(page - 1 CHUNKED(+ first_page) MASKED(+ first_page), o);)
+#if defined(FLASHCORE_MASKS) && !defined(FLASHCORE_INVARIANT)
       if (HAS_SOFTCAP && whole)
         softmax.next_capped(s, p, o, masks, small);
       else
 #endif
         softmax.next(s, p, o);
-      TRACE(stages.page(page MASKED(+ first_page), TILE_N, s, p, softmax);)
+      TRACE(stages.page(page CHUNKED(+ first_page) MASKED(+ first_page), TILE_N, s, p, softmax);)
     }
 
     // Pages that only later rows of the tile see: this warpgroup lets them pass, and takes its turns.
@@ -491,11 +493,11 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
       turns = 0;
 #pragma unroll
       for (const auto& of : work.of) turns = max(turns, of.pages);
-      turns = uniform(turns);
+      turns = uniform(turns) INVARIANT(- from);
     }
 #endif
 #pragma unroll 1
-    for (int page = pages; page < tile_pages; ++page, after = after.next()) {
+    for (int page = pages INVARIANT(+ (ends_tile ? 0 : tile_pages)); page < tile_pages; ++page, after = after.next()) {
       if (page > 0 MASKED(&& page < turns)) {
         turn.wait();
         turn.pass();
@@ -508,36 +510,47 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
 
 #ifdef FLASHCORE_MASKS
 #pragma unroll 1
-    for (int page = max(1, tile_pages); page < turns; ++page) {
+    for (int page = max(1, tile_pages) INVARIANT(+ (ends_tile ? 0 : turns)); page < turns; ++page) {
       turn.wait();
       turn.pass();
     }
 #endif
 
     // O += P @ V of the last page, S = Q @ K^T of the next tile's first.
+    INVARIANT(if (ends_tile))
     mbarrier_wait(&smem.q_full[other_half], (step + 1) / 2 % 2);
-    const int next_pages = uniform(smem.work[other_half].of[consumer].pages);
-    held_q.template load<TILE_M>(smem.q[other_half], warp_row, lane);
-    MASKED(after = let_pass(after, uniform(smem.work[other_half].of[consumer].pages_before));)
+    const int next_pages = uniform(smem.work[INVARIANT(!ends_tile ? half :) other_half].of[consumer].pages);
+    held_q.template load<TILE_M>(smem.q[INVARIANT(!ends_tile ? half :) other_half], warp_row, lane);
+    MASKED(INVARIANT(if (ends_tile)) after = let_pass(after, uniform(smem.work[other_half].of[consumer].pages_before));)
     if (next_pages > 0) mbarrier_wait(&smem.k_full[after.slot], after.parity);
     if (pages > 0) mbarrier_wait(&smem.v_full[at.slot], at.parity);
     PAGED(present = smem.present[after.slot];)
-    PAGED(const int left = seqlen_k - (pages - 1) * TILE_N MASKED(- first_key);)
+    PAGED(const int left = seqlen_k - (pages - 1) * TILE_N CHUNKED(- first_key) MASKED(- first_key);)
     PAGED(if (pages > 0 && left < TILE_N)
             clear_rows<TILE_N>(smem.v[at.slot], CLEARING_BARRIER + consumer, [&](int i) { return i >= left; });)
     MASKED(if (HAS_LENGTHS && pages > 0)
              clear_after(smem.v[at.slot], seqlen_k - first_key - (pages - 1) * TILE_N, consumer);)
     turn.wait();
     wgmma_fence();
-    multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(other_half * Q_BYTES), k_ring.at(after.slot * PAGE_BYTES), held_q);
-    multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), pages > 1 INVARIANT(&& !begins(pages - 1)));
+    multiply_q_k<TILE_M, TILE_N>(s, q_halves.at(INVARIANT(!ends_tile ? half * Q_BYTES :) other_half * Q_BYTES),
+                                 k_ring.at(after.slot * PAGE_BYTES), held_q);
+    multiply_p_v(o, p, v_ring.at(at.slot * PAGE_BYTES), pages > 1);
     wgmma_commit();
     turn.pass();
     wgmma_wait<0>();
     if (next_pages > 0) release(&smem.k_empty[after.slot]);
     if (pages > 0) release(&smem.v_empty[at.slot]);
-    TRACE(if (pages > 0) stages.accum(pages - 1 MASKED(+ first_page), o);)
+    TRACE(if (pages > 0) stages.accum(pages - 1 CHUNKED(+ first_page) MASKED(+ first_page), o);)
     at = after;
+#ifdef FLASHCORE_INVARIANT
+    if (!ends_tile) {
+      totals.add(o, softmax);
+      from += pages;
+      --step;
+      continue;
+    }
+    from = 0;
+#endif
 
     // O / l; a row that saw no key gives 0, and lse -inf
     if (pages == 0) {

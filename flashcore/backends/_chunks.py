@@ -7,14 +7,13 @@ from flashcore.problem import Problem
 
 LAW_TILE = 64
 """Keys that a row takes at once."""
-SHORT_CHUNK, LONG_CHUNK = 16, 32
-"""Tiles of a chunk: of those that begin before tile LONG_FROM, and of the others."""
-LONG_FROM = 128
+CHUNK_TILES = 32
+"""Tiles of a chunk."""
 
 
 def chunk_of(tile: int) -> int:
     """The number of the chunk that a tile of keys lies in."""
-    return tile // SHORT_CHUNK if tile < LONG_FROM else LONG_FROM // SHORT_CHUNK + (tile - LONG_FROM) // LONG_CHUNK
+    return tile // CHUNK_TILES
 
 
 def most_chunks(keys: int) -> int:
@@ -25,7 +24,7 @@ def most_chunks(keys: int) -> int:
 def chains(keys: int) -> tuple[int, ...]:
     """Which tile each one continues; -1 where a chunk begins."""
     tiles = -(-keys // LAW_TILE)
-    return tuple(tile - 1 if tile and chunk_of(tile - 1) == chunk_of(tile) else -1 for tile in range(tiles))
+    return tuple(tile - 1 if tile % CHUNK_TILES else -1 for tile in range(tiles))
 
 
 def invariant_defines(problem: Problem) -> tuple[tuple[str, int], ...]:

@@ -236,8 +236,8 @@ MASKS = "FLASHCORE_MASKS"
 """The macro without which a kernel is compiled as if its masks beyond the causal one were not in its source."""
 INVARIANT = "FLASHCORE_INVARIANT"
 """The macro that compiles the batch-invariant mode in; no product is contracted with a sum then."""
-OPTIONS = {MASKS: "MASKED", INVARIANT: "INVARIANT"}
-"""Macros that compile an option in, each with the function-like macro around what belongs to the option."""
+OPTIONS = {MASKS: ("MASKED",), INVARIANT: ("INVARIANT", "CHUNKED")}
+"""Macros that compile an option in, each with the function-like macros around what belongs to the option."""
 WITH_OPTIONS = " with options"
 """What follows a kernel's name where it is compiled with any of them."""
 
@@ -249,6 +249,7 @@ def without_options(text: str) -> str:
     kernel whose options were edited is the same kernel without them, down to its machine code, and what was measured of
     it still holds.
     """
+    around = [name for names in OPTIONS.values() for name in names]
     kept: list[str] = []
     open_conditions: list[tuple[bool, bool]] = []
     """Of every condition that is open: whether it asks for the macro, and whether its lines are kept now."""
@@ -265,11 +266,11 @@ def without_options(text: str) -> str:
             continue
         elif word == "endif" and open_conditions and open_conditions.pop()[0]:
             continue
-        defines_one = word == "define" and rest.startswith(tuple(f"{name}(" for name in OPTIONS.values()))
+        defines_one = word == "define" and rest.startswith(tuple(f"{name}(" for name in around))
         if all(keeps for _, keeps in open_conditions) and not defines_one:
             kept.append(line)
     bare = "\n".join(kept)
-    for name in OPTIONS.values():
+    for name in around:
         bare = _without_calls(bare, name)
     return bare
 

@@ -2,7 +2,8 @@
 // are taken. Included by attention_hopper.cu.
 #pragma once
 
-// red.global.add.v4.f32 (PTX ISA, Parallel Synchronization: red): four sums; nobody waits for them.
+// red.global.add.v4.f32 (PTX ISA, Parallel Synchronization: red): four sums; nobody waits for them. Numbers below the smallest
+// normal are taken for 0.
 __device__ __forceinline__ void add_4_global(float4* sums_gmem, const float4& x) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums_gmem), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
@@ -21,31 +22,34 @@ struct ChunkTotals {
     row[0] = row[1] = ChunkSum();
   }
 
-  // Add a chunk that is over, and begin the softmax of the next one.
-  __device__ __forceinline__ void add(const float (&o)[OUTPUTS], Softmax& softmax) {
+  // Add a chunk that is over. Few instructions: they are not in the cache of those that run all the time.
+  __device__ __forceinline__ void add(const float (&o)[OUTPUTS], const Softmax& softmax) {
     float before[2], weight[2];
     join(softmax, before, weight);
     float4* const own_gmem = own();
-    if (!any) {
-#pragma unroll
-      for (int i = 0; i < OUTPUTS; i += 4)
-        __stcg(own_gmem + i / 4 * WARPGROUP, make_float4(joined(0.f, 1.f, o[i], weight[0]), joined(0.f, 1.f, o[i + 1], weight[0]),
-                                                         joined(0.f, 1.f, o[i + 2], weight[1]), joined(0.f, 1.f, o[i + 3], weight[1])));
-    } else {
+    if (any) {
       if (__any_sync(~0u, before[0] != 1.f || before[1] != 1.f)) multiply(before);
 #pragma unroll
       for (int i = 0; i < OUTPUTS; i += 4)
         add_4_global(own_gmem + i / 4 * WARPGROUP,
                      make_float4(multiply_ftz(o[i], weight[0]), multiply_ftz(o[i + 1], weight[0]),
                                  multiply_ftz(o[i + 2], weight[1]), multiply_ftz(o[i + 3], weight[1])));
+    } else {
+#pragma unroll
+      for (int i = 0; i < OUTPUTS; i += 4)
+        __stcg(own_gmem + i / 4 * WARPGROUP, make_float4(multiply_ftz(o[i], weight[0]), multiply_ftz(o[i + 1], weight[0]),
+                                                         multiply_ftz(o[i + 2], weight[1]), multiply_ftz(o[i + 3], weight[1])));
     }
     any = true;
-    softmax.reference[0] = softmax.reference[1] = -INFINITY;
-    softmax.row_sum[0] = softmax.row_sum[1] = 0.f;
   }
 
   // O and the softmax of the last chunk, with those before it; sums are then those of whole rows.
   __device__ __forceinline__ void finish(float (&o)[OUTPUTS], Softmax& softmax) {
+    if (!any) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) softmax.row_sum[r] = quad_sum(softmax.row_sum[r]);
+      return;
+    }
     float before[2], weight[2];
     join(softmax, before, weight);
 #pragma unroll
@@ -54,14 +58,12 @@ struct ChunkTotals {
       softmax.row_sum[r] = row[r].row_sum;
     }
     constexpr int AT_ONCE = HEAD_DIM == 64 ? 2 : 8;  // sums on the way
-    float4* const own_gmem = own();
+    const float4* const own_gmem = own();
 #pragma unroll
     for (int first = 0; first < OUTPUTS; first += 4 * AT_ONCE) {
-      float4 sums[AT_ONCE] = {};
-      if (any) {
+      float4 sums[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) sums[j] = __ldcg(own_gmem + (first / 4 + j) * WARPGROUP);
-      }
+      for (int j = 0; j < AT_ONCE; ++j) sums[j] = __ldcg(own_gmem + (first / 4 + j) * WARPGROUP);
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j) {
         const int i = first + 4 * j;

@@ -1,35 +1,26 @@
 // Bits that do not depend on who shares the batch: the law that a row follows in every kernel compiled with
 // FLASHCORE_INVARIANT; where that is not defined INVARIANT(...) is nothing.
 //
-// Keys are taken in tiles of LAW_TILE, from the first key of the sequence on. A row takes its reference from the first tile in
-// which it sees a key, and raises it by its own sums alone. Tiles are cut into chunks at places that depend on nothing but the
-// place. Each chunk begins afresh, and chunks are added in order. So it does not matter which chunks a block has, which rows a
-// warp has, and which kernel it is. The host compiles without contraction of products and sums, so that compilers agree.
+// Keys are taken in tiles of LAW_TILE, from the first key of the sequence on, and CHUNK_TILES of them are a chunk. In each chunk
+// a row begins afresh: its reference is the maximum of the first tile in which it sees a key, and it raises that by its own sums
+// alone. Chunks are added in order. So it does not matter which chunks a block has, which rows a warp has, and which kernel it
+// is. The host compiles without contraction of products and sums, so that variants agree.
 #pragma once
 #include "wgmma.cuh"
 
 #define INVARIANT(...) __VA_ARGS__
+#ifdef FLASHCORE_MASKS
+#define CHUNKED(...)  // masks have it
+#else
+#define CHUNKED(...) __VA_ARGS__
+#endif
 
 constexpr int LAW_TILE = 64;
-#ifndef FLASHCORE_CHUNK
-#define FLASHCORE_CHUNK 0
-#endif
-// Chunks are short where few keys come before, so that a short sequence has work for several blocks too.
-constexpr int SHORT_CHUNK = FLASHCORE_CHUNK ? FLASHCORE_CHUNK : 16, LONG_CHUNK = FLASHCORE_CHUNK ? FLASHCORE_CHUNK : 32;  // in tiles
-constexpr int LONG_FROM = 128;                                                                                           // tiles
-static_assert(LONG_FROM % SHORT_CHUNK == 0, "the first long chunk begins where a short one ends");
+constexpr int CHUNK_TILES = 32;
 
 // The chunk that a tile lies in, and the first tile of a chunk.
-__device__ __forceinline__ int chunk_of(int tile) {
-  return tile < LONG_FROM ? tile / SHORT_CHUNK : LONG_FROM / SHORT_CHUNK + (tile - LONG_FROM) / LONG_CHUNK;
-}
-__device__ __forceinline__ int first_tile_of(int chunk) {
-  const int past_short = chunk - LONG_FROM / SHORT_CHUNK;
-  return past_short < 0 ? chunk * SHORT_CHUNK : LONG_FROM + past_short * LONG_CHUNK;
-}
-__device__ __forceinline__ bool starts_chunk(int tile) {
-  return (tile & ((tile < LONG_FROM ? SHORT_CHUNK : LONG_CHUNK) - 1)) == 0;
-}
+__device__ __forceinline__ int chunk_of(int tile) { return tile / CHUNK_TILES; }
+__device__ __forceinline__ int first_tile_of(int chunk) { return chunk * CHUNK_TILES; }
 
 // mul.ftz, add.ftz (PTX ISA, Floating Point: mul, add): as red.add rounds, which takes numbers below the smallest normal for 0.
 __device__ __forceinline__ float multiply_ftz(float x, float y) {
@@ -69,4 +60,11 @@ struct ChunkSum {
 // An element of O with a chunk's added.
 __device__ __forceinline__ float joined(float sum, float before, float chunk, float weight) {
   return add_ftz(multiply_ftz(sum, before), multiply_ftz(chunk, weight));
+}
+
+// fma.rn.ftz (PTX ISA, Floating Point: fma): an element of O by 1 / l, for an O that is a sum over chunks, or one chunk's as it is.
+__device__ __forceinline__ float normalised(float o, float inverse) {
+  float out;
+  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(out) : "f"(o), "f"(inverse), "f"(0.f));
+  return out;
 }

@@ -15,6 +15,7 @@
 #include "chunks.cuh"
 #else
 #define INVARIANT(...)
+#define CHUNKED(...)
 #endif
 
 // A probability above this would not be finite in 16 bits: the page's sum, which bounds each, has to stay below.

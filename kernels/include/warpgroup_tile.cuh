@@ -100,7 +100,11 @@ __device__ __forceinline__ void stage_out(unsigned char* out_smem, int warp_row,
     unsigned pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
+#ifdef FLASHCORE_INVARIANT
+      pairs[i] = pack_pair(normalised(o[step * 8 + 2 * i], inverse[i % 2]), normalised(o[step * 8 + 2 * i + 1], inverse[i % 2]));
+#else
       pairs[i] = pack_pair(o[step * 8 + 2 * i] * inverse[i % 2], o[step * 8 + 2 * i + 1] * inverse[i % 2]);
+#endif
     const int block = step / (BLOCK_COLUMNS / DEPTH), piece = step % (BLOCK_COLUMNS / DEPTH) * 2 + lane / 16;
     store_matrices(out_smem + (block * TILE_M + own_row) * ROW_BYTES + (piece ^ own_row % 8) * 16, pairs);
   }

@@ -5,7 +5,7 @@ machine without a GPU bisects this backend, and a bug is planted in it by overri
 
 Where a problem asks for batch-invariant bits, pages are tiles of 64 keys, whatever the problem's are, and arithmetic is
 that of `_in_order`: wherever a row stands, each number in it is the same chain of rounded operations. A tile of which a
-row sees nothing multiplies by 1 and adds 0.
+row sees nothing multiplies by 1 and adds 0. For such a problem it reads page tables too, one sequence after the other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from flashcore.backends._contract import Backend
 from flashcore.backends._registry import register
+from flashcore.errors import Unsupported
 from flashcore.numerics import masking, reference
 from flashcore.problem import Problem
 
@@ -43,6 +44,8 @@ class CpuBackend(Backend):
     batch_invariant = True
     in_order = False
     """Whether arithmetic is that of `_in_order`; set on a copy, for a problem that asks for it."""
+    absent: torch.Tensor | None = None
+    """bool ``[seqlen_k]``: keys that are not there, of pages that were dropped; set on such a copy."""
 
     def for_problem(self, problem: Problem) -> tuple[CpuBackend, Problem]:
         """The backend that computes the problem, and the problem with the pages that it goes by."""
@@ -155,6 +158,8 @@ class CpuBackend(Backend):
             scores = self.scores(q, k[..., page, :], open_, page)
             if lengths is not None:
                 scores = self.hidden(scores, problem, page, lengths)
+            if self.absent is not None:
+                scores = scores.masked_fill(self.absent[page], -math.inf)
             before, row_max = row_max, self.row_max(scores, row_max)
             rescale = self.rescale(before, row_max)
             probs = self.probs(scores, row_max)
@@ -184,6 +189,31 @@ class CpuBackend(Backend):
         backend, tiled = self.for_problem(problem)
         out, lse = backend._masked_loop(q, k, v, tiled, None, masks)
         return masking.put_back(out, lse, q, problem, masks)
+
+    def why_not_paged(self, problem, *, selected=False):
+        if not problem.batch_invariant:
+            return "it reads no page table, but for bits that are the same in every batch"
+        return "it attends to all pages and takes no selection" if selected else self.why_not(problem)
+
+    def run_paged(self, q, cache, problem, selection=None, masks=None):
+        import torch
+
+        from flashcore.paging import gather
+
+        masking.check(masks, problem, q.device)
+        if reason := self.why_not_paged(problem, selected=selection is not None):
+            raise Unsupported(self.id, reason)
+        found = []
+        for row in range(cache.batch):
+            k, v, present = gather(cache, row)
+            if not present.shape[0]:  # one key that nobody sees
+                k = v = k.new_zeros(k.shape[0], 1, problem.head_dim)
+                present = torch.zeros(1, dtype=torch.bool)
+            backend, one = self.for_problem(problem.with_(batch=1, seqlen_k=present.shape[0]))
+            backend.absent = ~present
+            found.append(backend._masked_loop(q[row : row + 1], k[None], v[None], one, None, masks))
+        out, lse = (torch.cat(each) for each in zip(*found, strict=True))
+        return out, lse
 
     def trace(self, q, k, v, problem, masks=None):
         import torch

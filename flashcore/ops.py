@@ -266,7 +266,8 @@ def attention(
     UnknownName
         No backend has this id.
     Unsupported, BackendUnavailable
-        The backend named does not take this problem, or does not work on this machine.
+        The backend named does not take this problem, or does not work on this machine; or no backend promises
+        `batch_invariant` for it.
     """
     if (
         window_left != -1 or window_right != -1 or softcap is not None or sink is not None or seqlens_q is not None

@@ -185,7 +185,7 @@ def paged_attention(
         The query, the sink or the selection does not fit the cache; an option is of the wrong type, or makes no sense.
         What lies in a table on the GPU is read only with FLASHCORE_DEBUG=1, or by ``cache.check()``.
     UnknownName, Unsupported, BackendUnavailable
-        No such backend; it does not take this; it does not work here.
+        No such backend; it does not take this; it does not work here; none promises `batch_invariant` for this.
     """
     batch_invariant = plain.batch_invariant(batch_invariant)
     plainly = window_left == -1 and window_right == -1 and softcap is None and sink is None

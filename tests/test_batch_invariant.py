@@ -427,9 +427,11 @@ def test_flash_attentions_functions_are_ours_or_refused(qkv, monkeypatch):
         flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=70, alibi_slopes=slopes)
     single = [tensor.float() for tensor in (q, k, v)]  # a cache that no page table describes: lengths of keys
     lengths = torch.tensor([70, 41], dtype=torch.int32)
-    found = flash_attn.flash_attn_with_kvcache(*single, cache_seqlens=lengths, causal=True)
-    again = flashcore.attention(*(t.transpose(1, 2) for t in single), seqlens_k=lengths, causal=True)
-    assert torch.equal(found, again.transpose(1, 2))
+    in_rows = [torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, 10)) for tensor in (k, v)]  # 80 tokens: pages in a row
+    for given in (single, [q, *in_rows]):
+        found = flash_attn.flash_attn_with_kvcache(*given, cache_seqlens=lengths, causal=True)
+        again = flashcore.attention(*(t.transpose(1, 2) for t in given), seqlens_k=lengths, causal=True)
+        assert torch.equal(found, again.transpose(1, 2))
 
 
 def test_attention_over_ranks_is_refused(monkeypatch):

@@ -49,18 +49,20 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _current_gpu = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """The current GPU, once CUDA is in use: a quarter of the time of ``torch.cuda.current_device``."""
+_process, _ASKED = plain.process, plain.BATCH_INVARIANT
 _Tensor = torch.Tensor
 _PLAIN = torch.Tensor.__torch_dispatch__
 """What a kind of tensor has that does not take part in dispatch; fake and distributed tensors have their own."""
 
 
 @functools.lru_cache(maxsize=4096)
-def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softmax_scale) -> Problem:
+def _problem(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype, causal, softmax_scale, batch_invariant) -> Problem:
     """The Problem of three shapes and dtypes. Cached: building a checked Problem takes longer than a launch."""
     dense.check_shapes(q_shape, k_shape, v_shape, q_dtype, k_dtype, v_dtype)
     return Problem(
         batch=q_shape[0], num_heads_q=q_shape[1], num_heads_kv=k_shape[1], seqlen_q=q_shape[2], seqlen_k=k_shape[2],
         head_dim=q_shape[3], dtype=DTYPES[q_dtype], causal=causal, softmax_scale=softmax_scale,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
@@ -69,7 +71,9 @@ def _requires_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bo
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None) -> Problem:
+def problem_of(
+    q, k, v, causal: bool = False, softmax_scale: float | None = None, batch_invariant: bool = False
+) -> Problem:
     """Check three tensors and say what attention problem they are.
 
     Parameters
@@ -93,7 +97,7 @@ def problem_of(q, k, v, causal: bool = False, softmax_scale: float | None = None
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise InvalidProblem(f"{name} is a sparse or nested tensor; pass a dense one, such as {name}.to_dense().")
     causal, scale = plain.flag("causal", causal), plain.softmax_scale(softmax_scale)
-    problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal, scale)
+    problem = _problem(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal, scale, batch_invariant)
     dense.check_rows(q, k, v)
     return problem
 
@@ -112,6 +116,33 @@ def first_of(
     return None
 
 
+def nobody_promises(problem: Problem, device: torch.device, why_not: Callable[[backends.Backend], str | None]) -> str:
+    """Why no backend keeps the bits of this problem in every batch here, as a clause: with what each says that can."""
+    said = []
+    for backend in backends.all_backends():
+        if backend.batch_invariant and backend.device in (device.type, "any"):
+            state = backend.availability()
+            reason = why_not(backend) if state.ok else state.reason
+            said += [f"{backend.id}: {reason}"] if reason else []
+    why = f" ({'; '.join(said)})" if said else ""
+    return f"no backend on '{device}' promises bits that are the same in every batch for {problem.label()}{why}"
+
+
+def refuse_others(name: str, who: str, why: str) -> None:
+    """Raise `Unsupported` where the process asks for batch-invariant bits, and somebody else would compute a call.
+
+    Parameters
+    ----------
+    name
+        Of the function that was called.
+    who, why
+        Who would compute it, and why not we: a noun and a clause.
+    """
+    if plain.batch_invariant():
+        asked = f"{_ASKED.decode()}=1 asks for bits that are the same in every batch"
+        raise Unsupported(name, f"{asked}, and {who} would compute this call without that promise, since {why}")
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, device: torch.device, name: str, return_lse: bool) -> backends.Backend:
     """The backend that runs this problem on this device. Cached, so that a call costs no look-up of the registry."""
@@ -123,6 +154,8 @@ def choose(problem: Problem, device: torch.device, name: str, return_lse: bool) 
         if problem.masks:
             able = [one for one in able if one not in LAST_WITH_MASKS[device.type]]
         first = first_of(able, device, lambda backend: backend.why_not(problem) is None)
+        if first is None and problem.batch_invariant:
+            raise Unsupported("auto", nobody_promises(problem, device, lambda backend: backend.why_not(problem)))
         if first is None and problem.masks:
             return STAND_IN
         if first is None:
@@ -141,10 +174,14 @@ def choose(problem: Problem, device: torch.device, name: str, return_lse: bool) 
 
 
 def picked_for(dtype: torch.dtype, head_dim: int, device: torch.device) -> backends.Backend:
-    """What ``backend="auto"`` picks for an ordinary problem of this dtype and head_dim; whatever the lengths are."""
+    """What ``backend="auto"`` picks for an ordinary problem of this dtype and head_dim; whatever the lengths are.
+
+    As everything here that is asked about no call in particular, it heeds FLASHCORE_BATCH_INVARIANT.
+    """
     problem = Problem(
-        batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype]
-    )
+        batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype],
+        batch_invariant=plain.batch_invariant(),
+    )  # fmt: skip
     return choose(problem, device, "auto", False)
 
 
@@ -164,6 +201,7 @@ def attention(
     seqlens_q: torch.Tensor | None = None,
     seqlens_k: torch.Tensor | None = None,
     padding: str = "right",
+    batch_invariant: bool | None = None,
 ):
     """``softmax(softmax_scale * q k^T + mask) v``.
 
@@ -199,6 +237,11 @@ def attention(
         anything, NaN too. Lengths are never read back from a GPU; FLASHCORE_DEBUG=1 asks for a check.
     padding
         Where the rows lie that are not real: ``right`` of the real ones, or ``left``; the same for all sequences.
+    batch_invariant
+        True: the bits of a row depend on its own query, its keys, its mask and these options alone; not on the batch,
+        on the other rows of the call, or on how long they are (docs/batch-invariance.md). Forward only. A call that no
+        backend promises this for is refused. None: what the variable FLASHCORE_BATCH_INVARIANT says when the call is
+        made, or traced: 1 for True, 0 or nothing for False.
 
     What is set around the call, such as autocast, changes nothing of its result. Under `torch.compile` and
     `torch.export` the call is one op, ``torch.ops.flashcore.attention`` (with masks ``masked_attention``), and
@@ -223,7 +266,8 @@ def attention(
     UnknownName
         No backend has this id.
     Unsupported, BackendUnavailable
-        The backend named does not take this problem, or does not work on this machine.
+        The backend named does not take this problem, or does not work on this machine; or no backend promises
+        `batch_invariant` for it.
     """
     if (
         window_left != -1 or window_right != -1 or softcap is not None or sink is not None or seqlens_q is not None
@@ -231,10 +275,10 @@ def attention(
     ):  # fmt: skip
         return _with_masks(
             q, k, v, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, sink, seqlens_q,
-            seqlens_k, padding,
+            seqlens_k, padding, batch_invariant,
         )  # fmt: skip
     if _is_compiling():
-        return _as_op(q, k, v, causal, softmax_scale, backend, return_lse)
+        return _as_op(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant)
     # By value: under its own name a tensor would be looked up by what it is, and kept alive by having been asked for.
     if causal is not True and causal is not False:
         causal = plain.flag("causal", causal)
@@ -244,31 +288,35 @@ def attention(
         softmax_scale = plain.softmax_scale(softmax_scale)
     if type(backend) is not str:
         backend = plain.word("backend", backend)
+    if batch_invariant is None:
+        batch_invariant = _ASKED in _process and plain.batch_invariant()
+    elif batch_invariant is not True and batch_invariant is not False:
+        batch_invariant = plain.batch_invariant(batch_invariant)
     if (
         type(q) is not _Tensor or type(k) is not _Tensor or type(v) is not _Tensor
         or _dispatch_modes() or transforms.under_way() or _requires_gradients(q, k, v)
     ):  # fmt: skip
         if is_cupy(q) and is_cupy(k) and is_cupy(v):
-            return _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse)
+            return _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant)
         if wants_dispatch(q, k, v):
-            return _as_op(q, k, v, causal, softmax_scale, backend, return_lse)
-    out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend)
+            return _as_op(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant)
+    out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend, batch_invariant)
     return (out, lse) if return_lse else out
 
 
-def _compute(q, k, v, causal: bool, softmax_scale: float | None, return_lse: bool, backend: str):
+def _compute(q, k, v, causal: bool, softmax_scale: float | None, return_lse: bool, backend: str, batch_invariant: bool):
     """`attention` of tensors that lie in memory, with arguments that are plain values."""
     try:
         # Looking the whole call up takes half as long as checking it.
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
-            k.device, v.device, causal, softmax_scale, backend, return_lse,
+            k.device, v.device, causal, softmax_scale, backend, return_lse, batch_invariant,
         )  # fmt: skip
         known = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with strides: the checks say which
         key = known = None
     if known is None:
-        problem = problem_of(q, k, v, causal, softmax_scale)
+        problem = problem_of(q, k, v, causal, softmax_scale, batch_invariant)
         known = keep(_calls, key, (problem, choose(problem, q.device, backend, return_lse), dense.out_strides(q)))
     problem, chosen, strides = known
     out, lse = run(chosen, problem, q, k, v, return_lse)
@@ -302,9 +350,11 @@ def run(chosen: backends.Backend, problem: Problem, q, k, v, return_lse: bool, m
     return out, lse
 
 
-def _compute_op(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
+def _compute_op(
+    q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto", batch_invariant=False
+):  # fmt: skip
     """What computes ``torch.ops.flashcore.attention``: the same, and an empty `lse` where none is asked for."""
-    out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend)
+    out, lse = _compute(q, k, v, causal, softmax_scale, return_lse, backend, batch_invariant)
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
 
 
@@ -326,15 +376,16 @@ def wants_dispatch(*tensors: torch.Tensor | None, names: str = "q, k or v") -> b
     )
 
 
-def _as_op(q, k, v, causal, softmax_scale, backend, return_lse):
+def _as_op(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant):
     """The call through torch's dispatcher. It is traced by torch's compiler, so it has to stay plain."""
+    batch_invariant = plain.batch_invariant(batch_invariant)
     if softmax_scale is not None:
         softmax_scale = plain.softmax_scale(softmax_scale)
     with_lse = return_lse or _requires_gradients(q, k, v)  # the backward pass starts from lse
     if with_lse and not return_lse and backend in WITHOUT_LSE:
         raise Unsupported(backend, "gradients are asked for, and start from lse, which it does not return; choose "
                           "another backend, or call it under torch.no_grad()")  # fmt: skip
-    out, lse = dense.attention(q, k, v, causal, softmax_scale, with_lse, backend)
+    out, lse = dense.attention(q, k, v, causal, softmax_scale, with_lse, backend, batch_invariant)
     return (out, lse) if return_lse else out
 
 
@@ -343,27 +394,27 @@ def _as_op(q, k, v, causal, softmax_scale, backend, return_lse):
 
 def _with_masks(
     q, k, v, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, sink, seqlens_q,
-    seqlens_k, padding,
+    seqlens_k, padding, batch_invariant,
 ):  # fmt: skip
     """`attention` where an option of a mask is not at its default."""
     causal, return_lse = plain.flag("causal", causal), plain.flag("return_lse", return_lse)
     softmax_scale, backend = plain.softmax_scale(softmax_scale), plain.word("backend", backend)
-    softcap = masked.softcap(softcap)
+    softcap, batch_invariant = masked.softcap(softcap), plain.batch_invariant(batch_invariant)
     window_left, window_right = masked.window(causal, window_left, window_right)
     padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
     options = causal, softmax_scale, window_left, window_right, softcap, padding
     tensors = q, k, v, sink, seqlens_q, seqlens_k
     if _is_compiling() or (not in_memory(*tensors) and wants_dispatch(*tensors, names=NAMES)):
         with_lse = lse_for_gradients(return_lse, backend, q, k, v, sink)
-        out, lse = masked.masked_attention(*tensors, *options, with_lse, backend)
+        out, lse = masked.masked_attention(*tensors, *options, with_lse, backend, batch_invariant)
     elif is_cupy(q) and is_cupy(k) and is_cupy(v):
         import cupy
 
         tensors = (torch.from_dlpack(one) if is_cupy(one) else one for one in tensors)
-        out, lse = _compute_masked(*tensors, *options, return_lse, backend)
+        out, lse = _compute_masked(*tensors, *options, return_lse, backend, batch_invariant)
         out, lse = cupy.from_dlpack(out), cupy.from_dlpack(lse) if return_lse else None
     else:
-        out, lse = _compute_masked(*tensors, *options, return_lse, backend)
+        out, lse = _compute_masked(*tensors, *options, return_lse, backend, batch_invariant)
     return (out, lse) if return_lse else out
 
 
@@ -394,11 +445,14 @@ def lse_for_gradients(return_lse: bool, backend: str, *tensors: torch.Tensor | N
 
 @functools.lru_cache(maxsize=4096)
 def masked_problem(base: Problem, window_left: int, window_right: int, softcap, sink: bool, lengths: str) -> Problem:
-    """The problem with these masks; a window that hides nothing is none, and one that ends here is a causal mask."""
-    if window_left >= base.seqlen_k - 1:  # no query stands further right than the last key of its sequence
-        window_left = -1
-    if window_right >= base.seqlen_q - 1:  # nor further left than the keys less the queries
-        window_right = -1
+    """The problem with these masks; a window that hides nothing is none, and one that ends here is a causal mask.
+
+    What it hides may be other rows' affair; so a window stays where bits have to be the same in every batch.
+    """
+    if window_left >= base.seqlen_k - 1 and not base.batch_invariant:
+        window_left = -1  # no query stands further right than the last key of its sequence
+    if window_right >= base.seqlen_q - 1 and not base.batch_invariant:
+        window_right = -1  # nor further left than the keys less the queries
     return base.with_(
         causal=base.causal or window_right == 0, window_left=window_left, window_right=window_right, softcap=softcap,
         sink=sink, lengths=lengths,
@@ -407,20 +461,20 @@ def masked_problem(base: Problem, window_left: int, window_right: int, softcap, 
 
 def _compute_masked(
     q, k, v, sink=None, seqlens_q=None, seqlens_k=None, causal=False, softmax_scale=None, window_left=-1,
-    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto",
+    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto", batch_invariant=False,
 ):  # fmt: skip
     """`attention` with masks of tensors that lie in memory, with options that are plain values."""
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
             k.device, v.device, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, padding,
-            look(sink), look(seqlens_q), look(seqlens_k),
+            look(sink), look(seqlens_q), look(seqlens_k), batch_invariant,
         )  # fmt: skip
         known = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # as in `_compute`
         key = known = None
     if known is None:
-        base = problem_of(q, k, v, causal, softmax_scale)
+        base = problem_of(q, k, v, causal, softmax_scale, batch_invariant)
         masked.check_masks(q, sink, seqlens_q, seqlens_k)
         lengths = "" if seqlens_q is None and seqlens_k is None else masked.side(padding, True)
         problem = masked_problem(base, window_left, window_right, softcap, sink is not None, lengths)
@@ -435,7 +489,9 @@ def look(tensor: torch.Tensor | None):
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def run_masked(chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, whole: bool = False, **lengths):
+def run_masked(
+    chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, whole: tuple[int, int] | None = None, **lengths
+):
     """`out` and `lse` of a backend for a checked problem with masks.
 
     Parameters
@@ -443,7 +499,7 @@ def run_masked(chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, who
     sink
         Float tensor ``[num_heads_q]``, or None.
     whole
-        The sequences of a ragged batch have to end where the tensors do.
+        Tokens of Q and of K with which the last sequence of a ragged batch has to end; None for any.
     lengths
         Further fields of `MaskTensors`. Their numbers are checked where they lie on a CPU; on a GPU, where the host
         would have to wait for them, with FLASHCORE_DEBUG=1 only.
@@ -455,7 +511,7 @@ def run_masked(chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, who
     if problem.sink or problem.lengths:
         masks = MaskTensors(sink, **lengths)
         if not q.is_cuda or debugging():
-            check_numbers(masks, problem, q.shape[2], k.shape[2], whole)
+            check_numbers(masks, problem, *(whole or (q.shape[2], k.shape[2])), whole is not None)
     return run(chosen, problem, q, k, v, return_lse, masks)
 
 
@@ -489,14 +545,14 @@ def check_numbers(masks: MaskTensors, problem: Problem, rows: int, keys: int, wh
 
 def _compute_masked_op(
     q, k, v, sink=None, seqlens_q=None, seqlens_k=None, causal=False, softmax_scale=None, window_left=-1,
-    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto",
+    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto", batch_invariant=False,
 ):  # fmt: skip
     """What computes ``torch.ops.flashcore.masked_attention``; its options may come from anybody."""
     window_left, window_right = masked.window(causal, window_left, window_right)
     padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
     out, lse = _compute_masked(
         q, k, v, sink, seqlens_q, seqlens_k, causal, softmax_scale, window_left, window_right, masked.softcap(softcap),
-        padding, return_lse, backend,
+        padding, return_lse, backend, batch_invariant,
     )  # fmt: skip
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
 
@@ -522,7 +578,7 @@ def kernel_takes(
         problem = Problem(
             batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=128, seqlen_k=128, head_dim=head_dim, dtype=DTYPES[dtype],
             window_left=64 if "window" in masks else -1, softcap=1.0 if "softcap" in masks else None,
-            sink="sink" in masks, lengths=lengths,
+            sink="sink" in masks, lengths=lengths, batch_invariant=plain.batch_invariant(),
         )  # fmt: skip
         return choose(problem, torch.device(kind, index), backend, False).role == "ours" or backend != "auto"
     except (FlashCoreError, KeyError):  # another device, a backend that says no, or a dtype that is not ours
@@ -532,12 +588,12 @@ def kernel_takes(
 # --------------------------------------------------------------------------------------------------------------- CuPy
 
 
-def _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse):
+def _of_arrays(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant):
     """The call with CuPy arrays in and out, none of them copied."""
     import cupy
 
     tensors = [torch.from_dlpack(array) for array in (q, k, v)]
-    out, lse = _compute(*tensors, causal, softmax_scale, return_lse, backend)
+    out, lse = _compute(*tensors, causal, softmax_scale, return_lse, backend, batch_invariant)
     return (cupy.from_dlpack(out), cupy.from_dlpack(lse)) if return_lse else cupy.from_dlpack(out)
 
 

@@ -11,30 +11,33 @@ from flashcore.errors import FlashCoreError, InvalidProblem, PageTableError, Uns
 from flashcore.library import dense, masked, paged, traced
 from flashcore.numerics import ambient, masking, plain, transforms
 from flashcore.numerics.masking import MaskTensors
-from flashcore.ops import DTYPES, first_of, masked_problem
+from flashcore.ops import DTYPES, first_of, masked_problem, nobody_promises
 from flashcore.paging import PagedKV, PageSelection, Policy
 from flashcore.paging.checks import can_read_back, debugging
 from flashcore.problem import Problem
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("decode", "hopper-paged", "cublaslt-paged", "reference"),
-    "cpu": ("reference",),
+    "cpu": ("reference", "cpu"),
 }
 """What ``backend="auto"`` tries, fastest first; ids that this installation lacks are passed over."""
 
 
 @functools.lru_cache(maxsize=4096)
-def _problem(shape, dtype, num_heads_kv: int, room: int, page_size: int, causal: bool, softmax_scale) -> Problem:
+def _problem(
+    shape, dtype, num_heads_kv: int, room: int, page_size: int, causal: bool, softmax_scale, batch_invariant: bool
+) -> Problem:
     return Problem(
         batch=shape[0], num_heads_q=shape[1], num_heads_kv=num_heads_kv, seqlen_q=shape[2],
         seqlen_k=room, head_dim=shape[3], dtype=DTYPES[dtype], causal=causal,
-        softmax_scale=softmax_scale, page_size=page_size,
+        softmax_scale=softmax_scale, page_size=page_size, batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
 def paged_problem_of(
-    q: torch.Tensor, cache: PagedKV, causal: bool = True, softmax_scale: float | None = None
-) -> Problem:
+    q: torch.Tensor, cache: PagedKV, causal: bool = True, softmax_scale: float | None = None,
+    batch_invariant: bool = False,
+) -> Problem:  # fmt: skip
     """Check a query against a cache and say what problem they are, its ``seqlen_k`` what a row of the table can hold.
 
     Raises
@@ -54,7 +57,7 @@ def paged_problem_of(
     causal, scale = plain.flag("causal", causal), plain.softmax_scale(softmax_scale)
     # What the table can hold, not the longest length: that one grows with every token, and each would be a new problem.
     room = cache.max_pages * cache.page_size
-    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, causal, scale)
+    return _problem(q.shape, q.dtype, cache.num_heads_kv, room, cache.page_size, causal, scale, batch_invariant)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,6 +66,10 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
     if name == "auto":
         order = AUTO_ORDER.get(device.type, ())
         first = first_of(order, device, lambda backend: backend.why_not_paged(problem, selected=selected) is None)
+        if first is None and problem.batch_invariant:
+            raise Unsupported("auto", nobody_promises(
+                problem, device, lambda backend: backend.why_not_paged(problem, selected=selected)
+            ))  # fmt: skip
         if first is None:
             raise Unsupported("auto", f"no backend on '{device}' takes {problem.label()} in pages")
         return first
@@ -82,7 +89,8 @@ def picked_for(
     q: torch.Tensor, cache: PagedKV, *, window_left: int = -1, softcap: float | None = None, sink: bool = False
 ) -> backends.Backend:
     """What ``backend="auto"`` picks for all pages of a cache, under these masks; whatever the lengths are."""
-    problem = masked_problem(paged_problem_of(q, cache), window_left, -1, softcap, sink, "")
+    base = paged_problem_of(q, cache, batch_invariant=plain.batch_invariant())
+    problem = masked_problem(base, window_left, -1, softcap, sink, "")
     return _choose(problem, q.device, "auto", False)
 
 
@@ -104,7 +112,7 @@ def kernel_takes(
         problem = Problem(
             batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=1024, head_dim=head_dim, dtype=DTYPES[dtype],
             causal=True, page_size=page_size, window_left=64 if "window" in masks else -1,
-            softcap=1.0 if "softcap" in masks else None, sink="sink" in masks,
+            softcap=1.0 if "softcap" in masks else None, sink="sink" in masks, batch_invariant=plain.batch_invariant(),
         )  # fmt: skip
         return _choose(problem, torch.device(kind, index), backend, False).role == "ours" or backend != "auto"
     except (FlashCoreError, KeyError):  # another device, a backend that says no, or a dtype that is not ours
@@ -124,6 +132,7 @@ def paged_attention(
     window_right: int = -1,
     softcap: float | None = None,
     sink: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ):
     """``softmax(softmax_scale * q k^T + mask) v`` over K and V in pages, forward only.
 
@@ -159,6 +168,9 @@ def paged_attention(
     sink
         Float tensor ``[num_heads_q]``: the score, which no scale multiplies, of one more key of each head, whose value
         is 0. `lse` counts it. It is read on the device, so that a captured graph sees the numbers of each replay.
+    batch_invariant
+        As in `flashcore.attention`: then the bits of a row do not depend on the page size either, nor on where pages
+        lie, nor on how many query tokens the call has. A policy may choose other keys for another page size or batch.
 
     Returns
     -------
@@ -173,8 +185,9 @@ def paged_attention(
         The query, the sink or the selection does not fit the cache; an option is of the wrong type, or makes no sense.
         What lies in a table on the GPU is read only with FLASHCORE_DEBUG=1, or by ``cache.check()``.
     UnknownName, Unsupported, BackendUnavailable
-        No such backend; it does not take this; it does not work here.
+        No such backend; it does not take this; it does not work here; none promises `batch_invariant` for this.
     """
+    batch_invariant = plain.batch_invariant(batch_invariant)
     plainly = window_left == -1 and window_right == -1 and softcap is None and sink is None
     if traced():
         selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
@@ -182,28 +195,29 @@ def paged_attention(
         tables = cache.k_pool, cache.v_pool, cache.page_table, cache.lengths
         if plainly:
             out, lse = paged.paged_attention(
-                q, *tables, pages, counts, causal, softmax_scale, return_lse, backend, cache.lengths_fit
-            )
+                q, *tables, pages, counts, causal, softmax_scale, return_lse, backend, cache.lengths_fit,
+                batch_invariant,
+            )  # fmt: skip
         else:
             out, lse = paged.masked_paged_attention(
                 q, *tables, sink, pages, counts, causal, softmax_scale,
                 *masked.window(causal, window_left, window_right), masked.softcap(softcap), return_lse, backend,
-                cache.lengths_fit,
+                cache.lengths_fit, batch_invariant,
             )  # fmt: skip
     else:
         masks = () if plainly else (window_left, window_right, softcap, sink)
-        out, lse = _compute(q, cache, policy, causal, softmax_scale, backend, return_lse, *masks)
+        out, lse = _compute(q, cache, policy, causal, softmax_scale, backend, return_lse, batch_invariant, *masks)
     return (out, lse) if return_lse else out
 
 
 @ambient.shielded
 def _compute(
-    q, cache, policy, causal, softmax_scale, backend, return_lse, window_left=-1, window_right=-1, softcap=None,
-    sink=None,
+    q, cache, policy, causal, softmax_scale, backend, return_lse, batch_invariant, window_left=-1, window_right=-1,
+    softcap=None, sink=None,
 ):  # fmt: skip
     """`paged_attention` of tensors that lie in memory."""
     backend, return_lse = plain.word("backend", backend), plain.flag("return_lse", return_lse)
-    problem, masks = paged_problem_of(q, cache, causal, softmax_scale), {}
+    problem, masks = paged_problem_of(q, cache, causal, softmax_scale, batch_invariant), {}
     if window_left != -1 or window_right != -1 or softcap is not None or sink is not None:
         window, softcap = masked.window(problem.causal, window_left, window_right), masked.softcap(softcap)
         masked.check_sink(sink, q.shape[1], q.device)
@@ -234,25 +248,27 @@ def _compute(
 
 def _compute_op(
     q, k_pool, v_pool, page_table, lengths, pages=None, counts=None, causal=True, softmax_scale=None,
-    return_lse=False, backend="auto", lengths_fit=False,
+    return_lse=False, backend="auto", lengths_fit=False, batch_invariant=False,
 ):  # fmt: skip
     """What computes ``torch.ops.flashcore.paged_attention``: the same, and an empty `lse` where none is asked for."""
     cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, lengths_fit=lengths_fit)
     selection = None if pages is None else PageSelection(pages, counts)
-    out, lse = _compute(q, cache, selection, causal, softmax_scale, backend, return_lse)
+    out, lse = _compute(q, cache, selection, causal, softmax_scale, backend, return_lse, batch_invariant)
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
 
 
 def _compute_masked_op(
     q, k_pool, v_pool, page_table, lengths, sink=None, pages=None, counts=None, causal=True, softmax_scale=None,
     window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", lengths_fit=False,
+    batch_invariant=False,
 ):  # fmt: skip
     """What computes ``torch.ops.flashcore.masked_paged_attention``."""
     cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, lengths_fit=lengths_fit)
     selection = None if pages is None else PageSelection(pages, counts)
     out, lse = _compute(
-        q, cache, selection, causal, softmax_scale, backend, return_lse, window_left, window_right, softcap, sink
-    )
+        q, cache, selection, causal, softmax_scale, backend, return_lse, batch_invariant, window_left, window_right,
+        softcap, sink,
+    )  # fmt: skip
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
 
 

@@ -28,6 +28,7 @@ def varlen_attention(
     sink: torch.Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    batch_invariant: bool | None = None,
 ):
     """`flashcore.attention` of sequences that lie one after the other, without padding.
 
@@ -44,7 +45,7 @@ def varlen_attention(
         captured, serves all lengths; FLASHCORE_DEBUG=1 asks for a check.
     max_seqlen_q, max_seqlen_k
         At least the longest sequence's length.
-    causal, softmax_scale, window_left, window_right, softcap, sink, backend, return_lse
+    causal, softmax_scale, window_left, window_right, softcap, sink, backend, return_lse, batch_invariant
         As in `flashcore.attention`. Masks are aligned bottom right in each sequence, by its own lengths.
 
     Under `torch.compile` and `torch.export` the call is one op, ``torch.ops.flashcore.varlen_attention``. Gradients
@@ -71,15 +72,16 @@ def varlen_attention(
     softmax_scale, backend = plain.softmax_scale(softmax_scale), plain.word("backend", backend)
     left, right = masked.window(causal, window_left, window_right)
     options = causal, softmax_scale, left, right, masked.softcap(softcap)
+    batch_invariant = plain.batch_invariant(batch_invariant)
     bounds = (
         cu_seqlens_q, cu_seqlens_k, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     )  # fmt: skip
     given = q, k, v, cu_seqlens_q, cu_seqlens_k, sink
     if torch.compiler.is_compiling() or (not ops.in_memory(*given) and ops.wants_dispatch(*given, names=ops.NAMES)):
         with_lse = ops.lse_for_gradients(return_lse, backend, q, k, v, sink)
-        out, lse = masked.varlen_attention(q, k, v, *bounds, sink, *options, with_lse, backend)
+        out, lse = masked.varlen_attention(q, k, v, *bounds, sink, *options, with_lse, backend, batch_invariant)
     else:
-        out, lse = _compute(q, k, v, *bounds, sink, *options, return_lse, backend)
+        out, lse = _compute(q, k, v, *bounds, sink, *options, return_lse, backend, batch_invariant)
     return (out, lse) if return_lse else out
 
 
@@ -97,7 +99,7 @@ _calls: dict[tuple, ops.Call] = {}
 
 def _compute(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sink=None, causal=False, softmax_scale=None,
-    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto",
+    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", batch_invariant=False,
 ):  # fmt: skip
     """`varlen_attention` of tensors that lie in memory, with options that are plain values."""
     try:
@@ -105,6 +107,7 @@ def _compute(
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
             k.device, v.device, ops.look(cu_seqlens_q), ops.look(cu_seqlens_k), max_seqlen_q, max_seqlen_k,
             ops.look(sink), causal, softmax_scale, window_left, window_right, softcap, return_lse, backend,
+            batch_invariant,
         )  # fmt: skip
         known = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with strides: the checks say which
@@ -114,31 +117,35 @@ def _compute(
         base = Problem(
             batch=cu_seqlens_q.shape[0] - 1, num_heads_q=q.shape[1], num_heads_kv=k.shape[1],
             seqlen_q=max(max_seqlen_q, 1), seqlen_k=max(max_seqlen_k, 1), head_dim=q.shape[2],
-            dtype=dense.DTYPES[q.dtype], causal=causal, softmax_scale=softmax_scale,
+            dtype=dense.DTYPES[q.dtype], causal=causal, softmax_scale=softmax_scale, batch_invariant=batch_invariant,
         )  # fmt: skip
         problem = ops.masked_problem(base, window_left, window_right, softcap, sink is not None, "ragged")
         chosen = ops.choose(problem, q.device, backend, return_lse)
-        if 0 in (q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k):
+        nothing = 0 in (q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
+        if nothing and not (batch_invariant and q.shape[0]):
             chosen = ops.STAND_IN  # no kernel runs over nothing
         known = ops.keep(_calls, key, (problem, chosen, dense.out_strides(q)))
     problem, chosen, strides = known
+    whole = q.shape[0], k.shape[0]
+    if not k.shape[0] and chosen is not ops.STAND_IN:  # the same kernel as ever, over a key that nobody sees
+        k = v = k.new_zeros(1, *k.shape[1:])
     views = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]  # [1, H, tokens, D]
     places = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    out, lse = ops.run_masked(chosen, problem, *views, return_lse, sink, whole=True, **places)
+    out, lse = ops.run_masked(chosen, problem, *views, return_lse, sink, whole=whole, **places)
     out = dense.laid_out(out.squeeze(0).transpose(0, 1), strides)
     return out, lse.squeeze(0).contiguous() if return_lse else None
 
 
 def _compute_op(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sink=None, causal=False, softmax_scale=None,
-    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto",
+    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", batch_invariant=False,
 ):  # fmt: skip
     """What computes ``torch.ops.flashcore.varlen_attention``; its options may come from anybody."""
     left, right = masked.window(causal, window_left, window_right)
     bounds = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     out, lse = _compute(
         q, k, v, cu_seqlens_q, cu_seqlens_k, *bounds, sink, causal, softmax_scale, left, right,
-        masked.softcap(softcap), return_lse, backend,
+        masked.softcap(softcap), return_lse, backend, batch_invariant,
     )  # fmt: skip
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)
 

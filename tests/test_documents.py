@@ -16,8 +16,8 @@ ROOT = Path(flashcore.__file__).parent.parent
 if not (ROOT / "docs").is_dir():
     pytest.skip("these tests read the checkout, and FlashCore runs from an install here", allow_module_level=True)
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/ci.md", "docs/many-gpus.md",
-             "kernels/README.md"]  # fmt: skip
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/batch-invariance.md", "docs/ci.md",
+             "docs/many-gpus.md", "docs/parallel.md", "kernels/README.md"]  # fmt: skip
 HOMES = ["", "flashcore", "kernels", "kernels/include"]
 """Folders from which a document may name a file."""
 SUFFIXES = ("py", "cu", "cuh", "toml", "ipynb", "svg", "md")
@@ -107,7 +107,7 @@ def test_the_snippets_of_the_readme_run_one_after_the_other_without_a_gpu(monkey
             outputs = (re.sub(r"[\d,]+ wrong elements", "N wrong elements", out) for out in (shown, printed))
             kept = [[line for line in out.splitlines()[:-1] if "RuntimeError" not in line] for out in outputs]
             assert kept[0] == kept[1] and len(kept[0]) == 7
-    assert len(snippets) == 5 and names["lse"].shape == (1, 8, 512) and names["out"].shape == (2, 32, 1, 128)
+    assert len(snippets) == 6 and names["lse"].shape == (1, 8, 512) and names["out"].shape == (2, 32, 1, 128)
     assert names["ragged"].shape == (512, 8, 64) and names["lse_of_rows"].shape == (8, 512)
     assert "row_max" in capsys.readouterr().out
 

@@ -161,7 +161,7 @@ def test_the_calls_that_are_kept_hold_plain_values(qkv):
     ops._calls.clear()
     attention(*qkv, softmax_scale=torch.tensor(0.1), causal=np.bool_(True), return_lse=np.bool_(True))
     (key,) = ops._calls
-    assert [type(part) for part in key[-4:]] == [bool, float, str, bool]
+    assert [type(part) for part in key[-5:]] == [bool, float, str, bool, bool]
 
 
 def test_a_table_of_kept_calls_that_is_full_begins_anew(monkeypatch):

@@ -112,7 +112,7 @@ class Backend(ABC):
         if self.head_dims is not None and problem.head_dim not in self.head_dims:
             return f"head_dim {problem.head_dim} is not among {', '.join(map(str, self.head_dims))}"
         return _refused(problem, self.masks) or self._unpromised(
-            problem, lambda other: other.dense and other.why_not(problem) is None
+            problem, lambda other: other.dense and other.swept and other.why_not(problem) is None
         )
 
     def _unpromised(self, problem: Problem, takes: Callable[[Backend], bool]) -> str | None:
@@ -121,10 +121,11 @@ class Backend(ABC):
             return None
         places = (self.device, "any")
         able = [
-            other.id for other in REGISTERED.values()
+            f"'{other.id}'" for other in REGISTERED.values()
             if other.batch_invariant and (self.device == "any" or other.device in places) and takes(other)
         ]  # fmt: skip
-        does = f"{' and '.join(able)} {'do' if able[1:] else 'does'}" if able else "no backend does for this problem"
+        who = ", ".join(able[:-1]) + " and " * bool(able[1:]) + "".join(able[-1:])
+        does = f"{who} {'do' if able[1:] else 'does'}" if able else "no backend does for this problem"
         return f"it does not promise bits that are the same in every batch (batch_invariant), and {does}"
 
     def suits(self, problem: Problem) -> Problem:

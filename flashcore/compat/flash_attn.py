@@ -8,7 +8,7 @@ Tensors are ``[batch, seqlen, num_heads, head_dim]``; causal masks and windows a
 What a kernel of ours computes it computes, windows, softcaps and ragged batches too. All else goes, with the same
 meaning, to FlashAttention-3 or -2 where they are installed, then to the FlashAttention-2 in torch, and last to torch's
 operations (`flashcore.backends.others`). Nothing that is passed is ignored: what nobody here can do is refused in a
-sentence.
+sentence. So is, under FLASHCORE_BATCH_INVARIANT=1, what no kernel of ours computes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ NAME = "flash_attn"
 """What errors call these functions."""
 HEAD_DIMS = (64, 128)
 """Of our kernels that read pages."""
+NOT_OURS = ("others", "no kernel of ours takes it")
+"""Who computes what we do not, and why (`ops.refuse_others`)."""
 
 
 def flash_attn_func(
@@ -87,6 +89,7 @@ def flash_attn_func(
         out, lse = found if with_lse else (found, None)
         out = out.transpose(1, 2)
     else:
+        ops.refuse_others("flash_attn_func", *NOT_OURS)
         asked = flash.asked(masking, scale, deterministic)
         peer = flash.peer("flash_attn_func", q, asked, with_lse)
         if peer is not None:
@@ -155,6 +158,7 @@ def flash_attn_varlen_func(
             q, k, v, *starts, rows, keys, softmax_scale=scale, return_lse=with_lse, **_options(masking)
         )
         return (*found, q.new_empty(0)) if with_lse else found
+    ops.refuse_others("flash_attn_varlen_func", *NOT_OURS)
     asked = flash.asked(masking, scale, deterministic)
     if block_table is not None:
         asked["block_table"] = block_table
@@ -502,7 +506,8 @@ class _Cache:
                 q.transpose(1, 2), pages, softmax_scale=scale, return_lse=True, **_options(masking)
             )
             return out.transpose(1, 2), lse
-        peer, asked = self._peer(q, masking, scale)  # before ours, which does not split the keys of few queries here
+        # A peer before ours, which does not split the keys of few queries here.
+        peer, asked = (None, {}) if plain.batch_invariant() else self._peer(q, masking, scale)
         if peer is not None:
             return flash.called(peer, (q, self.k, self.v), asked, True)
         placed = self.table is None and self.rows is None and self.first is None
@@ -512,6 +517,7 @@ class _Cache:
                 seqlens_k=self.lengths.contiguous(), **_options(masking),
             )  # fmt: skip
             return out.transpose(1, 2), lse
+        ops.refuse_others("flash_attn_with_kvcache", *NOT_OURS)
         masking = Masking(**{**vars(masking), "lengths_k": self.lengths, "first_k": self.first})
         if self.table is not None:
             keys, values = masked.of_pages(self.k, self.table), masked.of_pages(self.v, self.table)

@@ -27,7 +27,8 @@ def scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention``, computed by a kernel of ours where one can.
 
     Signature, meaning and errors are torch's. What our kernels do not take (`why_torch` says it) is passed on to torch
-    as it came, so that a model never loses anything by the exchange.
+    as it came, so that a model never loses anything by the exchange. Under FLASHCORE_BATCH_INVARIANT=1 torch would lose
+    it the promise that its bits are the same in every batch; then such a call is refused.
 
     Parameters
     ----------
@@ -39,11 +40,17 @@ def scaled_dot_product_attention(
     Returns
     -------
     out : ``[..., seqlen_q, head_dim]``, in the dtype of `query`
+
+    Raises
+    ------
+    Unsupported
+        FLASHCORE_BATCH_INVARIANT=1, and no backend keeps that promise for this call.
     """
     options = {
         "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
     }  # fmt: skip
-    if why_torch(query, key, value, **options, backend=backend) is not None:
+    if (reason := why_torch(query, key, value, **options, backend=backend)) is not None:
+        ops.refuse_others("scaled_dot_product_attention", "torch", reason)
         return _torchs(query, key, value, **options)
     return _ours(query, key, value, is_causal, scale, backend)
 
@@ -114,7 +121,7 @@ def _heads_fit(query, key, enable_gqa) -> bool:
 @torch.compiler.assume_constant_result
 def _why_not_ours(kind: str, index: int, dtype: torch.dtype, head_dim: int) -> str | None:
     """Whether `flashcore.attention` would take this to a kernel of ours; to another one, torch finds its own way."""
-    if kind != "cuda":
+    if kind != "cuda" and not plain.batch_invariant():
         return "the tensors lie on no GPU"
     try:
         chosen = ops.picked_for(dtype, head_dim, torch.device(kind, index))
@@ -157,6 +164,7 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801  (it is used as a function 
             return func(*args, **kwargs)
         reason = why_torch(*args, **kwargs, backend=self.backend)
         if reason is not None:
+            ops.refuse_others("replace_sdpa", "torch", reason)
             self.torchs[reason] += 1
             return func(*args, **kwargs)
         self.ours += 1

@@ -6,6 +6,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from flashcore import backends, paged_ops
+from flashcore.errors import Unsupported
 from flashcore.paging import PagedKV
 
 
@@ -62,5 +63,8 @@ def reader_of(
         takes = {name for name, given in asked.items() if given} <= set(named.paged_masks)
         return backend if named.paged and takes else None
     masks = {"window_left": window_left, "softcap": softcap, "sink": sink is not None}
-    chosen = paged_ops.picked_for(query, pages, **masks)
+    try:
+        chosen = paged_ops.picked_for(query, pages, **masks)
+    except Unsupported:  # batch-invariant bits are asked for: not over pages here
+        return None
     return chosen.id if chosen.role == "ours" else None

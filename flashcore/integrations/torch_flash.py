@@ -102,6 +102,7 @@ def forward(
     """
     chosen = None if dropout_p or return_debug_mask else _taken_by(query, key, value, is_causal, scale, backend)
     if chosen is None:
+        ops.refuse_others("_scaled_dot_product_flash_attention", "torch", "no kernel of ours takes it")
         return _by_torch(query, key, value, dropout_p, is_causal, return_debug_mask, scale)
     with torch.no_grad():  # whoever called records the derivative of the op, not of what is done inside
         out, lse = ops.attention(

@@ -229,7 +229,8 @@ def attention_forward(
     Raises
     ------
     Unsupported
-        The weights are asked for, or packed sequences without a mask that holds them apart.
+        The weights are asked for, or packed sequences without a mask that holds them apart; or bits that are the same
+        in every batch (FLASHCORE_BATCH_INVARIANT=1), of a call that torch would compute.
     """
     if others.get("output_attentions"):
         raise Unsupported(NAME, "it returns no attention weights; set attn_implementation='eager' for these")
@@ -288,6 +289,7 @@ def attention_forward(
             causal, window, softcap=softcap or 0.0, sink=s_aux, dropout=dropout,
             **_as_bias(attention_mask, position_bias),
         )  # fmt: skip
+        ops.refuse_others(NAME, "torch", "no kernel of ours takes its masks")
         out, _ = masked.attention(query, key, value, masking, scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -309,7 +311,9 @@ def _is_ours(query, key, value, window: int, dropout, position_bias, backend: st
                         ("lengths", lengths is not None)):  # fmt: skip
         if given:
             masks.append(name)
-    if not masks or dropout or position_bias is not None or (backend == "auto" and not query.is_cuda):
+    if not masks or dropout or position_bias is not None:
+        return False
+    if backend == "auto" and not query.is_cuda and not plain.batch_invariant():
         return False
     alike = key.shape == value.shape and key.shape[3] == query.shape[3] and query.dtype == key.dtype == value.dtype
     if not alike or 0 in query.shape or 0 in key.shape or any(t.stride(3) != 1 for t in (query, key, value)):
@@ -353,6 +357,7 @@ def _packed(query, key, value, real, told: Told, dropout, scaling, softcap: floa
 def _by_torch_or_ours(query, key, value, attention_mask, dropout, causal, scaling, backend):
     grouped = query.shape[1] != key.shape[1]
     if attention_mask is not None:
+        ops.refuse_others(NAME, "torch", "it has a mask; register(exact_padding=False) makes lengths of padding")
         if grouped:  # with a mask and groups at once, torch on a GPU has its slowest path only
             group = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

@@ -63,7 +63,7 @@ def laid_out(out: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     return torch.empty_strided(out.shape, strides, dtype=out.dtype, device=out.device).copy_(out)
 
 
-def _fake(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
+def _fake(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto", batch_invariant=False):
     check_shapes(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
     check_rows(q, k, v)
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
@@ -73,7 +73,7 @@ def _fake(q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="
 attention = define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, bool causal=False, float? softmax_scale=None, bool return_lse=False, "
-    "str backend='auto') -> (Tensor out, Tensor lse)",
+    "str backend='auto', bool batch_invariant=False) -> (Tensor out, Tensor lse)",
     _fake,
 )
 """The op. `lse` is empty, of shape ``[0]``, unless it is asked for; all else as `flashcore.attention`.
@@ -91,7 +91,7 @@ def computed_by(function: Callable) -> None:
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, ctx.causal, ctx.softmax_scale, ctx.return_lse, ctx.backend = inputs
+    q, k, v, ctx.causal, ctx.softmax_scale, ctx.return_lse, *ctx.more = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
     if not ctx.return_lse:
@@ -101,15 +101,12 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 7
+        return (None,) * 8
     if not ctx.return_lse:  # somebody called the op itself; our own calls ask for lse when gradients are wanted
-        out, lse = attention(q, k, v, ctx.causal, ctx.softmax_scale, True, ctx.backend)
+        out, lse = attention(q, k, v, ctx.causal, ctx.softmax_scale, True, *ctx.more)
     return (
         *gradients.attention_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.causal, ctx.softmax_scale),
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 
@@ -118,11 +115,13 @@ differentiate(attention, _backward, _keep)
 # ------------------------------------------------------------------------------------------------------- mapped axes
 
 
-def _map(info, in_dims, q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto"):
+def _map(
+    info, in_dims, q, k, v, causal=False, softmax_scale=None, return_lse=False, backend="auto", batch_invariant=False
+):  # fmt: skip
     """The mapped axis is folded into the batch: attention treats its batches alike, and one call does them all."""
     transforms.refuse_derivatives("q, k or v", q, k, v)  # of a torch.func.grad that stands outside the torch.vmap
     folded = [fold(tensor, dim, info.batch_size) for tensor, dim in zip((q, k, v), in_dims, strict=False)]
-    out, lse = attention(*folded, causal, softmax_scale, return_lse, backend)
+    out, lse = attention(*folded, causal, softmax_scale, return_lse, backend, batch_invariant)
     out = out.unflatten(0, (info.batch_size, -1))
     return (out, lse.unflatten(0, (info.batch_size, -1))) if return_lse else (out, lse), (0, 0 if return_lse else None)
 

@@ -139,7 +139,7 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
 
 def _fake(
     q, k, v, sink=None, seqlens_q=None, seqlens_k=None, causal=False, softmax_scale=None, window_left=-1,
-    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto",
+    window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto", batch_invariant=False,
 ):  # fmt: skip
     dense.check_shapes(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
     dense.check_rows(q, k, v)
@@ -152,14 +152,16 @@ masked_attention = define(
     "masked_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? sink=None, Tensor? seqlens_q=None, Tensor? seqlens_k=None, "
     "bool causal=False, float? softmax_scale=None, int window_left=-1, int window_right=-1, float? softcap=None, "
-    "str padding='right', bool return_lse=False, str backend='auto') -> (Tensor out, Tensor lse)",
+    "str padding='right', bool return_lse=False, str backend='auto', bool batch_invariant=False) "
+    "-> (Tensor out, Tensor lse)",
     _fake,
 )
 """As `flashcore.attention` with masks; `lse` is empty, of shape ``[0]``, unless it is asked for."""
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, sink, seqlens_q, seqlens_k, *ctx.options, ctx.return_lse, ctx.backend = inputs
+    q, k, v, sink, seqlens_q, seqlens_k, *ctx.options, ctx.return_lse = inputs[:-2]
+    ctx.more = inputs[-2:]  # who computes, and whether its bits are the same in every batch
     ctx.save_for_backward(q, k, v, sink, seqlens_q, seqlens_k, *output)
     ctx.set_materialize_grads(False)
     if not ctx.return_lse:
@@ -169,13 +171,13 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, sink, seqlens_q, seqlens_k, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 14
+        return (None,) * 15
     if not ctx.return_lse:  # somebody called the op itself; our own calls ask for lse when gradients are wanted
-        out, lse = masked_attention(q, k, v, sink, seqlens_q, seqlens_k, *ctx.options, True, ctx.backend)
+        out, lse = masked_attention(q, k, v, sink, seqlens_q, seqlens_k, *ctx.options, True, *ctx.more)
     *grads, grad_sink = gradients.masked_attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, sink, seqlens_q, seqlens_k, *ctx.options
     )
-    return *grads, None if sink is None else grad_sink, *(None,) * 10
+    return *grads, None if sink is None else grad_sink, *(None,) * 11
 
 
 differentiate(masked_attention, _backward, _keep)
@@ -184,6 +186,7 @@ differentiate(masked_attention, _backward, _keep)
 def _map(
     info, in_dims, q, k, v, sink=None, seqlens_q=None, seqlens_k=None, causal=False, softmax_scale=None,
     window_left=-1, window_right=-1, softcap=None, padding="right", return_lse=False, backend="auto",
+    batch_invariant=False,
 ):  # fmt: skip
     """As the plain op: the mapped axis is folded into the batch, lengths with it; the sinks are those of one layer."""
     given = [tensor for tensor in (q, k, v, sink) if tensor is not None]
@@ -198,7 +201,7 @@ def _map(
     )
     out, lse = masked_attention(
         q, k, v, sink, seqlens_q, seqlens_k, causal, softmax_scale, window_left, window_right, softcap, padding,
-        return_lse, backend,
+        return_lse, backend, batch_invariant,
     )  # fmt: skip
     out = out.unflatten(0, (size, -1))
     return (out, lse.unflatten(0, (size, -1))) if return_lse else (out, lse), (0, 0 if return_lse else None)
@@ -211,7 +214,7 @@ map_over(masked_attention, _map)
 
 def _fake_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sink=None, causal=False, softmax_scale=None,
-    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto",
+    window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", batch_invariant=False,
 ):  # fmt: skip
     check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, sink)
     lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
@@ -222,15 +225,16 @@ varlen_attention = define(
     "varlen_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, Tensor? sink=None, bool causal=False, float? softmax_scale=None, int window_left=-1, "
-    "int window_right=-1, float? softcap=None, bool return_lse=False, str backend='auto') "
-    "-> (Tensor out, Tensor lse)",
+    "int window_right=-1, float? softcap=None, bool return_lse=False, str backend='auto', "
+    "bool batch_invariant=False) -> (Tensor out, Tensor lse)",
     _fake_varlen,
 )
 """As `flashcore.varlen_attention`; `lse` is empty, of shape ``[0]``, unless it is asked for."""
 
 
 def _keep_varlen(ctx, inputs, output):
-    q, k, v, starts_q, starts_k, ctx.rows, ctx.keys, sink, *ctx.options, ctx.return_lse, ctx.backend = inputs
+    q, k, v, starts_q, starts_k, ctx.rows, ctx.keys, sink, *ctx.options, ctx.return_lse = inputs[:-2]
+    ctx.more = inputs[-2:]  # who computes, and whether its bits are the same in every batch
     ctx.save_for_backward(q, k, v, starts_q, starts_k, sink, *output)
     ctx.set_materialize_grads(False)
     if not ctx.return_lse:
@@ -240,14 +244,14 @@ def _keep_varlen(ctx, inputs, output):
 def _backward_varlen(ctx, grad_out, grad_lse):
     q, k, v, starts_q, starts_k, sink, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 15
+        return (None,) * 16
     bounds = starts_q, starts_k, ctx.rows, ctx.keys
     if not ctx.return_lse:
-        out, lse = varlen_attention(q, k, v, *bounds, sink, *ctx.options, True, ctx.backend)
+        out, lse = varlen_attention(q, k, v, *bounds, sink, *ctx.options, True, *ctx.more)
     *grads, grad_sink = gradients.varlen_attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *bounds, sink, *ctx.options
     )
-    return *grads, *(None,) * 4, None if sink is None else grad_sink, *(None,) * 7
+    return *grads, *(None,) * 4, None if sink is None else grad_sink, *(None,) * 8
 
 
 differentiate(varlen_attention, _backward_varlen, _keep_varlen)

@@ -20,7 +20,7 @@ TABLES = "Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor lengths"
 
 def _fake_attention(
     q, k_pool, v_pool, page_table, lengths, pages=None, counts=None, causal=True, softmax_scale=None,
-    return_lse=False, backend="auto", lengths_fit=False,
+    return_lse=False, backend="auto", lengths_fit=False, batch_invariant=False,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     return torch.empty_like(q), lse
@@ -29,7 +29,8 @@ def _fake_attention(
 paged_attention = define(
     "paged_attention",
     f"(Tensor q, {TABLES}, Tensor? pages=None, Tensor? counts=None, bool causal=True, float? softmax_scale=None, "
-    "bool return_lse=False, str backend='auto', bool lengths_fit=False) -> (Tensor out, Tensor lse)",
+    "bool return_lse=False, str backend='auto', bool lengths_fit=False, bool batch_invariant=False) "
+    "-> (Tensor out, Tensor lse)",
     _fake_attention,
 )
 """As `flashcore.paged_attention`; `pages` and `counts` are those of a selection, None for all pages."""
@@ -38,6 +39,7 @@ paged_attention = define(
 def _fake_masked(
     q, k_pool, v_pool, page_table, lengths, sink=None, pages=None, counts=None, causal=True, softmax_scale=None,
     window_left=-1, window_right=-1, softcap=None, return_lse=False, backend="auto", lengths_fit=False,
+    batch_invariant=False,
 ):  # fmt: skip
     check_sink(sink, q.shape[1], q.device)
     return _fake_attention(q, k_pool, v_pool, page_table, lengths, return_lse=return_lse)
@@ -47,7 +49,7 @@ masked_paged_attention = define(
     "masked_paged_attention",
     f"(Tensor q, {TABLES}, Tensor? sink=None, Tensor? pages=None, Tensor? counts=None, bool causal=True, "
     "float? softmax_scale=None, int window_left=-1, int window_right=-1, float? softcap=None, bool return_lse=False, "
-    "str backend='auto', bool lengths_fit=False) -> (Tensor out, Tensor lse)",
+    "str backend='auto', bool lengths_fit=False, bool batch_invariant=False) -> (Tensor out, Tensor lse)",
     _fake_masked,
 )
 """As `flashcore.paged_attention` with a window, a softcap or a sink: an op of its own, as `masked_attention` is."""

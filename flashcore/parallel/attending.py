@@ -90,6 +90,8 @@ def attention(
         refuses its own arguments, the others refuse too, and none waits for it.
     UnknownName
         No such plan or backend.
+    Unsupported
+        FLASHCORE_BATCH_INVARIANT=1: the bits of a row depend on how the sequence is cut.
     """
     ranks = ranks_of(mesh)
     try:
@@ -129,6 +131,8 @@ def _described(
             raise InvalidProblem(f"{name} is a DTensor; pass {name}.to_local(), the part that this rank holds.")
         if isinstance(tensor, torch.Tensor) and (wrong := why_not_there(ranks, name, tensor)) is not None:
             raise InvalidProblem(wrong)
+    if ranks.size > 1:
+        ops.refuse_others("parallel.attention", "several ranks", "a row adds up as they have cut its sequence")
     problem = ops.problem_of(q, k, v, causal, softmax_scale)
     if transforms.under_way():
         transforms.refuse("q, k or v", q, k, v)

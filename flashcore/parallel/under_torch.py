@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flashcore import ops
 from flashcore.errors import Unsupported
 from flashcore.numerics import plain, transforms
 from flashcore.parallel.attending import attention
@@ -54,6 +55,7 @@ class in_context_parallel(TorchFunctionMode):  # noqa: N801  (it is used as a fu
             return func(*args, **kwargs)
         reason = why_torch(*args, **kwargs, plan=self.plan)
         if reason is not None:
+            ops.refuse_others("in_context_parallel", "torch", reason)
             self.torchs[reason] += 1
             return func(*args, **kwargs)
         self.ours += 1

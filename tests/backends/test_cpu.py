@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from flashcore import backends
+from flashcore.backends import with_methods
 from flashcore.backends.cpu import CpuBackend
-from flashcore.errors import InvalidProblem
+from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import STAGES
+from flashcore.paged_ops import paged_problem_of
+from flashcore.paging import SinkWindow, paged_reference, paginate
 from flashcore.problem import Problem, square
 
 UNEQUAL = Problem(batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=50, head_dim=24, causal=True)
@@ -131,3 +134,102 @@ def test_mask_tensors_that_are_missing_or_make_no_sense_are_refused(backend):
             ask(*inputs, problem, MaskTensors(seqlens_k=torch.tensor([51], dtype=torch.int32)))
         with pytest.raises(InvalidProblem, match="sink is given, and .* has no use for it"):
             ask(*make_inputs(UNEQUAL), UNEQUAL, MaskTensors(sink=torch.zeros(4)))
+
+
+# ------------------------------------------------------------------------------------ bits that are the same anywhere
+
+KEPT = Problem(
+    batch=3, num_heads_q=4, num_heads_kv=2, seqlen_q=40, seqlen_k=150, head_dim=24, causal=True, batch_invariant=True
+)  # fmt: skip
+
+
+def rows_alone(backend, q, k, v, problem):
+    """Rows of a causal problem whose bits are others than those of the row alone, with the keys that it sees."""
+    out, lse = backend.run(q, k, v, problem)
+    offset, differ = problem.seqlen_k - problem.seqlen_q, []
+    for b, i in ((0, 0), (1, 17), (2, 25), (2, 39)):
+        row, keys = (
+            (slice(b, b + 1), slice(None), slice(i, i + 1)),
+            (slice(b, b + 1), slice(None), slice(i + offset + 1)),
+        )
+        one = problem.with_(batch=1, seqlen_q=1, seqlen_k=i + offset + 1, page_size=16)
+        alone, alone_lse = backend.run(q[row], k[keys], v[keys], one)
+        if not (torch.equal(alone, out[row]) and torch.equal(alone_lse, lse[row])):
+            differ.append((b, i))
+    return differ
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("masks", [{}, {"softcap": 2.0, "window_left": 70}])
+def test_a_row_has_the_bits_that_it_has_alone_whatever_the_pages_are(dtype, masks):
+    backend, problem = backends.get("cpu"), KEPT.with_(dtype=dtype, **masks)
+    inputs = make_inputs(problem)
+    out, lse = backend.run(*inputs, problem)
+    expected, expected_lse = reference.attention(*inputs, problem)
+    tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    for page_size in (16, 100):
+        again = backend.run(*inputs, problem.with_(page_size=page_size))
+        assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    assert rows_alone(backend, *inputs, problem) == []
+
+
+def test_its_trace_is_of_tiles_of_64_keys_and_of_the_same_bits():
+    backend, inputs = backends.get("cpu"), make_inputs(KEPT)
+    trace, (out, lse) = backend.trace(*inputs, KEPT), backend.run(*inputs, KEPT)
+    assert trace.page_size == 64 and torch.equal(trace.out, out) and torch.equal(trace.lse, lse)
+    expected = reference.trace(*inputs, KEPT.with_(page_size=64))
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(trace, stage).double(), getattr(expected, stage), rtol=2e-3, atol=2e-3)
+    assert not backend.in_order, "who computes the next problem is as before"
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"row_max": lambda self, scores, row_max: CpuBackend.row_max(self, scores, row_max).amax(0, keepdim=True)},
+        {"for_problem": lambda self, problem: (CpuBackend.for_problem(self, problem)[0], problem)},
+        {"total": lambda self, x: x[..., : x.shape[-2]].sum(-1) + x[..., x.shape[-2] :].sum(-1)},
+    ],
+    ids=["a vote of neighbours", "tiles of the problem's pages", "sums by the number of rows"],
+)
+def test_what_breaks_the_promise_shows(planted):
+    problem = KEPT.with_(dtype="float32", head_dim=96)
+    assert rows_alone(with_methods(backends.get("cpu"), planted), *make_inputs(problem), problem) != []
+
+
+def test_a_zero_has_one_sign_whatever_is_hidden_behind_it():
+    """A sum of -1e-45 that a later tile shrinks to -0: hidden keys of one more would make it 0, and none leave it."""
+    k, v = torch.zeros(1, 1, 128, 8), torch.full((1, 1, 128, 8), -0.0)
+    k[:, :, 64:], v[:, :, 0] = 1.0, -90e-45
+    q = torch.full((1, 1, 1, 8), 1.0)
+    problem = Problem(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=128, head_dim=8, dtype="float32",
+                      batch_invariant=True, softmax_scale=1.0)  # fmt: skip
+    out, _ = backends.get("cpu").run(q, k, v, problem)
+    assert bool((out == 0).all()) and not bool(out.signbit().any())
+
+
+def test_pages_are_read_where_the_bits_of_every_batch_are_asked_for_and_dropped_ones_are_passed_over():
+    problem = KEPT.with_(window_left=40, seqlen_q=3)
+    q, k, v = make_inputs(problem)
+    cache, backend = paginate(k, v, 16), backends.get("cpu")
+    asked = paged_problem_of(q, cache, batch_invariant=True).with_(window_left=40)
+    out, lse = backend.run_paged(q, cache, asked)
+    dense = backend.run(q, k, v, problem)
+    assert torch.equal(out, dense[0]) and torch.equal(lse, dense[1])
+    cache.page_table[:, :6] = -1  # all before the windows
+    assert torch.equal(backend.run_paged(q, cache, asked)[0], out)
+    cache.page_table[1, 6] = -1
+    less, _ = backend.run_paged(q, cache, asked)
+    expected, _ = paged_reference(q, cache, window_left=40)
+    torch.testing.assert_close(less.double(), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(less[0], out[0]) and not torch.equal(less[1], out[1])
+    cache.lengths[2] = 0
+    out, lse = backend.run_paged(q, cache, asked)
+    assert bool((out[2] == 0).all()) and bool((lse[2] == -math.inf).all()) and torch.equal(out[0], less[0])
+    with pytest.raises(Unsupported, match="attends to all pages"):
+        backend.run_paged(q, cache, asked, SinkWindow(1, 1).select(q, cache))
+    with pytest.raises(Unsupported, match="it reads no page table, but for bits"):
+        backend.run_paged(q, cache, asked.with_(batch_invariant=False))
+    assert backend.absent is None

@@ -54,3 +54,12 @@ def test_who_reads_the_pages(stored, monkeypatch):
         assert reader_of(q, pages, "cublaslt-paged", **masks) is None, "it reads pages, and takes no mask"
     with pytest.raises(UnknownName):
         reader_of(q, pages, "no-such")
+
+
+def test_where_bits_of_every_batch_are_asked_for_pages_are_read_by_who_promises_them(stored, monkeypatch):
+    q, pages = torch.randn(2, 4, 1, 8).bfloat16(), stored[2]
+    monkeypatch.setenv("FLASHCORE_BATCH_INVARIANT", "1")
+    assert reader_of(q, pages, "auto") == "cpu"
+    monkeypatch.setattr(paged_ops, "AUTO_ORDER", {"cpu": ("reference",)})
+    paged_ops._choose.cache_clear()
+    assert reader_of(q, pages, "auto") is None, "then attention over a dense copy keeps the promise"

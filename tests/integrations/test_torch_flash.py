@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import attention as registry
 
-from flashcore.errors import ToolMissing, UnknownName
+from flashcore import ops
+from flashcore.errors import ToolMissing, UnknownName, Unsupported
 from flashcore.integrations import torch_flash
 
 OP = torch.ops.aten._scaled_dot_product_flash_attention
@@ -61,6 +62,18 @@ def test_torch_calls_ours_while_it_is_active(qkv, monkeypatch):
     )
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
     assert (max_q, max_k, state.dtype, tuple(state.shape)) == (5, 5, torch.uint64, (2,))
+
+
+def test_bits_of_every_batch_are_ours_or_the_call_is_refused(qkv, torchs, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_BATCH_INVARIANT", "1")
+    out, lse, *_ = torch_flash.forward(*qkv, is_causal=True)
+    expected = ops.attention(*qkv, causal=True, return_lse=True, batch_invariant=True)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    with pytest.raises(
+        Unsupported, match="torch would compute this call without that promise, since no kernel of ours"
+    ):
+        torch_flash.forward(*qkv, dropout_p=0.5)
+    assert not torchs
 
 
 @has_registry

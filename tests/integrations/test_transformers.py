@@ -326,6 +326,26 @@ def test_what_it_cannot_do_is_refused(options, words):
         ours.attention_forward(torch.nn.Module(), q, q, q, None, **options)
 
 
+def test_bits_of_every_batch_are_ours_or_the_call_is_refused(monkeypatch):
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    monkeypatch.setenv("FLASHCORE_BATCH_INVARIANT", "1")
+    for options, asked in (
+        ({}, {}),
+        ({"softcap": 2.0, "sliding_window": 3}, {"softcap": 2.0, "window_left": 2}),
+        ({"s_aux": torch.ones(4)}, {"sink": torch.ones(4)}),
+    ):
+        out, _ = ours.attention_forward(torch.nn.Module(), q, k, v, None, **options)
+        assert torch.equal(out, ops.attention(q, k, v, causal=True, **asked).transpose(1, 2))
+        with pytest.raises(Unsupported, match="torch would compute this call without that promise"):
+            ours.attention_forward(torch.nn.Module(), q, k, v, torch.ones(2, 1, 9, 9, dtype=torch.bool), **options)
+    with pytest.raises(
+        Unsupported, match=r"since it has a mask; register\(exact_padding=False\) makes lengths of padding"
+    ):
+        ours.attention_forward(torch.nn.Module(), q, k, v, torch.zeros(2, 1, 9, 9))
+    with pytest.raises(Unsupported, match="no kernel of ours takes its masks"):
+        ours.attention_forward(torch.nn.Module(), q, k, v, None, position_bias=torch.zeros(1, 4, 9, 9))
+
+
 @pytest.mark.parametrize("name", ["flashcore", "my-Flash", "sdpa", "eager", "a|b", "org/kernel", "", 3])
 def test_a_name_that_transformers_would_take_for_something_else_is_refused(transformers, name):
     with pytest.raises(InvalidProblem, match="^(name|transformers)"):

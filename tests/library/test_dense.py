@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
 from flashcore import ops
-from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.library import dense
 from flashcore.numerics import reference
 from flashcore.problem import Problem
@@ -50,7 +50,18 @@ def _compiled_anew():
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(bshd, with_lse, grad):
     """Schema, fake tensors (strides too), autograd's registration, and tracing with symbolic sizes."""
-    torch.library.opcheck(OP, (*qkv(bshd=bshd, grad=grad), True, None, with_lse, "auto"))
+    torch.library.opcheck(OP, (*qkv(bshd=bshd, grad=grad), True, None, with_lse, "auto", bshd))
+
+
+def test_the_op_is_told_who_has_to_promise_the_bits_of_every_batch():
+    given = qkv(grad=True)
+    expected = flashcore.attention(*given, causal=True, batch_invariant=True)
+    out, lse = OP(*given, True, None, False, "auto", True)
+    assert torch.equal(out, expected) and lse.shape == (0,)
+    grads = (torch.autograd.grad(one.sum(), given) for one in (out, expected))  # the first computes lse once more
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    with pytest.raises(Unsupported, match="'sdpa-math' .* same in every batch"):
+        OP(*given, True, None, False, "sdpa-math", True)
 
 
 @pytest.mark.slow

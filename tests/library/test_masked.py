@@ -45,10 +45,13 @@ def test_opcheck(with_lse, grad):
     lengths = ints(5, 9), ints(13, 6)
     masks = (True, None, 4, -1, 3.0, "left", with_lse, "auto")
     torch.library.opcheck(DENSE, (*qkv(grad=grad), sink, *lengths, *masks))
-    torch.library.opcheck(DENSE, (*qkv(grad=grad), None, None, None, False, 0.3, 4, 2, None, "right", with_lse, "auto"))
+    torch.library.opcheck(
+        DENSE, (*qkv(grad=grad), None, None, None, False, 0.3, 4, 2, None, "right", with_lse, "auto", True)
+    )
     bounds = (starts([4, 5]), starts([4, 5]), 5, 5)
     torch.library.opcheck(VARLEN, (*packed([4, 5], grad), *bounds, sink, True, None, 4, -1, 3.0, with_lse, "auto"))
-    torch.library.opcheck(VARLEN, (*packed([4, 5], grad), *bounds, None, False, None, -1, -1, None, with_lse, "auto"))
+    more = (None, False, None, -1, -1, None, with_lse, "auto", True)
+    torch.library.opcheck(VARLEN, (*packed([4, 5], grad), *bounds, *more))
 
 
 def dense_call(q, k, v, lengths):
@@ -165,15 +168,16 @@ def test_the_op_says_what_the_call_says():
         VARLEN(*packed([4, 5]), starts([4, 5]), starts([4, 5]), -1, 5)
 
 
-def test_gradients_of_the_op_itself_without_lse():
+@pytest.mark.parametrize("promised", [False, True])
+def test_gradients_of_the_op_itself_without_lse(promised):
     given = qkv(grad=True)
-    out, _ = DENSE(*given, causal=True, window_left=3)
+    out, _ = DENSE(*given, causal=True, window_left=3, batch_invariant=promised)
     true, _ = padded(*given, causal=True, window_left=3)
     weights = torch.randn(out.shape)
     for one, other in zip(*(torch.autograd.grad((t * weights).sum(), given) for t in (out, true)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     ragged = packed([4, 5], True)
-    out, _ = VARLEN(*ragged, starts([4, 5]), starts([4, 5]), 5, 5)
+    out, _ = VARLEN(*ragged, starts([4, 5]), starts([4, 5]), 5, 5, batch_invariant=promised)
     again = flashcore.varlen_attention(*ragged, starts([4, 5]), starts([4, 5]), 5, 5)
     for one, other in zip(*(torch.autograd.grad(t.square().sum(), ragged) for t in (out, again)), strict=True):
         torch.testing.assert_close(one, other)

@@ -19,6 +19,21 @@ def test_a_flag_is_a_bool_of_pythons_own(value):
     assert plain.flag("causal", value) is bool(value)
 
 
+def test_the_variable_is_read_at_each_call_wherever_in_the_process_it_was_set(monkeypatch):
+    name = plain.BATCH_INVARIANT.decode()
+    monkeypatch.delenv(name, raising=False)
+    assert plain.batch_invariant() is False and plain.batch_invariant(True) is True
+    for text, asked in (("1", True), ("0", False)):
+        monkeypatch.setenv(name, text)
+        assert plain.batch_invariant() is asked and plain.process[plain.BATCH_INVARIANT].decode() == text
+        assert plain.batch_invariant(not asked) is not asked
+    monkeypatch.setenv(name, "on")
+    with pytest.raises(InvalidProblem, match=f"^{name} is 'on'; set it to 1 or 0, or leave it out.$"):
+        plain.batch_invariant()
+    with pytest.raises(InvalidProblem, match="^batch_invariant has to be True or False; got 1"):
+        plain.batch_invariant(1)
+
+
 @pytest.mark.parametrize("value", [1, 0, "true", None, torch.tensor(True), np.array(True), [True]])
 def test_what_may_mean_something_else_is_no_flag(value):
     with pytest.raises(InvalidProblem, match=r"^causal has to be True or False; got .*\.$"):

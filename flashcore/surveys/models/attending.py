@@ -36,10 +36,11 @@ def causal_attention(q, k, v, *, window_left: int = -1, sink: torch.Tensor | Non
         float32 ``[Hq]``: a score a head of one more key, whose value is 0.
     """
     if backend == "auto":
-        return ops.attention(q, k, v, causal=True, window_left=window_left, sink=sink)
+        return ops.attention(q, k, v, causal=True, window_left=window_left, sink=sink, batch_invariant=False)
     # The registry gives peers a window where they take one, and a sink to none of them.
     found = ops.attention(
-        q, k, v, causal=True, window_left=window_left, backend=backend, return_lse=sink is not None
+        q, k, v, causal=True, window_left=window_left, backend=backend, return_lse=sink is not None,
+        batch_invariant=False,
     )  # fmt: skip
     return _plus_sink(found, sink)
 
@@ -142,11 +143,14 @@ class Attention:
         """One query a sequence, which sees all that its layer keeps: there is nothing to mask."""
         if self.pages is not None and layer in self.pages.place:
             pages = self.pages.cache.layers[self.pages.place[layer]]
-            return _plus_sink(paged_attention(q, pages, return_lse=sink is not None), sink)
+            return _plus_sink(paged_attention(q, pages, return_lse=sink is not None, batch_invariant=False), sink)
         k, v = self.keeping.dense.read(layer, self.position + 1)
         if self.way in (OURS, *PEERS):
             backend = "auto" if self.way == OURS else self.way
-            return _plus_sink(ops.attention(q, k, v, backend=backend, return_lse=sink is not None), sink)
+            with_lse = sink is not None
+            return _plus_sink(
+                ops.attention(q, k, v, backend=backend, return_lse=with_lse, batch_invariant=False), sink
+            )  # fmt: skip
         if sink is None:  # the heads of a group as rows of one: the same numbers, and quicker than groups
             rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
             return scaled_dot_product_attention(rows, k, v).reshape(q.shape)

@@ -96,7 +96,7 @@ class Inputs:
         """Take one step on set i; the selection is part of it."""
         if step.paged:
             return paged_attention(self.q[i], self.caches[i], policy=step.policy, causal=self.problem.causal,
-                                   backend=step.backend, return_lse=True)  # fmt: skip
+                                   backend=step.backend, return_lse=True, batch_invariant=False)  # fmt: skip
         backend, (k, v), q, problem = backends.get(step.backend), self.dense[i], self.q[i], self.problem
         if "rows" not in step.name:
             return backend.run(q, k, v, problem)[0], None

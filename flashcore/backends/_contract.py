@@ -121,7 +121,7 @@ class Backend(ABC):
             return None
         places = (self.device, "any")
         able = [
-            other.id for other in REGISTERED.values()
+            f"'{other.id}'" for other in REGISTERED.values()
             if other.batch_invariant and (self.device == "any" or other.device in places) and takes(other)
         ]  # fmt: skip
         does = f"{' and '.join(able)} {'do' if able[1:] else 'does'}" if able else "no backend does for this problem"

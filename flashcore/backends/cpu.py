@@ -2,10 +2,15 @@
 
 It rounds where a GPU kernel rounds: products of 16-bit inputs accumulated in float32, probs rounded before P @ V. So a
 machine without a GPU bisects this backend, and a bug is planted in it by overriding one method.
+
+Where a problem asks for batch-invariant bits, pages are tiles of 64 keys, whatever the problem's are, and arithmetic is
+that of `_in_order`: wherever a row stands, each number in it is the same chain of rounded operations. A tile of which a
+row sees nothing multiplies by 1 and adds 0.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -16,6 +21,12 @@ from flashcore.problem import Problem
 
 if TYPE_CHECKING:
     import torch
+
+
+def _ordered():
+    from flashcore.backends import _in_order  # loads torch, which listing backends does without
+
+    return _in_order
 
 
 @register
@@ -29,6 +40,37 @@ class CpuBackend(Backend):
     dtypes = ("float16", "bfloat16", "float32")
     masks = ("window", "softcap", "sink", "lengths", "ragged")
     traceable = True
+    batch_invariant = True
+    in_order = False
+    """Whether arithmetic is that of `_in_order`; set on a copy, for a problem that asks for it."""
+
+    def for_problem(self, problem: Problem) -> tuple[CpuBackend, Problem]:
+        """The backend that computes the problem, and the problem with the pages that it goes by."""
+        if not problem.batch_invariant:
+            return self, problem
+        ordered = copy.copy(self)
+        ordered.in_order = True
+        return ordered, problem.with_(page_size=_ordered().TILE)
+
+    # Arithmetic: torch's, or of a given order.
+
+    def product(self, a, b):
+        """``a @ b``, float32."""
+        return _ordered().product(a, b) if self.in_order else a @ b
+
+    def total(self, x):
+        """The sum over the keys of a page."""
+        return _ordered().total(x) if self.in_order else x.sum(dim=-1)
+
+    def exp(self, x):
+        """``e^x``."""
+        return _ordered().exp(x) if self.in_order else x.exp()
+
+    def capped(self, scores, problem: Problem):
+        """Scores after the softcap, if the problem has one."""
+        if problem.softcap is None or not self.in_order:
+            return reference.capped(scores, problem)
+        return _ordered().tanh(scores / problem.softcap) * problem.softcap
 
     # Where sequences have lengths, their real rows are brought to the front first, and results back to their places.
 
@@ -48,7 +90,7 @@ class CpuBackend(Backend):
 
     def scores(self, q, k, problem: Problem, page: slice):
         """``softmax_scale * Q @ K^T`` of the page after a softcap, -inf where masked in sequences that are whole."""
-        scores = reference.capped((q @ k.transpose(-1, -2)).mul_(problem.scale), problem)
+        scores = self.capped(self.product(q, k.transpose(-1, -2)).mul_(problem.scale), problem)
         mask = reference.visible(problem, slice(0, problem.seqlen_q), page, q.device)
         return scores if mask is None else scores.masked_fill_(~mask, -math.inf)
 
@@ -63,30 +105,33 @@ class CpuBackend(Backend):
 
     def rescale(self, before, row_max):
         """What earlier pages are multiplied by, now that the reference moved from `before` to `row_max`."""
-        return (before - reference.safe(row_max)).exp_()
+        return self.exp(before - reference.safe(row_max))
 
     def probs(self, scores, row_max):
         """Unnormalised probabilities of the page, float32."""
-        return (scores - reference.safe(row_max)[..., None]).exp_()
+        return self.exp(scores - reference.safe(row_max)[..., None])
 
     def row_sum(self, row_sum, rescale, probs):
         """The softmax denominator so far."""
-        return rescale * row_sum + probs.sum(dim=-1)
+        return rescale * row_sum + self.total(probs)
 
     def accum(self, accum, rescale, probs, v):
         """``O = O * rescale + P @ V``; `probs` arrive rounded to the problem's dtype, as a Tensor Core takes them."""
-        return rescale[..., None] * accum + probs.float() @ v
+        return rescale[..., None] * accum + self.product(probs.float(), v)
 
     def with_sink(self, accum, row_sum, row_max, sink):
         """The three after the last page, with a key of score `sink` ``[B, Hq, Sq]`` and value 0 counted in."""
         shared = row_max.maximum(sink)
-        weight = (row_max - reference.safe(shared)).exp()
-        return accum * weight[..., None], row_sum * weight + (sink - reference.safe(shared)).exp(), shared
+        weight = self.exp(row_max - reference.safe(shared))
+        return accum * weight[..., None], row_sum * weight + self.exp(sink - reference.safe(shared)), shared
 
     def finish(self, accum, row_sum, row_max):
         """``out`` and ``lse`` after the last page; 0 and -inf for a row that saw no key."""
         out = accum / row_sum.masked_fill(row_sum == 0, 1.0)[..., None]
-        return out, row_max + row_sum.log()
+        if not self.in_order:
+            return out, row_max + row_sum.log()
+        # A product that rounds to 0 may leave -0 in a tile, with which hidden keys go on as -0 and none at all as 0.
+        return out + 0.0, row_max + _ordered().log(row_sum)
 
     def page_of_v(self, v, pages: list[slice], j: int):
         """The V rows that belong to the keys of page j."""
@@ -136,14 +181,16 @@ class CpuBackend(Backend):
         return self._loop(q, k, v, problem, kept, masks)
 
     def run(self, q, k, v, problem, masks=None):
-        out, lse = self._masked_loop(q, k, v, problem, None, masks)
+        backend, tiled = self.for_problem(problem)
+        out, lse = backend._masked_loop(q, k, v, tiled, None, masks)
         return masking.put_back(out, lse, q, problem, masks)
 
     def trace(self, q, k, v, problem, masks=None):
         import torch
 
         kept: list = []
-        out, lse = self._masked_loop(q, k, v, problem, kept, masks)
+        backend, problem = self.for_problem(problem)
+        out, lse = backend._masked_loop(q, k, v, problem, kept, masks)
         scores, row_max, rescale, probs, row_sum, accum = zip(*kept, strict=True)
         return reference.Trace(
             problem.page_size,

@@ -206,17 +206,17 @@ REFUSAL = "it does not promise bits that are the same in every batch (batch_inva
 def test_who_does_not_promise_the_bits_of_every_batch_names_who_does_on_its_device(keepers):
     asked = PROBLEM.with_(batch_invariant=True)
     assert not Twice.batch_invariant and Twice().why_not(PROBLEM) is None
-    assert Twice().why_not(asked) == REFUSAL.format("keeps does")
+    assert Twice().why_not(asked) == REFUSAL.format("'keeps' does")
     assert Twice().why_not(asked.with_(dtype="float32")) == "dtype float32 is not among float16, bfloat16"
     assert keepers["keeps"].why_not(asked) is None and keepers["on-gpu"].why_not(asked.with_(dtype="bfloat16")) is None
-    with pytest.raises(Unsupported, match=r"'twice' cannot run this problem: it does not promise .* keeps does\.$"):
+    with pytest.raises(Unsupported, match=r"'twice' cannot run this problem: it does not promise .* 'keeps' does\.$"):
         Twice().require(asked)
 
     class Anywhere(Twice):
         device, masks = "any", ("sink",)
 
-    assert Anywhere().why_not(asked) == REFUSAL.format("keeps does"), "the one on a GPU takes bfloat16 alone"
-    assert Anywhere().why_not(asked.with_(dtype="bfloat16")) == REFUSAL.format("keeps and on-gpu do")
+    assert Anywhere().why_not(asked) == REFUSAL.format("'keeps' does"), "the one on a GPU takes bfloat16 alone"
+    assert Anywhere().why_not(asked.with_(dtype="bfloat16")) == REFUSAL.format("'keeps' and 'on-gpu' do")
     assert Anywhere().why_not(asked.with_(sink=True)) == REFUSAL.format("no backend does for this problem")
 
 
@@ -228,9 +228,9 @@ def test_over_pages_those_are_named_that_promise_it_over_pages(keepers):
             return "it takes no selection" if selected else super().why_not_paged(problem)
 
     asked = PROBLEM.with_(batch_invariant=True, dtype="bfloat16")
-    assert Paged().why_not_paged(PROBLEM) is None and Paged().why_not(asked) == REFUSAL.format("on-gpu does")
-    assert Paged().why_not_paged(asked) == REFUSAL.format("over-pages does")
-    assert Paged().why_not_paged(asked.with_(sink=True)) == REFUSAL.format("over-pages does")
+    assert Paged().why_not_paged(PROBLEM) is None and Paged().why_not(asked) == REFUSAL.format("'on-gpu' does")
+    assert Paged().why_not_paged(asked) == REFUSAL.format("'over-pages' does")
+    assert Paged().why_not_paged(asked.with_(sink=True)) == REFUSAL.format("'over-pages' does")
     assert Paged().why_not_paged(asked.with_(window_left=2)) == REFUSAL.format("no backend does for this problem")
     assert Paged().why_not_paged(asked.with_(head_dim=24)) == "head_dim 24 is not among 16, 32"
     assert keepers["over-pages"].why_not_paged(asked) is None

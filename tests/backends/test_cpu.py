@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashcore import backends
+from flashcore.backends import with_methods
 from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import InvalidProblem
 from flashcore.numerics import reference
@@ -131,3 +132,66 @@ def test_mask_tensors_that_are_missing_or_make_no_sense_are_refused(backend):
             ask(*inputs, problem, MaskTensors(seqlens_k=torch.tensor([51], dtype=torch.int32)))
         with pytest.raises(InvalidProblem, match="sink is given, and .* has no use for it"):
             ask(*make_inputs(UNEQUAL), UNEQUAL, MaskTensors(sink=torch.zeros(4)))
+
+
+# ------------------------------------------------------------------------------------ bits that are the same anywhere
+
+KEPT = Problem(
+    batch=3, num_heads_q=4, num_heads_kv=2, seqlen_q=40, seqlen_k=150, head_dim=24, causal=True, batch_invariant=True
+)  # fmt: skip
+
+
+def rows_alone(backend, q, k, v, problem):
+    """Rows of a causal problem whose bits are others than those of the row alone, with the keys that it sees."""
+    out, lse = backend.run(q, k, v, problem)
+    offset, differ = problem.seqlen_k - problem.seqlen_q, []
+    for b, i in ((0, 0), (1, 17), (2, 25), (2, 39)):
+        row, keys = (
+            (slice(b, b + 1), slice(None), slice(i, i + 1)),
+            (slice(b, b + 1), slice(None), slice(i + offset + 1)),
+        )
+        one = problem.with_(batch=1, seqlen_q=1, seqlen_k=i + offset + 1, page_size=16)
+        alone, alone_lse = backend.run(q[row], k[keys], v[keys], one)
+        if not (torch.equal(alone, out[row]) and torch.equal(alone_lse, lse[row])):
+            differ.append((b, i))
+    return differ
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("masks", [{}, {"softcap": 2.0, "window_left": 70}])
+def test_a_row_has_the_bits_that_it_has_alone_whatever_the_pages_are(dtype, masks):
+    backend, problem = backends.get("cpu"), KEPT.with_(dtype=dtype, **masks)
+    inputs = make_inputs(problem)
+    out, lse = backend.run(*inputs, problem)
+    expected, expected_lse = reference.attention(*inputs, problem)
+    tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    for page_size in (16, 100):
+        again = backend.run(*inputs, problem.with_(page_size=page_size))
+        assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    assert rows_alone(backend, *inputs, problem) == []
+
+
+def test_its_trace_is_of_tiles_of_64_keys_and_of_the_same_bits():
+    backend, inputs = backends.get("cpu"), make_inputs(KEPT)
+    trace, (out, lse) = backend.trace(*inputs, KEPT), backend.run(*inputs, KEPT)
+    assert trace.page_size == 64 and torch.equal(trace.out, out) and torch.equal(trace.lse, lse)
+    expected = reference.trace(*inputs, KEPT.with_(page_size=64))
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(trace, stage).double(), getattr(expected, stage), rtol=2e-3, atol=2e-3)
+    assert not backend.in_order, "who computes the next problem is as before"
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"row_max": lambda self, scores, row_max: CpuBackend.row_max(self, scores, row_max).amax(0, keepdim=True)},
+        {"for_problem": lambda self, problem: (CpuBackend.for_problem(self, problem)[0], problem)},
+        {"total": lambda self, x: x[..., : x.shape[-2]].sum(-1) + x[..., x.shape[-2] :].sum(-1)},
+    ],
+    ids=["a vote of neighbours", "tiles of the problem's pages", "sums by the number of rows"],
+)
+def test_what_breaks_the_promise_shows(planted):
+    problem = KEPT.with_(dtype="float32", head_dim=96)
+    assert rows_alone(with_methods(backends.get("cpu"), planted), *make_inputs(problem), problem) != []

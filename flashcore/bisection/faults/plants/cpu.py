@@ -102,8 +102,11 @@ def _tail(scores, q, k, problem, page):
     if not problem.causal:
         return scores
     looser = problem.with_(causal=False)
-    everything = _base("scores")(None, q, k, looser, page)
     import torch
+
+    from flashcore.backends import get
+
+    everything = _base("scores")(get("cpu"), q, k, looser, page)
 
     row = torch.arange(problem.seqlen_q)[:, None] + problem.seqlen_k - problem.seqlen_q + 1
     column = torch.arange(page.start, page.stop)[None, :]

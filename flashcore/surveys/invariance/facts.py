@@ -26,8 +26,8 @@ PROMISE = (
     "pages lie and how large they are"
 )
 COMPARED = (
-    "A case is one sequence computed in two ways, and kept where all bits of out and lse are equal. Alone: a call of its "
-    "own, also again, with other strides, and with other queries in the rows beside it. Batch: among 1 to "
+    "A case is one sequence computed in two ways, and kept where all bits of out and lse are equal. Alone: a call of "
+    "its own, also again, with other strides, and with other queries in the rows beside it. Batch: among 1 to "
     "255 others, dense, padded or ragged. Chunks: later chunks of a prompt, and decode steps. Pages: K and V in pages "
     "of 16 to 256 tokens, anywhere in a pool, some shared"
 )

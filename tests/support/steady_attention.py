@@ -1,30 +1,26 @@
-"""Attention on the CPU whose bits are the same in every batch, by elementwise steps; and some that break that."""
+"""Attention on the CPU whose bits are the same in every batch, also over pages; and some that break that."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
 from flashcore.backends.cpu import CpuBackend
-from flashcore.numerics import reference
-
-TILE = 64
 
 
 class Steady(CpuBackend):
-    """Keys in tiles of 64, and sums that go one term after the other, so that no shape decides on an order."""
+    """The backend `cpu`, which reads pages too."""
 
     id = "steady"
-    batch_invariant = True
     paged = True
     paged_masks = ("window", "softcap", "sink")
 
     def tile(self, problem) -> int:
-        return TILE
+        """Keys that are taken at a time."""
+        return 64
 
-    def run(self, q, k, v, problem, masks=None):
-        return super().run(q, k, v, problem.with_(page_size=self.tile(problem)), masks)
+    def for_problem(self, problem):
+        ordered, tiled = super().for_problem(problem)
+        return ordered, tiled.with_(page_size=self.tile(problem))
 
     def run_paged(self, q, cache, problem, selection=None, masks=None):
         outs, lses = [], []
@@ -35,26 +31,6 @@ class Steady(CpuBackend):
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
-
-    def scores(self, q, k, problem, page):
-        scores = q.new_zeros(*q.shape[:3], k.shape[2])
-        for column in range(q.shape[3]):
-            scores += q[..., column, None] * k[:, :, None, :, column]
-        scores = reference.capped(scores * problem.scale, problem)
-        mask = reference.visible(problem, slice(0, problem.seqlen_q), page, q.device)
-        return scores if mask is None else scores.masked_fill(~mask, -math.inf)
-
-    def row_sum(self, row_sum, rescale, probs):
-        found = rescale * row_sum
-        for column in range(probs.shape[-1]):
-            found = found + probs[..., column]
-        return found
-
-    def accum(self, accum, rescale, probs, v):
-        found = rescale[..., None] * accum
-        for key in range(v.shape[2]):
-            found = found + probs[..., key, None].float() * v[:, :, None, key]
-        return found
 
 
 def dense_of(pool, table, length):
@@ -71,10 +47,10 @@ class TileByBatch(Steady):
 
 
 class TileByPage(Steady):
-    """Over pages it takes a page at a time."""
+    """Over pages it takes a page at a time, as far as that is no more than a tile."""
 
     def tile(self, problem) -> int:
-        return problem.page_size
+        return min(problem.page_size, 64)
 
 
 class Votes(Steady):
@@ -83,12 +59,25 @@ class Votes(Steady):
     def row_max(self, scores, row_max):
         found = super().row_max(scores, row_max)
         for at in range(0, found.shape[-1], 16):
-            group = found[..., at : at + 16]
-            highest = group.amax(-1, keepdim=True)
-            found[..., at : at + 16] = torch.where(
-                group.isinf(), group, torch.where(highest > group + 8, highest, group)
-            )
+            found[..., at : at + 16] = raised(found[..., at : at + 16], -1)
         return found
+
+
+class VotesInGroups(Steady):
+    """The heads of a group raise their reference together, as rows of one tile of a decode kernel might."""
+
+    def _loop(self, q, k, v, problem, kept, masks=None):
+        self._group = problem.num_heads_q // problem.num_heads_kv
+        return super()._loop(q, k, v, problem, kept, masks)
+
+    def row_max(self, scores, row_max):
+        return raised(super().row_max(scores, row_max).unflatten(1, (-1, self._group)), 2).flatten(1, 2)
+
+
+def raised(row_max, dim: int):
+    """The highest of a group for every row in it that sees a key and lies far below."""
+    highest = row_max.amax(dim, keepdim=True)
+    return torch.where(row_max.isinf() | (highest <= row_max + 8), row_max, highest)
 
 
 class SplitsByOccupancy(Steady):
@@ -106,18 +95,3 @@ class SplitsByOccupancy(Steady):
         lse = torch.logaddexp(parts[0][1], parts[1][1])
         out = sum(out.float() * (one - lse).exp()[..., None] for out, one in parts)
         return out.to(q.dtype), lse
-
-
-class VotesInGroups(Steady):
-    """The heads of a group raise their reference together, as rows of one tile of a decode kernel might."""
-
-    def _loop(self, q, k, v, problem, kept, masks=None):
-        self._group = problem.num_heads_q // problem.num_heads_kv
-        return super()._loop(q, k, v, problem, kept, masks)
-
-    def row_max(self, scores, row_max):
-        found = super().row_max(scores, row_max)
-        groups = found.unflatten(1, (-1, self._group))
-        highest = groups.amax(2, keepdim=True)
-        raised = torch.where(groups.isinf() | (highest <= groups + 8), groups, highest)
-        return raised.flatten(1, 2)

@@ -57,6 +57,8 @@ class Takes:
     masks: tuple[str, ...]
     mixed: bool
     """Whether it takes sequences of several lengths in one call."""
+    empty: bool = True
+    """Whether it says what a row holds that sees no key; a peer need not, and then is not asked."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _drawn(rng: random.Random, takes: Takes, size: Size) -> Setting:
     keys = _keys(rng, longest)
     rows = _rows(rng, size.rows)
     causal = rng.random() < 0.75
-    if causal and rng.random() < 0.97:  # else the first rows may see no key
+    if not takes.empty or (causal and rng.random() < 0.97):  # else the first rows may see no key
         rows = min(rows, keys)
     if rng.random() < 0.15 or ("window" not in takes.masks and causal and rng.random() < 0.15):
         rows = keys = min(rows, keys)  # a prompt

@@ -57,7 +57,8 @@ class Implementation:
         dims = HEAD_DIMS if one.head_dims is None else tuple(d for d in HEAD_DIMS if d in one.head_dims)
         masks = self.dense.masks if self.dense else one.paged_masks
         mixed = bool(self.paged) or not {"lengths", "ragged"}.isdisjoint(masks)
-        return Takes(tuple(d for d in DTYPES if d in one.dtypes), dims, masks, mixed)
+        dtypes = tuple(d for d in DTYPES if d in one.dtypes)
+        return Takes(dtypes, dims, masks, mixed, empty=one.role == "ours")
 
     def refuses(self, setting: Setting, *, invariant: bool) -> bool:
         """Whether it takes not even the first sequence of a setting alone."""
@@ -231,7 +232,12 @@ def _padded(rng: random.Random, one: Implementation, setting: Setting) -> Way:
 
 def _paged(rng: random.Random, one: Implementation, setting: Setting) -> Way:
     together = 1 if rng.random() < 0.3 else _together(rng, setting)
-    return Way(
+    way = Way(
         "paged", together=together, page_size=rng.choice(PAGE_SIZES), shared=together > 1 and rng.random() < 0.3,
-        others=_others(rng), by=rng.choice(one.paged).id, **_pieces(rng, 0.5),
+        others=_others(rng), **_pieces(rng, 0.5),
     )  # fmt: skip
+    # A decode kernel takes few query tokens: it is asked where the calls have no more.
+    longest = max((piece.rows for piece in pieces_of(setting, way, 0)), default=1)
+    problem = setting.problem(1, longest, setting.lengths[0][1], invariant=False, page_size=way.page_size)
+    able = [backend for backend in one.paged if backend.why_not_paged(problem) is None]
+    return replace(way, by=rng.choice(able or one.paged).id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_what_a_backend_takes_not_is_not_drawn():
             -1,
         )
     assert cases.draw(random.Random(0), ALL, SIZES["cpu"], lambda setting: True) is None
+
+
+def test_a_row_without_a_key_is_asked_of_ours_alone():
+    def empty(takes: Takes) -> list[Setting]:
+        return [s for s in drawn(300, takes=takes) if s.causal and any(rows > keys for rows, keys in s.lengths)]
+
+    assert empty(ALL) and not empty(replace(ALL, empty=False))
 
 
 def test_a_setting_as_python_is_the_same_setting():

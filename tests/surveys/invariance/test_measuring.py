@@ -25,7 +25,12 @@ def small(monkeypatch):
     monkeypatch.setitem(measuring.SHRINK_S, "cpu", 0.1)
 
 
-def test_what_keeps_its_bits_keeps_every_case(small):
+def test_the_backend_that_promises_it_keeps_every_case():
+    trial = measuring.measure("cpu", "invariant", num_cases=60, seed=1)
+    assert trial.status == "ok" and (trial.data["cases"], trial.data["broken"]) == (60, 0), trial.data["breaks"]
+
+
+def test_over_pages_too_every_case_is_kept(small):
     trial = measuring.measure(Steady(), "invariant", num_cases=120)
     assert trial.status == "ok" and (trial.data["cases"], trial.data["broken"]) == (120, 0), trial.data["breaks"]
     assert len(trial.data["pairs"]) == 10 and sum(count for _, count in trial.data["pairs"].values()) == 120
@@ -41,7 +46,7 @@ def test_what_keeps_its_bits_keeps_every_case(small):
 @pytest.mark.parametrize(
     ("planted", "pairs"),
     [
-        ("TileByBatch", {"alone, batch"}), ("TileByPage", {"alone, pages"}), ("Votes", {"alone, chunks"}),
+        ("TileByBatch", {"alone, batch"}), ("TileByPage", {"pages, pages"}), ("Votes", {"alone, chunks"}),
         ("VotesInGroups", {"alone, pages"}), ("SplitsByOccupancy", {"batch, pages"}),
     ],
 )  # fmt: skip

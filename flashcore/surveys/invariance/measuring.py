@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from flashcore import backends as registry
-from flashcore.measure.cluster import Task
 from flashcore.errors import BackendUnavailable, InvalidProblem, UnknownName
 from flashcore.gpu.build import compile_kernel
 from flashcore.gpu.isolation import Worker, isolated_trial
+from flashcore.measure.cluster import Task
 from flashcore.problem import Problem
 from flashcore.records import Trial
 from flashcore.surveys.invariance import cases, judging, ways
@@ -368,7 +368,7 @@ def _here_or_apart(
 
 
 def tasks(chosen: Sequence[str], profile: str, *, seed: int = 0) -> list[Task]:
-    """The same as tasks for `flashcore.cluster.perform`, one a backend and mode; each yields its record.
+    """The same as tasks for `flashcore.measure.cluster.perform`, one a backend and mode; each yields its record.
 
     Under the profile ``quick`` no peer on a GPU is asked: each takes seconds to load, and some to compile.
     """

@@ -268,7 +268,7 @@ def _other_source(source: Source, trial: Trial) -> str | None:
     """Why a record of several kernels may not be used, as a clause: one of them has another source now."""
     sources = trial.data.get("sources")
     for kernel, hashed in (sources if isinstance(sources, Mapping) else {}).items():
-        if source.current_hashes.get(kernel, hashed) != hashed:
+        if hashed not in source.current_hashes.values():
             return f"{trial.backend} was measured on other source of {kernel} than the current one"
     return None
 

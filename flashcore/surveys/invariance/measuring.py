@@ -151,13 +151,14 @@ def fields_of(one: Implementation, mode: Mode) -> dict[str, Any]:
     data: dict[str, Any] = {"mode": mode, "role": one.first.role, "promised": mode == "invariant"}
     if one.paged:
         data["over_pages"] = [backend.id for backend in one.paged if backend is not one.dense]
-    hashes = {backend.kernel: backend.source_hash() for backend in one.all if backend.kernel}
+    asked = Setting(sink=True).problem(1, 1, 1, invariant=mode == "invariant")  # many settings have masks
+    hashes = {backend.kernel: backend.source_hash(asked) for backend in one.all if backend.kernel}
     if len(hashes) > 1:
         data["sources"] = hashes
     if version := one.first.software():
         data["version"] = version
     return {"kind": "invariance", "backend": one.id, "variant": mode, "data": data,
-            "source_hash": one.first.source_hash()}  # fmt: skip
+            "source_hash": one.first.source_hash(asked)}  # fmt: skip
 
 
 def _status(one: Implementation, mode: Mode, count: _Count) -> dict[str, Any]:

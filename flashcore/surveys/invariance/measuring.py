@@ -269,8 +269,8 @@ def _problems(one: Implementation, setting: Setting, invariant: bool) -> Iterato
     if one.dense:
         for batch in (1, 256):
             yield one.dense, setting.problem(batch, rows, keys, invariant=invariant)
-        if "ragged" in one.dense.masks:
-            yield one.dense, setting.problem(4, rows, keys, invariant=invariant, lengths="ragged")
+            if "ragged" in one.dense.masks:
+                yield one.dense, setting.problem(batch, rows, keys, invariant=invariant, lengths="ragged")
     for backend in one.paged:
         for batch, tokens in ((1, 1), (256, 1), (1, rows), (256, rows)):
             yield backend, setting.problem(batch, tokens, keys, invariant=invariant, page_size=64)

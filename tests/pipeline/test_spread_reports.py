@@ -80,7 +80,8 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
     roofs = surveying.Roofs({"float16": 700.0}, 4.1)
     assert packed(surveying.surveyed, (survey_grid("full"), roofs))
     words = " ".join(pool.packed)
-    for name in ("check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn", "the bits of hopper, invariant mode",
+    for name in ("check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
+                 "the bits of hopper, invariant mode",
                  "1 of ", "memcheck on hopper", "decode: B=64", "tokens: model, batch 256",
                  "correctness: heads", "model "):  # fmt: skip
         assert name in words, name

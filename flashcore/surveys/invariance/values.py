@@ -12,6 +12,8 @@ from flashcore.surveys.invariance.cases import Setting
 RISES = (12.0, 25.0, 60.0)
 """How far scores rise along the keys, in units of the exponent: past the reach of a reference that stays put, by little
 or far. Where it is little, more than the last keys still count, so that more of a difference shows."""
+TEETH = (1 << 30, 1000, 320)
+"""Keys along which they rise before they begin anew: all, or few enough that they rise within a part of the keys."""
 LATES = (12.0, 40.0)
 """How far an outlier stands above the other scores."""
 OUTLIERS = 3
@@ -79,13 +81,14 @@ class Values:
             k[:] = k[:, :1]
         elif pattern != "normal":
             # The first column carries a level of each key and a slope of each row, whose product joins the score.
-            along = torch.linspace(0, 1, keys, device=self.device)
+            tooth = min(keys, TEETH[number // len(RISES) % len(TEETH)])
+            along = torch.arange(keys, device=self.device) % tooth / tooth
             if pattern == "late":
                 late = keys - 1 - (uniform(OUTLIERS) * max(1, keys // 3)).long()
-                level = torch.zeros_like(along).index_fill_(0, late.clamp_min(0), LATES[number % 2])
+                level = torch.zeros_like(along).index_fill_(0, late.clamp_min(0), LATES[number % len(LATES)])
                 slope = torch.where(uniform(setting.heads_q, rows) < 0.5, -1.0, 1.0)
             else:
-                level = RISES[number % 3] * along
+                level = RISES[number % len(RISES)] * along
                 slope = torch.ones(setting.heads_q, rows, device=self.device)
                 if pattern == "rows apart":
                     slope = 2 * uniform(setting.heads_q, rows) - 1
@@ -117,7 +120,9 @@ class Values:
             kept[self.setting.seed % heads, -1] = True  # ways that have the last rows alone then have one to compare
             at = keys - 1 - (self.setting.seed // 7) % max(1, keys // 4)
             toward = mine.k[:, at].float()
-            toward = toward * (LATES[index % 2] / self.scale / toward.square().sum(-1, keepdim=True).clamp_min(1.0))
+            toward = toward * (
+                LATES[index % len(LATES)] / self.scale / toward.square().sum(-1, keepdim=True).clamp_min(1.0)
+            )
             other = toward.repeat_interleave(self.setting.group, 0)[:, None].to(self.dtype)
             q = torch.where(kept[..., None], mine.q, other)
             self._others[index] = Sequence(q, mine.k, mine.v), kept

@@ -30,7 +30,7 @@ def test_a_sequence_is_the_same_whatever_others_there_are():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_each_pattern_is_finite_and_what_it_says(pattern):
-    values = Values(Setting(seed=1, group=4, lengths=((40, 400),), patterns=(pattern,), first=5), "cpu")
+    values = Values(Setting(seed=1, group=4, lengths=((40, 400),), patterns=(pattern,), first=11), "cpu")
     found = scores(values, 0)
     assert found.isfinite().all()
     rise = found[..., -40:].mean(-1) - found[..., :40].mean(-1)
@@ -47,6 +47,12 @@ def test_each_pattern_is_finite_and_what_it_says(pattern):
         assert found.std() > 8
     elif pattern == "equal":
         assert (found.amax(-1) - found.amin(-1)).max() == 0
+
+
+def test_scores_may_rise_within_a_part_of_the_keys():
+    teeth = Values(Setting(seed=1, lengths=((1, 700),) * 9, patterns=("rising",) * 9), "cpu")
+    found = scores(teeth, 8)[0, 0]  # number 8 of 9: the steepest rise, along 320 keys
+    assert all(found[at + 260 : at + 320].mean() > found[at : at + 60].mean() + RISES[2] / 2 for at in (0, 320))
 
 
 def test_others_outgrow_and_the_kept_rows_are_the_sequences_own():

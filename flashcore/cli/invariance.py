@@ -26,14 +26,14 @@ def invariance(
             "--backends",
             "--backend",
             metavar="ID,...",
-            help="Whom to ask.  [default: what promises the same bits, our kernel for prompts, and the peers]",
+            help="Whom to ask; left out: what promises the same bits, our kernel for prompts, and the peers.",
             autocompletion=completing.backends,
         ),
     ] = None,
     cases: Annotated[
         int | None,
         typer.Option(
-            "--cases", metavar="N", help="Cases of each, in each mode.  [default: 10000 on a GPU, 1000 without]"
+            "--cases", metavar="N", help="Cases of each, in each mode; left out: 10000 on a GPU, 1000 without."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
@@ -43,8 +43,8 @@ def invariance(
     limit: Annotated[
         float | None,
         typer.Option(
-            "--limit", metavar="SECONDS", help="Time for each, in each mode.  [default: 300 on a GPU, 60 without or "
-            "for a peer]",
+            "--limit", metavar="SECONDS",
+            help="Time for each, in each mode; left out: 300 on a GPU, 60 without or for a peer.",
         ),
     ] = None,
     json: JsonOption = False,

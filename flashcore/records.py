@@ -37,7 +37,7 @@ MARK = b"\xef\xbb\xbf"
 
 Kind = Literal[
     "ceiling", "build", "correctness", "attention_timing", "bisection", "fault", "gemm_candidate", "paging",
-    "sanitizer", "claim", "verdict", "notebook", "exploit", "diagnosis", "model", "fleet", "worker",
+    "sanitizer", "claim", "verdict", "notebook", "exploit", "diagnosis", "model", "fleet", "worker", "invariance",
 ]  # fmt: skip
 Status = Literal["ok", "failed", "error", "unsupported", "unavailable"]
 

@@ -28,8 +28,8 @@ DECIDES_AND_DRAWS = ("decision", "page", "errors", "problem", "records", "tables
 """Records in, words and pictures out: torch has no business there, not even inside a function."""
 LOADS_TORCH = ("backends", "backends.others", "bisection", "bisection.diagnosis", "bisection.faults",
                "bisection.interactive", "compat", "gpu", "integrations", "library", "measure", "measure.exploits",
-               "numerics", "paging", "parallel", "surveys.models", "surveys.paging", "ops", "paged_ops",
-               "varlen_ops")  # fmt: skip
+               "numerics", "paging", "parallel", "surveys.invariance", "surveys.models", "surveys.paging", "ops",
+               "paged_ops", "varlen_ops")  # fmt: skip
 """What computes. Everything else loads, and `flashcore --help` answers, without the seconds that torch takes."""
 
 

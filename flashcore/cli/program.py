@@ -20,6 +20,7 @@ from flashcore.cli import (
     diagnose,
     exploits,
     fleet,
+    invariance,
     lab,
     model,
     paging,
@@ -179,6 +180,7 @@ verdict.add_to(app)
 debug.add_to(app)
 diagnose.add_to(app)
 conform.add_to(app)
+invariance.add_to(app)
 exploits.add_to(app)
 survey.add_to(app)
 paging.add_to(app)

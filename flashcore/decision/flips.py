@@ -13,6 +13,9 @@ from flashcore.problem import parse_problem
 TWICE = 2.0
 """From here on a rise is told in times; below it, and for every fall, in percent."""
 
+COUNTED = {"correct_percent": ("check", "failed"), "kept_percent": ("case", "broke")}
+"""Shares, of what they are, and what one that is missing did."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -47,9 +50,10 @@ def change(result: GateResult) -> Change | None:
     if result.measured is None or result.state == "INCONCLUSIVE":
         return None
     holds, measured, threshold = result.state == "PASS", result.measured, result.threshold
-    if result.metric == "correct_percent" and holds and threshold == 100:
-        which = f"one of the {result.n:,} checks" if result.n > 1 else "the only check"
-        words = f"{which} behind '{result.title}' failed"
+    if result.metric in COUNTED and holds and threshold == 100:
+        one, fails = COUNTED[result.metric]
+        which = f"one of the {result.n:,} {one}s" if result.n > 1 else f"the only {one}"
+        words = f"{which} behind '{result.title}' {fails}"
         return Change(result.id, measured, threshold, result.unit, None, words, which)
     rises = (result.comparison == "at least") != holds
     relative = None if threshold == 0 else (threshold - measured) / abs(threshold)
@@ -87,7 +91,8 @@ def _subject(result: GateResult) -> str:
         return f"{result.backend}'s latency{where}"
     if result.metric == "ratio_to_best_peer":
         return f"{result.backend}'s speed against {result.versus}{where}"
-    what = "the share of right checks" if result.metric == "correct_percent" else "the figure"
+    shares = {"correct_percent": "the share of right checks", "kept_percent": "the share of cases kept"}
+    what = shares.get(result.metric, "the figure")
     return f"{what} behind '{result.title}'"
 
 

@@ -21,7 +21,10 @@ METRIC_KIND = {
     "tflops": "attention_timing",
     "latency_us": "attention_timing",
     "ratio_to_best_peer": "attention_timing",
+    "kept_percent": "invariance",
 }
+SHARES = {"correct_percent": "right results", "kept_percent": "cases kept"}
+"""Metrics that are a share of something, and of what."""
 GROUPS = {"ours": "ours", "peers": "peer", "any": None}
 """Names a gate may give instead of a backend, and the role of the backends meant."""
 
@@ -74,8 +77,8 @@ class Gate(BaseModel):
         wanted = METRIC_KIND.get(self.metric)
         if wanted and self.kind != wanted:
             raise ValueError(f"metric '{self.metric}' belongs to kind '{wanted}', not '{self.kind}'")
-        if self.metric == "correct_percent" and self.at_most is not None:
-            raise ValueError("a share of right results is judged by at_least")
+        if self.metric in SHARES and self.at_most is not None:
+            raise ValueError(f"a share of {SHARES[self.metric]} is judged by at_least")
         if wanted == "attention_timing" and self.problem == "any":
             raise ValueError("a timing is judged on one problem; name it instead of 'any'")
         return self

@@ -63,7 +63,9 @@ class GateResult:
         if self.measured is None:
             return "nothing measured"
         if self.interval is None:
-            counted = {"correct_percent": "check"}.get(self.metric, "record" if "data." in self.metric else "sample")
+            counted = {"correct_percent": "check", "kept_percent": "case"}.get(
+                self.metric, "record" if "data." in self.metric else "sample"
+            )
             return f"{self.n:,} {counted}{'s' if self.n != 1 else ''}"
         return f"{self.n} samples, the median within {compare.between(self.interval)}"
 
@@ -178,6 +180,8 @@ def _judge_on(gate: Gate, source: Source) -> GateResult:
         return _open(gate, source, reason, evidence="none")
     if gate.metric == "correct_percent":
         return _judge_correctness(gate, source, wanted)
+    if gate.metric == "kept_percent":
+        return _judge_kept(gate, source, wanted)
     if gate.kind == "attention_timing" and gate.metric in METRIC_KIND:
         return _judge_timing(gate, source, wanted)
     return _judge_data(gate, source, wanted)
@@ -216,6 +220,57 @@ def _judge_correctness(gate: Gate, source: Source, wanted: list[Trial]) -> GateR
     elements = sum(t.correctness.checked for t in right)
     reason = f"{'The only check passes' if n == 1 else f'All {n} checks pass'} ({elements:,} elements compared)."
     return _result(gate, source, measured, n, None, reason, who)
+
+
+def _judge_kept(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    """Cases of `flashcore invariance`: all records together, so that none can hide behind another."""
+    doubts, n, kept, broken = [], 0, 0, []
+    for trial in wanted:
+        if trial.status in ("unsupported", "unavailable"):
+            continue
+        cases, of_them = trial.data.get("cases"), trial.data.get("kept")
+        doubt = source.doubt(trial) or _other_source(source, trial)
+        if trial.status == "error":
+            doubts.append(f"the cases of {trial.backend} were not all asked ({clause(trial.reason or 'no reason')})")
+        elif doubt or not _is_share(of_them, cases):
+            doubts.append(doubt or f"the record of {trial.backend} does not say how many cases it keeps")
+        elif trial.status == "failed" and of_them == cases:
+            doubts.append(f"the record of {trial.backend} says that it failed, and that every case is kept")
+        else:
+            n, kept = n + cases, kept + of_them
+            if of_them < cases:
+                broken.append(trial)
+    measured = 100 * kept / n if n else None
+    who = ", ".join(dict.fromkeys(str(t.backend) for t in wanted if t.status in ("ok", "failed")))
+    if broken:
+        names = ", ".join(dict.fromkeys(str(t.backend) for t in broken))
+        reason = f"{n - kept:,} of {n:,} cases are broken, by {names}."
+        result = _result(gate, source, measured, n, None, reason, broken[0].backend)
+        if result.state == "FAIL" or not doubts:
+            return result
+    if doubts:
+        return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}.", measured=measured, n=n)
+    if n < max(gate.min_count, 1):
+        reason = f"Only {n:,} cases were asked; {max(gate.min_count, 1):,} settle it."
+        return _open(gate, source, reason, measured=measured, n=n)
+    if broken:
+        return result
+    return _result(gate, source, measured, n, None, f"All {n:,} cases are kept, by {who}.", None)
+
+
+def _is_share(part: Any, whole: Any) -> bool:
+    """Whether both are whole numbers, and one is a part of the other."""
+    whole_numbers = all(isinstance(one, int) and not isinstance(one, bool) for one in (part, whole))
+    return whole_numbers and 0 <= part <= whole and whole > 0
+
+
+def _other_source(source: Source, trial: Trial) -> str | None:
+    """Why a record of several kernels may not be used, as a clause: one of them has another source now."""
+    sources = trial.data.get("sources")
+    for kernel, hashed in (sources if isinstance(sources, Mapping) else {}).items():
+        if hashed not in source.current_hashes.values():
+            return f"{trial.backend} was measured on other source of {kernel} than the current one"
+    return None
 
 
 def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:

@@ -70,7 +70,7 @@ def gates_html(decision: Decision) -> str:
         if gate.margin is not None:
             percent = f" ({signed(gate.margin_percent, 1)} %)" if gate.margin_percent is not None else ""
             margin = f"{signed(gate.margin)} {short(gate.unit)}{percent}"
-            if gate.metric == "correct_percent":
+            if gate.metric in ("correct_percent", "kept_percent"):
                 margin = "none needed" if gate.margin == 0 else f"{signed(gate.margin)} %"
         kind = "" if gate.required else " fc-aim"
         name = Markup('<span class="fc-gate">{}</span><span class="fc-kind{}">{}</span>')

@@ -11,6 +11,7 @@ from flashcore.decision.verdict import Evidence
 from flashcore.page.drawing import html_tables
 from flashcore.page.parts import fold, frame_html
 from flashcore.records import Trial
+from flashcore.surveys.invariance import facts as invariance
 
 
 def correctness_html(evidence: Evidence) -> str:
@@ -25,7 +26,7 @@ def proof_html(evidence: Evidence) -> str:
     """What stands behind the checks: planted bugs found, clean runs silent, repeats alike, memory checked."""
     parts = []
     for heading, trials in _sources(evidence):
-        promises = _diagnoses_html(trials) + _promises_html(trials)
+        promises = _diagnoses_html(trials) + _promises_html(trials) + _invariance_html(trials)
         if not any(t.kind == "fault" for t in trials):
             parts += [heading, promises] if promises else []
             continue
@@ -73,6 +74,21 @@ def _promises_html(trials: Sequence[Trial]) -> str:
     breaks = tables.conform_breaks_table(asked)
     why = frame_html(breaks, "What was not kept, and on which case") if len(breaks) else ""
     return str(said) + fold("Every promise", table + why)
+
+
+def _invariance_html(trials: Sequence[Trial]) -> str:
+    """Whose bits are the same in every batch, in how many cases; empty for a run that asked nobody."""
+    asked = invariance.records_of(trials)
+    if not asked:
+        return ""
+    said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}. {}.</p>").format(
+        invariance.sentence(asked), invariance.PROMISE, invariance.COMPARED
+    )
+    ids = {t.backend for t in asked}
+    table = frame_html(invariance.table(asked), "Cases kept, of those asked, by the two ways compared", ids=ids)
+    breaks = invariance.breaks_table(asked)
+    why = frame_html(breaks, "Breaks, made smaller, and the Python that asks each again") if len(breaks) else ""
+    return str(said) + fold("Every pair of ways", table + why)
 
 
 def machine_html(evidence: Evidence) -> str:

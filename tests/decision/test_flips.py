@@ -53,6 +53,8 @@ def test_distances_count_half_as_far_as_twice_and_none_at_the_threshold():
 def test_a_share_of_checks_is_told_by_the_check():
     right = replace(result(100.0, 100, "at least", metric="correct_percent"), n=49)
     assert flips.change(right).words == "one of the 49 checks behind 'X' failed"
+    kept = replace(result(100.0, 100, "at least", metric="kept_percent"), n=9000)
+    assert flips.change(kept).words == "one of the 9,000 cases behind 'X' broke"
 
 
 def test_a_figure_has_as_many_digits_as_tell_it_from_its_threshold():

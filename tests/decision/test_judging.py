@@ -24,6 +24,9 @@ from support.decisions import (
     without_paging,
 )
 
+from flashcore.decision import judging, verdict
+from flashcore.decision.gates import Gate
+from flashcore.paths import data_dir
 from flashcore.records import Trial
 
 
@@ -226,3 +229,63 @@ def test_confidence_says_what_stands_behind_a_median():
     assert known.confidence == "30 samples, the median within 4.90 to 5.20"
     assert replace(known, interval=None, n=1).confidence == "1 sample"
     assert replace(known, measured=None).confidence == "nothing measured"
+
+
+# --- cases of batch invariance ---------------------------------------------------------------------------------------
+
+SAME_BITS = Gate(
+    id="invariance", title="The same bits in every batch", kind="invariance", backend="ours", metric="kept_percent",
+    where={"mode": "invariant"}, min_count=500, at_least=100, required=True, measure="flashcore invariance",
+)  # fmt: skip
+
+
+def asked(backend: str = "wmma", mode: str = "invariant", cases: int = 600, kept: int | None = None, **more) -> Trial:
+    kept = cases if kept is None else kept
+    status = "failed" if kept < cases and mode == "invariant" else "ok"
+    hashed = synthetic.HASHES.get(f"attention_{backend}")
+    data = {"mode": mode, "cases": cases, "kept": kept, **more.pop("data", {})}
+    fields = {"status": status, "environment": synthetic.environment()["id"], "source_hash": hashed, **more}
+    return Trial(kind="invariance", backend=backend, variant=mode, data=data, **fields)
+
+
+def same_bits(*trials: Trial):
+    source = judging.Source("live", trials, synthetic.environment(), synthetic.HASHES)
+    return judging.judge_gate(SAME_BITS, source, None, True)
+
+
+def test_all_cases_have_to_be_kept_by_what_promises_them():
+    found = same_bits(asked(), asked("cpu", cases=300), asked(mode="ordinary", kept=2), asked("fa3", cases=9, kept=1))
+    assert found.state == "PASS" and (found.measured, found.n) == (100, 900) and found.confidence == "900 cases"
+    assert found.reason == "All 900 cases are kept, by wmma, cpu."
+    broken = same_bits(asked(kept=597), asked("cpu", cases=300))
+    assert broken.state == "FAIL" and broken.reason == "3 of 900 cases are broken, by wmma." and broken.fix
+    assert broken.backend == "wmma"
+
+
+@pytest.mark.parametrize(
+    ("trials", "words"),
+    [
+        ([asked(cases=499)], "Only 499 cases were asked; 500 settle it"),
+        ([asked(), asked("cpu", status="error", reason="it died")], "cases of cpu were not all asked (it died)"),
+        ([asked(source_hash="0" * 16)], "other kernel source"),
+        ([asked(data={"sources": {"attention_hopper": "0" * 16}})], "other source of attention_hopper"),
+        ([asked(environment="elsewhere")], "another machine"),
+        ([asked(data={"kept": 601})], "does not say how many cases it keeps"),
+        ([asked(data={"kept": True})], "does not say how many"),
+        ([asked(status="failed")], "says that it failed, and that every case is kept"),
+        ([asked(status="unsupported", reason="it refuses")], "There is no record of it"),
+    ],
+)
+def test_cases_that_prove_nothing_settle_nothing(trials, words):
+    found = same_bits(*trials)
+    assert found.state == "INCONCLUSIVE" and words in found.reason
+
+
+def test_the_gate_that_ships_commented_out_can_be_required(tmp_path):
+    text = (data_dir("reports") / "gates.toml").read_text()
+    assert verdict.load_gates().get("invariance") is None and text.count("\n#~ ") > 10
+    (tmp_path / "gates.toml").write_text(text.replace("\n#~ ", "\n"))
+    gates = verdict.load_gates(tmp_path / "gates.toml")
+    found = gates.get("invariance")
+    assert found.required and len(gates) == len(verdict.load_gates()) + 1
+    assert (found.metric, found.where, found.threshold) == (SAME_BITS.metric, SAME_BITS.where, 100)

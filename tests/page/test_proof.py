@@ -70,6 +70,24 @@ def test_promises_are_counted_and_folded_also_where_no_bug_was_planted():
     assert "No planted bug" not in page.proof_html(evidence(broken))
 
 
+def test_equal_bits_are_counted_with_what_was_promised_and_compared():
+    assert "bits in every batch" not in page.proof_html(evidence(planted("F1", "found")))
+    data = {"mode": "invariant", "cases": 10_000, "kept": 9_999, "broken": 1, "subjects": 70, "role": "ours",
+            "pairs": {"alone, pages": [9_999, 10_000]}, "stopped": "all were asked",
+            "breaks": [{"pair": "alone, pages", "said": "broken: <1> row", "line": "print(compare('x'))"}]}  # fmt: skip
+    one = Trial(
+        kind="invariance", backend="hopper", variant="invariant", status="failed", reason="It breaks.", data=data
+    )
+    for html in (page.proof_html(evidence(one)), page.proof_html(evidence(planted("F1", "found"), one))):
+        assert "hopper keeps 9,999 of 10,000 cases in the batch-invariant mode" in html
+        assert "depend on its own query, its keys, its mask and the options alone" in html
+        assert "A case is one sequence computed in two ways" in html
+        folded = html[html.index("<summary>Every pair of ways") :]
+        assert "9,999 of 10,000" in folded and "BROKEN: It breaks." in folded
+        assert "broken: &lt;1&gt; row" in folded and "print(compare(&#39;x&#39;))" in folded
+    assert "No planted bug" not in page.proof_html(evidence(one))
+
+
 def test_each_machine_has_its_own_proof_and_one_without_bugs_none():
     other = verdict.Recorded((planted("F1", "found"),), synthetic.environment(), "synthetic")
     html = page.proof_html(evidence(*TRIALS, recorded=other))

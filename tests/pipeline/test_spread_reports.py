@@ -27,6 +27,7 @@ from flashcore.problem import square
 from flashcore.records import RunFolder, Trial
 from flashcore.surveys.cublaslt import measuring as surveying
 from flashcore.surveys.cublaslt.grid import survey_grid
+from flashcore.surveys.invariance import measuring as invariance
 from flashcore.surveys.models import measuring as modelling
 from flashcore.surveys.models.plan import plan_for as model_plan
 from flashcore.surveys.paging import measuring as paging
@@ -67,6 +68,7 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
         check.tasks(check.pairs(problems, everywhere)), bisection.tasks(pairs, seed=0, pattern="normal"),
         determinism.tasks(pairs, runs=5), proving.clean_tasks(ours), judging.tasks(("cpu", "records")),
         diagnosis.conform_tasks([one.id for one in everywhere]),
+        invariance.tasks([one.id for one in everywhere], "full"),
     )  # fmt: skip
     for found in lists:
         pool.perform([proving.Work(found)], run.append)
@@ -79,6 +81,7 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
     assert packed(surveying.surveyed, (survey_grid("full"), roofs))
     words = " ".join(pool.packed)
     for name in ("check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
+                 "the bits of hopper, invariant mode",
                  "1 of ", "memcheck on hopper", "decode: B=64", "tokens: model, batch 256",
                  "correctness: heads", "model "):  # fmt: skip
         assert name in words, name

@@ -20,6 +20,7 @@ TOPICS: tuple[Topic, ...] = (
 SOFTWARE = ("driver", "cuda_driver", "cuda_runtime", "torch", "cudnn", "cublaslt", "cupy", "nvrtc", "python")
 NAMES = {
     "attention_timing": "timing", "correctness": "check", "fault": "planted bug", "sanitizer": "compute-sanitizer run",
+    "invariance": "bit comparison",
 }  # fmt: skip
 """What a reader calls a kind of record; the others go by their own name."""
 NO_OUTCOME = ("ceiling", "gemm_candidate", "claim", "verdict", "paging", "fleet", "worker")

@@ -1,0 +1,98 @@
+"""The command line's proof of the batch-invariant mode: `flashcore invariance`. `add_to` puts it into the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashcore.cli import completing, plain
+from flashcore.cli.adding import adding_to
+from flashcore.cli.debug import JsonOption
+
+if TYPE_CHECKING:
+    from flashcore.records import Trial
+
+KEPT, BROKEN = 0, 1
+"""Exit codes: who promises the same bits keeps every case; somebody does not, or did not finish. 2 is a usage error."""
+BOTH = "both"
+
+
+def invariance(
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            "--backends",
+            "--backend",
+            metavar="ID,...",
+            help="Whom to ask; left out: what promises the same bits, our kernel for prompts, and the peers.",
+            autocompletion=completing.backends,
+        ),
+    ] = None,
+    cases: Annotated[
+        int | None,
+        typer.Option(
+            "--cases", metavar="N", help="Cases of each, in each mode; left out: 10000 on a GPU, 1000 without."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    mode: Annotated[
+        str, typer.Option(help="invariant, ordinary, or both; peers have the ordinary mode alone.")
+    ] = BOTH,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            "--limit", metavar="SECONDS",
+            help="Time for each, in each mode; left out: 300 on a GPU, 60 without or for a peer.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--run", metavar="RUN", help="Also append the records to this run folder.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Compute random sequences alone, among others, in chunks and in pages, and compare every bit.
+
+    Exit code 0: whoever promises the same bits keeps every case; 1: somebody breaks one, or did not finish. What peers
+    and the ordinary mode break is a finding.
+    """
+    from flashcore.errors import InvalidProblem, UnknownName
+    from flashcore.gpu import device
+    from flashcore.surveys.invariance import facts, measuring
+
+    if mode != BOTH and mode not in measuring.MODES:
+        raise UnknownName("mode", mode, [BOTH, *measuring.MODES])
+    if cases is not None and cases < 1:
+        raise InvalidProblem(f"--cases is {cases}; ask at least 1.")
+    if limit is not None and not limit > 0:
+        raise InvalidProblem(f"--limit is {limit:g}; give a number of seconds above 0.")
+    modes = measuring.MODES if mode == BOTH else (mode,)
+    chosen = None if backends in (None, "all") else [name.strip() for name in backends.split(",") if name.strip()]
+    trials: list[Trial] = []
+    with adding_to(out) as folder:
+        if folder and not folder.environment():
+            device.record_environment(folder, "before", {"command": "invariance", "seed": seed})
+        measuring.measure_all(
+            chosen, modes, num_cases=cases, seed=seed, limit_s=limit, progress=None if json else plain.progress(),
+            told=lambda trial: trials.append(folder.append(trial) if folder else trial),
+        )  # fmt: skip
+    if json:
+        plain.print_records(trials)
+    else:
+        _print(trials, facts)
+    broken = [t for t in trials if t.data.get("promised") and t.status in ("failed", "error")]
+    raise typer.Exit(BROKEN if broken else KEPT)
+
+
+def _print(trials: list[Trial], facts) -> None:
+    plain.print_frame(facts.table(trials), "The same bits: cases kept")
+    for row in facts.breaks_table(trials).to_dict("records"):
+        plain.say(f"{row['backend']}, {row['mode']} mode, {row['ways']}: {row['what differs']}.")
+        plain.say(f"    {row['to ask it again']}")
+    plain.say(f"{facts.sentence(trials)}.")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the command into the program."""
+    app.command()(invariance)

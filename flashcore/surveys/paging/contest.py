@@ -13,7 +13,7 @@ from flashcore.decision import claims
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.gpu import device
 from flashcore.measure.timing import Candidate
-from flashcore.paged_ops import paged_attention
+from flashcore.paged_ops import paged_problem_of
 from flashcore.paging import PagedKV
 from flashcore.problem import Problem
 from flashcore.records import Timing
@@ -154,14 +154,16 @@ def pages_way(
     name: str, backend: str, qs: torch.Tensor, caches: Sequence[PagedKV], problem: Problem, judge: Judge,
     against: Mapping[str, Sequence[str]], **data: Any,
 ) -> Way:  # fmt: skip
-    """Ours over all pages; a problem that asks for it gets the mode whose bits do not depend on the batch."""
+    """Ours over all pages. Whether its bits may depend on the batch is what `problem` says, whatever the environment
+    says to `paged_attention`; so the backend is called below that, and a replayed graph takes as long either way."""
 
     def make() -> Call:
-        ready(backend, problem)
-        more = {"batch_invariant": True} if getattr(problem, "batch_invariant", False) else {}
-        return lambda i: paged_attention(
-            qs[i], caches[i], causal=problem.causal, backend=backend, return_lse=True, **more
-        )
+        found = ready(backend, problem)
+        asked = [
+            paged_problem_of(q, cache, problem.causal).with_(batch_invariant=problem.batch_invariant)
+            for q, cache in zip(qs, caches, strict=True)
+        ]
+        return lambda i: found.run_paged(qs[i], caches[i], asked[i])
 
     return Way(name, backend, problem, make, judge, against, data)
 

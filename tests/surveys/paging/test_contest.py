@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.paging_surveys import PLAN
 
+from flashcore import backends
 from flashcore.errors import Unsupported
 from flashcore.records import Ledger, Timing
 from flashcore.surveys.paging import contest as contests
@@ -99,6 +100,20 @@ def test_results_are_judged_from_the_shortest_sequence_to_the_longest(step):
 
     assert "64 of" in judge.wrong(wrong, "reference", False)
     assert judge.wrong(not_finite, "reference", False) == "1 elements of out are not finite"
+
+
+def test_what_a_problem_asks_of_the_bits_reaches_the_backend(step, monkeypatch):
+    q, cache, judge = step
+    reference, asked = backends.get("reference"), []
+    real = type(reference).run_paged
+    monkeypatch.setattr(type(reference), "batch_invariant", True)
+    monkeypatch.setattr(type(reference), "run_paged", lambda self, q, cache, problem, *more: asked.append(problem)
+                        or real(self, q, cache, problem, *more))  # fmt: skip
+    for wanted in (False, True):
+        problem = PROBLEM.with_(batch_invariant=wanted)
+        call = pages_way("ours", "reference", q, [cache], problem, judge, {}).make()
+        assert judge.wrong(call, "reference", False) is None
+        assert (asked[-1].batch_invariant, asked[-1].seqlen_k) == (wanted, cache.max_pages * cache.page_size)
 
 
 def test_a_backend_that_is_not_here_is_said_once(step, latencies):

@@ -27,8 +27,8 @@ def paging(
     what: Annotated[
         str,
         typer.Option(
-            help="correctness, memory, decode, prefill, append, accuracy, tokens; several with commas. 'all' leaves "
-            "out what says nothing without a GPU."
+            help="correctness, memory, decode, prefill, append, accuracy, tokens, serving, shapes; several with "
+            "commas. 'all' leaves out what says nothing without a GPU."
         ),
     ] = "all",
     report_layers: Annotated[
@@ -78,13 +78,15 @@ def _print(trials: list[Trial], folder: RunFolder) -> None:
 SHOWN = (
     "group", "case", "pattern", "policy", "shape", "batch", "share", "pages_share", "right", "wrong", "unsupported",
     "saved_percent", "mass_mean", "mass_least", "error_mean", "lost", "floor_us", "of_floor", "of_dense", "over_peer",
-    "over_dense", "tokens_per_s", "sparse_tokens_per_s",
+    "over_dense", "over_flashinfer", "over_ordinary", "over_one", "over_apart", "tbs", "tokens_per_s",
+    "sparse_tokens_per_s",
 )  # fmt: skip
 """Keys of `data` that become columns, where records have them."""
 
 
 def _row(trial: Trial) -> dict[str, str]:
     row = {"by": trial.backend} if trial.backend else {}
+    row |= {"how": trial.variant} if trial.data.get("what") in ("serving", "shapes") and trial.variant else {}
     row |= {"problem": trial.problem.label().replace(",", ", ")} if trial.problem else {}
     for key in SHOWN:
         if key in trial.data:

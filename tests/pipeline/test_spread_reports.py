@@ -83,7 +83,8 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
     for name in ("check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
                  "the bits of hopper, invariant mode",
                  "1 of ", "memcheck on hopper", "decode: B=64", "tokens: model, batch 256",
-                 "correctness: heads", "model "):  # fmt: skip
+                 "correctness: heads", "serving: Qwen3-30B-A3B, batch 64", "shapes: plain, B=256",
+                 "shapes: shared prefix", "model "):  # fmt: skip
         assert name in words, name
     planted = {name.split(" in ")[0] for name in pool.packed if " in hopper: " in name}
     assert planted == {fault.id for fault in FAULTS if fault.why_not("hopper") is None and not fault.held_by}

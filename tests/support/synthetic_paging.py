@@ -89,6 +89,88 @@ def tokens() -> list[Trial]:
     return found
 
 
+SHEET_TBS = 4.8
+
+
+def way(what: str, variant: str, backend: str, problem: Problem, us: float, size: int, **data: Any) -> Trial:
+    """One way of a decode step that read so many bytes."""
+    data = {"kv_bytes": size, "sheet_tbs": SHEET_TBS, "tbs": size / us / 1e6, **data}
+    return trial(what, backend, variant=variant, problem=problem, timing=timing(us), data=data)
+
+
+def beside(dense: float, flashinfer: float, **more: float) -> dict[str, Any]:
+    """How many times as fast a way is as others."""
+    found: dict[str, Any] = {"dense": "dense", "flashinfer": "FlashInfer, tensor cores"}
+    for side, ratio in {"dense": dense, "flashinfer": flashinfer, **more}.items():
+        found |= {f"over_{side}": ratio, f"over_{side}_quartiles": [0.99 * ratio, 1.01 * ratio]}
+    return found
+
+
+def serving(models: int = 3) -> list[Trial]:
+    """Three models: 3 % faster than dense cuDNN and 5 % than FlashInfer; the invariant mode takes a tenth more."""
+    found = []
+    for model in FULL.served[:models]:
+        for batch in FULL.served_batches:
+            problem = model.problem(batch).with_(dtype="bfloat16")
+            size = 2 * batch * model.num_heads_kv * model.context * model.head_dim * 2
+            us = 8.0 + size / (0.95 * READ_TBS) / 1e6
+            data = {"shape": model.name, "layers": model.layers, "batch": batch, "card": model.card}
+            asked = problem.with_(batch_invariant=True)
+            for name, backend, one, ratio, more in (
+                ("all pages", "decode", problem, 1.0, beside(1.03, 1.05)),
+                ("batch-invariant", "decode", asked, 1.1, beside(0.936, 0.955, ordinary=1 / 1.1)),
+                ("dense", "sdpa-cudnn", problem, 1.03, {}),
+                ("FlashInfer, tensor cores", "flashinfer", problem, 1.05, {}),
+                ("FlashInfer, CUDA cores", "flashinfer", problem, 1.09, {}),
+            ):
+                found.append(way("serving", name, backend, one, ratio * us, size, **data, **more))
+    return found
+
+
+def shapes() -> list[Trial]:
+    """Five shapes in two dtypes at three page sizes, of which pages of 16 are a little slower than dense cuDNN."""
+    found = []
+    for problem in (one.with_(dtype=dtype) for one in FULL.shapes for dtype in FULL.dtypes):
+        size = 2 * problem.batch * problem.num_heads_kv * problem.seqlen_k * problem.head_dim * 2
+        us, data = 5.0 + size / (0.95 * READ_TBS) / 1e6, {"case": "plain"}
+        found.append(way("shapes", "dense", "sdpa-cudnn", problem, us, size, **data))
+        for page in FULL.pages:
+            ratio, paged = 0.98 if page == 16 else 1.02, problem.with_(page_size=page)
+            found.append(way("shapes", f"page {page}", "decode", paged, us / ratio, size, **data,
+                             **beside(ratio, 1.06 * ratio)))  # fmt: skip
+            for name in ("tensor", "CUDA"):
+                found.append(way("shapes", f"FlashInfer, {name} cores, page {page}", "flashinfer", paged, 1.06 * us,
+                                 size, **data))  # fmt: skip
+    return [*found, *further()]
+
+
+def further() -> list[Trial]:
+    """What serving has beside plain steps: unlike lengths, a few query tokens, a shared prefix."""
+    one, size = FULL.further.problem, 1 << 30
+    found = [way("shapes", "all pages", "decode", one.with_(seqlen_k=15_987), 500.0, 2 * size, case="mixed lengths",
+                 shortest=112, tokens=500_000, over_flashinfer=1.07, flashinfer="FlashInfer, CUDA cores")]  # fmt: skip
+    found.append(way("shapes", "1 query token", "decode", one, 240.0, size, case="query tokens", over_dense=1.01))
+    for tokens in FULL.further.tokens:
+        problem = one.with_(seqlen_q=tokens, causal=True)
+        found.append(
+            way(
+                "shapes",
+                f"{tokens} query tokens",
+                "decode",
+                problem,
+                240.0 + 6 * tokens,
+                size,
+                case="query tokens",
+                over_one=240 / (240 + 6 * tokens),
+                over_dense=0.9,
+                over_flashinfer=1.2,
+            )
+        )
+    found.append(way("shapes", "prefix shared", "decode", one, 60.0, size // 5, case="shared prefix", prefix=3584,
+                     over_apart=4.0, over_flashinfer=0.97, flashinfer="FlashInfer, cascade"))  # fmt: skip
+    return [*found, way("shapes", "nothing shared", "decode", one, 240.0, size, case="shared prefix", prefix=3584)]
+
+
 def correctness() -> list[Trial]:
     data = {"right": 12, "wrong": 0, "unsupported": 0, "elements": 123_456, "worst_share_of_bound": 0.4}
     groups = ("page sizes", "policies", "prefill")
@@ -119,4 +201,4 @@ def other_times() -> list[Trial]:
 def everything() -> list[Trial]:
     """A whole survey on a GPU."""
     decode = [t for problem in FULL.decode for t in decode_of(problem)]
-    return [*correctness(), *memory(), *decode, *other_times(), *accuracy(), *tokens()]
+    return [*correctness(), *memory(), *decode, *other_times(), *accuracy(), *tokens(), *serving(), *shapes()]

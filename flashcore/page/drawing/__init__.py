@@ -8,7 +8,7 @@ import os
 
 __all__ = [
     "answers", "closeups", "fleet_views", "html_tables", "masked_views", "model_views", "paging_views", "plots",
-    "stage_plots", "survey_views", "svg",
+    "serving_views", "stage_plots", "survey_views", "svg",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from flashcore.decision import compare
 from flashcore.decision.compare import number
+from flashcore.page.drawing import serving_views
 from flashcore.page.drawing.html_tables import nothing, spaced, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, style, with_tips
 from flashcore.records import Trial
@@ -36,7 +37,10 @@ PATTERN_WORDS = {
 def paging_html(evidence: Evidence) -> str:
     """The section 'Sparse paging': GPU figures from the run or the recorded one, and what needs no GPU from either."""
     trials = evidence_trials(evidence)
-    parts = [memory_html(trials), decode_html(trials), tokens_html(trials), accuracy_html(trials)]
+    parts = [
+        serving_views.serving_html(trials), serving_views.shapes_html(trials), memory_html(trials),
+        decode_html(trials), tokens_html(trials), accuracy_html(trials),
+    ]  # fmt: skip
     details = correctness_html(trials) + other_times_html(trials) + accuracy_table(trials)
     fold = "Prefill, append, correctness of the paged kernels, and every accuracy figure"
     details = f'<details class="fc-fold inline"><summary>{fold}</summary>{details}</details>'

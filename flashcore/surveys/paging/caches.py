@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from flashcore.paging import PagedKV, PageSelection
@@ -44,6 +46,51 @@ def dense_of(cache: PagedKV, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pool[table].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
 
     return dense(cache.k_pool), dense(cache.v_pool)
+
+
+def paged_from(k: torch.Tensor, v: torch.Tensor, page_size: int, *, seed: int = 0) -> PagedKV:
+    """Dense ``[sequences, num_heads_kv, length, head_dim]`` copied into pages, in shuffled order and without bounds."""
+    sequences, _, length, _ = k.shape
+    columns = -(-length // page_size)
+    generator = torch.Generator(device=k.device).manual_seed(seed)
+    place = torch.randperm(sequences * columns, generator=generator, device=k.device)
+
+    def pool(dense: torch.Tensor) -> torch.Tensor:
+        missing = columns * page_size - length
+        dense = torch.nn.functional.pad(dense, (0, 0, 0, missing)) if missing else dense
+        pages = torch.empty(sequences * columns, k.shape[1], page_size, k.shape[3], dtype=k.dtype, device=k.device)
+        pages[place] = dense.unflatten(2, (columns, page_size)).transpose(1, 2).flatten(0, 1)
+        return pages
+
+    return PagedKV.from_tables(
+        pool(k), pool(v), place.view(sequences, columns).to(torch.int32),
+        torch.full((sequences,), length, dtype=torch.int32, device=k.device), max_length=length, lengths_fit=True,
+    )  # fmt: skip
+
+
+def mixed_cache(
+    lengths: Sequence[int], num_heads_kv: int, head_dim: int, *, page_size: int, dtype: torch.dtype, device: str,
+    prefix: int = 0, seed: int = 0,
+) -> PagedKV:  # fmt: skip
+    """Sequences of these lengths, random, whose first `prefix` tokens lie in the same whole pages; pages in any order.
+
+    `prefix` is a multiple of the page size and no longer than the shortest sequence.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    shared = prefix // page_size
+    own = [-(-length // page_size) - shared for length in lengths]
+    count = shared + sum(own)
+    shape = (count, num_heads_kv, page_size, head_dim)
+    k_pool, v_pool = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    order = torch.randperm(count, generator=generator, device=device).to(torch.int32)
+    table = torch.full((len(lengths), shared + max(own)), NOWHERE, dtype=torch.int32, device=device)
+    table[:, :shared] = order[:shared]
+    for row, pages in enumerate(order[shared:].split(own)):
+        table[row, shared : shared + len(pages)] = pages
+    return PagedKV.from_tables(
+        k_pool, v_pool, table, torch.tensor(lengths, dtype=torch.int32, device=device), max_length=max(lengths),
+        lengths_fit=True,
+    )  # fmt: skip
 
 
 def shuffled_and_poisoned(cache: PagedKV, *, seed: int = 0) -> PagedKV:

@@ -19,17 +19,20 @@ from flashcore.surveys.paging.memory import measure_memory
 from flashcore.surveys.paging.plan import Plan
 from flashcore.surveys.paging.prefill import measure_prefill
 from flashcore.surveys.paging.read_speed import NAME, read_speed
+from flashcore.surveys.paging.serving import measure_serving
+from flashcore.surveys.paging.shapes import cases, measure_shapes
 from flashcore.surveys.paging.tokens import measure_tokens
 from flashcore.surveys.paging.trials import Book
 
 WHATS: dict[str, Callable[[Book, Plan], None]] = {
     "correctness": measure_correctness, "memory": measure_memory, "decode": measure_decode,
     "prefill": measure_prefill, "append": measure_append, "accuracy": measure_accuracy, "tokens": measure_tokens,
+    "serving": measure_serving, "shapes": measure_shapes,
 }  # fmt: skip
 """What can be measured, by the word that its records have under ``data["what"]``; correctness comes first."""
 ON_CPU = ("correctness", "memory", "accuracy")
 """What means something without a GPU: the reference is right, books count, policies choose; nothing there is fast."""
-TIMED = ("decode", "prefill", "append", "tokens")
+TIMED = ("decode", "prefill", "append", "tokens", "serving", "shapes")
 """What times anything."""
 
 
@@ -125,6 +128,14 @@ def parts(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
         for model in plan.models:
             for batch in plan.batches:
                 yield f"{model.name}, batch {batch}", replace(plan, models=(model,), batches=(batch,)), {}
+    elif name == "serving":
+        for model in plan.served:
+            for batch in plan.served_batches:
+                yield f"{model.name}, batch {batch}", replace(plan, served=(model,), served_batches=(batch,)), {}
+    elif name == "shapes":
+        for case, part in cases(plan):
+            words = ", ".join([case, *(one.with_(dtype=part.dtypes[0]).label() for one in part.shapes)])
+            yield words, part, {}
     else:
         yield "", plan, {}
 

@@ -23,6 +23,8 @@ class ModelShape:
     """Tokens that each sequence has in the cache."""
     stated_batch: int
     """The batch that the shape's own figure is given for; the others show how it grows."""
+    card: str = ""
+    """Whose numbers these are: the model's public card."""
 
     def words(self) -> str:
         """The shape in one line."""
@@ -50,6 +52,20 @@ def report_shape(layers: int = 1) -> ModelShape:
 
 
 @dataclass(frozen=True)
+class Further:
+    """What serving has beside one query token each over sequences of one length."""
+
+    problem: Problem
+    """The step that each of them changes in one way."""
+    lengths: tuple[int, int]
+    """Of a batch of unlike sequences: the shortest and the longest that may be drawn."""
+    tokens: tuple[int, ...]
+    """Query tokens a sequence."""
+    prefix: int
+    """Tokens that all sequences share, pages and all."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is measured, and how often."""
 
@@ -62,6 +78,16 @@ class Plan:
     accuracy: Problem
     models: tuple[ModelShape, ...]
     batches: tuple[int, ...]
+    served: tuple[ModelShape, ...]
+    """Public models, beside every peer."""
+    served_batches: tuple[int, ...]
+    shapes: tuple[Problem, ...]
+    """Decode against dense attention, at each of `pages` and in each of `dtypes`."""
+    pages: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    further: Further | None = None
+    further_cases: tuple[str, ...] = ()
+    """Which of them, by name; none for all."""
     shares: tuple[float, ...] = (1.0, 0.5, 0.3, 0.1)
     """Of the pages, that a policy selects when decode is timed."""
     accuracy_shares: tuple[float, ...] = (0.1, 0.3, 0.5)
@@ -85,6 +111,22 @@ MODEL = ModelShape("model", 32, 32, 8, 128, 8192, stated_batch=64)
 """The shape that a rate of tokens is asked for: that of a model of 8 billion parameters."""
 
 
+SERVED = (
+    ModelShape("Llama-3.1-8B", 32, 32, 8, 128, 4096, stated_batch=64, card="meta-llama/Llama-3.1-8B"),
+    ModelShape("Qwen3-30B-A3B", 48, 32, 4, 128, 4096, stated_batch=64, card="Qwen/Qwen3-30B-A3B"),
+    ModelShape("SmolLM2-1.7B", 24, 32, 32, 64, 4096, stated_batch=64, card="HuggingFaceTB/SmolLM2-1.7B"),
+)  # fmt: skip
+"""Groups of 4, 8 and 1 query heads, head_dim 128 and 64, and full attention in every layer, as the models' cards on
+Hugging Face say (`config.json`: num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim)."""
+
+
+SHAPES = (
+    decode_problem(64, 32, 8, 4096, 128), decode_problem(16, 16, 16, 8192, 64), decode_problem(1, 32, 8, 32768, 128),
+    decode_problem(128, 32, 8, 1024, 128), decode_problem(256, 64, 8, 512, 128),
+)  # fmt: skip
+"""Decode steps in which dense cuDNN was ahead of ours when they were first timed."""
+
+
 def plan_for(profile: str, gpu: bool, *, report_layers: int = 1) -> Plan:
     """The plan of a profile; without a GPU the sizes are small enough for two cores, and only the reference is timed.
 
@@ -105,6 +147,9 @@ def plan_for(profile: str, gpu: bool, *, report_layers: int = 1) -> Plan:
             accuracy=Problem(batch=2, num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=8192 if full else 4096,
                              head_dim=64, causal=True, page_size=64),
             models=(ModelShape("tiny", 2, 4, 2, 64, 256, stated_batch=2),), batches=(1, 2), page_size=32, rounds=3,
+            served=(ModelShape("tiny", 2, 4, 2, 64, 96, stated_batch=2, card="nobody/tiny"),), served_batches=(1, 2),
+            shapes=(decode_problem(2, 4, 2, 128, 64),), pages=(16, 32), dtypes=("float16",),
+            further=Further(decode_problem(3, 4, 2, 96, 64), (5, 200), (2,), 64),
             decode_backend="reference", prefill_backend="reference", dense_backend="reference", peer="sdpa-math",
         )  # fmt: skip
     return Plan(
@@ -119,5 +164,9 @@ def plan_for(profile: str, gpu: bool, *, report_layers: int = 1) -> Plan:
                          head_dim=128, causal=True),
         models=(MODEL, report_shape(report_layers)),
         batches=(1, 2, 4, 8, 16, 32, 64, 128, 256) if full else (1, 16, 64),
+        served=SERVED if full else SERVED[:1], served_batches=(1, 16, 64, 256) if full else (1, 64),
+        shapes=SHAPES if full else SHAPES[:3:2], pages=(16, 64, 128) if full else (16, 128),
+        dtypes=("float16", "bfloat16") if full else ("float16",),
+        further=Further(decode_problem(64, 32, 8, 4096, 128), (100, 16_000), (2, 4), 3584) if full else None,
         rounds=30 if full else 12,
     )  # fmt: skip

@@ -38,10 +38,14 @@ def test_the_section_draws_everything_with_its_message_as_text():
     html = paging_views.paging_html(evidence(EVERYTHING))
     assert "fc-none" not in html and "nan" not in html.replace("NaN lies in every slot", "").lower()
     svgs = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(svgs) == 1 + 3 + 2 + 1
+    assert len(svgs) == 1 + 1 + 3 + 2 + 1
     for svg in svgs:
         ElementTree.fromstring(svg)
         assert 'role="img"' in svg and len(re.search(r'aria-label="([^"]*)"', svg)[1]) > 80
+    assert html.index("Attention alone leaves room for") < html.index("at least as fast as dense cuDNN in 20 of 30")
+    assert html.index("at least as fast as dense cuDNN in 20 of 30") < html.index("70.3 % saved"), (
+        "what was there follows"
+    )
     for said in ("70.3 % saved", "costs 0.8 % more", "98 % of the speed of reading alone", "0.360 of the time with all",
                  "the needle FOUND", "the needle LOST", "LOST by 40 of 128", "0.970 × as fast as hopper"):  # fmt: skip
         assert said in html, said

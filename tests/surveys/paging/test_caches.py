@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from flashcore.paging import DROPPED, AllPages, PagedKVCache, TopK, bounds_of_pool, paged_reference
-from flashcore.surveys.paging.caches import NOWHERE, dense_of, pages_share, random_cache, rows_of, shuffled_and_poisoned
+from flashcore.surveys.paging.caches import (
+    NOWHERE,
+    dense_of,
+    mixed_cache,
+    paged_from,
+    pages_share,
+    random_cache,
+    rows_of,
+    shuffled_and_poisoned,
+)
 
 
 def test_a_random_caches_rows_and_dense_copies_hold_the_same_keys():
@@ -82,3 +91,25 @@ def test_the_share_of_pages_selected():
     q = torch.randn(3, 4, 1, 16).half()
     assert pages_share(cache, AllPages().select(q, cache)) == 1.0
     assert pages_share(cache, TopK(pages=2).select(q, cache)) == (2 + 1 + 2) / 8
+
+
+def test_dense_keys_and_values_in_pages_are_the_same_ones():
+    k, v = (torch.randn(3, 2, 50, 16).half() for _ in range(2))
+    for size in (16, 32):
+        cache = paged_from(k, v, size, seed=1)
+        assert cache.page_size == size and cache.lengths.tolist() == [50] * 3 and cache.lengths_fit
+        assert sorted(cache.page_table.flatten().tolist()) == list(range(cache.num_pages)), "no page to spare"
+        assert cache.page_table.flatten().tolist() != list(range(cache.num_pages)), "pages lie in any order"
+        assert all(torch.equal(found, own) for found, own in zip(dense_of(cache, 50), (k, v), strict=True))
+
+
+def test_sequences_of_unlike_lengths_share_a_prefix_and_nothing_else():
+    cache = mixed_cache((70, 33, 64), 2, 16, page_size=16, dtype=torch.float16, device="cpu", prefix=32, seed=2)
+    table = cache.page_table.tolist()
+    assert cache.lengths.tolist() == [70, 33, 64] and cache.max_length == 70 and cache.num_pages == 2 + 3 + 1 + 2
+    used = [row[:count] for row, count in zip(table, (5, 3, 4), strict=True)]
+    assert used[0][:2] == used[1][:2] == used[2][:2]
+    assert sorted(used[0] + used[1][2:] + used[2][2:]) == list(range(cache.num_pages))
+    assert {entry for row, count in zip(table, (5, 3, 4), strict=True) for entry in row[count:]} == {NOWHERE}
+    apart = mixed_cache((70, 33), 2, 16, page_size=16, dtype=torch.float16, device="cpu")
+    assert len({p for row, n in zip(apart.page_table.tolist(), (5, 3), strict=True) for p in row[:n]}) == 8

@@ -9,14 +9,18 @@ from flashcore.errors import UnknownName
 from flashcore.surveys.paging import append as appending
 from flashcore.surveys.paging import facts, measuring
 from flashcore.surveys.paging.measuring import ON_CPU, WHATS, measure
-from flashcore.surveys.paging.plan import ModelShape, decode_problem, plan_for
+from flashcore.surveys.paging.plan import Further, ModelShape, decode_problem, plan_for
 from flashcore.surveys.paging.read_speed import NAME
 
 
 @pytest.mark.slow
 def test_a_whole_survey_on_the_cpu(surveyed):
     trials = facts.paging_trials(surveyed.trials())
-    assert {t.status for t in trials} == {"ok"} and {t.data["what"] for t in trials} == set(WHATS)
+    assert {t.data["what"] for t in trials} == set(WHATS)
+    # A peer may not be installed, and the reference promises no bits.
+    beside = [t for t in trials if t.data["what"] in ("serving", "shapes")]
+    assert {t.status for t in trials if t not in beside} == {"ok"}
+    assert {t.status for t in beside if t.backend != "flashinfer" and t.variant != "batch-invariant"} == {"ok"}
     memory = {t.data["case"]: t.data["saved_percent"] for t in records(surveyed, "memory")}
     assert memory == {"shared_prefix": pytest.approx(70.3, abs=0.05), "mixed_lengths": pytest.approx(47.1, abs=0.05),
                       "no_sharing": pytest.approx(-0.8, abs=0.05)}  # fmt: skip
@@ -80,8 +84,11 @@ def test_every_measurement_on_a_gpu_at_small_sizes(run):
         plan_for("quick", True), decode=(decode_problem(4, 8, 2, 1024, 128),), prefill=(square(2, 4, 512, 64),),
         append=decode_problem(8, 2, 2, 100, 64), accuracy=PLAN.accuracy, rounds=5, batches=(1, 2),
         models=(ModelShape("tiny", 2, 8, 2, 128, 1024, stated_batch=2),),
+        served=(ModelShape("tiny", 2, 8, 2, 128, 1024, stated_batch=2),), served_batches=(1, 2),
+        shapes=(decode_problem(4, 8, 2, 1024, 128),), pages=(16, 64), dtypes=("bfloat16",),
+        further=Further(decode_problem(4, 8, 2, 1024, 128), (100, 3000), (2,), 896),
     )  # fmt: skip
-    trials = measure(run, plan, what="memory,decode,prefill,append,accuracy,tokens")
+    trials = measure(run, plan, what="memory,decode,prefill,append,accuracy,tokens,serving,shapes")
     wrong = [(t.data, t.backend, t.reason) for t in trials if t.status in ("failed", "error")]
     assert wrong == []
     assert all(t.timing.method == "graph_replay" for t in trials if t.timing)

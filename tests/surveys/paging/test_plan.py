@@ -22,6 +22,21 @@ def test_a_plan_on_a_gpu_holds_the_shapes_that_are_asked_for():
         plan_for("fast", True)
 
 
+def test_the_served_models_differ_in_group_and_head_dim_and_name_their_cards():
+    full, quick = plan_for("full", True), plan_for("quick", True)
+    assert full.served_batches == (1, 16, 64, 256) and len(full.served) == 3
+    assert len({model.num_heads_q // model.num_heads_kv for model in full.served}) == 3
+    assert {model.head_dim for model in full.served} == {64, 128} and all("/" in model.card for model in full.served)
+    assert [p.label() for p in full.shapes] == [
+        "B=64,H=32,Hkv=8,Sq=1,Sk=4096,D=128", "B=16,H=16,Sq=1,Sk=8192,D=64", "B=1,H=32,Hkv=8,Sq=1,Sk=32768,D=128",
+        "B=128,H=32,Hkv=8,Sq=1,Sk=1024,D=128", "B=256,H=64,Hkv=8,Sq=1,Sk=512,D=128",
+    ]  # fmt: skip
+    assert full.pages == (16, 64, 128) and full.dtypes == ("float16", "bfloat16")
+    assert full.further.lengths == (100, 16_000) and full.further.tokens == (2, 4)
+    assert full.further.prefix % full.page_size == 0 and full.further.prefix < full.further.problem.seqlen_k
+    assert len(quick.served) * len(quick.served_batches) == 2 and len(quick.shapes) == 2 and quick.further is None
+
+
 def test_a_plan_without_a_gpu_times_the_reference_alone_and_is_small():
     quick, full = plan_for("quick", False), plan_for("full", False)
     for plan in (quick, full):

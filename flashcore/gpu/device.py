@@ -67,6 +67,16 @@ def l2_bytes() -> int:
 
 
 @functools.cache
+def memory_bytes() -> int:
+    """Size of the GPU's memory in bytes; 0 without a GPU."""
+    if not has_gpu():
+        return 0
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+@functools.cache
 def _nvml_handle() -> Any:
     """NVML's handle of the current GPU, or None; matched by uuid, because CUDA_VISIBLE_DEVICES renumbers."""
     try:

@@ -8,10 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashcore.measure.cluster.tasks import Task, Work, carry_out, packed
 from flashcore.errors import ClusterError
 from flashcore.gpu import device
 from flashcore.gpu.isolation import Outcome, Worker
+from flashcore.measure.cluster.tasks import Task, Work, carry_out, packed
 
 if TYPE_CHECKING:
     from flashcore.measure.cluster.places import Place

@@ -7,11 +7,11 @@ import os
 import pytest
 from support.cluster_tasks import count, die, nap, refuse
 
+from flashcore.errors import ClusterError
 from flashcore.measure.cluster import sharing
 from flashcore.measure.cluster.pools import Here, perform
 from flashcore.measure.cluster.sharing import Crew, crew, crew_size
 from flashcore.measure.cluster.tasks import Task, Work
-from flashcore.errors import ClusterError
 from flashcore.records import Trial
 
 GIB = 1 << 30

@@ -1,4 +1,4 @@
-"""Measure one part of a run again and keep the rest of it: `flashcore report --only sweep`."""
+"""Measure one part of a run again and keep the rest of it: `flashcore report --only sweep`, or what did not finish."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def redo(
     changes: Mapping[str, Any] | None = None,
     notebooks_dir: Path | None = None,
     timeout_s: float | None = None,
+    within_s: float | None = None,
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
@@ -72,7 +73,7 @@ def redo(
         Names or short names of notebooks, separated by commas.
     changes
         Other values of ``profile``, ``backends``, ``problems`` or ``seed`` than the run was made with.
-    bars, places
+    within_s, bars, places
         As in `reporting.report`.
 
     Raises
@@ -83,6 +84,7 @@ def redo(
         The run was measured on another machine or with other software, or its files cannot be written.
     """
     folders.refuse_recorded(run)
+    until = reporting.deadline(within_s)
     folder = reporting.notebooks_folder(notebooks_dir)
     parts = parts_named(only, folder)
     environment = run.environment()
@@ -111,12 +113,46 @@ def redo(
     peers = reporting.planned_peers(common["backends"]) if SHORT["sweep"] in parts else None
     begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
     _write(run, begun)
-    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress,
+    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until, progress=progress,
                                bars=bars)  # fmt: skip
     done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
+    begun["after"] = environment.get("after") or device.snapshot()  # a run that was killed never wrote it
     _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
     return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
                               earlier=earlier)  # fmt: skip
+
+
+def unfinished(run: RunFolder) -> list[str]:
+    """The notebooks of a run's plan that did not come to their end, or were never begun."""
+    parameters = run.environment().get("parameters")
+    planned = _list(parameters.get("notebooks")) if isinstance(parameters, Mapping) else []
+    last = {str(trial.data.get("name")): trial.status for trial in run.trials(kind="notebook")}
+    return [str(name) for name in planned if last.get(str(name)) != "ok"]
+
+
+def resume(run: RunFolder, **options: Any) -> reporting.ReportResult:
+    """Measure what a run lacks: the parts that failed, that had no time left, or that were killed with the report.
+
+    Parameters
+    ----------
+    options
+        As of `redo`.
+
+    Raises
+    ------
+    RecordsError
+        It lacks nothing, or as in `redo`.
+    """
+    folders.refuse_recorded(run)
+    if left := unfinished(run):
+        return redo(run, ",".join(left), **options)
+    if run.trials(kind="verdict") or not run.trials():
+        raise RecordsError(
+            f"Every part of the run {run.name} finished; 'flashcore render {run.name}' draws its page, and "
+            "'flashcore report --only PART' measures one again."
+        )
+    told = {name: options.get(name) for name in ("variant", "progress")} | {"pdf": options.get("pdf", True)}
+    return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")), **told)
 
 
 def _list(value: Any) -> list[Any]:

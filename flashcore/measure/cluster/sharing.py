@@ -162,16 +162,16 @@ def _trials_of(task: Task, outcome: Outcome) -> list[Trial]:
     return trials
 
 
-def crew(workers: Pool, *, most: int = MOST) -> Pool:
+def crew(workers: Pool, *, least: int = 2, most: int = MOST) -> Pool:
     """The pool for work that times nothing: several processes that share this process's card, or `workers` itself.
 
     It is `workers` itself where that has processes of its own, where there is no GPU, and where the machine has too few
-    cores or too little memory for two.
+    cores or too little memory for `least` processes.
     """
     if workers.places or not device.has_gpu():
         return workers
-    size = crew_size(os.cpu_count() or 1, device.memory_bytes(), _host_bytes())
-    return Crew(min(size, most)) if min(size, most) > 1 else workers
+    size = min(most, crew_size(os.cpu_count() or 1, device.memory_bytes(), _host_bytes()))
+    return Crew(size) if size >= least else workers
 
 
 def crew_size(cores: int, card_bytes: int, host_bytes: int) -> int:

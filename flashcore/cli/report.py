@@ -85,6 +85,10 @@ def report(
         typer.Option("--run", metavar="RUN", help="The run that --only or --resume is about.  [default: latest; with "
                                                   "--resume the one begun last]", autocompletion=completing.run)
     ] = None,
+    later: Annotated[
+        str | None,
+        typer.Option("--later", metavar="PART,...", help="Leave these parts of a new run to --resume."),
+    ] = None,
     within: Annotated[
         float | None,
         typer.Option("--within", metavar="SECONDS", help="What all of it may take: parts that do not fit are left to "
@@ -127,6 +131,8 @@ def report(
             "--run names the run that --only PART does again, or --resume ends; 'flashcore report' alone makes a new "
             "run."
         )
+    if later is not None and (resume or only is not None):
+        raise FlashCoreError("--later leaves parts of a new run to --resume; leave --only and --resume out.")
     if resume and only is not None:
         raise FlashCoreError("--resume measures all parts that did not finish; leave it or --only out.")
     if resume and given:
@@ -159,7 +165,7 @@ def report(
         else:
             defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
                         "seed": 0}  # fmt: skip
-            result = reporting.report(**{**defaults, **given}, out=out_dir, kernel=adopted, **common)
+            result = reporting.report(**{**defaults, **given}, out=out_dir, later=later or "", kernel=adopted, **common)
     print_decision(result.decision)
     for name, reason in result.failed.items():
         say(f"Notebook {name} did not finish: {escape(reason)}")

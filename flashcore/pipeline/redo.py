@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.decision import seal, verdict
-from flashcore.errors import FlashCoreError, RecordsError, UnknownName
+from flashcore.errors import FlashCoreError, RecordsError
 from flashcore.gpu import device
 from flashcore.page import Variant
 from flashcore.pipeline import folders, rendering, reporting, superseding
@@ -19,33 +19,6 @@ from flashcore.records import RunFolder, write_whole
 
 if TYPE_CHECKING:
     from flashcore.measure.cluster import Place
-
-SHORT = {
-    "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
-    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging", "model": "07_in_a_model",
-}  # fmt: skip
-"""What a user calls the notebooks that measure."""
-
-
-def parts_named(text: str, folder: Path) -> list[str]:
-    """Notebooks by their names or short names, separated by commas; in the order in which a report runs them.
-
-    Raises
-    ------
-    UnknownName
-        There is no such part; names those there are.
-    """
-    there = reporting.planned_notebooks(folder)
-    short = {name: stem for name, stem in SHORT.items() if stem in there}
-    wanted = set()
-    for word in filter(None, (word.strip() for word in text.split(","))):
-        stem = short.get(word, word.removesuffix(".ipynb"))
-        if stem not in there:
-            raise UnknownName("part of a report", word, [*short, *there])
-        wanted.add(stem)
-    if not wanted:
-        raise UnknownName("part of a report", text, [*short, *there])
-    return [name for name in there if name in wanted]
 
 
 def redo(
@@ -86,7 +59,7 @@ def redo(
     folders.refuse_recorded(run)
     until = reporting.deadline(within_s)
     folder = reporting.notebooks_folder(notebooks_dir)
-    parts = parts_named(only, folder)
+    parts = reporting.parts_named(only, folder)
     environment = run.environment()
     parameters = environment.get("parameters")
     if not isinstance(parameters, Mapping):
@@ -110,7 +83,7 @@ def redo(
     say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
     began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks(),
              **({"cards": [place.as_dict() for place in places]} if places else {})}  # fmt: skip
-    peers = reporting.planned_peers(common["backends"]) if SHORT["sweep"] in parts else None
+    peers = reporting.planned_peers(common["backends"]) if reporting.SHORT["sweep"] in parts else None
     begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
     _write(run, begun)
     failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until, progress=progress,

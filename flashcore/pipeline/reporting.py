@@ -80,6 +80,34 @@ def planned_notebooks(notebooks_dir: Path) -> list[str]:
     return [name for name in found if name != STATUS_NOTEBOOK]
 
 
+SHORT = {
+    "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
+    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging", "model": "07_in_a_model",
+}  # fmt: skip
+"""What a user calls the notebooks that measure."""
+
+
+def parts_named(text: str, folder: Path) -> list[str]:
+    """Notebooks by their names or short names, separated by commas; in the order in which a report runs them.
+
+    Raises
+    ------
+    UnknownName
+        There is no such part; names those there are.
+    """
+    there = planned_notebooks(folder)
+    short = {name: stem for name, stem in SHORT.items() if stem in there}
+    wanted = set()
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        stem = short.get(word, word.removesuffix(".ipynb"))
+        if stem not in there:
+            raise UnknownName("part of a report", word, [*short, *there])
+        wanted.add(stem)
+    if not wanted:
+        raise UnknownName("part of a report", text, [*short, *there])
+    return [name for name in there if name in wanted]
+
+
 def execute_notebook(
     name: str,
     run: RunFolder,
@@ -110,6 +138,7 @@ def report(
     notebooks_dir: Path | None = None,
     timeout_s: float | None = None,
     within_s: float | None = None,
+    later: str = "",
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
@@ -140,6 +169,8 @@ def report(
     within_s
         Seconds that all of it may take: `PAGE_S` of them are kept for the page, and notebooks that do not fit into the
         rest count as failed. `flashcore.pipeline.redo.resume` measures them.
+    later
+        Parts that are left to `resume` from the start, by their names or short names, separated by commas.
     variant
         How the page is made; default: everything on it.
     pdf
@@ -167,6 +198,7 @@ def report(
     until = deadline(within_s)
     folder = notebooks_folder(notebooks_dir)
     planned = planned_notebooks(folder)
+    left = parts_named(later, folder) if later else []
 
     run = new_run(out)
     sweep_runs(run.path.parent)
@@ -179,8 +211,8 @@ def report(
             "lse": kernel["lse"], "sha256": _digest(Path(where)),
         }  # fmt: skip
     device.record_environment(run, "before", asked, cards=[place.as_dict() for place in places])
-    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, progress=progress,
-                     bars=bars)  # fmt: skip
+    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, later=left,
+                     progress=progress, bars=bars)  # fmt: skip
     if kernel is not None:
         _diagnose(run, kernel, say)
     device.record_environment(run, "after")
@@ -251,19 +283,22 @@ def measure(
     folder: Path,
     timeout_s: float | None = None,
     until: float = math.inf,
+    later: Sequence[str] = (),
     progress: Progress | None = None,
     bars: bool = True,
 ) -> dict[str, str]:
     """Execute notebooks on a run, one after the other; gives those that did not finish, each with its reason.
 
-    `until` is when the last one has to be over, by `time.monotonic`: one that runs then is ended.
+    `until` is when the last one has to be over, by `time.monotonic`: one that runs then is ended. Those of `later` are
+    not begun.
     """
     say = progress or (lambda line: None)
     failed: dict[str, str] = {}
     for number, name in enumerate(names, start=1):
         left_s = until - time.monotonic()
-        if left_s < LEAST_S:
-            failed[name] = "no time was left for it; 'flashcore report --resume' measures it"
+        if left_s < LEAST_S or name in later:
+            why = "it was left for later" if name in later else "no time was left for it"
+            failed[name] = f"{why}; 'flashcore report --resume' measures it"
             notebooks.record_failure(run, name, failed[name])
             say(f"[{number}/{len(names)}] {name}: {failed[name]}")
             continue

@@ -11,7 +11,8 @@ from support.notebook_tools import finishing_notebook, measure, values, write_no
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.pipeline import reporting, superseding
-from flashcore.pipeline.redo import parts_named, redo, resume, unfinished
+from flashcore.pipeline.redo import redo, resume, unfinished
+from flashcore.pipeline.reporting import parts_named
 from flashcore.records import RunFolder, Trial
 
 # --- the whole of it -----------------------------------------------------------------------------------------------
@@ -132,6 +133,14 @@ def test_parts_without_time_left_fail_and_are_what_a_resumed_run_measures(run, t
     assert unfinished(run) == ["04_tflops_sweep"]
     run.append(Trial(kind="notebook", data={"name": "04_tflops_sweep"}))
     assert unfinished(run) == []
+
+
+def test_parts_that_are_left_for_later_are_not_begun_and_are_named_before_anything_is_made(run, toys, tmp_path):
+    failed = reporting.measure(run, ["04_tflops_sweep"], {"profile": "quick"}, folder=toys, later=["04_tflops_sweep"])
+    assert "left for later" in failed["04_tflops_sweep"] and "--resume" in failed["04_tflops_sweep"]
+    with pytest.raises(UnknownName, match="sweep, 01_first"):
+        reporting.report(notebooks_dir=toys, out=tmp_path / "runs", later="swep")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_was_killed_before_its_verdict_is_judged_and_drawn(run, monkeypatch):

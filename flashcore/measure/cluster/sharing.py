@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashcore.measure.cluster.pools import Pool
     from flashcore.records import Trial
 
-MOST = 12
+MOST = 14
 """Processes at the most: beyond that they wait for the card, and each takes seconds to start."""
 SPARE_CORES = 2
 """Cores that are left to the notebook and to the compiler."""

@@ -70,7 +70,8 @@ def test_what_preparing_raises_ends_it_all(two):
 
 @pytest.mark.parametrize(
     ("cores", "card", "host", "size"),
-    [(16, 140 * GIB, 128 * GIB, 12), (8, 140 * GIB, 128 * GIB, 6), (16, 20 * GIB, 128 * GIB, 3),
+    [(16, 140 * GIB, 128 * GIB, 14), (64, 140 * GIB, 128 * GIB, 14),
+     (8, 140 * GIB, 128 * GIB, 6), (16, 20 * GIB, 128 * GIB, 3),
      (16, 140 * GIB, 16 * GIB, 5), (2, 140 * GIB, 128 * GIB, 1), (1, 0, 0, 1)],
 )  # fmt: skip
 def test_its_size_leaves_cores_and_memory_to_others(cores, card, host, size):
@@ -88,7 +89,7 @@ def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
     assert crew(here) is here, "two cores are too few"
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(sharing.Worker, "start", lambda self: None)
-    assert crew(here).size == 12 and crew(here, most=5).size == 5
+    assert crew(here).size == 13 and crew(here, most=5).size == 5
 
     class Spread:
         places = ("card 0", "card 1")

@@ -462,7 +462,8 @@ def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, 
             own = some[0].foreign
             owed = tuple(owed_check(one, problem, seed=seed, pattern=pattern) for one in some)
             name = f"check {some[0].id} on {problem.label()}" if own else f"check {problem.label()}"
-            more = {"limit_s": FOREIGN_LIMIT_S, "cost_s": 5.0} if own else {"cost_s": 1.0}
+            cost_s = max(1.0, problem.flops() / CPU_FLOPS)  # a backend on the CPU takes most of the time
+            more = {"limit_s": FOREIGN_LIMIT_S, "cost_s": 5.0} if own else {"cost_s": cost_s}
             found.append(Task(name, _checks, (problem, some, seed, pattern), owed=owed, **more))
     return found
 

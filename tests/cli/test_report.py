@@ -130,7 +130,8 @@ def test_a_run_is_resumed_by_its_name_or_as_the_one_begun_last(monkeypatch, made
     assert runner.invoke(app, ["report", "--resume", "--out", str(tmp_path / "more")]).exit_code == 0
     assert asked == [(made.path, 500.0), (newer, None)]
     wrong = [(["--only", "sweep"], "--only out"), (["--seed", "3"], "--seed out"),
-             (["--kernel", "x.py:f"], "--resume out"), (["--later", "model"], "--resume out"), (["--out", str(tmp_path / "none")], "no run")]  # fmt: skip
+             (["--kernel", "x.py:f"], "--resume out"), (["--later", "model"], "--resume out"),
+             (["--out", str(tmp_path / "none")], "no run")]  # fmt: skip
     for more, said in wrong:
         done = runner.invoke(app, ["report", "--resume", *more])
         assert done.exit_code == 2 and said in done.stderr, more

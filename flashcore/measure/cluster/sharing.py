@@ -26,6 +26,10 @@ CARD_BYTES = 6 << 30
 """Memory of the card that one process may need: a float64 reference of a large problem has some arrays of 512 MiB."""
 HOST_BYTES = 3 << 30
 """Memory of the host for torch and its libraries in one process."""
+WARM = "flashcore.measure.check"
+"""What each imports as soon as it starts: torch comes with it."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For work on the CPU: as many threads in each as there are cores would only wait for each other."""
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Crew:
     places: tuple[Place, ...] = ()
 
     def __init__(self, size: int):
-        self._hands = [Worker(warm="flashcore.measure.cluster.tasks") for _ in range(size)]
+        self._hands = [Worker(warm=WARM, environment=ONE_THREAD) for _ in range(size)]
         for hand in self._hands:
             hand.start()
 
@@ -165,10 +169,10 @@ def _trials_of(task: Task, outcome: Outcome) -> list[Trial]:
 def crew(workers: Pool, *, least: int = 2, most: int = MOST) -> Pool:
     """The pool for work that times nothing: several processes that share this process's card, or `workers` itself.
 
-    It is `workers` itself where that has processes of its own, where there is no GPU, and where the machine has too few
-    cores or too little memory for `least` processes.
+    It is `workers` itself where that has processes of its own, where there is no GPU or one that takes one process
+    alone, and where the machine has too few cores or too little memory for `least` processes.
     """
-    if workers.places or not device.has_gpu():
+    if workers.places or not device.has_gpu() or not device.is_shared():
         return workers
     size = min(most, crew_size(os.cpu_count() or 1, device.memory_bytes(), _host_bytes()))
     return Crew(size) if size >= least else workers

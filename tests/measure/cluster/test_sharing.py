@@ -84,6 +84,10 @@ def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
     assert crew(here) is here
     monkeypatch.setattr(sharing.device, "has_gpu", lambda: True)
     monkeypatch.setattr(sharing.device, "memory_bytes", lambda: 80 * GIB)
+    monkeypatch.setattr(sharing.device, "is_shared", lambda: False)
+    monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
+    assert crew(here) is here, "the card takes one process alone"
+    monkeypatch.setattr(sharing.device, "is_shared", lambda: True)
     monkeypatch.setattr(sharing, "_host_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 2)
     assert crew(here) is here, "two cores are too few"

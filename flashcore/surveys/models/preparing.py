@@ -6,13 +6,17 @@ disk. So several processes compile every step first, and the one that measures f
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from flashcore.gpu import device
 from flashcore.measure.cluster import Here, Task, crew, perform
+from flashcore.numerics import ambient
 from flashcore.records import Trial
 from flashcore.surveys.models.attending import Attention, Keeping
 from flashcore.surveys.models.caches import Dense, Pages
@@ -22,6 +26,8 @@ from flashcore.surveys.models.stepping import steps_of
 
 CARD_BYTES = 10 << 30
 """Memory of the card that one process may need: the largest caches of a decode step, dense and in pages, are 9 GB."""
+CHOICE = ".best_config"
+"""How the names of files end in which torch notes the quickest of several forms of a kernel."""
 AHEAD_LIMIT_S = 150.0
 """Seconds that one process may take for one step; a step of 8 layers takes some 15."""
 
@@ -88,15 +94,30 @@ def compile_ahead(
     ]  # fmt: skip
     if progress:
         progress(f"compiling {len(tasks)} steps ahead")
+    began = time.time()
     try:
         (trials,) = perform(tasks, pool=workers)
     finally:
         workers.close()
+    _forget_choices(began)
     return {
         each[trial.data["number"]]: f"tried in a process of its own, it did not survive: {trial.reason}"
         for trial in trials
         if trial.data.get("crashed")
     }
+
+
+def _forget_choices(since: float) -> None:
+    """Remove what torch noted since then on which form of a kernel was quicker: others used the card meanwhile.
+
+    The process that measures finds it out again, in milliseconds, from the same compiled forms.
+    """
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    for note in Path(cache_dir()).glob(f"*/*{CHOICE}"):
+        with contextlib.suppress(OSError):  # another process of torch's may remove it too
+            if note.stat().st_mtime >= since - 1.0:
+                note.unlink()
 
 
 def _compiled(plan: Plan, work: Work, way: str, seed: int) -> Iterator[Trial]:
@@ -105,7 +126,7 @@ def _compiled(plan: Plan, work: Work, way: str, seed: int) -> Iterator[Trial]:
 
     inductor.compile_threads = 1  # there are as many processes as cores
     try:
-        with torch.no_grad():
+        with ambient.shield(modes=True), torch.no_grad():  # as where it is measured, or it counts as another step
             alone = replace(plan, works=tuple(one for one in plan.works if one.shape == work.shape))
             model, keeping = model_of(alone, work.shape, seed), kept(plan, work, seed)
             attention, tokens = attention_of(way, model, work, keeping), step_tokens(plan, work, seed)

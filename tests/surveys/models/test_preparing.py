@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -47,15 +48,23 @@ def test_a_process_that_is_told_of_one_step_has_the_model_and_caches_of_the_whol
     assert preparing.kept(PLAN, PLAN.works[0], 3) is None and preparing.kept(PLAN, PLAN.works[1], 3).pages is not None
 
 
-def test_steps_are_compiled_in_processes_that_may_die_and_only_what_died_is_barred(monkeypatch):
+def test_steps_are_compiled_in_processes_that_may_die_and_only_what_died_is_barred(monkeypatch, tmp_path):
     pool, said = Told({"fa4": ("It exceeded 150 s and was ended.", True)}), []
     asked = {}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    noted, older, other = (tmp_path / "ab" / name for name in ("x.best_config", "y.best_config", "x.py"))
+    for file in (noted, older, other):
+        file.write_text("{}")
+    os.utime(older, (1e9, 1e9))
     monkeypatch.setattr(preparing, "crew", lambda here, most: asked.update(most=most) or pool)
     monkeypatch.setattr(preparing.device, "memory_bytes", lambda: 80 << 30)
     barred = preparing.compile_ahead(ON_GPU, ("flashcore", "fa4"), seed=3, progress=said.append)
     assert set(barred) == {(work, "fa4") for work in PLAN.works} and asked["most"] == 8
     assert "did not survive: It exceeded 150 s" in barred[PLAN.works[0], "fa4"]
     assert pool.closed, "the memory of the card is free again before anything is timed"
+    left = sorted(file.name for file in (tmp_path / "ab").iterdir())
+    assert left == ["x.py", "y.best_config"], "what was quicker beside others is found out again"
     assert len(pool.tasks) == 4 and said == ["compiling 4 steps ahead"]
 
 

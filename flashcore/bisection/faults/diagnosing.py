@@ -16,7 +16,7 @@ from flashcore.bisection.faults.proving import expendable, precompile
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.gpu.isolation import START_S, Worker, isolated_trial
 from flashcore.measure.check import device_of
-from flashcore.measure.cluster import Task
+from flashcore.measure.cluster import Here, Task, Work, crew, perform
 from flashcore.numerics.inputs import PATTERNS, make_inputs
 from flashcore.problem import Problem
 from flashcore.records import RunFolder, Trial
@@ -27,6 +27,8 @@ LONG = 5000
 CALL_LIMIT_S = 10.0
 PEER_CALL_LIMIT_S = 60.0
 """The same for a peer, which may compile a kernel at the first call of each kind while all cores are busy."""
+ALL_CLEAN_LIMIT_S = 600.0
+"""Seconds for all clean cases of a backend, where they are asked one after the other."""
 CLEAN_LIMIT_S = 150.0
 """Seconds for the cases of one task; asked alone, a backend takes 4 s for them, and a peer that compiles some 40."""
 TRIES = 200
@@ -139,18 +141,41 @@ def judge(found: Diagnosis, stage: str, *, crash: bool = False, error: bool = Fa
 def prove_all(
     run: RunFolder | None, backends: Sequence[Backend], progress: Callable[[str], None] | None = None
 ) -> list[Trial]:
-    """Every bug of `plan`, each in a process that may die; records go to `run`."""
+    """Every bug of `plan`, and clean cases of each backend, in processes that may die; records go to `run`.
+
+    On a GPU several of them share the card, where this machine has cores and memory for that (`cluster.crew`).
+    """
+    workers = crew(Here())
+    if isinstance(workers, Here):
+        return _prove_one_by_one(run, backends, progress)
+    bugs = Work(tasks(backends, []), lambda here: precompile(FAULTS, backends, progress, traced=(False,)))
+    try:
+        found = perform(bugs, tasks([], backends), run=run, pool=workers, progress=progress)
+    finally:
+        workers.close()
+    return [trial for trials in found for trial in trials]
+
+
+def _prove_one_by_one(
+    run: RunFolder | None, backends: Sequence[Backend], progress: Callable[[str], None] | None
+) -> list[Trial]:
     found: list[Trial] = []
+
+    def keep(trial: Trial) -> None:
+        found.append(run.append(trial) if run else trial)
+
     if any(b.device == "cuda" for b in backends):
         precompile(FAULTS, backends, progress, traced=(False,))
     with Worker(warm="flashcore.bisection.faults.diagnosing") as worker:
         for fault_id, backend_id in plan(backends):
             if progress:
                 progress(f"{fault_id} in {backend_id}")
-            trial = _apart(fault_id, backend_id, worker)
-            found.append(trial)
-            if run:
-                run.append(trial)
+            keep(_apart(fault_id, backend_id, worker))
+    for one in backends:
+        if progress:
+            progress(f"{one.id}, as it is")
+        fields = {"kind": "diagnosis", "backend": one.id, "variant": "clean"}
+        keep(isolated_trial(ask_clean, one.id, timeout_s=ALL_CLEAN_LIMIT_S, fields=fields))
     return found
 
 

@@ -75,6 +75,40 @@ def test_the_whole_proof_is_a_list_of_tasks_that_each_owe_a_record():
     assert absent.status == "unavailable" and "not installed" in absent.reason
 
 
+def test_the_proof_is_given_to_processes_that_share_a_card_where_there_are_some(run, monkeypatch):
+    class Crew:
+        places, closed = (), False
+
+        def perform(self, works, record, progress=None):
+            found = []
+            for work in works:
+                if work.prepare:
+                    work.prepare(False)
+                found.append([record(trial) for task in work.tasks for trial in task.failed("it is not asked")])
+            return found
+
+        def close(self):
+            self.closed = True
+
+    pool, compiled = Crew(), []
+    monkeypatch.setattr(diagnosing, "crew", lambda here: pool)
+    monkeypatch.setattr(diagnosing, "precompile", lambda *given, **named: compiled.append(named))
+    trials = diagnosing.prove_all(run, [backends.get("cpu")])
+    assert {t.variant for t in trials} == {*PLANTED, "clean"} and pool.closed
+    assert [t.id for t in run.trials()] == [t.id for t in trials] and compiled == [{"traced": (False,)}]
+
+
+def test_without_them_one_process_after_another_may_die(run, monkeypatch):
+    def told(function, *given, worker=None, timeout_s, fields):
+        return Trial(**{**fields, "data": {**fields.get("data", {}), "crashed": fields["variant"] == PLANTED[0]}})
+
+    monkeypatch.setattr(diagnosing, "crew", lambda here: here)
+    monkeypatch.setattr(diagnosing, "isolated_trial", told)
+    trials = diagnosing.prove_all(run, [backends.get("cpu")])
+    assert [t.variant for t in trials] == [*PLANTED, "clean"] and len(run.trials()) == len(trials)
+    assert trials[0].data["outcome"] in ("raised", "elsewhere") and "outcome" not in trials[1].data
+
+
 def test_what_a_planted_bug_raises_is_its_record(monkeypatch):
     def broken(fault: str, backend: str):
         raise ValueError("no such thing")

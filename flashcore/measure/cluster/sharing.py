@@ -28,6 +28,8 @@ HOST_BYTES = 3 << 30
 """Memory of the host for torch and its libraries in one process."""
 WARM = "flashcore.measure.check"
 """What each imports as soon as it starts: torch comes with it."""
+MANY = "FLASHCORE_CREW"
+"""Environment variable with the number of processes, in place of what this machine has room for."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For work on the CPU: as many threads in each as there are cores would only wait for each other."""
 
@@ -172,10 +174,18 @@ def crew(workers: Pool, *, least: int = 2, most: int = MOST) -> Pool:
 
     It is `workers` itself where that has processes of its own, where there is no GPU or one that takes one process
     alone, and where the machine has too few cores or too little memory for `least` processes.
+
+    Raises
+    ------
+    ClusterError
+        FLASHCORE_CREW is no number of processes.
     """
     if workers.places or not device.has_gpu() or not device.is_shared():
         return workers
-    size = min(most, crew_size(os.cpu_count() or 1, device.memory_bytes(), _host_bytes()))
+    asked = os.environ.get(MANY, "")
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise ClusterError(f"{MANY} is '{asked}'; give it a number of processes from 1 on, or leave it out.")
+    size = min(most, int(asked or crew_size(os.cpu_count() or 1, device.memory_bytes(), _host_bytes())))
     return Crew(size) if size >= least else workers
 
 

@@ -94,6 +94,15 @@ def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(sharing.Worker, "start", lambda self: None)
     assert crew(here).size == 13 and crew(here, most=5).size == 5
+    monkeypatch.setenv(sharing.MANY, "3")
+    assert crew(here).size == 3 and crew(here, most=2).size == 2
+    monkeypatch.setenv(sharing.MANY, "1")
+    assert crew(here) is here and crew(here, least=1).size == 1
+    for wrong in ("0", "-1", "many", "1.5"):
+        monkeypatch.setenv(sharing.MANY, wrong)
+        with pytest.raises(ClusterError, match=f"FLASHCORE_CREW is '{wrong}'"):
+            crew(here)
+    monkeypatch.delenv(sharing.MANY)
 
     class Spread:
         places = ("card 0", "card 1")

@@ -40,25 +40,28 @@ def write_private(path: Path, content: bytes) -> None:
     OSError
         The folder belongs to somebody else, or cannot be written.
     """
-    make_private(path.parent)
-    write_whole(path, content)
-    path.chmod(0o600)
-
-
-def make_private(folder: Path) -> None:
-    """Make a folder for this user alone, or close one that is there.
-
-    Raises
-    ------
-    OSError
-        It belongs to somebody else, or cannot be made.
-    """
+    folder = path.parent
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(folder):
         if not _is_own(folder.lstat()) or folder.is_symlink():
             raise OSError(errno.EPERM, "the folder belongs to somebody else", str(folder))
         folder.chmod(0o700)
+    write_whole(path, content)
+    path.chmod(0o600)
+
+
+def is_closed(folder: Path) -> bool:
+    """Whether nobody else can put a file into a folder, or another in its place; one that is not made yet is closed."""
+    for one in (folder, folder.parent):
+        try:
+            if not _is_private(one):
+                return False
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return False
+    return True
 
 
 def _is_own(state: os.stat_result) -> bool:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
-from flashcore.gpu.cache import cache_dir, make_private
+from flashcore.gpu.cache import cache_dir, is_closed
 from flashcore.paths import HOME, absolute, absolute_variables, partial_path, set_home, sweep
 from flashcore.records import RunFolder, Trial
 
@@ -341,9 +341,7 @@ def _keeping_kernels() -> dict[str, str]:
     It compiles one for each kind of problem, in seconds, and a report has some 60 kinds and several processes.
     """
     folder = cache_dir() / "flash-attention-4"
-    try:
-        make_private(folder)  # what lies in it is code that will run
-    except OSError:
+    if not is_closed(folder):  # what lies in it is code that will run
         return {}
     switch = "FLASH_ATTENTION_CUTE_DSL_CACHE"
     return {f"{switch}_ENABLED": "1", f"{switch}_DIR": str(folder)}

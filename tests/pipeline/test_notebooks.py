@@ -197,10 +197,7 @@ def test_a_package_that_compiles_keeps_its_kernels_for_the_notebooks_that_come_a
     assert "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" not in found, "the user's own folder stays"
     monkeypatch.delenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
     folder = Path(notebooks._kernel_environment()["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
-    assert folder == tmp_path / "kept" / "flash-attention-4" and folder.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(notebooks, "make_private", _refuse)
-    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" not in notebooks._kernel_environment()
-
-
-def _refuse(folder):
-    raise OSError("it belongs to somebody else")
+    assert folder == tmp_path / "kept" / "flash-attention-4" and not folder.exists(), "who writes into it makes it"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" not in notebooks._kernel_environment(), "others may write it"

@@ -110,6 +110,59 @@ def diagnosis_table(trials: Iterable[Trial]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=columns)
 
 
+TOLD = ("stage", "class", "raised")
+"""Outcomes with which a planted bug was diagnosed."""
+
+
+def proofs_of(trials: Iterable[Trial]) -> list[Trial]:
+    """The records that prove the diagnosis: a planted bug each, or right backends that were asked (variant `clean`)."""
+    return [t for t in trials if t.kind == "diagnosis" and t.variant is not None and not _of_a_promise(t)]
+
+
+def diagnosis_counts(trials: Iterable[Trial]) -> pandas.DataFrame:
+    """One row an implementation: planted bugs by what outputs alone told of them, clean cases and false alarms."""
+    import pandas
+
+    columns = {"planted": None, "at its stage": "stage", "at one that looks alike": "class",
+               "by an error": "raised", "elsewhere": "elsewhere", "missed": "missed",
+               "changes no output": "not visible"}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    for trial in proofs_of(trials):
+        empty = {"backend": trial.backend, **dict.fromkeys([*columns, "clean cases", "false alarms"], 0)}
+        row = rows.setdefault(str(trial.backend), empty)
+        if trial.variant == "clean":
+            row["clean cases"] += int(trial.data.get("cases") or 0)
+            row["false alarms"] += int(trial.data.get("alarms") or 0)
+            continue
+        row["planted"] += 1
+        for name, outcome in columns.items():
+            row[name] += trial.data.get("outcome") == outcome and outcome is not None
+    return pandas.DataFrame(list(rows.values()), columns=["backend", *columns, "clean cases", "false alarms"])
+
+
+def diagnosis_sentence(trials: Iterable[Trial]) -> str:
+    """How many planted bugs outputs alone told, and how many alarms right implementations gave, as one line."""
+    trials = proofs_of(trials)
+    planted = [t for t in trials if t.variant != "clean" and t.data.get("outcome") != "not visible"]
+    hidden = sum(t.data.get("outcome") == "not visible" for t in trials)
+    clean = [t for t in trials if t.variant == "clean" and t.status in ("ok", "failed")]
+    unfinished = sorted({str(t.backend) for t in trials if t.variant == "clean" and t.status == "error"})
+    outcomes = [t.data.get("outcome") for t in planted]
+    told = sum(outcome in TOLD for outcome in outcomes)
+    words = (f"{told} of {len(planted)} planted bugs were diagnosed from outputs alone "
+             f"({outcomes.count('stage')} at their stage, {outcomes.count('class')} at one that no output tells apart, "
+             f"{outcomes.count('raised')} by an error or the end of their process), {outcomes.count('elsewhere')} "
+             f"elsewhere, {outcomes.count('missed')} missed")  # fmt: skip
+    if hidden:
+        words += f"; {hidden} change no output and cannot be asked about"
+    if clean:
+        cases, alarms = sum(t.data["cases"] for t in clean), sum(t.data["alarms"] for t in clean)
+        words += f"; {cases} clean cases over {len({t.backend for t in clean})} implementations gave {alarms} alarms"
+    if unfinished:
+        words += f"; clean cases of {', '.join(unfinished)} did not all come to an end"
+    return words
+
+
 def _of_a_promise(trial: Trial) -> bool:
     return trial.kind == "diagnosis" and (trial.variant or "").startswith(CONFORM)
 

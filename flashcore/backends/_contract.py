@@ -75,6 +75,9 @@ class Backend(ABC):
     """Whether a sweep measures it at every problem; otherwise only at the original report's workloads."""
     dense: bool = True
     """Whether `run` is worth timing on dense K and V; otherwise it copies them into pages first, for the checks."""
+    foreign: bool = False
+    """Whether it calls a package of somebody else's, which may crash, or compile for a while at a new kind of problem:
+    a report then tries it in a process of its own first."""
     variant_of: str | None = None
     """The backend whose kernels and stages it runs in another order; a report then checks it on fewer problems."""
     rounds_scores: bool = False

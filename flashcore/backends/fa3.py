@@ -76,6 +76,7 @@ class FlashAttention3(Backend):
     title = "FlashAttention-3"
     role = "peer"
     device = "cuda"
+    foreign = True
     masks = ("window", "softcap", "ragged")
     tanh_error = 2.0**-11
 

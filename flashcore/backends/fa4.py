@@ -51,6 +51,7 @@ class FlashAttention4(Backend):
     title = "FlashAttention-4"
     role = "peer"
     device = "cuda"
+    foreign = True
     masks = ("window", "softcap", "sink", "ragged")
     tanh_error = 2.0**-11
 

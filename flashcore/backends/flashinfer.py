@@ -47,6 +47,7 @@ class FlashInfer(Backend):
     title = "FlashInfer, prefill of one sequence"
     role = "peer"
     device = "cuda"
+    foreign = True
     head_dims = (64, 128, 256)
 
     def availability(self) -> Availability:

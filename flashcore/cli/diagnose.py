@@ -80,20 +80,11 @@ def _refuse(options: dict) -> None:
 def _prove(names: str, json: bool, run: Path | None) -> None:
     from flashcore import backends as registry
     from flashcore.bisection.faults import diagnosing
-    from flashcore.gpu.isolation import isolated_trial
 
     chosen = [b for b in registry.select(names) if b.availability().ok]
     with adding.adding_to(run) as folder:
         told = None if json else plain.progress()
         trials = diagnosing.prove_all(folder, chosen, told)
-        for one in chosen:
-            if told:
-                told(f"{one.id}, as it is")
-            fields = {"kind": "diagnosis", "backend": one.id, "variant": "clean"}
-            trial = isolated_trial(diagnosing.ask_clean, one.id, timeout_s=600.0, fields=fields)
-            trials.append(trial)
-            if folder:
-                folder.append(trial)
     if json:
         plain.print_records(trials)
     else:

@@ -77,9 +77,22 @@ def report(
         typer.Option(metavar="PART,...", help="Measure these parts of a run again and keep its rest: environment, "
                                               "bisection, survey, sweep, paging, or names of notebooks."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure the parts of a run that did not finish, and keep its rest.")
+    ] = False,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="RUN", help="The run that --only is about.  [default: latest]",
-                                 autocompletion=completing.run)
+        str | None,
+        typer.Option("--run", metavar="RUN", help="The run that --only or --resume is about.  [default: latest; with "
+                                                  "--resume the one begun last]", autocompletion=completing.run)
+    ] = None,
+    later: Annotated[
+        str | None,
+        typer.Option("--later", metavar="PART,...", help="Leave these parts of a new run to --resume."),
+    ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option("--within", metavar="SECONDS", help="What all of it may take: parts that do not fit are left to "
+                                                         "--resume, and the page is made.")
     ] = None,
     kernel: Annotated[
         str | None,
@@ -107,22 +120,32 @@ def report(
     """Measure, judge and render a report. Exit code 0: made; 1: made, but a notebook failed; 2: could not be made."""
     from flashcore.errors import FlashCoreError
     from flashcore.gpu import device
-    from flashcore.pipeline import redo, reporting
+    from flashcore.pipeline import folders, redo, reporting
 
     variant = _variant(audience, title, organisation, logo, sections)
     given: dict[str, Any] = {"profile": profile and profile.value, "backends": backend, "seed": seed,
                              "problems": ";".join(problem) if problem else None}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
-    if run is not None and only is None:
+    if run is not None and only is None and not resume:
         raise FlashCoreError(
-            "--run names the run that --only PART does again; 'flashcore report' alone makes a new run."
+            "--run names the run that --only PART does again, or --resume ends; 'flashcore report' alone makes a new "
+            "run."
+        )
+    if later is not None and (resume or only is not None):
+        raise FlashCoreError("--later leaves parts of a new run to --resume; leave --only and --resume out.")
+    if resume and only is not None:
+        raise FlashCoreError("--resume measures all parts that did not finish; leave it or --only out.")
+    if resume and given:
+        raise FlashCoreError(
+            "--resume goes on as the run was begun; leave --profile, --backend, --problem, --seed out."
         )
     err = errors()
-    common = {"variant": variant, "pdf": pdf, "progress": lambda line: err.print(escape(line))}
+    common: dict[str, Any] = {"variant": variant, "pdf": pdf, "within_s": within}
+    common["progress"] = lambda line: err.print(escape(line))
     if kernel is None and (layout is not None or lse is not None):
         raise FlashCoreError("--layout and --lse say how the function of --kernel is called; name it by --kernel too.")
-    if kernel is not None and only is not None:
-        raise FlashCoreError("--kernel makes a new run; leave --only out.")
+    if kernel is not None and (only is not None or resume):
+        raise FlashCoreError(f"--kernel makes a new run; leave {'--resume' if resume else '--only'} out.")
     if kernel is not None and (scheduler is not None or cluster is not None):
         raise FlashCoreError(
             "The function of --kernel lies on this machine, and workers of --scheduler and --cluster run elsewhere; "
@@ -134,12 +157,15 @@ def report(
         pool = stack.enter_context(spreading.spread(err, **named))
         if pool is not None:
             common |= {"places": pool.places, "bars": not err.is_terminal}
-        if only is not None:
+        if resume:
+            begun = reporting.find_run(run, out_dir) if run is not None else folders.newest_run(out_dir)
+            result = redo.resume(begun, **common)
+        elif only is not None:
             result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
         else:
             defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
                         "seed": 0}  # fmt: skip
-            result = reporting.report(**{**defaults, **given}, out=out_dir, kernel=adopted, **common)
+            result = reporting.report(**{**defaults, **given}, out=out_dir, later=later or "", kernel=adopted, **common)
     print_decision(result.decision)
     for name, reason in result.failed.items():
         say(f"Notebook {name} did not finish: {escape(reason)}")

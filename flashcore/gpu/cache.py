@@ -51,6 +51,19 @@ def write_private(path: Path, content: bytes) -> None:
     path.chmod(0o600)
 
 
+def is_closed(folder: Path) -> bool:
+    """Whether nobody else can put a file into a folder, or another in its place; one that is not made yet is closed."""
+    for one in (folder, folder.parent):
+        try:
+            if not _is_private(one):
+                return False
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return False
+    return True
+
+
 def _is_own(state: os.stat_result) -> bool:
     return not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
 

@@ -67,6 +67,21 @@ def l2_bytes() -> int:
 
 
 @functools.cache
+def memory_bytes() -> int:
+    """Size of the GPU's memory in bytes; 0 without a GPU."""
+    if not has_gpu():
+        return 0
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def is_shared() -> bool:
+    """Whether several processes may use the GPU at once; True where NVML does not say otherwise."""
+    return _ask_nvml(lambda n, h: n.nvmlDeviceGetComputeMode(h)) in (None, 0)
+
+
+@functools.cache
 def _nvml_handle() -> Any:
     """NVML's handle of the current GPU, or None; matched by uuid, because CUDA_VISIBLE_DEVICES renumbers."""
     try:

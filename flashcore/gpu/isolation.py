@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -59,10 +59,13 @@ class Worker:
     ----------
     warm
         Name of a module to import as soon as the process starts, while the owner does other things.
+    environment
+        Environment variables that it gets, where this process has none of that name.
     """
 
-    def __init__(self, warm: str | None = None):
+    def __init__(self, warm: str | None = None, *, environment: Mapping[str, str] | None = None):
         self._warm = warm
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._errors = None
@@ -88,7 +91,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(theirs.fileno()), *(p for p in sys.path if p)],
                 stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors, pass_fds=(theirs.fileno(),),
-                start_new_session=True,
+                start_new_session=True, env={**self._environment, **os.environ},
             )  # fmt: skip
         self._connection = Connection(mine.detach())
         if self._warm:

@@ -445,13 +445,26 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
     ]
 
 
+FOREIGN_LIMIT_S = 90.0
+"""Seconds that one check of somebody else's package may take, where a process of its own can end it."""
+
+
 def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, pattern: str = "normal") -> list[Task]:
-    """The checks of `pairs` as tasks for `cluster.perform`: one a problem, since its reference is shared."""
+    """The checks of `pairs` as tasks for `cluster.perform`: one a problem, since its reference is shared.
+
+    A package of somebody else's (`Backend.foreign`) has a task of its own, so that its crash costs no other check.
+    """
     found = []
     for problem, group in groupby(wanted, key=lambda pair: pair[0]):
         chosen = [one for _, one in group]
-        owed = tuple(owed_check(one, problem, seed=seed, pattern=pattern) for one in chosen)
-        found.append(Task(f"check {problem.label()}", _checks, (problem, chosen, seed, pattern), owed=owed, cost_s=1.0))
+        foreign = [[one] for one in chosen if one.foreign]
+        for some in filter(None, [[one for one in chosen if not one.foreign], *foreign]):
+            own = some[0].foreign
+            owed = tuple(owed_check(one, problem, seed=seed, pattern=pattern) for one in some)
+            name = f"check {some[0].id} on {problem.label()}" if own else f"check {problem.label()}"
+            cost_s = max(1.0, problem.flops() / CPU_FLOPS)  # a backend on the CPU takes most of the time
+            more = {"limit_s": FOREIGN_LIMIT_S, "cost_s": 5.0} if own else {"cost_s": cost_s}
+            found.append(Task(name, _checks, (problem, some, seed, pattern), owed=owed, **more))
     return found
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,11 +16,15 @@ from flashcore.measure import workloads
 from flashcore.measure.check import check_attention, correctness_of, hash_of
 from flashcore.measure.cluster import Pool, Task, perform
 from flashcore.measure.proof import Proof
+from flashcore.measure.screening import screen
 from flashcore.measure.timing import MOST_ROUNDS, Candidate, input_sets, time_on_cpu, time_on_gpu
 from flashcore.numerics.inputs import lengths_of, make_inputs, make_masks
 from flashcore.problem import PRESETS, Problem, parse_problem, square
 from flashcore.records import RunFolder, Timing, Trial, digits
 
+FOREIGN_S = 90.0
+"""Seconds that all checks of a peer that is somebody else's package may take in a sweep: one that compiles a kernel for
+each kind of problem could take all the time there is. The problems of gates come first."""
 TOKENS = 32_768
 """Batch times sequence length, held constant over the sweep, as FlashAttention's own benchmarks do on 16K tokens."""
 LATENCY_PROBLEMS = (PRESETS["latency"], square(1, 16, 1024, 64), square(1, 8, 512, 128))
@@ -98,6 +103,9 @@ def sweep(
     timed too, but its timing says `failed`, and no gate accepts that. The float64 reference is left out: it is what the
     others are checked against, and its speed interests nobody.
 
+    On a GPU, packages of others are first called in processes that may die (`flashcore.measure.screening`); where one
+    died, its timing says so and this process does not call it.
+
     Parameters
     ----------
     gpu
@@ -115,6 +123,12 @@ def sweep(
         else:
             reason = f"{state.reason}; to mend it: {state.fix}"
             found.append(Trial(kind="attention_timing", backend=backend.id, status="unavailable", reason=reason))
+    barred: dict[tuple[str, Problem], str] = {}
+    if on_gpu and not (pool and pool.places):  # the workers of a pool may die
+        foreign = [b for b in ready if b.foreign]
+        barred = screen([(b, p) for p in problems for b in foreign if _concerns(b, p) and _why_not(b, p) is None],
+                        seed=seed, progress=progress)  # fmt: skip
+    spent: dict[str, float] = {}
     groups, first = workloads.grouped(problems), 1
     for group in groups:
         owed = tuple(
@@ -126,7 +140,7 @@ def sweep(
         last = first + len(group) - 1
         which, beside = (f"{first} to {last}", f" and {last - first} beside it") if last > first else (str(first), "")
         found.append(Task(f"{which} of {sum(map(len, groups))}: {group[0].label()}{beside}", _together,
-                          (group, ready, seed, gpu, on_gpu), owed=owed, timing=True,
+                          (group, ready, seed, gpu, on_gpu, barred, spent), owed=owed, timing=True,
                           cost_s=sum(problem.flops() for problem in group) / 1e12))  # fmt: skip
         first = last + 1
     return perform(found, run=run, pool=pool, progress=progress)[0]
@@ -138,10 +152,15 @@ def _concerns(backend: Backend, problem: Problem) -> bool:
 
 
 def _together(
-    problems: Sequence[Problem], ready: Sequence[Backend], seed: int, gpu: bool | None, on_gpu: bool
-) -> Iterator[Trial]:
+    problems: Sequence[Problem], ready: Sequence[Backend], seed: int, gpu: bool | None, on_gpu: bool,
+    barred: Mapping[tuple[str, Problem], str], spent: dict[str, float],
+) -> Iterator[Trial]:  # fmt: skip
     """Check, then time the backends on one problem, or on several that are held against each other; all of it on one
-    card, since the timings share a round."""
+    card, since the timings share a round.
+
+    `barred` says by id and problem which calls this process must not make, and `spent` counts the seconds that checks
+    of packages of others took so far.
+    """
     candidates: list[tuple[Backend, Trial, Problem]] = []
     for problem in problems:
         for backend in ready:
@@ -151,10 +170,20 @@ def _together(
             if reason:
                 yield _timing_trial(backend, problem, status="unsupported", reason=reason)
                 continue
+            if died := barred.get((backend.id, problem)):
+                yield _timing_trial(backend, problem, status="error", reason=died)
+                continue
+            if spent.get(backend.id, 0.0) > FOREIGN_S:
+                reason = f"its checks took more than {FOREIGN_S:g} s, so it was asked at no further problem"
+                yield _timing_trial(backend, problem, status="unavailable", reason=reason)
+                continue
+            started = time.perf_counter()
             checked = check_attention(
                 backend, problem, seed=seed, device="cpu" if gpu is False else None,
                 lengths=workloads.kind_of_lengths(problem),
             )  # fmt: skip
+            if backend.foreign and backend.role == "peer":
+                spent[backend.id] = spent.get(backend.id, 0.0) + time.perf_counter() - started
             yield checked
             if checked.status in ("ok", "failed"):
                 candidates.append((backend, checked, problem))

@@ -26,7 +26,7 @@ def proof_html(evidence: Evidence) -> str:
     """What stands behind the checks: planted bugs found, clean runs silent, repeats alike, memory checked."""
     parts = []
     for heading, trials in _sources(evidence):
-        promises = _diagnoses_html(trials) + _promises_html(trials) + _invariance_html(trials)
+        promises = _diagnoses_html(trials) + _told_html(trials) + _promises_html(trials) + _invariance_html(trials)
         if not any(t.kind == "fault" for t in trials):
             parts += [heading, promises] if promises else []
             continue
@@ -60,6 +60,23 @@ def _diagnoses_html(trials: Sequence[Trial]) -> str:
         return ""
     said = Markup("<p><strong>Diagnosis.</strong> {}.</p>").format("; ".join(found["finding"]))
     return str(said) + frame_html(found, "Functions diagnosed from their outputs alone", ids=set(found["backend"]))
+
+
+def _told_html(trials: Sequence[Trial]) -> str:
+    """What outputs alone told of planted bugs, and of right code; empty for a run that did not ask."""
+    proofs = tables.proofs_of(trials)
+    if not proofs:
+        return ""
+    said = Markup("<p><strong>Told from outputs alone.</strong> The same bugs once more, with every stage hidden: {}."
+                  "</p>").format(tables.diagnosis_sentence(proofs))  # fmt: skip
+    ids = {t.backend for t in proofs}
+    counts = frame_html(tables.diagnosis_counts(proofs), "Planted bugs and right code, told from outputs", ids=ids)
+    untold = [t for t in proofs if t.data.get("outcome") in ("elsewhere", "missed")]
+    failed = frame_html(tables.diagnosis_table(untold), "Bugs that outputs did not tell", ids=ids) if untold else ""
+    alike = {str(t.data["expected"]): str(t.data["looks_alike"]) for t in proofs if t.data.get("looks_alike")}
+    reasons = "".join(Markup("<li>{}: {}.</li>").format(stage, why) for stage, why in sorted(alike.items()))
+    why = f"<p>Stages that no output tells apart:</p><ul>{reasons}</ul>" if reasons else ""
+    return str(said) + fold("Every implementation that was asked", counts + failed + why)
 
 
 def _promises_html(trials: Sequence[Trial]) -> str:

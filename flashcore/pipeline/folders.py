@@ -64,6 +64,21 @@ def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     return RunFolder(places[0])
 
 
+def newest_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
+    """The run that was begun last, whether it came to an end or not; `latest` is the last that did.
+
+    Raises
+    ------
+    RecordsError
+        There is no run.
+    """
+    folder = runs_dir(out)
+    begun = [path for path in folder.glob("*/environment.json") if not path.parent.is_symlink()]
+    if not begun:
+        raise RecordsError(f"There is no run in {folder}; 'flashcore report' makes one.")
+    return RunFolder(max(path.parent for path in begun))  # names begin with the date
+
+
 def refuse_recorded(run: RunFolder) -> None:
     """Raise `RecordsError` for a run under ``reports/recorded``: it is what was measured, and is never written to."""
     if absolute(run.path).resolve().is_relative_to((data_dir("reports") / "recorded").resolve()):

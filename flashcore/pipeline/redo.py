@@ -1,4 +1,4 @@
-"""Measure one part of a run again and keep the rest of it: `flashcore report --only sweep`."""
+"""Measure one part of a run again and keep the rest of it: `flashcore report --only sweep`, or what did not finish."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.decision import seal, verdict
-from flashcore.errors import FlashCoreError, RecordsError, UnknownName
+from flashcore.errors import FlashCoreError, RecordsError
 from flashcore.gpu import device
 from flashcore.page import Variant
 from flashcore.pipeline import folders, rendering, reporting, superseding
@@ -20,33 +20,6 @@ from flashcore.records import RunFolder, write_whole
 if TYPE_CHECKING:
     from flashcore.measure.cluster import Place
 
-SHORT = {
-    "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
-    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging", "model": "07_in_a_model",
-}  # fmt: skip
-"""What a user calls the notebooks that measure."""
-
-
-def parts_named(text: str, folder: Path) -> list[str]:
-    """Notebooks by their names or short names, separated by commas; in the order in which a report runs them.
-
-    Raises
-    ------
-    UnknownName
-        There is no such part; names those there are.
-    """
-    there = reporting.planned_notebooks(folder)
-    short = {name: stem for name, stem in SHORT.items() if stem in there}
-    wanted = set()
-    for word in filter(None, (word.strip() for word in text.split(","))):
-        stem = short.get(word, word.removesuffix(".ipynb"))
-        if stem not in there:
-            raise UnknownName("part of a report", word, [*short, *there])
-        wanted.add(stem)
-    if not wanted:
-        raise UnknownName("part of a report", text, [*short, *there])
-    return [name for name in there if name in wanted]
-
 
 def redo(
     run: RunFolder,
@@ -55,6 +28,7 @@ def redo(
     changes: Mapping[str, Any] | None = None,
     notebooks_dir: Path | None = None,
     timeout_s: float | None = None,
+    within_s: float | None = None,
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
@@ -72,7 +46,7 @@ def redo(
         Names or short names of notebooks, separated by commas.
     changes
         Other values of ``profile``, ``backends``, ``problems`` or ``seed`` than the run was made with.
-    bars, places
+    within_s, bars, places
         As in `reporting.report`.
 
     Raises
@@ -83,8 +57,9 @@ def redo(
         The run was measured on another machine or with other software, or its files cannot be written.
     """
     folders.refuse_recorded(run)
+    until = reporting.deadline(within_s)
     folder = reporting.notebooks_folder(notebooks_dir)
-    parts = parts_named(only, folder)
+    parts = reporting.parts_named(only, folder)
     environment = run.environment()
     parameters = environment.get("parameters")
     if not isinstance(parameters, Mapping):
@@ -108,15 +83,49 @@ def redo(
     say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
     began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks(),
              **({"cards": [place.as_dict() for place in places]} if places else {})}  # fmt: skip
-    peers = reporting.planned_peers(common["backends"]) if SHORT["sweep"] in parts else None
+    peers = reporting.planned_peers(common["backends"]) if reporting.SHORT["sweep"] in parts else None
     begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
     _write(run, begun)
-    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, progress=progress,
+    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until, progress=progress,
                                bars=bars)  # fmt: skip
     done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
+    begun["after"] = environment.get("after") or device.snapshot()  # a run that was killed never wrote it
     _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
     return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
                               earlier=earlier)  # fmt: skip
+
+
+def unfinished(run: RunFolder) -> list[str]:
+    """The notebooks of a run's plan that did not come to their end, or were never begun."""
+    parameters = run.environment().get("parameters")
+    planned = _list(parameters.get("notebooks")) if isinstance(parameters, Mapping) else []
+    last = {str(trial.data.get("name")): trial.status for trial in run.trials(kind="notebook")}
+    return [str(name) for name in planned if last.get(str(name)) != "ok"]
+
+
+def resume(run: RunFolder, **options: Any) -> reporting.ReportResult:
+    """Measure what a run lacks: the parts that failed, that had no time left, or that were killed with the report.
+
+    Parameters
+    ----------
+    options
+        As of `redo`.
+
+    Raises
+    ------
+    RecordsError
+        It lacks nothing, or as in `redo`.
+    """
+    folders.refuse_recorded(run)
+    if left := unfinished(run):
+        return redo(run, ",".join(left), **options)
+    if run.trials(kind="verdict") or not run.trials():
+        raise RecordsError(
+            f"Every part of the run {run.name} finished; 'flashcore render {run.name}' draws its page, and "
+            "'flashcore report --only PART' measures one again."
+        )
+    told = {name: options.get(name) for name in ("variant", "progress")} | {"pdf": options.get("pdf", True)}
+    return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")), **told)
 
 
 def _list(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import time
@@ -37,6 +38,10 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "05_sparse_paging": {"report_layers": 1},
 }
 """Parameters that one notebook alone has, as a report states them: what somebody saved in its cell is not asked."""
+PAGE_S = 60.0
+"""Seconds that a report with a limit keeps for the verdict, the page and its PDF."""
+LEAST_S = 15.0
+"""Seconds under which a notebook is not begun: they would go into starting it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,34 @@ def planned_notebooks(notebooks_dir: Path) -> list[str]:
     return [name for name in found if name != STATUS_NOTEBOOK]
 
 
+SHORT = {
+    "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
+    "sweep": "04_tflops_sweep", "paging": "05_sparse_paging", "model": "07_in_a_model",
+}  # fmt: skip
+"""What a user calls the notebooks that measure."""
+
+
+def parts_named(text: str, folder: Path) -> list[str]:
+    """Notebooks by their names or short names, separated by commas; in the order in which a report runs them.
+
+    Raises
+    ------
+    UnknownName
+        There is no such part; names those there are.
+    """
+    there = planned_notebooks(folder)
+    short = {name: stem for name, stem in SHORT.items() if stem in there}
+    wanted = set()
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        stem = short.get(word, word.removesuffix(".ipynb"))
+        if stem not in there:
+            raise UnknownName("part of a report", word, [*short, *there])
+        wanted.add(stem)
+    if not wanted:
+        raise UnknownName("part of a report", text, [*short, *there])
+    return [name for name in there if name in wanted]
+
+
 def execute_notebook(
     name: str,
     run: RunFolder,
@@ -104,6 +137,8 @@ def report(
     out: str | os.PathLike[str] | None = None,
     notebooks_dir: Path | None = None,
     timeout_s: float | None = None,
+    within_s: float | None = None,
+    later: str = "",
     variant: Variant | None = None,
     pdf: bool = True,
     progress: Progress | None = None,
@@ -131,6 +166,11 @@ def report(
         Other notebooks than FlashCore's own.
     timeout_s
         Seconds one notebook may take; default by profile, see `flashcore.pipeline.notebooks.TIMEOUT_S`.
+    within_s
+        Seconds that all of it may take: `PAGE_S` of them are kept for the page, and notebooks that do not fit into the
+        rest count as failed. `flashcore.pipeline.redo.resume` measures them.
+    later
+        Parts that are left to `resume` from the start, by their names or short names, separated by commas.
     variant
         How the page is made; default: everything on it.
     pdf
@@ -155,8 +195,10 @@ def report(
     say = progress or (lambda line: None)
     common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
     check_request(common)
+    until = deadline(within_s)
     folder = notebooks_folder(notebooks_dir)
     planned = planned_notebooks(folder)
+    left = parts_named(later, folder) if later else []
 
     run = new_run(out)
     sweep_runs(run.path.parent)
@@ -169,13 +211,32 @@ def report(
             "lse": kernel["lse"], "sha256": _digest(Path(where)),
         }  # fmt: skip
     device.record_environment(run, "before", asked, cards=[place.as_dict() for place in places])
-    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, progress=progress, bars=bars)
+    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, later=left,
+                     progress=progress, bars=bars)  # fmt: skip
     if kernel is not None:
         _diagnose(run, kernel, say)
     device.record_environment(run, "after")
     result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
     point_latest_at(run)
     return result
+
+
+def deadline(within_s: float | None) -> float:
+    """When the last notebook has to be over, by `time.monotonic`, in a report that may take so many seconds from now.
+
+    Raises
+    ------
+    FlashCoreError
+        So few seconds leave none for a notebook.
+    """
+    if within_s is None:
+        return math.inf
+    if not within_s > PAGE_S + LEAST_S:
+        raise FlashCoreError(
+            f"A report needs more than {PAGE_S + LEAST_S:g} s, {PAGE_S:g} of them for its page; give --within more "
+            f"(got {within_s:g})."
+        )
+    return time.monotonic() + within_s - PAGE_S
 
 
 def _digest(path: Path) -> str | None:
@@ -221,13 +282,26 @@ def measure(
     *,
     folder: Path,
     timeout_s: float | None = None,
+    until: float = math.inf,
+    later: Sequence[str] = (),
     progress: Progress | None = None,
     bars: bool = True,
 ) -> dict[str, str]:
-    """Execute notebooks on a run, one after the other; gives those that did not finish, each with its reason."""
+    """Execute notebooks on a run, one after the other; gives those that did not finish, each with its reason.
+
+    `until` is when the last one has to be over, by `time.monotonic`: one that runs then is ended. Those of `later` are
+    not begun.
+    """
     say = progress or (lambda line: None)
     failed: dict[str, str] = {}
     for number, name in enumerate(names, start=1):
+        left_s = until - time.monotonic()
+        if left_s < LEAST_S or name in later:
+            why = "it was left for later" if name in later else "no time was left for it"
+            failed[name] = f"{why}; 'flashcore report --resume' measures it"
+            notebooks.record_failure(run, name, failed[name])
+            say(f"[{number}/{len(names)}] {name}: {failed[name]}")
+            continue
         say(f"[{number}/{len(names)}] {name} ...")
         started = time.perf_counter()
         try:
@@ -237,7 +311,7 @@ def measure(
                 run,
                 {key: value for key, value in {**common, **OWN.get(name, {})}.items() if key in declared},
                 notebooks_dir=folder,
-                timeout_s=timeout_s or notebooks.TIMEOUT_S[common["profile"]],
+                timeout_s=min(timeout_s or notebooks.TIMEOUT_S[common["profile"]], left_s),
                 progress=progress if bars else None,
             )
             say(f"[{number}/{len(names)}] {name}: finished in {time.perf_counter() - started:.1f} s")

@@ -114,6 +114,29 @@ def test_a_run_without_a_part_is_refused_since_a_report_makes_a_new_one(made, mo
     assert done.exit_code == 2 and "--run names the run that --only PART does again" in done.stderr
 
 
+def test_a_run_is_resumed_by_its_name_or_as_the_one_begun_last(monkeypatch, made, tmp_path):
+    asked = []
+
+    def fake(run, **given):
+        asked.append((run.path, given["within_s"]))
+        return result(run)
+
+    monkeypatch.setattr("flashcore.pipeline.redo.resume", fake)
+    newer = tmp_path / "more" / "2999-01-01T00-00-00-cpu-ffff"
+    for folder in (newer, newer.with_name("2998-01-01T00-00-00-cpu-0000")):
+        folder.mkdir(parents=True)
+        (folder / "environment.json").write_text("{}")
+    assert runner.invoke(app, ["report", "--resume", "--run", str(made.path), "--within", "500"]).exit_code == 0
+    assert runner.invoke(app, ["report", "--resume", "--out", str(tmp_path / "more")]).exit_code == 0
+    assert asked == [(made.path, 500.0), (newer, None)]
+    wrong = [(["--only", "sweep"], "--only out"), (["--seed", "3"], "--seed out"),
+             (["--kernel", "x.py:f"], "--resume out"), (["--later", "model"], "--resume out"),
+             (["--out", str(tmp_path / "none")], "no run")]  # fmt: skip
+    for more, said in wrong:
+        done = runner.invoke(app, ["report", "--resume", *more])
+        assert done.exit_code == 2 and said in done.stderr, more
+
+
 def test_what_is_given_overrides_the_defaults_and_nothing_else(monkeypatch, run, tmp_path):
     asked = []
     monkeypatch.setattr(reporting, "report", lambda **given: asked.append(given) or result(run))

@@ -64,3 +64,21 @@ def test_the_folder_is_absolute_whatever_the_environment_says(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASHCORE_CACHE", "rel")
     assert cache.cache_dir() == tmp_path / "rel"
+
+
+def test_a_folder_is_closed_where_nobody_else_may_write_it_or_the_one_above(tmp_path):
+    above = tmp_path / "above"
+    kept = above / "kept"
+    assert cache.is_closed(kept), "neither is made yet"
+    above.mkdir(mode=0o700)
+    assert cache.is_closed(kept)
+    kept.mkdir(mode=0o700)
+    assert cache.is_closed(kept)
+    above.chmod(0o770)
+    assert not cache.is_closed(kept), "whoever may write above may put another in its place"
+    above.chmod(0o700)
+    kept.chmod(0o770)
+    assert not cache.is_closed(kept)
+    (above / "link").symlink_to(kept)
+    (above / "file").write_text("")
+    assert not cache.is_closed(above / "link") and not cache.is_closed(above / "file" / "kept")

@@ -130,3 +130,9 @@ def test_sensors_say_what_nvml_tells_and_leave_out_the_rest(monkeypatch, instant
 def test_without_nvml_there_are_no_sensors(monkeypatch):
     monkeypatch.setattr(device, "_nvml_handle", lambda: None)
     assert device.sensors() is None
+
+
+@pytest.mark.parametrize(("mode", "shared"), [(None, True), (0, True), (3, False), (2, False)])
+def test_a_gpu_in_an_exclusive_mode_takes_one_process_alone(monkeypatch, mode, shared):
+    monkeypatch.setattr(device, "_ask_nvml", lambda question: mode)
+    assert device.is_shared() is shared

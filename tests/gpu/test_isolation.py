@@ -199,3 +199,11 @@ def test_the_gpu_survives_an_access_out_of_bounds_and_a_hang():
         assert worker.call(spin, timeout_s=5).how == "timeout"
         assert worker.call(sum_on_the_gpu).value == 1000
     assert float(before.sum()) == 8
+
+
+def test_a_worker_gets_variables_that_its_owner_has_not(monkeypatch):
+    monkeypatch.setenv("FLASHCORE_TEST_MINE", "stays")
+    given = {"FLASHCORE_TEST_MINE": "is not replaced", "FLASHCORE_TEST_ITS": "is new"}
+    with Worker(environment=given) as worker:
+        found = [worker.call(os.getenv, name).value for name in given]
+    assert found == ["stays", "is new"]

@@ -308,3 +308,12 @@ def test_peers_on_the_gpu_are_right_or_say_why_not(problem):
         assert trial.status in ("ok", "unsupported"), (backend, trial.reason)
         if trial.status == "unsupported":
             assert backends.get(backend).why_not(problem) or "no such kernel" in trial.reason
+
+
+def test_a_package_of_somebody_elses_is_checked_in_a_task_of_its_own():
+    problem = square(1, 2, 16, 64)
+    ours, fa4 = backends.get("cpu"), backends.get("fa4")
+    both, alone = check.tasks([(problem, ours), (problem, fa4), (problem, backends.get("sdpa-math"))])
+    assert [fields["backend"] for fields in both.owed] == ["cpu", "sdpa-math"]
+    assert [fields["backend"] for fields in alone.owed] == ["fa4"] and "fa4" in alone.name
+    assert alone.limit_s < both.limit_s and alone.cost_s > both.cost_s, "it begins first, and may not hold up the rest"

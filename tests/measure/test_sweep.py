@@ -311,3 +311,39 @@ def test_a_ragged_batch_shares_its_round_with_the_dense_one_on_a_gpu(run, monkey
     assert len({t.timing.round for t in timed}) == 1 and {dense, ragged} == {t.problem for t in timed}
     assert all(t.timing.proved and compare.flops(t) == dense.flops() for t in timed)
     assert not [t.reason for t in trials if t.status in ("failed", "error")]
+
+
+def test_a_call_that_did_not_survive_elsewhere_is_not_made_here_and_costs_one_row(run, monkeypatch):
+    class Deadly(CpuBackend):
+        id, foreign, role = "deadly", True, "peer"
+
+        def run(self, q, k, v, problem):
+            assert problem != PROBLEM, "it was called all the same"
+            return super().run(q, k, v, problem)
+
+    other, asked = PROBLEM.with_(causal=True), []
+
+    def screen(wanted, **more):
+        asked.extend(wanted)
+        return {("deadly", PROBLEM): "it did not survive"}
+
+    monkeypatch.setattr(sweep.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(sweep, "screen", screen)
+    monkeypatch.setattr(sweep, "_time", lambda candidates, seed, gpu: [ValueError("no clock")] * len(candidates))
+    deadly = Deadly()
+    trials = sweep.sweep(run, [PROBLEM, other], [deadly, CpuBackend()])
+    assert [(backend.id, problem) for backend, problem in asked] == [("deadly", PROBLEM), ("deadly", other)]
+    died = [t for t in trials if t.backend == "deadly" and t.problem == PROBLEM]
+    assert [(t.kind, t.status, t.reason) for t in died] == [("attention_timing", "error", "it did not survive")]
+    assert [t.status for t in trials if t.backend == "deadly" and t.kind == "correctness"] == ["ok"]
+
+
+def test_a_peer_that_takes_all_the_time_is_asked_no_further(run, monkeypatch):
+    class Slow(CpuBackend):
+        id, foreign, role = "slow", True, "peer"
+
+    monkeypatch.setattr(sweep, "FOREIGN_S", 0.0)
+    trials = sweep.sweep(run, [PROBLEM, PROBLEM.with_(causal=True)], [Slow()])
+    assert [(t.kind, t.status) for t in trials] == [
+        ("correctness", "ok"), ("attention_timing", "ok"), ("attention_timing", "unavailable")]  # fmt: skip
+    assert "asked at no further problem" in trials[2].reason

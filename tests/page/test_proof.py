@@ -57,6 +57,25 @@ def test_exploits_are_counted_and_folded_and_left_out_where_none_was_planted():
     assert "a &lt;trick&gt;: it cheats" in html[html.index("<summary>Every exploit") :]
 
 
+def test_what_outputs_alone_told_of_planted_bugs_is_counted_and_what_they_did_not_tell_is_listed():
+    assert "outputs alone" not in page.proof_html(evidence(planted("F1", "found")))
+
+    def told(fault: str, outcome: str, **data) -> Trial:
+        known = {"expected": "probs", "outcome": outcome, "finding": f"<said> of {fault}"}
+        return Trial(kind="diagnosis", backend="wmma", variant=fault, data=known | data)
+
+    silent = Trial(kind="diagnosis", backend="fa3", variant="clean", data={"cases": 25, "alarms": 1}, status="failed")
+    trials = [told("F1", "stage"), told("F2", "class", looks_alike="a <weight> is one"), told("F3", "missed"), silent]
+    for html in (page.proof_html(evidence(*trials)), page.proof_html(evidence(planted("F1", "found"), *trials))):
+        assert "2 of 3 planted bugs were diagnosed from outputs alone" in html and "25 clean cases over 1" in html
+        counts = html[html.index("Told from outputs alone") : html.index("Bugs that outputs did not tell")]
+        assert row(counts, "wmma")["At one that looks alike"] == "1" and row(counts, "fa3")["False alarms"] == "1"
+        assert (
+            "&lt;said&gt; of F3" in html and "of F1" not in html and "<li>probs: a &lt;weight&gt; is one.</li>" in html
+        )
+        assert "Diagnosis." not in html, "no function of a user's was diagnosed"
+
+
 def test_promises_are_counted_and_folded_also_where_no_bug_was_planted():
     assert "Promises" not in page.proof_html(evidence(planted("F1", "found")))
     data = {"promise_id": "P2", "promise_name": "empty rows", "promise": "A <row>.", "result": "broken",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from support.notebook_tools import KILL, finishing_notebook, measure, write_notebook
 
 from flashcore.errors import NotebookFailed, NotebookParameterError, UnknownName
+from flashcore.pipeline import notebooks
 from flashcore.pipeline.notebooks import check_parameters, declared_parameters, execute_notebook
 
 LOADS = """
@@ -184,3 +186,18 @@ def test_nothing_half_written_is_left(tmp_path, run):
     execute_notebook("01_toy", run, notebooks_dir=tmp_path)
     left = sorted(str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file())
     assert left == ["notebooks/01_toy.ipynb", "records.jsonl"]
+
+
+def test_a_package_that_compiles_keeps_its_kernels_for_the_notebooks_that_come_after(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHCORE_CACHE", str(tmp_path / "kept"))
+    monkeypatch.delenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", raising=False)
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "/mine")
+    found = notebooks._kernel_environment()
+    assert found["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" not in found, "the user's own folder stays"
+    monkeypatch.delenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+    folder = Path(notebooks._kernel_environment()["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    assert folder == tmp_path / "kept" / "flash-attention-4" and not folder.exists(), "who writes into it makes it"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" not in notebooks._kernel_environment(), "others may write it"

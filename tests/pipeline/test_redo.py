@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from support.notebook_tools import finishing_notebook, measure, values, write_notebook
 
-from flashcore.errors import RecordsError, UnknownName
+from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
-from flashcore.pipeline import superseding
-from flashcore.pipeline.redo import parts_named, redo
+from flashcore.pipeline import reporting, superseding
+from flashcore.pipeline.redo import redo, resume, unfinished
+from flashcore.pipeline.reporting import parts_named
 from flashcore.records import RunFolder, Trial
 
 # --- the whole of it -----------------------------------------------------------------------------------------------
@@ -102,3 +103,59 @@ def test_parts_by_short_name_in_the_order_of_a_report(toys):
     for wrong in ("paging", "06_status_report", "swep", " "):
         with pytest.raises(UnknownName, match="sweep, 01_first"):
             parts_named(wrong, toys)
+
+
+# --- what did not finish -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.notebook
+def test_a_run_that_was_killed_is_resumed_and_keeps_what_it_had(made, toys):
+    lines = made.records_path.read_text().splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if '"01_first"' in line and '"notebook"' in line)
+    half = next(line for line in lines if values([line]) == [4])
+    made.records_path.write_text("".join([*lines[: first + 1], half]))  # killed in the second part
+    (made.path / "seal.json").unlink()
+    made.environment_path.write_text(json.dumps({**made.environment(), "after": None}))
+    assert unfinished(made) == ["04_tflops_sweep"]
+    finishing_notebook(toys, "04_tflops_sweep", measure(44))
+    result = resume(made, notebooks_dir=toys, pdf=False)
+    assert result.failed == {} and result.html.is_file() and unfinished(made) == []
+    assert ceilings(made) == [1, 44] and made.environment()["after"]["python"]
+    with pytest.raises(RecordsError, match=f"Every part of the run {made.name} finished"):
+        resume(made, notebooks_dir=toys)
+
+
+def test_parts_without_time_left_fail_and_are_what_a_resumed_run_measures(run, toys):
+    run.environment_path.write_text(json.dumps({"parameters": {"notebooks": ["01_first", "04_tflops_sweep"]}}))
+    run.append(Trial(kind="notebook", data={"name": "01_first"}))
+    failed = reporting.measure(run, ["04_tflops_sweep"], {"profile": "quick"}, folder=toys, until=0.0)
+    assert "no time was left" in failed["04_tflops_sweep"] and "--resume" in failed["04_tflops_sweep"]
+    assert unfinished(run) == ["04_tflops_sweep"]
+    run.append(Trial(kind="notebook", data={"name": "04_tflops_sweep"}))
+    assert unfinished(run) == []
+
+
+def test_parts_that_are_left_for_later_are_not_begun_and_are_named_before_anything_is_made(run, toys, tmp_path):
+    failed = reporting.measure(run, ["04_tflops_sweep"], {"profile": "quick"}, folder=toys, later=["04_tflops_sweep"])
+    assert "left for later" in failed["04_tflops_sweep"] and "--resume" in failed["04_tflops_sweep"]
+    with pytest.raises(UnknownName, match="sweep, 01_first"):
+        reporting.report(notebooks_dir=toys, out=tmp_path / "runs", later="swep")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_was_killed_before_its_verdict_is_judged_and_drawn(run, monkeypatch):
+    run.environment_path.write_text(json.dumps({"parameters": {"notebooks": ["01_first"]}}))
+    with pytest.raises(RecordsError, match="finished"):
+        resume(RunFolder.create(run.path.parent / "empty"))
+    run.append(Trial(kind="notebook", data={"name": "01_first"}))
+    asked = []
+    monkeypatch.setattr(reporting, "conclude", lambda *given, **named: asked.append((given[:2], named["pdf"])))
+    resume(run, pdf=False, within_s=100.0)
+    assert asked == [((run, {}), False)]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 75.0, float("nan")])
+def test_a_limit_that_leaves_no_time_for_a_notebook_is_refused(seconds):
+    with pytest.raises(FlashCoreError, match="more than 75 s, 60 of them for its page"):
+        reporting.deadline(seconds)
+    assert reporting.deadline(None) == float("inf")

@@ -66,6 +66,7 @@ class _Adopted(Backend):
     role = "ours"
     device = "any"
     dtypes = ("float16", "bfloat16", "float32")
+    foreign = True
     function: Candidate
 
     def why_not(self, problem: Problem) -> str | None:

@@ -7,6 +7,7 @@ here. A break comes with the smallest case found, and is one only where the plai
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from flashcore.bisection.diagnosis.promises import PROMISES, Asked, Promise, cho
 from flashcore.bisection.diagnosis.screening import Inputs, find_home
 from flashcore.bisection.diagnosis.shrinking import smaller
 from flashcore.errors import BackendUnavailable, FlashCoreError
-from flashcore.gpu.isolation import Outcome, Worker
+from flashcore.gpu.isolation import START_S, Outcome, Worker
 from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient
 from flashcore.problem import Problem, parse_problem
@@ -36,6 +37,10 @@ SHRINK_S = 1.0
 """Seconds that a search for the smallest case may take."""
 PROMISE_LIMIT_S = 120.0
 """Seconds that one promise may take in a process of its own."""
+ALL_LIMIT_S = 120.0
+"""Seconds that all promises of one implementation may take in a report; asked alone, one takes 3 s on a GPU."""
+PEER_CALL_LIMIT_S = 60.0
+"""Seconds that one call of a peer may take in a report: some compile a kernel at the first call of each kind."""
 MOST_DEATHS = 3
 """Processes that may die one after the other until no further promise is asked."""
 
@@ -308,6 +313,7 @@ def conform_apart(
     only: str | Iterable[str] | None = None,
     progress: Progress | None = None,
     worker: Worker | None = None,
+    within_s: float | None = None,
     **options: Any,
 ) -> Conformance:
     """`conform`, with every promise asked in another process: one that dies or hangs is a broken promise.
@@ -318,21 +324,32 @@ def conform_apart(
         ``FILE.py:function``, ``MODULE:function`` or the id of a backend.
     worker
         The process to use; None for one that ends with the call.
+    within_s
+        Seconds for all promises together; those that are left then are not judged, and say so. None for no limit.
     """
     if worker is None:
         with Worker() as own:
-            return conform_apart(place, problem, only=only, progress=progress, worker=own, **options)
+            return conform_apart(place, problem, only=only, progress=progress, worker=own, within_s=within_s, **options)
     asked = parse_problem(problem) if isinstance(problem, str) else problem
     limit = PROMISE_LIMIT_S + 2 * options.get("time_limit_s", TIME_LIMIT_S)
     name, device, findings, deaths = place, options.get("device") or "", [], 0
+    until = math.inf if within_s is None else time.monotonic() + within_s
     for promise in chosen(only):
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            findings.append(_too_late(promise, within_s))
+            continue
         if progress:
             progress(f"{place}: {promise.id}, {promise.name}")
         if deaths >= MOST_DEATHS:
             said = f"its process died at each of the {MOST_DEATHS} promises before"
             findings.append(Finding(promise.id, promise.name, promise.sentence, "not judged", said))
             continue
-        outcome = worker.call(_asked_there, place, promise.id, asked, tuple(sorted(options.items())), timeout_s=limit)
+        outcome = worker.call(_asked_there, place, promise.id, asked, tuple(sorted(options.items())),
+                              timeout_s=min(limit, left_s))  # fmt: skip
+        if outcome.how == "timeout" and left_s < limit:  # it had less than a promise is given
+            findings.append(_too_late(promise, within_s, outcome.seconds))
+            continue
         if not outcome.ok:
             deaths += outcome.crashed
             findings.append(_died(promise, outcome))
@@ -346,6 +363,12 @@ def conform_apart(
         name, device, finding = outcome.value
         findings.append(finding)
     return Conformance(name, tuple(findings), device)
+
+
+def _too_late(promise: Promise, within_s: float | None, seconds: float = 0.0) -> Finding:
+    """A promise that was not asked to the end."""
+    said = f"the {within_s:g} s for all promises were up"
+    return Finding(promise.id, promise.name, promise.sentence, "not judged", said, seconds=seconds)
 
 
 def _died(promise: Promise, outcome: Outcome) -> Finding:
@@ -366,6 +389,7 @@ def conform_all(
     only: str | Iterable[str] | None = None,
     progress: Progress | None = None,
     told: Callable[[Conformance], None] | None = None,
+    within_s: float | None = None,
     **options: Any,
 ) -> list[Conformance]:
     """Ask several implementations, one after the other: on a GPU each in a process of its own.
@@ -378,6 +402,8 @@ def conform_all(
         As `conform_apart` takes one; None for every backend and peer that runs on this machine.
     told
         Given what came of each as soon as it is there.
+    within_s
+        As of `conform_apart`, for each of them that is asked in another process.
     """
     chosen(only)
     if places is None:
@@ -392,7 +418,8 @@ def conform_all(
     with Worker(warm=__name__) as worker:
         for place in places:
             if alone or ":" in place:
-                one = conform_apart(place, problem, only=only, progress=progress, worker=worker, **options)
+                one = conform_apart(place, problem, only=only, progress=progress, worker=worker, within_s=within_s,
+                                    **options)  # fmt: skip
             else:
                 one = conform(place, problem, only=only, progress=progress, **options)
             found.append(one)
@@ -404,14 +431,24 @@ def conform_all(
 
 
 def conform_tasks(places: Sequence[str]) -> list[Task]:
-    """`conform_all` as tasks for `measure.cluster.perform`, one an implementation; each yields its records."""
+    """`conform_all` as tasks for `measure.cluster.perform`, one an implementation; each yields its records.
+
+    On a GPU each has `ALL_LIMIT_S`, so that one that crashes, hangs or compiles for minutes costs its own column alone.
+    """
     return [
-        Task(f"the promises of {place}", _conformed, (place,), limit_s=PROMISE_LIMIT_S * 5, cost_s=10.0,
+        Task(f"the promises of {place}", _conformed, (place,), limit_s=ALL_LIMIT_S + START_S,
+             cost_s=60.0 if _foreign(place) else 10.0,
              owed=({"kind": "diagnosis", "backend": place, "variant": f"{tables.CONFORM}{PROMISES[0].id}"},))
         for place in places
     ]  # fmt: skip
 
 
 def _conformed(place: str) -> Iterator[Trial]:
-    for found in conform_all([place]):
+    more = {"time_limit_s": PEER_CALL_LIMIT_S} if _foreign(place) else {}
+    for found in conform_all([place], within_s=ALL_LIMIT_S, **more):
         yield from found.to_trials()
+
+
+def _foreign(place: str) -> bool:
+    """Whether somebody else's code is asked."""
+    return ":" in place or registry.get(place).foreign

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flashcore import backends as registry
@@ -12,10 +12,11 @@ from flashcore import tables
 from flashcore.backends import Backend
 from flashcore.bisection.diagnosis import Diagnosis, diagnose
 from flashcore.bisection.faults.catalogue import FAULTS, get
-from flashcore.bisection.faults.proving import precompile
-from flashcore.errors import FlashCoreError, Unsupported
-from flashcore.gpu.isolation import Worker, isolated_trial
+from flashcore.bisection.faults.proving import expendable, precompile
+from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
+from flashcore.gpu.isolation import START_S, Worker, isolated_trial
 from flashcore.measure.check import device_of
+from flashcore.measure.cluster import Here, Task, Work, crew, perform
 from flashcore.numerics.inputs import PATTERNS, make_inputs
 from flashcore.problem import Problem
 from flashcore.records import RunFolder, Trial
@@ -24,10 +25,18 @@ LIMIT_S = 120.0
 LONG = 5000
 """Keys of the second problem that a bug is looked for on, where the first does not show it: many pages a block."""
 CALL_LIMIT_S = 10.0
+PEER_CALL_LIMIT_S = 60.0
+"""The same for a peer, which may compile a kernel at the first call of each kind while all cores are busy."""
+ALL_CLEAN_LIMIT_S = 600.0
+"""Seconds for all clean cases of a backend, where they are asked one after the other."""
+CLEAN_LIMIT_S = 150.0
+"""Seconds for the cases of one task; asked alone, a backend takes 4 s for them, and a peer that compiles some 40."""
 TRIES = 200
 """Random problems that are drawn for one that a backend takes."""
 CLEAN_CASES = 100
 """Random problems that each right backend is asked about."""
+AT_ONCE = 25
+"""Of those as many as one task holds."""
 CLASSES: dict[str, tuple[str, ...]] = {
     "scores": ("scores", "probs"),
     "row_max": ("row_max", "probs", "scores"),
@@ -97,6 +106,8 @@ def prove(fault_id: str, backend_id: str) -> Trial:
     outcome = judge(found, fault.stage, crash=fault.crash_is_found, error=fault.error_is_found)
     trial = found.to_trial()
     data = {**trial.data, **base, "outcome": outcome}
+    if outcome == "class":
+        data["looks_alike"] = REASONS[fault.stage]
     status = "ok" if outcome in ("stage", "class", "raised") else "failed"
     reason = (
         None if status == "ok" else f"{fault_id} was planted in {backend_id} at {fault.stage}, and {found.headline()}"
@@ -130,31 +141,116 @@ def judge(found: Diagnosis, stage: str, *, crash: bool = False, error: bool = Fa
 def prove_all(
     run: RunFolder | None, backends: Sequence[Backend], progress: Callable[[str], None] | None = None
 ) -> list[Trial]:
-    """Every bug of `plan`, each in a process that may die; records go to `run`."""
+    """Every bug of `plan`, and clean cases of each backend, in processes that may die; records go to `run`.
+
+    On a GPU several of them share the card, where this machine has cores and memory for that (`cluster.crew`).
+    """
+    workers = crew(Here())
+    if isinstance(workers, Here):
+        return _prove_one_by_one(run, backends, progress)
+    bugs = Work(tasks(backends, []), lambda here: precompile(FAULTS, backends, progress, traced=(False,)))
+    try:
+        found = perform(bugs, tasks([], backends), run=run, pool=workers, progress=progress)
+    finally:
+        workers.close()
+    return [trial for trials in found for trial in trials]
+
+
+def _prove_one_by_one(
+    run: RunFolder | None, backends: Sequence[Backend], progress: Callable[[str], None] | None
+) -> list[Trial]:
     found: list[Trial] = []
+
+    def keep(trial: Trial) -> None:
+        found.append(run.append(trial) if run else trial)
+
     if any(b.device == "cuda" for b in backends):
         precompile(FAULTS, backends, progress, traced=(False,))
     with Worker(warm="flashcore.bisection.faults.diagnosing") as worker:
         for fault_id, backend_id in plan(backends):
             if progress:
                 progress(f"{fault_id} in {backend_id}")
-            fault = get(fault_id)
-            problem = fault.problem_in(backend_id)
-            fields = {"kind": "diagnosis", "backend": backend_id, "variant": fault_id, "problem": problem,
-                      "data": {"fault": fault_id, "expected": fault.stage}}  # fmt: skip
-            trial = isolated_trial(prove, fault_id, backend_id, worker=worker, timeout_s=LIMIT_S, fields=fields)
-            if trial.data.get("crashed"):
-                expected = fault.may_crash
-                trial = trial.model_copy(update={
-                    "data": {**trial.data, "outcome": "raised" if expected else "elsewhere"},
-                    "status": "ok" if expected else "failed",
-                })  # fmt: skip
-            elif trial.status == "error":
-                trial = trial.model_copy(update={"data": {**trial.data, "outcome": "elsewhere"}})
-            found.append(trial)
-            if run:
-                run.append(trial)
+            keep(_apart(fault_id, backend_id, worker))
+    for one in backends:
+        if progress:
+            progress(f"{one.id}, as it is")
+        fields = {"kind": "diagnosis", "backend": one.id, "variant": "clean"}
+        keep(isolated_trial(ask_clean, one.id, timeout_s=ALL_CLEAN_LIMIT_S, fields=fields))
     return found
+
+
+def _fields(fault_id: str, backend_id: str) -> dict[str, Any]:
+    """What the record of a bug has when nothing came of it."""
+    fault = get(fault_id)
+    return {"kind": "diagnosis", "backend": backend_id, "variant": fault_id, "problem": fault.problem_in(backend_id),
+            "data": {"fault": fault_id, "expected": fault.stage}}  # fmt: skip
+
+
+def _apart(fault_id: str, backend_id: str, worker: Worker) -> Trial:
+    """`prove` in a process that may die, which is an answer for a bug that may crash."""
+    trial = isolated_trial(prove, fault_id, backend_id, worker=worker, timeout_s=LIMIT_S,
+                           fields=_fields(fault_id, backend_id))  # fmt: skip
+    if trial.data.get("crashed"):
+        expected = get(fault_id).may_crash
+        return trial.model_copy(update={
+            "data": {**trial.data, "outcome": "raised" if expected else "elsewhere"},
+            "status": "ok" if expected else "failed",
+        })  # fmt: skip
+    if trial.status == "error":
+        return trial.model_copy(update={"data": {**trial.data, "outcome": "elsewhere"}})
+    return trial
+
+
+def tasks(planted: Sequence[Backend], clean: Sequence[Backend]) -> list[Task]:
+    """The whole proof as tasks for processes that may die (`cluster.crew`): a bug each, and clean cases.
+
+    The kernels with a bug in them have to be compiled before, or each task compiles its own.
+
+    Parameters
+    ----------
+    planted
+        Backends to plant bugs in.
+    clean
+        Right backends, ours and peers, to ask about `CLEAN_CASES` random problems each.
+    """
+    found = []
+    for fault_id, backend_id in plan(planted):
+        fields = _fields(fault_id, backend_id)
+        owed = {**fields, "data": {**fields["data"], "outcome": "elsewhere"}}
+        found.append(Task(f"diagnose {fault_id} in {backend_id}", _proved, (fault_id, backend_id), owed=(owed,),
+                          limit_s=LIMIT_S + START_S, cost_s=3.0 if get(fault_id).may_crash else 1.4))  # fmt: skip
+    for backend in clean:
+        for first in range(0, CLEAN_CASES, AT_ONCE):
+            owed = {"kind": "diagnosis", "backend": backend.id, "variant": "clean",
+                    "data": {"cases": 0, "wanted": AT_ONCE, "seed": first}}  # fmt: skip
+            found.append(Task(f"{AT_ONCE} clean cases of {backend.id}, seed {first}", _asked_clean,
+                              (backend.id, AT_ONCE, first), owed=(owed,), limit_s=CLEAN_LIMIT_S,
+                              cost_s=30.0 if backend.foreign else 4.0))  # fmt: skip
+    return found
+
+
+def _proved(fault_id: str, backend_id: str) -> Iterator[Trial]:
+    """The record of one bug, asked about in this process unless it may crash."""
+    if get(fault_id).may_crash:
+        yield _apart(fault_id, backend_id, expendable())
+        return
+    try:
+        yield prove(fault_id, backend_id)
+    except Exception as error:  # a patched kernel may raise anything; the record has to say so
+        fields = _fields(fault_id, backend_id)
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        yield Trial(**{**fields, "data": {**fields["data"], "outcome": "elsewhere"}}, status="error", reason=said)
+
+
+def _asked_clean(backend_id: str, cases: int, seed: int) -> Iterator[Trial]:
+    fields = dict(kind="diagnosis", backend=backend_id, variant="clean",
+                  data={"cases": 0, "wanted": cases, "seed": seed})  # fmt: skip
+    try:
+        yield ask_clean(backend_id, cases, seed)
+    except BackendUnavailable as error:
+        yield Trial(**fields, status="unavailable", reason=f"{error.reason}; to mend it: {error.fix}")
+    except Unsupported as error:
+        yield Trial(**fields, status="unsupported", reason=error.reason)
 
 
 def random_problem(generator: random.Random) -> Problem:
@@ -182,7 +278,8 @@ def ask_clean(backend_id: str, cases: int = CLEAN_CASES, seed: int = 0) -> Trial
             problem = backend.suits(random_problem(generator))
         else:
             raise Unsupported(backend_id, backend.why_not(problem))
-        found = diagnose(backend, problem, seed=generator.randrange(1 << 20), time_limit_s=CALL_LIMIT_S)
+        limit_s = PEER_CALL_LIMIT_S if backend.foreign else CALL_LIMIT_S
+        found = diagnose(backend, problem, seed=generator.randrange(1 << 20), time_limit_s=limit_s)
         asked += 1
         if not found.right:
             alarms.append(f"{problem.label()}: {found.headline()}")
@@ -193,19 +290,4 @@ def ask_clean(backend_id: str, cases: int = CLEAN_CASES, seed: int = 0) -> Trial
 
 def sentence(trials: Sequence[Trial]) -> str:
     """What the proof says, counted."""
-    trials = [t for t in trials if not (t.variant or "").startswith(tables.CONFORM)]
-    planted = [t for t in trials if t.variant != "clean" and t.data.get("outcome") != "not visible"]
-    hidden = sum(t.data.get("outcome") == "not visible" for t in trials)
-    clean = [t for t in trials if t.variant == "clean" and t.status in ("ok", "failed")]
-    outcomes = [t.data.get("outcome") for t in planted]
-    told = sum(o in ("stage", "class", "raised") for o in outcomes)
-    words = (f"{told} of {len(planted)} planted bugs were diagnosed from outputs alone "
-             f"({outcomes.count('stage')} at their stage, {outcomes.count('class')} at one that no output tells apart, "
-             f"{outcomes.count('raised')} by an error or the end of their process), {outcomes.count('elsewhere')} "
-             f"elsewhere, {outcomes.count('missed')} missed")  # fmt: skip
-    if hidden:
-        words += f"; {hidden} change no output and cannot be asked about"
-    if clean:
-        cases, alarms = sum(t.data["cases"] for t in clean), sum(t.data["alarms"] for t in clean)
-        words += f"; {cases} clean cases over {len(clean)} implementations gave {alarms} alarms"
-    return words
+    return tables.diagnosis_sentence(trials)

@@ -244,14 +244,14 @@ def fault_work(
 
     def prepare(here: bool) -> None:
         if here and any(_isolated(fault, backend) for fault in faults for backend in ready):
-            _crashing().start()  # it imports torch while the kernels compile
+            expendable().start()  # it imports torch while the kernels compile
         precompile(faults, ready, progress)
 
-    return Work(found, prepare, _crashing().close)
+    return Work(found, prepare, expendable().close)
 
 
 @functools.cache
-def _crashing() -> Worker:
+def expendable() -> Worker:
     """The process of this process's own in which a bug may crash; it stays warm from one to the next."""
     return Worker(warm="flashcore.bisection.faults.proving")
 
@@ -259,7 +259,7 @@ def _crashing() -> Worker:
 def _planted(fault: Fault | str, host: Backend | str) -> Iterator[Trial]:
     """The record of one bug, planted in a backend, or in a kernel of that name where it is one of page selection."""
     fault = get(fault) if isinstance(fault, str) else fault
-    yield _caught(fault, host, source_hash(host)) if isinstance(host, str) else _one(fault, host, _crashing())
+    yield _caught(fault, host, source_hash(host)) if isinstance(host, str) else _one(fault, host, expendable())
 
 
 def bisect_planted(

@@ -3,7 +3,8 @@
 A `Task` says which trials to compute and what is owed if they never come; `perform` does lists of them on a pool and
 writes the records in this one process. `Here` is the pool without any other process, `spread` starts or joins Dask
 workers, one a card, and `pool` gives a notebook the workers that its report has. A worker measures in a process of its
-own that knows nothing of Dask, so that none of Dask's threads stands beside a timing.
+own that knows nothing of Dask, so that none of Dask's threads stands beside a timing. `crew` gives a notebook that
+times nothing several processes on the one card.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from flashcore.measure.cluster.pools import Here, Pool, perform, pool
+from flashcore.measure.cluster.sharing import crew
 from flashcore.measure.cluster.tasks import Task, Work
 
-__all__ = ["Here", "Place", "Pool", "Task", "Work", "perform", "pool", "spread", "TOPIC"]
+__all__ = ["Here", "Place", "Pool", "Task", "Work", "crew", "perform", "pool", "spread", "TOPIC"]
 
 _LATER = {"Place": "places", "spread": "starting", "TOPIC": "spreading"}
 

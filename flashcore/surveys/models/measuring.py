@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from flashcore.surveys.models.attending import EXACT, LEFT_OUT, OURS, PEERS, Att
 from flashcore.surveys.models.caches import Dense, Pages
 from flashcore.surveys.models.model import Model
 from flashcore.surveys.models.plan import ModelShape, Plan, Work
+from flashcore.surveys.models.preparing import attention_of, compile_ahead, kept, model_of, random_tokens, step_tokens
 from flashcore.surveys.models.stepping import Step, steps_of, time_steps
 
 MODEL_LIMIT_S = 1200.0
@@ -112,16 +113,18 @@ def measure(
         except FlashCoreError as error:
             for shape in plan.shapes():
                 book.failed(shape, "tokens", way, "eager", error)
+    barred = compile_ahead(plan, (LEFT_OUT, *ways), seed=seed, progress=progress)
     with torch.no_grad():
         for shape in plan.shapes():
             works = [work for work in plan.works if work.shape == shape]
-            longest = max([work.length + 1 for work in works] + [plan.prompts[1] + plan.generated])
-            dtype = getattr(torch, plan.dtype)
-            model = Model(shape, positions=longest, seed=seed, dtype=dtype, device=plan.device)
-            _compare_generated(book, plan, model, ways, seed)
+            model = model_of(plan, shape, seed)
+            died = {way: reason for (work, way), reason in barred.items() if work.shape == shape}
+            for way, reason in died.items():
+                book.failed(shape, "tokens", way, "eager", FlashCoreError(reason))
+            _compare_generated(book, plan, model, [way for way in ways if way not in died], seed)
             for work in works:
                 try:
-                    _measure_work(book, plan, model, work, ways, seed)
+                    _measure_work(book, plan, model, work, ways, seed, barred)
                 except Exception as error:  # what is common to all ways failed, such as too little memory
                     book.failed(shape, work.phase, LEFT_OUT, "eager", error)
                 _tidy(plan)
@@ -140,11 +143,6 @@ def _tidy(plan: Plan) -> None:
     if plan.gpu:
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _random_tokens(shape: ModelShape, batch: int, length: int, plan: Plan, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, shape.vocab, (batch, length), generator=generator).to(plan.device)
 
 
 # ------------------------------------------------------------------------------------------------ generated tokens
@@ -186,7 +184,7 @@ def generated_logits(
 def _compare_generated(book: _Book, plan: Plan, model: Model, ways: list[str], seed: int) -> None:
     """One record a way: greedy tokens after prompts, step by step, over a cache that grows."""
     shape, (batch, length) = model.shape, plan.prompts
-    prompts = _random_tokens(shape, batch, length, plan, seed + 1)
+    prompts = random_tokens(shape, batch, length, plan, seed + 1)
     options = {"count": plan.generated, "page_size": plan.page_size}
     try:
         exact = generated_logits(model, EXACT, prompts, **options)
@@ -214,11 +212,14 @@ def _worth(found: Agreement) -> dict[str, str | None]:
 # --------------------------------------------------------------------------------------------------------- steps
 
 
-def _measure_work(book: _Book, plan: Plan, model: Model, work: Work, ways: list[str], seed: int) -> None:
+def _measure_work(
+    book: _Book, plan: Plan, model: Model, work: Work, ways: list[str], seed: int,
+    barred: Mapping[tuple[Work, str], str],
+) -> None:  # fmt: skip
     """A record for each way and mode of one kind of step: compared, and timed next to each other."""
     shape, problem = work.shape, work.problem(plan.dtype)
-    tokens = _random_tokens(shape, work.batch, work.length if work.phase == "prefill" else 1, plan, seed + 2)
-    keeping = _kept(plan, model, work, seed) if work.phase == "decode" else None
+    tokens = step_tokens(plan, work, seed)
+    keeping = kept(plan, work, seed)
     steps: list[Step] = []
     data = {"batch": work.batch, "length": work.length, "tokens": work.tokens}
 
@@ -226,8 +227,11 @@ def _measure_work(book: _Book, plan: Plan, model: Model, work: Work, ways: list[
         book.failed(shape, work.phase, way, mode, error, data, problem=problem)
 
     for way in (LEFT_OUT, *ways):
-        attention = Attention(way, shape, model.sinks, keeping)
-        attention.position = work.length if keeping else 0
+        if died := barred.get((work, way)):
+            for mode in plan.modes:
+                failed(way, mode, FlashCoreError(died))
+            continue
+        attention = attention_of(way, model, work, keeping)
         for mode, step in steps_of(model, attention, tokens, plan.modes).items():
             if isinstance(step, Exception):
                 failed(way, mode, step)
@@ -261,17 +265,6 @@ def _measure_work(book: _Book, plan: Plan, model: Model, work: Work, ways: list[
                    **_worth(same))  # fmt: skip
 
 
-def _kept(plan: Plan, model: Model, work: Work, seed: int) -> Keeping:
-    """Caches that hold the same random tokens, with room for one more."""
-    kind = {"dtype": getattr(torch, plan.dtype), "device": plan.device}
-    dense = Dense(work.shape, work.batch, work.length + 1, **kind)
-    dense.fill(work.length, seed)
-    pages = Pages(work.shape, work.batch, work.length + 1, page_size=plan.page_size, **kind)
-    pages.fill(dense, work.length)
-    pages.cache.reserve(1)
-    return Keeping(dense, pages)
-
-
 def _wanted(
     plan: Plan, model: Model, work: Work, keeping: Keeping | None, tokens: torch.Tensor, steps: list[Step], seed: int
 ) -> Iterator[tuple[list[Expected], list[Any]]]:
@@ -279,11 +272,10 @@ def _wanted(
 
     Logits of a prompt are compared sequence by sequence, since those of exact attention take much memory.
     """
-    exact = Attention(EXACT, work.shape, model.sinks, keeping)
-    exact.position = work.length if keeping else 0
+    exact = attention_of(EXACT, model, work, keeping)
     torchs = next((step for step in steps if step.way == DEFAULT), None)
     for number in range(plan.checks if keeping else 1):
-        tokens.copy_(_random_tokens(work.shape, *tokens.shape, plan, seed + 3 + number))
+        tokens.copy_(random_tokens(work.shape, *tokens.shape, plan, seed + 3 + number))
         rows = [slice(None)] if keeping else [slice(row, row + 1) for row in range(work.batch)]
         with exact.around():
             truth = [model(tokens[row], exact.position, exact).flatten(0, 1) for row in rows]

@@ -157,8 +157,8 @@ def plan_for(profile: str, gpu: bool) -> Plan:
     llamas = (LLAMA_64, LLAMA_128)
     works = [Work(shape, *what) for shape in llamas for what in (("prefill", 8, 2048), ("decode", 64, 4096))]
     works += [Work(ALTERNATING, "prefill", 1, 4096), Work(ALTERNATING, "decode", 32, 8192)]
-    if not full:  # compiling takes most of the time, and takes as long as there are layers
-        works = [replace(work, shape=replace(work.shape, layers=4)) for work in works]
+    if not full:  # compiling takes most of the time, and takes as long as there are layers; two have one of each kind
+        works = [replace(work, shape=replace(work.shape, layers=2)) for work in works]
     return Plan(
         gpu=True, profile=profile, works=tuple(works), ways=WAYS if full else WAYS[:3], modes=MODES,
         rounds=30 if full else 15, most_rounds=100 if full else 30,

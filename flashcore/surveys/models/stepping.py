@@ -21,6 +21,8 @@ from flashcore.surveys.models.attending import Attention
 from flashcore.surveys.models.model import Model
 
 WARM_UPS = 3
+MORE_S = 4.0
+"""Seconds that the steps of one kind may go on beyond their first rounds."""
 _clock = time.perf_counter
 
 
@@ -121,7 +123,8 @@ def time_steps(
     problem
         Attention of a layer, for the record.
     rounds, most_rounds
-        Samples of each at the least; more follow, up to this many, until the interval of each median is narrow.
+        Samples of each at the least; more follow, up to this many, until the interval of each median is narrow or
+        `MORE_S` have passed.
 
     Returns
     -------
@@ -130,10 +133,15 @@ def time_steps(
     """
     samples: dict[str, list[float]] = {step.name: [] for step in steps}
     failed: dict[str, Exception] = {}
-    order = list(steps)
+    order, until = list(steps), 0.0
     with Watch() as watch:
         for number in range(most_rounds):
-            if number >= rounds and all(is_narrow(taken) for name, taken in samples.items() if name not in failed):
+            if number == rounds:
+                until = _clock() + MORE_S
+            late = number >= rounds and _clock() > until
+            if late or (
+                number >= rounds and all(is_narrow(taken) for name, taken in samples.items() if name not in failed)
+            ):
                 break
             for step in order:
                 if step.name in failed:

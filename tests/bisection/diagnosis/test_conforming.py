@@ -347,6 +347,23 @@ def test_a_promise_that_kills_its_process_is_broken_and_the_next_is_asked():
     assert found.findings[3].result == "not judged" and "died at each of the 3" in found.findings[3].sentence
 
 
+def test_promises_that_are_left_when_the_time_is_up_are_not_judged_and_not_called_broken():
+    late = Outcome(False, None, "timeout", "It exceeded 5 s and was ended.", seconds=5.0)
+    found = conform_apart("cpu", HOME, only="P1,P2", worker=Dying(late), device="cpu", within_s=5.0)
+    assert [one.result for one in found.findings] == ["not judged", "kept"], "it had less than a promise is given"
+    assert found.findings[0].sentence == "the 5 s for all promises were up" and found.findings[0].seconds == 5.0
+    found = conform_apart("cpu", HOME, only="P1,P2", worker=Dying(), device="cpu", within_s=-1.0)
+    assert [one.result for one in found.findings] == ["not judged"] * 2
+    hung = conform_apart("cpu", HOME, only="P1", worker=Dying(late), device="cpu").findings[0]
+    assert hung.result == "broken" and "exceeded 5 s" in hung.sentence
+
+
+def test_a_report_gives_each_implementation_a_limit_and_begins_with_those_of_others():
+    ours, theirs = conforming.conform_tasks(["cpu", "fa4"])
+    assert theirs.cost_s > ours.cost_s and ours.limit_s > conforming.ALL_LIMIT_S
+    assert [fields["backend"] for task in (ours, theirs) for fields in task.owed] == ["cpu", "fa4"]
+
+
 def test_a_question_without_sense_is_the_same_error_from_another_process(tmp_path):
     with pytest.raises(UnknownName, match="function in"):
         file = tmp_path / "mine.py"

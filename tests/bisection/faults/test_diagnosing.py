@@ -60,6 +60,65 @@ def test_the_sentence_counts():
     assert "1 change no output" in said and "7 clean cases over 1 implementations gave 1 alarms" in said
 
 
+def test_the_whole_proof_is_a_list_of_tasks_that_each_owe_a_record():
+    cpu, peer = backends.get("cpu"), backends.get("fa4")
+    found = diagnosing.tasks([cpu], [peer])
+    bugs, clean = found[: len(PLANTED)], found[len(PLANTED) :]
+    assert [task.arguments for task in bugs] == [(fault, "cpu") for fault in PLANTED]
+    assert sum(task.arguments[1] for task in clean) == diagnosing.CLEAN_CASES
+    assert len({task.arguments[2] for task in clean}) == len(clean), "each has a seed of its own"
+    lost = bugs[0].failed("it is gone")[0]
+    assert (lost.variant, lost.status, lost.data["outcome"]) == (PLANTED[0], "error", "elsewhere")
+    words = diagnosing.sentence([lost, *clean[0].failed("it is gone")])
+    assert "0 of 1 planted" in words and words.endswith("clean cases of fa4 did not all come to an end")
+    absent = next(iter(clean[0].trials()))
+    assert absent.status == "unavailable" and "not installed" in absent.reason
+
+
+def test_the_proof_is_given_to_processes_that_share_a_card_where_there_are_some(run, monkeypatch):
+    class Crew:
+        places, closed = (), False
+
+        def perform(self, works, record, progress=None):
+            found = []
+            for work in works:
+                if work.prepare:
+                    work.prepare(False)
+                found.append([record(trial) for task in work.tasks for trial in task.failed("it is not asked")])
+            return found
+
+        def close(self):
+            self.closed = True
+
+    pool, compiled = Crew(), []
+    monkeypatch.setattr(diagnosing, "crew", lambda here: pool)
+    monkeypatch.setattr(diagnosing, "precompile", lambda *given, **named: compiled.append(named))
+    trials = diagnosing.prove_all(run, [backends.get("cpu")])
+    assert {t.variant for t in trials} == {*PLANTED, "clean"} and pool.closed
+    assert [t.id for t in run.trials()] == [t.id for t in trials] and compiled == [{"traced": (False,)}]
+
+
+def test_without_them_one_process_after_another_may_die(run, monkeypatch):
+    def told(function, *given, worker=None, timeout_s, fields):
+        return Trial(**{**fields, "data": {**fields.get("data", {}), "crashed": fields["variant"] == PLANTED[0]}})
+
+    monkeypatch.setattr(diagnosing, "crew", lambda here: here)
+    monkeypatch.setattr(diagnosing, "isolated_trial", told)
+    trials = diagnosing.prove_all(run, [backends.get("cpu")])
+    assert [t.variant for t in trials] == [*PLANTED, "clean"] and len(run.trials()) == len(trials)
+    assert trials[0].data["outcome"] in ("raised", "elsewhere") and "outcome" not in trials[1].data
+
+
+def test_what_a_planted_bug_raises_is_its_record(monkeypatch):
+    def broken(fault: str, backend: str):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(diagnosing, "prove", broken)
+    trial = next(iter(diagnosing.tasks([backends.get("cpu")], [])[0].trials()))
+    assert (trial.status, trial.reason) == ("error", "ValueError: no such thing")
+    assert trial.data["outcome"] == "elsewhere"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["hopper", "wmma", "scalar", "cublaslt", "sdpa-cudnn", "sdpa-flash", "sdpa-math"])
 def test_right_backends_raise_no_alarm_on_a_gpu(backend):

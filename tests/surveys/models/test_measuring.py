@@ -125,3 +125,12 @@ def test_every_mode_on_a_gpu(run):
     assert {t.data["mode"] for t in ours if t.data["what"] != "tokens"} == {"eager", "compiled", "graph"}
     bad = [t for t in trials if t.status not in ("ok", "unsupported", "unavailable")]
     assert not bad, [(t.backend, t.variant, t.reason) for t in bad]
+
+
+def test_a_step_that_took_its_process_with_it_is_not_taken_here(run, monkeypatch):
+    died = {(PLAN.works[0], "sdpa"): "it did not survive"}
+    monkeypatch.setattr(measuring, "compile_ahead", lambda plan, ways, **more: died)
+    found = by_name(measure(run, PLAN))
+    assert [found[what, "sdpa"].status for what in ("tokens", "prefill", "decode")] == ["error", "error", "ok"]
+    assert found["tokens", "sdpa"].reason == found["prefill", "sdpa"].reason == "it did not survive"
+    assert found["prefill", "flashcore"].status == "ok"

@@ -89,6 +89,13 @@ def test_rounds_go_on_until_the_medians_are_narrow(monkeypatch):
     )
 
 
+def test_rounds_end_when_their_time_is_up(monkeypatch):
+    monkeypatch.setattr(stepping, "is_narrow", lambda samples: False)
+    monkeypatch.setattr(stepping, "MORE_S", 0.0)
+    found = time_steps([some("a", lambda: None)], PROBLEM, rounds=3, most_rounds=50, gpu=False)
+    assert len(found["a, eager"].samples_us) == 3, "the first rounds are always taken"
+
+
 def test_a_step_that_fails_or_takes_no_time_is_no_timing(monkeypatch):
     calls = []
 

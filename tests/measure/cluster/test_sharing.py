@@ -1,0 +1,110 @@
+"""Several processes on one card: what each does, what is done here, and what is left of one that dies."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from support.cluster_tasks import count, die, nap, refuse
+
+from flashcore.errors import ClusterError
+from flashcore.measure.cluster import sharing
+from flashcore.measure.cluster.pools import Here, perform
+from flashcore.measure.cluster.sharing import Crew, crew, crew_size
+from flashcore.measure.cluster.tasks import Task, Work
+from flashcore.records import Trial
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def two():
+    found = Crew(2)
+    yield found
+    found.close()
+
+
+@pytest.mark.slow
+def test_processes_do_the_tasks_and_this_one_writes_them_in_their_order(two, run):
+    owed = ({"kind": "correctness", "backend": "cpu", "data": {"number": 7}},)
+    known = Trial(kind="correctness", data={"number": -1})
+    heavy = Task("heavy", nap, (0.3,), cost_s=9.0)
+    done, said = [], []
+    first = Work([Task("one", count, (1,)), known, Task("dies", die, owed=owed), heavy],
+                 lambda here: done.append(f"here: {here}"), lambda: done.append("finished"))  # fmt: skip
+    second = [Task("raises", refuse, owed=owed), Task("hangs", nap, (60.0,), owed=owed, limit_s=0.3)]
+    one, two_ = perform(first, second, [Task("timed", count, (2,), timing=True)], run=run, pool=two,
+                        progress=said.append)[:2]  # fmt: skip
+    assert [t.data.get("number") for t in one] == [1, -1, 7, None] and one[0].data["pid"] != os.getpid()
+    assert one[2].status == "error" and "SIGKILL" in one[2].reason and one[2].data["crashed"]
+    assert one[3].data["slept"] == 0.3, "a process that died is replaced, and the other goes on"
+    assert [t.status for t in two_] == ["error", "error"]
+    assert "cannot be measured" in two_[0].reason and not two_[0].data["crashed"]
+    assert "exceeded 0.3 s" in two_[1].reason and two_[1].data["ended"] == "timeout"
+    timed = run.trials()[-1]
+    assert timed.data == {"number": 2, "pid": os.getpid()}, "what is timed is done here, after all the rest"
+    assert done == ["here: False", "finished"] and said[-1] == "timed"
+    assert len(run.trials()) == 7
+
+
+@pytest.mark.slow
+def test_what_cannot_travel_is_done_here_and_what_nobody_owes_for_is_an_error(two):
+    def inside(number: int):
+        yield from count(number)
+
+    assert perform([Task("one", inside, (3,))], pool=two)[0][0].data["pid"] == os.getpid()
+    with pytest.raises(ClusterError, match="'no' could not be done: ValueError: this cannot be measured"):
+        perform([Task("no", refuse)], pool=two)
+    assert perform([Task("one", count, (4,))], pool=two)[0][0].data["number"] == 4
+
+
+def test_what_preparing_raises_ends_it_all(two):
+    def prepare(here: bool):
+        raise ValueError("no compiler")
+
+    done = []
+    with pytest.raises(ValueError, match="no compiler"):
+        perform(Work([Task("one", count, (1,))], prepare, lambda: done.append("finished")), pool=two)
+    assert done == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "card", "host", "size"),
+    [(16, 140 * GIB, 128 * GIB, 14), (64, 140 * GIB, 128 * GIB, 14),
+     (8, 140 * GIB, 128 * GIB, 6), (16, 20 * GIB, 128 * GIB, 3),
+     (16, 140 * GIB, 16 * GIB, 5), (2, 140 * GIB, 128 * GIB, 1), (1, 0, 0, 1)],
+)  # fmt: skip
+def test_its_size_leaves_cores_and_memory_to_others(cores, card, host, size):
+    assert crew_size(cores, card, host) == size
+
+
+def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
+    here = Here()
+    monkeypatch.setattr(sharing.device, "has_gpu", lambda: False)
+    assert crew(here) is here
+    monkeypatch.setattr(sharing.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(sharing.device, "memory_bytes", lambda: 80 * GIB)
+    monkeypatch.setattr(sharing.device, "is_shared", lambda: False)
+    monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
+    assert crew(here) is here, "the card takes one process alone"
+    monkeypatch.setattr(sharing.device, "is_shared", lambda: True)
+    monkeypatch.setattr(sharing, "_host_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(sharing.os, "cpu_count", lambda: 2)
+    assert crew(here) is here, "two cores are too few"
+    monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(sharing.Worker, "start", lambda self: None)
+    assert crew(here).size == 13 and crew(here, most=5).size == 5
+    monkeypatch.setenv(sharing.MANY, "3")
+    assert crew(here).size == 3 and crew(here, most=2).size == 2
+    monkeypatch.setenv(sharing.MANY, "1")
+    assert crew(here) is here and crew(here, least=1).size == 1
+    for wrong in ("0", "-1", "many", "1.5"):
+        monkeypatch.setenv(sharing.MANY, wrong)
+        with pytest.raises(ClusterError, match=f"FLASHCORE_CREW is '{wrong}'"):
+            crew(here)
+    monkeypatch.delenv(sharing.MANY)
+
+    class Spread:
+        places = ("card 0", "card 1")
+
+    assert crew(spread := Spread()) is spread

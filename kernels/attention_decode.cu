@@ -647,8 +647,8 @@ __device__ __forceinline__ void combine(const SharedMemory& smem, const Attentio
     reference = sum.reference;
     row_sum = sum.row_sum;
     float lse = log_sum_exp(reference, row_sum);
-#elif defined(FLASHCORE_MASKS)
-    float lse = row_sum == 0.f ? -INFINITY : reference * LN_2 + logf(row_sum);
+#else
+    MASKED(float lse = row_sum == 0.f ? -INFINITY : reference * LN_2 + logf(row_sum);)
 #endif
 #ifdef FLASHCORE_MASKS
     if (HAS_SINK) {

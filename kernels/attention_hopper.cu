@@ -418,16 +418,16 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     const int later_pages = max(0, uniform(work.of[consumer].pages) - chunk_end);  // of the tile, in later chunks
     const bool ends_tile = later_pages == 0;
 #endif
-    const int first_row = uniform(work.of[consumer].first_row), pages = uniform(work.of[consumer].pages) INVARIANT(- from - later_pages);
+    const int first_row = uniform(work.of[consumer].first_row),
+              pages = uniform(work.of[consumer].pages) INVARIANT(- from - later_pages);
     const int whole_pages = uniform(work.of[consumer].whole_pages) INVARIANT(- from);
     const int seqlen_k = keys_in(work);
 #ifdef FLASHCORE_MASKS
     const int seqlen_q = HAS_LENGTHS ? uniform(work.sequence.seqlen_q) : params.seqlen_q;
     const int first_page = uniform(work.first_page) + uniform(work.of[consumer].pages_before) INVARIANT(+ from);
     const int first_key = first_page * TILE_N, whole_from = uniform(work.of[consumer].whole_from) INVARIANT(- from);
-#elif defined(FLASHCORE_INVARIANT)
-    const int first_page = from, first_key = first_page * TILE_N;
 #endif
+    CHUNKED(const int first_page = from, first_key = first_page * TILE_N;)
     const MatrixDescriptor q = q_halves.at(half * Q_BYTES);
     const int row = first_row + warp * WARP_ROWS + lane / 4;  // a thread's other row is row + 8
     at = {uniform(at.slot), static_cast<unsigned>(uniform(at.parity))};

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -242,21 +242,27 @@ WITH_OPTIONS = " with options"
 """What follows a kernel's name where it is compiled with any of them."""
 
 
-def without_options(text: str) -> str:
-    """A kernel's source as the compiler sees it where none of `OPTIONS` is defined.
+def without_options(text: str, *, but: Collection[str] = ()) -> str:
+    """A kernel's source as the compiler sees it where none of `OPTIONS` is defined, but for those named.
 
     What stands under a condition that wants such a macro, and in ``MASKED(...)`` or ``INVARIANT(...)``, is gone. A
     kernel whose options were edited is the same kernel without them, down to its machine code, and what was measured of
     it still holds.
     """
-    around = [name for names in OPTIONS.values() for name in names]
+    left_out = {macro: names for macro, names in OPTIONS.items() if macro not in but}
+    around = [name for names in left_out.values() for name in names]
     kept: list[str] = []
     open_conditions: list[tuple[bool, bool]] = []
     """Of every condition that is open: whether it asks for the macro, and whether its lines are kept now."""
     for line in text.split("\n"):
         directive = _DIRECTIVE.match(line)
         word, rest = directive.groups() if directive else ("", "")
-        ours = any(macro in rest for macro in OPTIONS)
+        ours = any(macro in rest for macro in left_out) and not any(macro in rest for macro in but)
+        goes_on = word == "elif" and bool(open_conditions) and not open_conditions[-1][0]
+        if word and (
+            goes_on or not ours
+        ):  # a condition that asks for another option too stays, with its answer for this one
+            line = _DEFINED.sub(lambda found: "0" if found[1] in left_out else found[0], line)
         if word in ("if", "ifdef", "ifndef"):
             open_conditions.append((ours, not ours or word == "ifndef"))
             if ours:
@@ -275,6 +281,7 @@ def without_options(text: str) -> str:
     return bare
 
 
+_DEFINED = re.compile(r"\bdefined\((\w+)\)")
 _DIRECTIVE = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else|endif|define)\b\s*(.*)$")
 
 

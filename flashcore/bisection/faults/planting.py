@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashcore import backends
 from flashcore.backends import with_methods
 from flashcore.errors import FaultError, UnknownName
-from flashcore.gpu.build import kernel_source, without_options
+from flashcore.gpu.build import INVARIANT, MASKS, kernel_source, without_options
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -32,10 +32,14 @@ class Source:
     masks: bool = False
     """Whether it is a bug of a mask beyond the causal one. Otherwise the source that is patched has none of those, and
     the backend takes none."""
+    invariant: bool = False
+    """Whether it is a bug of the batch-invariant mode. Otherwise the source that is patched is without that, and the
+    backend promises nothing."""
 
     def unpatched(self, kernel: str) -> str:
         """The kernel's source that the patch is made in."""
-        return kernel_source(kernel) if self.masks else without_options(kernel_source(kernel))
+        kept = [macro for macro, has in ((MASKS, self.masks), (INVARIANT, self.invariant)) if has]
+        return without_options(kernel_source(kernel), but=kept)
 
     def text(self, kernel: str) -> str:
         """The kernel's source with the patch in it; `FaultError` when it no longer applies."""
@@ -52,9 +56,9 @@ class Source:
 
     def apply(self, backend: Backend) -> Backend:
         """A copy of the backend that compiles the patched source."""
-        planted = with_methods(
-            backend, self.methods if self.masks else {"masks": (), "batch_invariant": False, **self.methods}
-        )
+        without = {} if self.masks else {"masks": ()}
+        without |= {} if self.invariant else {"batch_invariant": False}
+        planted = with_methods(backend, {**without, **self.methods})
         planted.source = self.text(backend.kernel)
         return planted
 

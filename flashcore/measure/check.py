@@ -408,12 +408,46 @@ def masked_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[
     return shapes
 
 
+def invariant_problems(profile: str = "quick", *, gpu: bool | None = None) -> list[Problem]:
+    """The matrix of problems that ask for bits that are the same in every batch (`Problem.batch_invariant`).
+
+    Sequences of several chunks are among them (2,048 keys each in our kernels), with masks and without.
+    ``profile="full"`` has each in both dtypes and head_dims, and lengths that fill a GPU.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    plain = Problem(
+        batch=2,
+        num_heads_q=4,
+        num_heads_kv=2,
+        seqlen_q=150,
+        seqlen_k=300,
+        head_dim=64,
+        causal=True,
+        batch_invariant=True,
+    )
+    long = plain.with_(batch=1, seqlen_q=70, seqlen_k=4200, head_dim=128, dtype="bfloat16")
+    shapes = [plain, long, plain.with_(seqlen_q=1, seqlen_k=2300, page_size=64)]
+    if profile == "full":
+        many = {"batch": 3, "num_heads_q": 16, "num_heads_kv": 4, "seqlen_q": 1500, "seqlen_k": 6300} if gpu else {}
+        for dtype in ("float16", "bfloat16"):
+            for head_dim in (64, 128):
+                kind = {"dtype": dtype, "head_dim": head_dim}
+                shapes += [
+                    long.with_(**kind, **many),
+                    long.with_(**kind, causal=False),
+                    long.with_(**kind, seqlen_q=3, page_size=16),
+                    long.with_(**kind, window_left=2100, sink=True),
+                    plain.with_(**kind, softcap=20.0, lengths="ragged", batch=5),
+                ]
+    return shapes
+
+
 CPU_FLOPS = 5e9
 """The largest problem that is checked without a GPU: its float64 reference takes about a second on two cores."""
 
 
 def named_problems(names: str, profile: str, *, gpu: bool | None = None) -> tuple[list[Problem], list[Problem]]:
-    """The two matrices of problems, and what a `;`-separated list of presets and labels names.
+    """The three matrices of problems, and what a `;`-separated list of presets and labels names.
 
     Returns
     -------
@@ -423,7 +457,8 @@ def named_problems(names: str, profile: str, *, gpu: bool | None = None) -> tupl
     gpu = torch.cuda.is_available() if gpu is None else gpu
     named = [] if names.strip() == "default" else [parse_problem(n) for n in names.split(";") if n.strip()]
     left_out = [problem for problem in named if not gpu and problem.flops() > CPU_FLOPS]
-    problems = check_problems(profile, gpu=gpu) + masked_problems(profile, gpu=gpu)
+    problems = [*check_problems(profile, gpu=gpu), *masked_problems(profile, gpu=gpu)]
+    problems += invariant_problems(profile, gpu=gpu)
     return problems + [p for p in named if p not in left_out and p not in problems], left_out
 
 
@@ -431,10 +466,12 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
     """What to check, problem by problem; a variant of another backend on every sixth, as its code is that one's.
 
     A problem of the masked matrix is for the backends that take its masks, and with lengths for ours alone: some of its
-    sequences are empty, of which peers promise nothing, and each is checked where it is timed. One that somebody named
-    is for all: a backend that does not take it says so in its record.
+    sequences are empty, of which peers promise nothing, and each is checked where it is timed. One of the
+    batch-invariant matrix is for the backends that promise that. One that somebody named is for all: a backend that
+    does not take it says so in its record.
     """
-    optional = {*masked_problems("full", gpu=False), *masked_problems("full", gpu=True)}
+    matrices = [matrix("full", gpu=gpu) for matrix in (masked_problems, invariant_problems) for gpu in (False, True)]
+    optional = {problem for matrix in matrices for problem in matrix}
     return [
         (problem, one)
         for number, problem in enumerate(problems)
@@ -442,6 +479,7 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
         if (one.variant_of is None or number % 6 == 0)
         and (problem not in optional or set(problem.masks) <= set(one.masks))
         and (problem not in optional or not problem.lengths or one.role != "peer")
+        and (problem not in optional or not problem.batch_invariant or one.batch_invariant)
     ]
 
 

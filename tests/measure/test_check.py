@@ -61,6 +61,28 @@ def test_right_backends_pass_under_masks(problem):
         assert trial.problem.label() == problem.label() and trial.correctness.checked > 0
 
 
+@pytest.mark.parametrize("problem", check.invariant_problems("quick", gpu=False), ids=lambda p: p.label())
+def test_the_batch_invariant_mode_is_right_too(problem):
+    trial = check_attention(backends.get("cpu"), problem, device="cpu", pattern="rising", layout="apart")
+    assert trial.status == "ok", trial.reason
+    assert trial.problem.batch_invariant and trial.correctness.checked > 0
+
+
+def test_the_invariant_matrix_is_for_backends_that_promise_it():
+    quick, full = (check.invariant_problems(profile, gpu=True) for profile in ("quick", "full"))
+    assert full[: len(quick)] == quick and len({p.label() for p in full}) == len(full) > 20
+    assert all(p.batch_invariant for p in full) and {m for p in full for m in p.masks} >= {
+        "window",
+        "softcap",
+        "ragged",
+    }
+    assert max(p.seqlen_k for p in quick) > 2 * 2048, "sequences of several chunks"
+    math_, cpu = backends.get("sdpa-math"), backends.get("cpu")
+    named = SMALL.with_(batch_invariant=True)
+    assert check.pairs([quick[0], named], [math_, cpu]) == [(quick[0], cpu), (named, math_), (named, cpu)]
+    assert set(quick) <= set(named_problems("default", "quick", gpu=False)[0])
+
+
 def test_the_masked_matrix_has_every_mask_and_is_for_backends_that_take_it():
     quick, full = (check.masked_problems(profile, gpu=True) for profile in ("quick", "full"))
     assert {name for p in quick for name in p.masks} == {"window", "softcap", "sink", "lengths", "ragged"}

@@ -9,6 +9,7 @@ import struct
 
 import torch
 
+from flashcore.backends._chunks import chains
 from flashcore.backends._contract import Backend, with_masks
 from flashcore.backends._cuda import CudaBackend, is_good_again
 from flashcore.backends._masks import mask_params
@@ -99,7 +100,7 @@ class PagedBackend(OverPages, CudaBackend):
 
     def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...] | None:
         """Which page of keys each one continues in a traced call; None for one chain."""
-        return None
+        return chains(problem.seqlen_k) if problem.batch_invariant else None
 
     def paged_arguments(
         self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded: LoadedKernel, stream: int, traced: bool

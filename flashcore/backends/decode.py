@@ -7,7 +7,7 @@ import struct
 
 import torch
 
-from flashcore.backends._chunks import chains, invariant_defines, most_chunks
+from flashcore.backends._chunks import invariant_defines, most_chunks
 from flashcore.backends._contract import with_masks
 from flashcore.backends._masks import OVER_PAGES, TANH_ERROR, mask_defines
 from flashcore.backends._paged import PagedBackend
@@ -110,7 +110,7 @@ class Decode(PagedBackend):
 
     def chains(self, problem: Problem, loaded: LoadedKernel) -> tuple[int, ...]:
         if problem.batch_invariant:
-            return chains(problem.seqlen_k)
+            return super().chains(problem, loaded)
         units, before = -(-problem.seqlen_k // loaded.tile_n), units_before(problem, loaded.tile_n)
         share = (units - before) // self.traced_parts(problem, loaded.tile_n)
         consumers = loaded.num_splits

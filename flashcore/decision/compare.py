@@ -40,6 +40,11 @@ def contends(trial: Trial) -> bool:
     return role(trial) == "ours" and trial.backend not in FOR_CHECKS
 
 
+def in_ordinary_mode(trial: Trial) -> bool:
+    """Whether a trial's problem leaves the last bits of a row free: a speed with `batch_invariant` is shown apart."""
+    return trial.problem is None or not trial.problem.batch_invariant
+
+
 def same_problem(a: Problem | None, b: Problem | None) -> bool:
     """Whether two problems are the same mathematics; ``page_size`` only says how a backend walks through it."""
     if a is None or b is None:

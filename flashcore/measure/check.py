@@ -175,8 +175,10 @@ def check_attention(
 
     def measure() -> Trial:
         place = device or device_of(chosen)
+        # The mode says nothing of what is expected, so it shares the case of the problem without it.
+        asked = problem.with_(batch_invariant=False) if problem.batch_invariant else problem
         case = make_case(
-            problem, seed, pattern, layout, place, chosen.rounds_scores, tanh_error, lengths=lengths, spare=spare
+            asked, seed, pattern, layout, place, chosen.rounds_scores, tanh_error, lengths=lengths, spare=spare
         )
         common = dict(kind="correctness", backend=chosen.id, problem=problem, source_hash=chosen.source_hash(problem))
         if case.bad_inputs:

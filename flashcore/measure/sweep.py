@@ -45,6 +45,8 @@ MASKED = "masked"
 """What names the problems of the workloads with masks alone (`flashcore.measure.workloads`)."""
 MASKED_ALONE = frozenset(workloads.problems("full")) - {*AWKWARD_PROBLEMS}
 """Problems that are there for the masks alone: backends that take none are not measured at those."""
+COSTED_ALONE = frozenset(workloads.costed("full")) - {*AWKWARD_PROBLEMS}
+"""Problems that are there for the cost of `batch_invariant` alone: who promises it is measured, and peers beside it."""
 STORES_SCORES = frozenset({"sdpa-math"})
 """Takes some masks, and stores all scores: here more than a GPU's memory, or a minute for one figure."""
 
@@ -72,7 +74,7 @@ def sweep_problems(profile: str, gpu: bool) -> list[Problem]:
                 if problem not in problems:
                     problems.append(problem)
     problems += QUICK_AWKWARD if profile == "quick" else AWKWARD_PROBLEMS
-    return list(dict.fromkeys([*problems, *workloads.problems(profile)]))
+    return list(dict.fromkeys([*problems, *workloads.problems(profile), *workloads.costed(profile)]))
 
 
 def named_problems(names: str, profile: str, gpu: bool) -> list[Problem]:
@@ -97,7 +99,8 @@ def sweep(
 ) -> list[Trial]:
     """Check, then time every backend on every problem; each trial is on disk before the next one starts.
 
-    Problems that a workload holds against each other (`workloads.grouped`) share their rounds.
+    Problems that are held against each other (`workloads.grouped`) share their rounds: those that a workload names, and
+    one without `batch_invariant` and with it.
 
     A backend that is not available here, or does not take a problem, gets one trial that says so. A wrong backend is
     timed too, but its timing says `failed`, and no gate accepts that. The float64 reference is left out: it is what the
@@ -148,7 +151,11 @@ def sweep(
 
 def _concerns(backend: Backend, problem: Problem) -> bool:
     """Whether a sweep has anything to say of a backend at this problem."""
-    return (backend.swept or problem in REPORT_PROBLEMS) and bool(problem not in MASKED_ALONE or backend.masks)
+    if not backend.swept and problem not in REPORT_PROBLEMS:
+        return False
+    if problem in COSTED_ALONE and not backend.batch_invariant:
+        return backend.role == "peer" and not problem.batch_invariant
+    return bool(problem not in MASKED_ALONE or backend.masks)
 
 
 def _together(
@@ -210,7 +217,7 @@ def _together(
 
 def _why_not(backend: Backend, problem: Problem) -> str | None:
     """Why a backend is not measured at a problem, as a clause; None where it is."""
-    if problem in MASKED_ALONE and backend.id in STORES_SCORES:
+    if problem in MASKED_ALONE | COSTED_ALONE and backend.id in STORES_SCORES:
         return "it stores all scores, which takes too much memory and time here"
     reason = backend.why_not(problem)
     if reason is None and not backend.dense:

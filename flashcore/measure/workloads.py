@@ -1,4 +1,4 @@
-"""Say which problems with masks a sweep measures, in words, and which of them share their rounds; no torch in here."""
+"""Say which problems a sweep holds against each other, with masks and in the batch-invariant mode; no torch in here."""
 
 from __future__ import annotations
 
@@ -85,15 +85,44 @@ QUICK = (RAGGED, WINDOW)
 """Those that a quick profile measures."""
 
 
+def _prefill(batch: int, seqlen: int, head_dim: int, *, causal: bool = False) -> Problem:
+    return square(batch, 16, seqlen, head_dim, dtype="bfloat16", causal=causal)
+
+
+COSTED: tuple[Problem, ...] = (
+    _prefill(16, 1024, 64), _prefill(16, 1024, 128), _prefill(16, 2048, 64), _prefill(16, 2048, 128),
+    _prefill(8, 4096, 64), _prefill(8, 4096, 128),
+    _prefill(2, 8192, 64, causal=True), _prefill(2, 8192, 128, causal=True),
+    _prefill(1, 16_384, 64, causal=True), _prefill(1, 16_384, 128, causal=True),
+)  # fmt: skip
+"""Prefills that are timed without `batch_invariant` and with it: their times in the same rounds say what it costs.
+
+In bfloat16, which every build of FlashAttention-3 takes. The longest have half of the sweep's tokens, since the float64
+reference of more would take longer than the timing."""
+QUICK_COSTED = COSTED[2:3]
+"""The one that a quick profile measures; its ordinary half is there anyhow."""
+
+
 def problems(profile: str) -> list[Problem]:
     """The problems of a profile's workloads, and those beside them, each once."""
     chosen = QUICK if profile == "quick" else WORKLOADS
     return list(dict.fromkeys(p for w in chosen for p in (w.beside, w.problem) if p is not None))
 
 
+def costed(profile: str) -> list[Problem]:
+    """The problems of a profile that say what `batch_invariant` costs, each without it and with it."""
+    chosen = QUICK_COSTED if profile == "quick" else COSTED
+    return [p for one in chosen for p in (one, one.with_(batch_invariant=True))]
+
+
+def ordinary(problem: Problem) -> Problem:
+    """The same problem without `batch_invariant`."""
+    return problem.with_(batch_invariant=False) if problem.batch_invariant else problem
+
+
 def kind_of_lengths(problem: Problem) -> Lengths:
     """How long the sequences of a problem are where it is timed: as its workload says, otherwise mixed."""
-    return next((w.lengths for w in WORKLOADS if w.problem == problem), "mixed")
+    return next((w.lengths for w in WORKLOADS if w.problem == ordinary(problem)), "mixed")
 
 
 def _joined() -> list[tuple[Problem, ...]]:
@@ -111,14 +140,18 @@ def _joined() -> list[tuple[Problem, ...]]:
 
 
 def grouped(chosen: Iterable[Problem]) -> list[list[Problem]]:
-    """Problems in the order given, those together that are to share their rounds; a problem named twice is one."""
-    there = list(dict.fromkeys(chosen))
+    """Problems in the order given, those together that are to share their rounds; a problem named twice is one.
+
+    Besides what workloads hold against each other these are a problem without `batch_invariant` and with it.
+    """
+    there = {problem: ordinary(problem) for problem in chosen}
     partners: dict[Problem, Sequence[Problem]] = {p: one for one in _joined() for p in one}
     groups: list[list[Problem]] = []
     done: set[Problem] = set()
     for problem in there:
         if problem not in done:
-            group = [problem, *(p for p in there if p in partners.get(problem, ()) and p != problem)]
+            beside = partners.get(there[problem], (there[problem],))
+            group = [problem, *(p for p in there if there[p] in beside and p != problem)]
             done.update(group)
             groups.append(group)
     return groups

@@ -131,7 +131,7 @@ def _elsewhere(gate: GateResult, evidence: Evidence) -> str:
     decides = None if gate.problem in ("", "any") else parse_problem(gate.problem)
     rates = [
         (rate, t) for t in evidence.gpu_trials
-        if compare.contends(t) and (rate := compare.tflops(t)) is not None
+        if compare.contends(t) and compare.in_ordinary_mode(t) and (rate := compare.tflops(t)) is not None
         and not compare.same_problem(t.problem, decides)
     ]  # fmt: skip
     if decides is None or gate.measured is None or not rates:

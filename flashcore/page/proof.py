@@ -8,7 +8,8 @@ from markupsafe import Markup, escape
 
 from flashcore import tables
 from flashcore.decision.verdict import Evidence
-from flashcore.page.drawing import html_tables
+from flashcore.page.anchors import row_id
+from flashcore.page.drawing import html_tables, invariance_views
 from flashcore.page.parts import fold, frame_html
 from flashcore.records import Trial
 from flashcore.surveys.invariance import facts as invariance
@@ -101,11 +102,22 @@ def _invariance_html(trials: Sequence[Trial]) -> str:
     said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}. {}.</p>").format(
         invariance.sentence(asked), invariance.PROMISE, invariance.COMPARED
     )
+    said += _cost_html(trials)
     ids = {t.backend for t in asked}
     table = frame_html(invariance.table(asked), "Cases kept, of those asked, by the two ways compared", ids=ids)
     breaks = invariance.breaks_table(asked)
     why = frame_html(breaks, "Breaks, made smaller, and the Python that asks each again") if len(breaks) else ""
     return str(said) + fold("Every pair of ways", table + why)
+
+
+def _cost_html(trials: Sequence[Trial]) -> Markup:
+    """What the mode costs, with a link to its table among the speeds; empty where it was not timed."""
+    costs = invariance_views.costs(trials)
+    if not costs:
+        return Markup("")
+    row = row_id(invariance_views.CAPTION, invariance_views.row_heading(costs[0], costs))
+    link = '<p>{} <a href="#speed" data-row="{}">What each problem costs</a> stands under Speed.</p>'
+    return Markup(link).format(invariance_views.sentence(costs), row)
 
 
 def machine_html(evidence: Evidence) -> str:

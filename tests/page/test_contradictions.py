@@ -11,7 +11,15 @@ from support.decisions import decide
 
 from flashcore import page
 from flashcore.decision import verdict
-from flashcore.page.drawing import answers, html_tables, masked_views, paging_views, plots, survey_views
+from flashcore.page.drawing import (
+    answers,
+    html_tables,
+    invariance_views,
+    masked_views,
+    paging_views,
+    plots,
+    survey_views,
+)
 from flashcore.paths import data_dir
 from flashcore.records import RunFolder
 
@@ -29,7 +37,8 @@ def drawn(evidence: verdict.Evidence, decision: verdict.Decision) -> str:
         page.correctness_html(evidence), page.proof_html(evidence), page.machine_html(evidence),
         answers.answers_html(answers.answers(trials, environment=machine), figures=True),
         survey_views.limit_html(trials, l2_bytes=(machine.get("before") or {}).get("l2_bytes")),
-        masked_views.masked_html(evidence), paging_views.paging_html(evidence), page.claims_html(evidence),
+        masked_views.masked_html(evidence), invariance_views.cost_html(evidence), paging_views.paging_html(evidence),
+        page.claims_html(evidence),
     ]  # fmt: skip
     return "".join(map(str, parts))
 

@@ -120,10 +120,14 @@ def _fastest(soup, trials: Sequence[Trial]) -> Iterator[str]:
 
 
 def _cards(soup, trials: Sequence[Trial]) -> Iterator[str]:
-    """A card of our speed against every kernel of ours, on its problem and on all; no variant for checks is named."""
+    """A card of our speed against every kernel of ours, on its problem and on all; no variant for checks is named.
+
+    A card is of the ordinary mode: what was timed with `batch_invariant` stands in a table of its own.
+    """
     rates = [
         (rate, t.problem.label().replace(",", ", ")) for t in trials
-        if t.kind == "attention_timing" and compare.contends(t) and (rate := compare.tflops(t)) is not None
+        if t.kind == "attention_timing" and compare.contends(t) and compare.in_ordinary_mode(t)
+        and (rate := compare.tflops(t)) is not None
     ]  # fmt: skip
     for card in soup.select(".fc-cards li"):
         title, where = card.find("h2").get_text(), card.select_one(".fc-where").get_text()

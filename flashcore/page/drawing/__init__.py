@@ -7,8 +7,8 @@ and `html_tables`; `closeups` draws what changes under a slider.
 import os
 
 __all__ = [
-    "answers", "closeups", "fleet_views", "html_tables", "masked_views", "model_views", "paging_views", "plots",
-    "serving_views", "stage_plots", "survey_views", "svg",
+    "answers", "closeups", "fleet_views", "html_tables", "invariance_views", "masked_views", "model_views",
+    "paging_views", "plots", "serving_views", "stage_plots", "survey_views", "svg",
 ]  # fmt: skip
 
 

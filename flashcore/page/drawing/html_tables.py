@@ -103,9 +103,12 @@ def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
 
 
 def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str:
-    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its interval."""
+    """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its interval.
+
+    What was timed with `batch_invariant` has a table of its own (`invariance_views`).
+    """
     rows = []
-    for problem, group in by_problem(trials).items():
+    for problem, group in by_problem([t for t in trials if compare.in_ordinary_mode(t)]).items():
         mine = [t for t in group if compare.contends(t) and compare.latency_us(t) is not None]
         if not mine:
             continue

@@ -34,13 +34,16 @@ LINE = 4
 def panels(trials: Sequence[Trial]) -> dict[tuple[int, bool, str], dict[str, dict[int, Trial]]]:
     """Timings for the plots: ``{(head_dim, causal, dtype): {backend: {seqlen: trial}}}``.
 
-    Self-attention with equal heads and lengths, and without masks besides `causal`, only; at each length the problem
-    with the most work that was timed, the same one for every backend. Where some make a line, the table alone has what
-    would be clutter beside it: a backend timed at one length, a panel of few lengths, and lengths between those of a
-    line, such as 197.
+    Self-attention with equal heads and lengths, without masks besides `causal` and without `batch_invariant`, only; at
+    each length the problem with the most work that was timed, the same one for every backend. Where some make a line,
+    the table alone has what would be clutter beside it: a backend timed at one length, a panel of few lengths, and
+    lengths between those of a line, such as 197.
     """
     chosen: dict[tuple[int, bool, str], dict[int, Problem]] = {}
-    timed = [t for t in trials if compare.tflops(t) is not None and t.backend not in compare.FOR_CHECKS]
+    timed = [
+        t for t in trials
+        if compare.tflops(t) is not None and t.backend not in compare.FOR_CHECKS and compare.in_ordinary_mode(t)
+    ]  # fmt: skip
     for trial in timed:
         p = trial.problem
         if p.seqlen_q != p.seqlen_k or p.num_heads_q != p.num_heads_kv or p.masks:
@@ -279,6 +282,8 @@ def small_trials(trials: Sequence[Trial]) -> list[Trial]:
 
 def _is_small(trial: Trial) -> bool:
     if trial.kind != "attention_timing" or trial.problem is None or trial.timing is None:
+        return False
+    if not compare.in_ordinary_mode(trial):
         return False
     return trial.timing.method != "host" and trial.timing.l2 == "warm" and trial.problem.flops() < SMALL_FLOPS
 

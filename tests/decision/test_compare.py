@@ -44,6 +44,10 @@ def test_problems_are_the_same_when_their_mathematics_is():
     assert compare.same_problem(problem, square(2, 4, 128, 64, softmax_scale=1 / 8))  # what None stands for
     assert not compare.same_problem(problem, square(2, 4, 128, 64, softmax_scale=0.2))
     assert not compare.same_problem(problem, square(2, 4, 128, 64, causal=True))
+    in_the_mode = problem.with_(batch_invariant=True)
+    assert not compare.same_problem(problem, in_the_mode), "other bits come out, at another cost"
+    trials = [Trial(kind="attention_timing", backend="wmma", problem=p) for p in (problem, in_the_mode, None)]
+    assert [compare.in_ordinary_mode(trial) for trial in trials] == [True, False, True]
     assert not compare.same_problem(problem, None) and compare.same_problem(None, None)
 
 

@@ -9,7 +9,7 @@ from flashcore.backends.cpu import CpuBackend
 from flashcore.decision import compare
 from flashcore.decision.claims import Gpu
 from flashcore.errors import ClaimsError, InvalidProblem, UnknownName, Unsupported
-from flashcore.measure import sweep, workloads
+from flashcore.measure import check, sweep, workloads
 from flashcore.numerics.inputs import make_inputs, make_masks
 from flashcore.problem import PRESETS, square
 from flashcore.records import Timing
@@ -297,6 +297,43 @@ def test_the_problems_with_masks_have_a_name_and_are_part_of_the_profile():
         named = sweep.named_problems("masked", profile, True)
         assert named and set(named) <= set(sweep.sweep_problems(profile, True))
     assert not any(p.masks for p in sweep.sweep_problems("full", False)), "a CPU's speed at them interests nobody"
+
+
+def test_what_the_mode_costs_is_timed_in_one_round_of_who_promises_it_and_peers(run, monkeypatch):
+    plain, asked = PROBLEM, PROBLEM.with_(batch_invariant=True)
+    monkeypatch.setattr(sweep, "COSTED_ALONE", frozenset({plain, asked}))
+
+    class Plain(CpuBackend):
+        id, batch_invariant = "plain", False
+
+    class Rival(Peer):
+        id, batch_invariant = "rival", False
+
+    check.make_case.cache_clear()
+    chosen = [CpuBackend(), Plain(), Rival(), backends.get("sdpa-math")]
+    trials = sweep.sweep(run, [plain, asked], chosen, gpu=False)
+    assert check.make_case.cache_info().misses == 1, "float64 is worked out once for both"
+    timed = {(t.backend, t.problem): t for t in trials if t.kind == "attention_timing"}
+    assert set(timed) == {("cpu", plain), ("cpu", asked), ("rival", plain), ("sdpa-math", plain)}
+    assert timed["sdpa-math", plain].status == "unsupported" and "stores all" in timed["sdpa-math", plain].reason
+    right = [timed["cpu", plain], timed["cpu", asked], timed["rival", plain]]
+    assert len({t.timing.round for t in right}) == 1 and all(t.timing.model_extra["proved"] for t in right)
+    checked = {(t.backend, t.problem) for t in trials if t.kind == "correctness" and compare.passed(t)}
+    assert checked == {("cpu", plain), ("cpu", asked), ("rival", plain)}
+    assert compare.ratio(right[1], right[0]) is None and compare.ratio(right[1], right[2]) is None
+    assert compare.speed_beside(right[1], right[0]).n == 7
+    kept = {t.problem.batch_invariant for t in run.trials() if t.backend == "cpu"}
+    assert kept == {True, False}, "a record on disk says which it was"
+
+
+def test_a_profile_asks_what_the_mode_costs_on_a_gpu_alone():
+    for profile, number in (("quick", 1), ("full", 10)):
+        asked = [p for p in sweep.sweep_problems(profile, True) if p.batch_invariant]
+        assert len(asked) == number and {p.with_(batch_invariant=False) for p in asked} <= {
+            *sweep.sweep_problems(profile, True)
+        }
+        assert not any(p.batch_invariant for p in sweep.sweep_problems(profile, False)), "there it is for tests"
+        assert not any(p.batch_invariant for p in sweep.named_problems("masked", profile, True))
 
 
 @pytest.mark.gpu

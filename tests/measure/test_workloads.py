@@ -51,6 +51,32 @@ def test_lengths_are_those_of_the_workload_and_mixed_elsewhere():
     assert workloads.kind_of_lengths(square(3, 2, 64, 64, lengths="ragged")) == "mixed"
 
 
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_the_cost_of_batch_invariant_is_asked_of_prefills_without_it_and_with_it_in_the_same_rounds(profile):
+    costed = workloads.costed(profile)
+    assert len(costed) == len(set(costed)) == (2 if profile == "quick" else 20)
+    assert set(costed[::2]) <= set(workloads.COSTED)
+    assert workloads.grouped(costed) == [list(pair) for pair in zip(costed[::2], costed[1::2], strict=True)]
+    for plain, asked in zip(costed[::2], costed[1::2], strict=True):
+        assert asked == plain.with_(batch_invariant=True) and workloads.ordinary(asked) == plain
+        assert plain.dtype == "bfloat16" and not plain.masks, "which every build of FlashAttention-3 takes"
+        assert 16_384 <= plain.batch * plain.seqlen_q <= 32_768 and parse_problem(asked.label()) == asked
+    if profile == "full":
+        assert {(p.seqlen_q, p.head_dim) for p in costed} == {
+            (s, d) for s in (1024, 2048, 4096, 8192, 16_384) for d in (64, 128)
+        }
+        assert {p.causal for p in costed} == {True, False}
+
+
+def test_a_workload_in_the_mode_has_its_lengths_and_shares_its_rounds():
+    asked = workloads.RAGGED.problem.with_(batch_invariant=True)
+    assert workloads.kind_of_lengths(asked) == workloads.kind_of_lengths(workloads.RAGGED.problem) == "uniform"
+    dense = square(4, 16, 8192, 128, dtype="bfloat16", causal=True)
+    sink = dense.with_(sink=True, batch_invariant=True)
+    assert workloads.grouped([dense, asked, sink]) == [[dense, sink], [asked]]
+    assert workloads.grouped([sink, asked, dense]) == [[sink, dense], [asked]]
+
+
 def test_views_may_read_it_without_torch():
     said = "import flashcore.measure.workloads, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", said], check=True)

@@ -28,7 +28,7 @@ NOTE = (
     "Medians of graph replay. Cost: how much longer the same backend takes with batch_invariant, sample by sample in "
     f"the same rounds. Within: holds the true cost in {compare.CONFIDENCE:g} of 100 cases. Beside: how many times as "
     "fast ours is in that mode as the peer, which promises no such bits; above 1 ours is faster. Every result was "
-    "checked against float64, in the mode too. No gate depends on these."
+    "checked against float64, in the mode too. No gate of the project's own depends on these."
 )
 
 
@@ -132,12 +132,13 @@ def sentence(found: Sequence[Cost]) -> str:
             f" in the geometric mean of {len(shares)} problems, between {_percent(min(shares))} and "
             f"{_percent(max(shares))}"
         )
+    beside = []
     for name, title in PEER_TITLES.items():
         ratios = [one.peers[name].value for one in found if name in one.peers]
         if ratios:
             of = f" in the geometric mean of {len(ratios)}" if len(ratios) > 1 else ""
-            told += f"; in that mode ours is {number(_mean(ratios))} times as fast as {title}{of}"
-    return f"{told}."
+            beside.append(f"{number(_mean(ratios))} times as fast as {title}{of}")
+    return f"{told}{'; in that mode ours is ' * bool(beside)}{' and '.join(beside)}."
 
 
 def _table(found: Sequence[Cost]) -> str:

@@ -86,6 +86,9 @@ def test_the_sentence_has_the_geometric_mean_the_range_and_the_ratio_to_a_peer()
     assert f"takes {mean:.1f} % more time in the geometric mean of 3 problems, between −1.0 % and 30.0 %" in told
     ratio = math.prod(1200 / 1000 / c for c in (0.99, 1.02, 1.30)) ** (1 / 3)
     assert f"{ratio:.2f} times as fast as FlashAttention-3 in the geometric mean of 3" in told and "cuDNN" in told
+    assert told.count("in that mode ours is") == 1
+    alone = [t for t in measured((0.02,)) if t.backend == "hopper"]
+    assert invariance_views.sentence(invariance_views.costs(alone)).endswith("takes 2.0 % more time.")
     one = invariance_views.sentence(invariance_views.costs(measured((0.02,))))
     assert one.startswith("With batch_invariant=True a prefill takes 2.0 % more time; ") and "mean" not in one
 

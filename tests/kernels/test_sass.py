@@ -50,6 +50,26 @@ KNOWN_SPILLS = {(64, False, 15): 16, **{(128, True, union): 8 for union in range
 """Bytes, by head_dim, whether the tile is that of few tiles, and union: two registers, or one, are too few there."""
 KNOWN_MOVES = {(64, False, 3): 24, (128, False, 3): 34}
 """Moves to uniform registers between the products of a page, likewise: of a window with a softcap and nothing else."""
+INVARIANT = (build.INVARIANT, 1)
+SHAPES = {
+    "plain": (),
+    "few tiles": (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", 64)),
+    "paged": (("FLASHCORE_PAGED", 1),),
+}
+"""Of the Hopper kernel in the batch-invariant mode: pages have 64 keys whatever the tile, and keys are never split."""
+INVARIANT_KERNELS = [
+    (kernel, shape, union, head_dim, dtype)
+    for kernel, shapes, unions in ((HOPPER, SHAPES, (0, 1, 5, 7)), (DECODE, ("plain",), (0, 7)))
+    for shape in shapes for union in unions for head_dim, dtype in build.variants(kernel)
+]  # fmt: skip
+"""With no mask but the causal one, with a window, with a sink too, and with a softcap too."""
+MOVES_OF_DECODE = 8
+"""Moves to uniform registers between the products of a unit in the decode kernel, which waits for memory."""
+INVARIANT_TEXTS = [
+    (kernel, head_dim, dtype) for kernel in (HOPPER, DECODE) for head_dim, dtype in build.variants(kernel)
+]
+MOST_SPILLS = {(HOPPER, 128): 128}
+"""Bytes in that mode, by kernel and head_dim: what a warpgroup has of the chunks before is dear there. Else none."""
 WARPGROUP = 128
 INSTRUCTION = 16
 """Bytes of one machine instruction."""
@@ -141,7 +161,7 @@ TEXTS += [
 @pytest.mark.parametrize(
     ("text", "head_dim", "dtype"),
     # Each kernel once, and over them all both types and both head_dims; by this seed such as other tests compile too.
-    sampled(TEXTS, seed=155),
+    [*sampled(TEXTS, seed=155), *sampled([(Text(kernel, (INVARIANT,)), *one) for kernel, *one in INVARIANT_TEXTS])],
     ids=lambda value: "-".join((value[0], *(name for name, _ in value[1]))) if isinstance(value, tuple) else None,
 )
 def test_production_sass_is_the_same_with_the_hooks_taken_out(text, head_dim, dtype):
@@ -168,6 +188,25 @@ def test_sass_is_the_same_with_the_masks_taken_out_of_the_text(text, head_dim, d
     whole = code(build.compile_kernel(kernel, **variant))
     without = code(build.compile_kernel(kernel, **variant, source=build.without_options(source)))
     assert sum(map(len, whole.values())) > 100 * INSTRUCTION and whole == without
+
+
+@pytest.mark.parametrize(
+    ("kernel", "option", "head_dim", "dtype"),
+    sampled([
+        (kernel, option, head_dim, dtype)
+        for kernel, head_dim, dtype in INVARIANT_TEXTS for option in (INVARIANT, (build.MASKS, 7))
+    ]),
+)  # fmt: skip
+def test_with_one_option_sass_is_the_same_with_the_other_taken_out_of_the_text(kernel, option, head_dim, dtype):
+    """A bug of masks is planted in the text with masks alone, and one of the invariant mode in that with the mode."""
+    variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict([option])}
+    source = build.kernel_source(kernel)
+    left = build.without_options(source, but=(option[0],))
+    assert build.without_options(source) != left != source
+    whole = code(build.compile_kernel(kernel, **variant))
+    without = code(build.compile_kernel(kernel, **variant, source=left))
+    assert sum(map(len, whole.values())) > 100 * INSTRUCTION and whole == without
+    assert whole != code(build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype)), "the option was compiled in"
 
 
 def test_the_comparison_of_sass_sees_trace_code():
@@ -370,6 +409,31 @@ def test_masks_leave_the_loop_over_pages_as_lean_and_spill_nothing(head_dim, dty
     assert "HGMMA" in opcodes and "UTMALDG" in opcodes and "HMMA" not in opcodes
     assert cubin.spill_bytes == known and bool({"LDL", "STL"} & set(opcodes)) == (known > 0)
     assert_the_loop_is_lean(loop_over_pages(entries[HOPPER]["sass"]), KNOWN_MOVES.get((head_dim, few, union), 1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "union", "head_dim", "dtype"), sampled(INVARIANT_KERNELS, kind=lambda case: case[0])
+)
+def test_the_invariant_mode_multiplies_by_warpgroup_and_spills_little_and_never_in_the_loop_over_pages(
+    kernel, shape, union, head_dim, dtype
+):
+    defines = dict((*SHAPES[shape], INVARIANT, *([(build.MASKS, union)] if union else [])))
+    cubin = build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype, defines=defines)
+    assert cubin.warnings == [], "C75xx says that products were serialised, or that a wait was missing"
+    assert cubin.spill_bytes <= MOST_SPILLS.get((kernel, head_dim), 0) and cubin.registers <= 255
+    entries = entry_functions(build.disassemble(cubin.path))
+    assert set(entries) - {f"{HOPPER}_plan"} == {kernel}, "no entry function splits keys"
+    sass = entries[kernel]["sass"]
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass)
+    assert {"HGMMA", "UTMALDG"} <= set(opcodes) and "HMMA" not in opcodes
+    page = loop_over_pages(sass)
+    assert not [one for one in page if re.search(r"\b(LDL|STL)\b", one)]
+    assert_the_loop_is_lean(page, 1 if kernel == HOPPER else MOVES_OF_DECODE)
+    sums = re.findall(r"\bREDG?\.[\w.]+", sass)
+    if kernel == DECODE:
+        assert sums == [], "its parts lie apart"
+    else:  # four sums each, and small ones as 0, as the additions that bring them together again take them
+        assert len(sums) == head_dim // 8 and all(".ADD.F32x4.FTZ.RN" in one for one in sums), sums
 
 
 def test_the_audit_sees_a_wait_that_is_missing():

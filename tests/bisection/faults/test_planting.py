@@ -11,6 +11,7 @@ from flashcore.bisection.faults.catalogue import FAULTS
 from flashcore.bisection.faults.planting import Override, Source
 from flashcore.bisection.faults.plants import decode
 from flashcore.errors import FaultError
+from flashcore.gpu.build import INVARIANT, MASKS, kernel_source, without_options
 
 
 @pytest.mark.slow
@@ -30,6 +31,40 @@ def test_a_patch_that_no_longer_fits_is_an_error():
     for plant in (Override({"no_such_method": lambda self: None}), Source((), {"no_such_method": None})):
         with pytest.raises(FaultError, match="which backend 'wmma' no longer has"):
             plant.apply(backends.get("wmma"))
+
+
+@pytest.mark.parametrize("name", ["hopper", "hopper-unsplit", "hopper-paged", "decode"])
+@pytest.mark.parametrize("options", [(), (MASKS,), (INVARIANT,), (MASKS, INVARIANT)], ids=", ".join)
+def test_the_source_that_is_patched_has_the_options_that_the_bug_is_of(name, options):
+    """And the backend promises and takes what the source has, no more."""
+    honest = backends.get(name)
+    plant = Source((), masks=MASKS in options, invariant=INVARIANT in options)
+    planted = plant.apply(honest)
+    directives = [line for line in planted.source.splitlines() if line.lstrip().startswith("#")]
+    for option in (MASKS, INVARIANT):
+        assert any(option in line for line in directives) == (option in options), option
+    assert planted.source == without_options(kernel_source(honest.kernel), but=options)
+    assert planted.masks == (honest.masks if MASKS in options else ())
+    assert planted.batch_invariant == (INVARIANT in options) and honest.batch_invariant
+    asks = planting.PLAIN.with_(seqlen_q=4, batch_invariant=True)
+    assert (planted.why_not(asks) is None) == (INVARIANT in options)
+    if INVARIANT not in options:
+        assert "batch" in planted.why_not(asks)
+
+
+def test_a_bug_of_the_mode_can_replace_methods_too():
+    edits = (("{outgrown(page_sum[0]), outgrown(page_sum[1])}", "{true, true}"),)
+    planted = Source(edits, {"entry": lambda self, problem, device: "another"}, invariant=True).apply(
+        backends.get("decode")
+    )
+    assert planted.entry(planting.PLAIN, 0) == "another" and planted.batch_invariant
+    assert "outgrown(page_sum[0])" not in planted.source
+    assert (
+        backends.get("decode").source is None and backends.get("decode").entry(planting.PLAIN, 0) == "attention_decode"
+    )
+    without = Source(edits)
+    with pytest.raises(FaultError, match="stands there 0 times instead of once"):
+        without.apply(backends.get("decode"))
 
 
 def test_why_a_bug_is_not_planted_is_said():

@@ -135,7 +135,7 @@ def masked(*edits: Edit) -> Source:
 
 
 MASKS_A_LATER_PAGE = "page * TILE_N MASKED(+ first_key, seqlen_q), seqlen_k, lane);\n"
-CAPS_A_LATER_PAGE = "      if (HAS_SOFTCAP && !whole) cap(s, masks.scale_by_cap);\n"
+CAPS_A_LATER_PAGE = "      if (HAS_SOFTCAP && (!whole)) cap(s, masks.scale_by_cap);\n"
 CAP = "s[i] = 1.f - 2.f * rcp_approx(1.f + ex2_approx(2.f * LOG2_E * scale_by_cap * s[i]));"
 CAPPED_BY_EXPONENTIALS: Edit = (
     "const bool whole = page >= whole_from",
@@ -172,7 +172,7 @@ IN_MASKS: Plants = {
         CAPPED_BY_EXPONENTIALS,
         (CAP, f"{CAP.replace('scale_by_cap', '8.f * scale_by_cap')}\n  for (float& score : s) score *= 0.125f;"),
     ),
-    "G59": masked(("lse[r] = HAS_SINK ? join_sink(", "lse[r] = HAS_SINK && false ? join_sink(")),
+    "G59": masked(("MASKED(HAS_SINK ? join_sink(", "MASKED(HAS_SINK && false ? join_sink(")),
     "G60": masked((SINK_OF, SINK_OF.replace("tile.head", "(tile.head + params.num_heads_q - 1) % params.num_heads_q"))),
     "G61": masked((SINK_OF, f"{SINK_OF} * params.softmax_scale")),
     "G62": masked(("row_sum += ex2_approx(fminf(sink - reference, LARGEST_EXPONENT))", "row_sum += ex2_approx(sink)")),

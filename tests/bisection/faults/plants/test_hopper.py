@@ -11,6 +11,7 @@ from flashcore.bisection.faults import catalogue
 from flashcore.bisection.faults.catalogue import FAULTS
 from flashcore.bisection.faults.planting import Source
 from flashcore.bisection.faults.plants import hopper
+from flashcore.gpu import build
 from flashcore.measure.check import check_attention
 
 ALL_WARPS_ARE_WHOLE = ("const bool whole_warp = !HAS_LENGTHS || ", "const bool whole_warp = true || ")
@@ -57,6 +58,11 @@ def test_where_keys_are_split_bugs_of_later_pages_have_two_chains():
 # ------------------------------------------------------------------------------------------------ masks
 
 
+def directives(source: str) -> str:
+    """The lines of a source that the preprocessor acts on."""
+    return "\n".join(line for line in source.splitlines() if line.lstrip().startswith("#"))
+
+
 def test_bugs_of_masks_are_planted_in_the_source_with_masks_and_others_in_the_one_without():
     ours = ("hopper", "hopper-unsplit")
     masks = {f.id for f in FAULTS if any(b in f.plants and f.problem_in(b).masks for b in ours)}
@@ -65,7 +71,9 @@ def test_bugs_of_masks_are_planted_in_the_source_with_masks_and_others_in_the_on
         for name, plant in plants.items():
             if isinstance(plant, Source):
                 assert plant.masks == (name in masks), name
-                assert bool(plant.apply(backends.get(backend)).masks) == plant.masks
+                planted = plant.apply(backends.get(backend))
+                assert bool(planted.masks) == plant.masks == (build.MASKS in directives(planted.source)), name
+                assert not planted.batch_invariant and build.INVARIANT not in directives(planted.source), name
     assert set(hopper.SPLIT) & masks == set(hopper.IN_WINDOWS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from support.warned import NeverRecorded
 
 import flashcore
@@ -166,13 +170,17 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def _pins(pins_file: str) -> list[str]:
+    lines = [*(ROOT / "constraints" / "common.txt").read_text().splitlines(),
+             *(ROOT / "constraints" / f"{pins_file}.txt").read_text().splitlines()]  # fmt: skip
+    return [line for line in lines if line and not line.startswith(("#", "-c "))]
+
+
 def test_every_dependency_is_pinned_exactly_in_each_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for pins_file, names in (("cuda12", ["gpu"]), ("cuda13", ["compile", "gpu-cuda13", "peers"])):
-        lines = [*(ROOT / "constraints" / "common.txt").read_text().splitlines(),
-                 *(ROOT / "constraints" / f"{pins_file}.txt").read_text().splitlines()]  # fmt: skip
-        pins = [line for line in lines if line and not line.startswith(("#", "-c "))]
+        pins = _pins(pins_file)
         assert [p for p in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", p)] == []
         pinned = [p.split("==")[0] for p in pins]
         assert len(set(pinned)) == len(pinned), "pinned twice"
@@ -184,6 +192,37 @@ def test_every_dependency_is_pinned_exactly_in_each_set():
         ]
         asked = {_normal(re.match(r"[\w.-]+", requirement)[0]) for requirement in wanted} - {"flashcore"}
         assert asked <= set(pinned)
+
+
+@pytest.mark.parametrize("pins_file", ["cuda12", "cuda13"])
+def test_pins_agree_with_each_other_and_with_the_oldest_python(pins_file):
+    """pip passes over a pin that this Python is too old for, and then says that whoever asks for it is in conflict.
+
+    What a pinned version asks for is known where it is installed; one that is not is judged on another machine.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    there = {"python_version": oldest, "python_full_version": f"{oldest}.0", "extra": ""}
+    pinned = dict(pin.split("==") for pin in _pins(pins_file))
+    judged, wrong = 0, []
+    for name, version in pinned.items():
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if Version(found.version).public != version:
+            continue
+        judged += 1
+        if not SpecifierSet(found.metadata["Requires-Python"] or "").contains(f"{oldest}.0"):
+            wrong.append(f"{name}=={version} asks for Python {found.metadata['Requires-Python']}")
+        for asked in map(Requirement, found.requires or ()):
+            pin = pinned.get(_normal(asked.name))
+            in_force = asked.marker is None or asked.marker.evaluate(there)
+            if pin is not None and in_force and not asked.specifier.contains(pin, prereleases=True):
+                wrong.append(f"{name}=={version} asks for {asked}, and {pin} is pinned")
+    assert wrong == []
+    if judged < len(pinned) // 2:
+        pytest.skip(f"of {len(pinned)} pinned versions {judged} are installed here; `make install` installs them")
 
 
 def test_what_the_wheel_carries_exists():

@@ -208,14 +208,15 @@ class CudaBackend(Backend):
     def _prepare(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
         arguments, ahead, sums = self.arguments(q, k, v, out, lse, problem, loaded), None, None
-        blocks = self.blocks(problem, loaded, device)
+        blocks = None
         if problem.masks:
             found = self.masked(arguments, q, lse, problem, masks, stream)
             arguments.append(found.packed)
-            ahead, blocks = found.ahead, found.blocks or blocks
+            ahead, blocks = found.ahead, found.blocks
         if problem.batch_invariant and (sums := self.room_for_sums(problem, loaded, device, stream)) is not None:
             arguments.append(struct.pack("Q", sums.data_ptr()))
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
+        blocks = blocks or self.blocks(problem, loaded, device)
         return PreparedLaunch(function, loaded, blocks, arguments, stream, again=again, ahead=ahead, keeps=sums)

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from flashcore import ops
 from flashcore.errors import FlashCoreError
 from flashcore.library.dense import DTYPES
-from flashcore.numerics import plain
+from flashcore.numerics import plain, transforms
 
-_torchs = torch.nn.functional.scaled_dot_product_attention
+_torchs = torch._C._nn.scaled_dot_product_attention
+"""torch's function itself, whenever this module is loaded: torch's `context_parallel` has another in its place."""
 
 
 def scaled_dot_product_attention(
@@ -80,6 +81,8 @@ def why_torch(
     tensors = (query, key, value)
     if not all(isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested for t in tensors):
         return "the arguments are not three dense tensors"
+    if any(transforms.is_distributed(t) for t in tensors):
+        return "the tensors are DTensors, cut over ranks"
     if attn_mask is not None:
         return "there is a mask"
     if type(dropout_p) not in (int, float) or dropout_p != 0:
@@ -143,6 +146,9 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801  (it is used as a function 
     those inside `torch.nn.MultiheadAttention` and the layers made of it, which torch shows to a mode as one call only.
     Other functions of torch cost about a microsecond more meanwhile. A model that `torch.compile` compiled is compiled
     once more inside of the context, whole as before.
+
+    DTensors go on to torch, which attends over ranks: inside torch's `context_parallel` every call does.
+    `flashcore.parallel.in_context_parallel` is the context that computes those.
 
     Parameters
     ----------

@@ -1,9 +1,12 @@
 """Refuse what a forward pass alone would lose without a word: gradients, tangents, an axis mapped by `torch.vmap`.
 
 Our kernels read memory, and none of these lies there. torch would either say nothing and drop them, or fail inside.
+`is_distributed` tells a tensor of which this process holds a part.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch.autograd import forward_ad
@@ -29,6 +32,12 @@ def under_way() -> bool:
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether `torch.vmap` maps over an axis of the tensor."""
     return _functorch.is_batchedtensor(tensor)
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor, told without loading what makes these: that takes a second."""
+    made = sys.modules.get("torch.distributed.tensor")
+    return made is not None and isinstance(tensor, made.DTensor)
 
 
 def want_gradients(*tensors: torch.Tensor) -> bool:

@@ -20,7 +20,6 @@ from flashcore.parallel.ranks import (
     check_length,
     check_shares,
     device_of,
-    is_distributed,
     ranks_of,
     refuse_together,
     told,
@@ -127,7 +126,7 @@ def _described(
 ) -> list[int]:
     """Check what one rank sees, and say it in whole numbers (`ALIKE`)."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if is_distributed(tensor):
+        if transforms.is_distributed(tensor):
             raise InvalidProblem(f"{name} is a DTensor; pass {name}.to_local(), the part that this rank holds.")
         if isinstance(tensor, torch.Tensor) and (wrong := why_not_there(ranks, name, tensor)) is not None:
             raise InvalidProblem(wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -240,12 +239,6 @@ def device_of(ranks: Ranks, tensor: object) -> torch.device:
         return torch.device("cpu")
     there = isinstance(tensor, torch.Tensor) and tensor.is_cuda
     return tensor.device if there else torch.device("cuda", torch.cuda.current_device())
-
-
-def is_distributed(tensor: object) -> bool:
-    """Whether it is a DTensor, told without loading what makes these: that takes a second."""
-    made = sys.modules.get("torch.distributed.tensor")
-    return made is not None and isinstance(tensor, made.DTensor)
 
 
 def why_not_there(ranks: Ranks, name: str, tensor: torch.Tensor) -> str | None:

@@ -12,7 +12,6 @@ from flashcore import ops
 from flashcore.errors import Unsupported
 from flashcore.numerics import plain, transforms
 from flashcore.parallel.attending import attention
-from flashcore.parallel.ranks import is_distributed
 
 _torchs = torch._C._nn.scaled_dot_product_attention
 """torch's function itself: `context_parallel` puts another in its place while it lasts."""
@@ -51,7 +50,7 @@ class in_context_parallel(TorchFunctionMode):  # noqa: N801  (it is used as a fu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not _torchs or not any(map(is_distributed, (*args, *kwargs.values()))):
+        if func is not _torchs or not any(map(transforms.is_distributed, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         reason = why_torch(*args, **kwargs, plan=self.plan)
         if reason is not None:
@@ -81,7 +80,7 @@ def why_torch(
     plan: str = "gather",
 ) -> str | None:  # fmt: skip
     """None where `flashcore.parallel.attention` computes this call; otherwise why torch does, as a clause."""
-    if not all(map(is_distributed, (query, key, value))):
+    if not all(map(transforms.is_distributed, (query, key, value))):
         return "the arguments are not three distributed tensors"
     if attn_mask is not None:
         return "there is a mask"

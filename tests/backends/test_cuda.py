@@ -107,6 +107,25 @@ def test_what_a_backend_asks_to_compile_and_to_launch_is_what_is(machine):
     assert machine.entries == [("another_entry", 0)]
 
 
+@pytest.mark.parametrize(("theirs", "grid", "asked"), [((5, 1, 1), (5, 1, 1), 0), (None, (24, 1, 1), 1)])
+def test_a_grid_that_masks_change_is_theirs_and_the_backend_is_asked_for_no_other(machine, theirs, grid, asked):
+    class Masking(One):
+        asked = 0
+
+        def masked(self, arguments, q, lse, problem, masks, stream):
+            return _cuda.Masked(b"masks", blocks=theirs)
+
+        def blocks(self, problem, loaded, device):
+            self.asked += 1
+            return super().blocks(problem, loaded, device)
+
+    machine.sizes = [PARAMS.size, 5]
+    backend, inputs = Masking(), make_inputs(PROBLEM)
+    backend._launch(*inputs, *outputs(inputs[0]), PROBLEM.with_(window_left=3))
+    [launch] = machine.launches
+    assert launch.grid == grid and launch.arguments[1] == b"masks" and backend.asked == asked
+
+
 def test_planted_parts_reach_the_kernel(machine):
     class Planted(One):
         source = "another source"

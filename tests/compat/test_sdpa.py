@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -188,6 +190,21 @@ def test_a_models_calls_are_replaced_and_counted():
     model(x)
     assert calls.ours == 2 and dict(calls.torchs) == {"there is a mask": 1}
     assert str(calls) == "FlashCore computed 2 of 3 calls, and torch 1.\n  torch 1: there is a mask"
+
+
+def test_tensors_that_are_cut_over_ranks_go_on_to_torch(monkeypatch):
+    """A stand-in for a DTensor, which would need several processes."""
+
+    class Cut(torch.Tensor):
+        pass
+
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", types.SimpleNamespace(DTensor=Cut))
+    q, k, v = three(2, 4, 9, 8)
+    for inputs in ((q.as_subclass(Cut), k, v), (q, k, v.as_subclass(Cut))):
+        with flashcore.replace_sdpa(backend="cpu") as calls:
+            out = torch.nn.functional.scaled_dot_product_attention(*inputs)
+        assert calls.ours == 0 and dict(calls.torchs) == {"the tensors are DTensors, cut over ranks": 1}
+        assert type(out) is Cut and torch.equal(out.as_subclass(torch.Tensor), TORCHS(q, k, v))
 
 
 def test_what_computes_is_really_another(monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -25,6 +27,18 @@ def seen_inside(transform) -> list:
 
     transform(function)(torch.ones(3))
     return found
+
+
+def test_only_what_a_loaded_torch_calls_a_dtensor_is_distributed(monkeypatch):
+    class Cut(torch.Tensor):
+        pass
+
+    cut = torch.ones(3).as_subclass(Cut)
+    monkeypatch.delitem(sys.modules, "torch.distributed.tensor", raising=False)
+    assert not transforms.is_distributed(cut)
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", types.SimpleNamespace(DTensor=Cut))
+    assert transforms.is_distributed(cut) and not transforms.is_distributed(torch.ones(3))
+    assert not transforms.is_distributed("a word")
 
 
 def test_nothing_is_under_way_in_an_ordinary_call():

@@ -27,5 +27,11 @@ def test_what_it_does_not_compute_goes_to_torch_with_the_reason(ranks):
 
 
 @pytest.mark.slow
+def test_the_context_for_one_device_hands_on_to_torch_what_is_cut_over_ranks(ranks):
+    for got in (one["context_parallel"] for one in ranks[:2]):
+        assert got["replaced"] == [got["outside"], 0, {"the tensors are DTensors, cut over ranks": 1}]
+
+
+@pytest.mark.slow
 def test_tensors_that_are_not_cut_are_left_to_torch_without_a_count(ranks):
     assert all(one["context_parallel"]["untouched"] and one["context_parallel"]["plain"] == 0 for one in ranks[:2])

@@ -299,6 +299,7 @@ def context_parallel(mesh) -> dict:
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import _cp_options, context_parallel_unshard
 
+    import flashcore
     from flashcore import parallel
 
     q, k, v = CASES["square"].inputs()
@@ -319,6 +320,8 @@ def context_parallel(mesh) -> dict:
         with parallel.in_context_parallel():
             function(*parts, is_causal=True).square().sum().backward()
         got["outside"] = refusal(function, *buffers, is_causal=True)[0]
+        with flashcore.replace_sdpa(backend="cpu") as replaced:
+            got["replaced"] = [refusal(function, *buffers, is_causal=True)[0], replaced.ours, dict(replaced.torchs)]
         with parallel.in_context_parallel(plan="ring") as others:
             refusal(function, *buffers, dropout_p=0.5)
             refusal(function, *parts, is_causal=True)

@@ -37,7 +37,7 @@ def causal_attention(q, k, v, *, window_left: int = -1, sink: torch.Tensor | Non
     """
     if backend == "auto":
         return ops.attention(q, k, v, causal=True, window_left=window_left, sink=sink, batch_invariant=False)
-    # The registry gives peers a window where they take one, and a sink to none of them.
+    # Of the peers only fa4 takes a sink, and rounds it to bfloat16: each gets it afterwards, in float32.
     found = ops.attention(
         q, k, v, causal=True, window_left=window_left, backend=backend, return_lse=sink is not None,
         batch_invariant=False,
@@ -143,10 +143,11 @@ class Attention:
         """One query a sequence, which sees all that its layer keeps: there is nothing to mask."""
         if self.pages is not None and layer in self.pages.place:
             pages = self.pages.cache.layers[self.pages.place[layer]]
-            return _plus_sink(paged_attention(q, pages, return_lse=sink is not None, batch_invariant=False), sink)
+            return paged_attention(q, pages, sink=sink, batch_invariant=False)
         k, v = self.keeping.dense.read(layer, self.position + 1)
         if self.way in (OURS, *PEERS):
             backend = "auto" if self.way == OURS else self.way
+            # Afterwards for ours too: the kernel that splits the keys of one query takes no sink (`Hopper.entry`).
             with_lse = sink is not None
             return _plus_sink(
                 ops.attention(q, k, v, backend=backend, return_lse=with_lse, batch_invariant=False), sink

@@ -73,6 +73,22 @@ def test_over_a_cache(shape, way, qkv):
         keeping.pages.cache.check()
 
 
+def test_pages_are_read_with_the_sink_in_the_same_call(qkv, monkeypatch):
+    calls, kind = [], {"dtype": torch.bfloat16, "device": "cpu"}
+    attend = attending.paged_attention
+    monkeypatch.setattr(
+        attending, "paged_attention", lambda *given, **options: calls.append(options) or attend(*given, **options)
+    )
+    sinks, [layer] = made(MIXED).sinks, [layer for layer in range(2) if not MIXED.windowed(layer)]
+    keeping = Keeping(Dense(MIXED, 2, 16, **kind), Pages(MIXED, 2, 16, page_size=16, **kind))
+    keeping.pages.cache.reserve(1)
+    attention = Attention(OURS, MIXED, sinks, keeping)
+    attention.begin()
+    attention(layer, *(t[:, :, :1] for t in qkv))
+    [options] = calls
+    assert torch.equal(options["sink"], sinks[layer]) and not options.get("return_lse")
+
+
 def test_a_step_taken_again_reads_and_writes_the_same_places(qkv):
     q, k, v = (t[:, :, :1] for t in qkv)
     kind = {"dtype": torch.bfloat16, "device": "cpu"}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 KEPT, BROKEN = 0, 1
 """Exit codes: who promises the same bits keeps every case; somebody does not, or did not finish. 2 is a usage error."""
+FOUND, MISSED = 0, 1
+"""With --prove: every bug that could be planted was found; one was not, or none could be planted."""
 BOTH = "both"
 
 
@@ -47,6 +49,12 @@ def invariance(
             help="Time for each, in each mode; left out: 300 on a GPU, 60 without or for a peer.",
         ),
     ] = None,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove", help="Plant bugs that break the promise instead, in our kernels and in cpu: is each found?"
+        ),
+    ] = False,
     json: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option("--out", "--run", metavar="RUN", help="Also append the records to this run folder.")
@@ -55,7 +63,8 @@ def invariance(
     """Compute random sequences alone, among others, in chunks and in pages, and compare every bit.
 
     Exit code 0: whoever promises the same bits keeps every case; 1: somebody breaks one, or did not finish. What peers
-    and the ordinary mode break is a finding.
+    and the ordinary mode break is a finding. With --prove 0: each planted bug is found; 1: one is not, or none could be
+    planted here.
     """
     from flashcore.errors import InvalidProblem, UnknownName
     from flashcore.gpu import device
@@ -69,6 +78,13 @@ def invariance(
         raise InvalidProblem(f"--limit is {limit:g}; give a number of seconds above 0.")
     modes = measuring.MODES if mode == BOTH else (mode,)
     chosen = None if backends in (None, "all") else [name.strip() for name in backends.split(",") if name.strip()]
+    if prove:
+        for name, given in (("--mode", mode != BOTH), ("--out", out is not None)):
+            if given:
+                raise InvalidProblem(
+                    f"--prove takes no {name}: its bugs break a promise, and its records go to no run."
+                )
+        _prove(chosen, json, num_cases=cases, seed=seed, limit_s=limit)
     trials: list[Trial] = []
     with adding_to(out) as folder:
         if folder and not folder.environment():
@@ -91,6 +107,29 @@ def _print(trials: list[Trial], facts) -> None:
         plain.say(f"{row['backend']}, {row['mode']} mode, {row['ways']}: {row['what differs']}.")
         plain.say(f"    {row['to ask it again']}")
     plain.say(f"{facts.sentence(trials)}.")
+
+
+def _prove(chosen: list[str] | None, json: bool, **options) -> None:
+    """Plant bugs, say what became of each, and leave with the exit code."""
+    from flashcore.bisection.faults import breaking
+
+    trials = list(breaking.prove_breaks(chosen, **options, progress=None if json else plain.progress()))
+    if json:
+        plain.print_records(trials)
+    else:
+        for trial in trials:
+            plain.say(_outcome(trial))
+    outcomes = {trial.data["outcome"] for trial in trials}
+    raise typer.Exit(FOUND if "found" in outcomes <= {"found", "not run"} else MISSED)
+
+
+def _outcome(trial: Trial) -> str:
+    """What became of a planted bug, as a sentence."""
+    data = trial.data
+    told = f"{data['fault']} in {trial.backend} ({data['title']}): {data['outcome']}"
+    if data["outcome"] == "found":
+        return f"{told}, {data['broken']:,} of {data['cases']:,} cases are broken."
+    return f"{told}, {trial.reason}."
 
 
 def add_to(app: typer.Typer) -> None:

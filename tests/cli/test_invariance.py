@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from flashcore.bisection.faults import breaking
 from flashcore.cli.program import app
 from flashcore.records import RunFolder, Trial
 from flashcore.surveys.invariance import measuring
@@ -84,3 +85,61 @@ def test_a_question_without_sense_is_one_sentence(options, words):
 def test_it_asks_a_backend(tmp_path):
     done = runner.invoke(app, ["invariance", "--backends", "sdpa-math", "--cases", "20", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["data"]["cases"] == 20
+
+
+# ------------------------------------------------------------------------------------------------ planted bugs
+
+
+def planted(outcome: str, backend: str, status: str = "ok", reason: str | None = None) -> Trial:
+    data = {"fault": "votes", "title": "rows vote", "outcome": outcome, "cases": 1200, "broken": 7}
+    return Trial(kind="fault", backend=backend, variant="votes", status=status, reason=reason, data=data)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["found"], 0),
+        (["found", "not run"], 0),
+        (["not run"], 1),
+        (["found", "missed"], 1),
+        (["found", "not planted"], 1),
+    ],
+)
+def test_planted_bugs_are_told_one_a_line_and_one_that_is_missed_ends_with_1(monkeypatch, outcomes, code):
+    heard = {}
+
+    def proved(chosen, **options):
+        heard.update(options, chosen=chosen)
+        for number, outcome in enumerate(outcomes):
+            yield planted(outcome, f"mine-{number}", "ok" if outcome == "found" else "failed", "all were kept")
+
+    monkeypatch.setattr(breaking, "prove_breaks", proved)
+    done = runner.invoke(app, ["invariance", "--prove", "--cases", "9", "--seed", "3", "--backends", "mine, cpu"])
+    assert done.exit_code == code, done.output
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(outcomes)
+    for number, (line, outcome) in enumerate(zip(lines, outcomes, strict=True)):
+        end = "7 of 1,200 cases are broken." if outcome == "found" else "all were kept."
+        assert line == f"votes in mine-{number} (rows vote): {outcome}, {end}"
+    assert (heard["chosen"], heard["num_cases"], heard["seed"], heard["limit_s"]) == (["mine", "cpu"], 9, 3, None)
+    done = runner.invoke(app, ["invariance", "--prove", "--json"])
+    assert (
+        done.exit_code == code
+        and [json.loads(line)["data"]["outcome"] for line in done.stdout.splitlines()] == outcomes
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--mode", "ordinary"], "--prove takes no --mode"), (["--out", "run"], "--prove takes no --out"),
+     (["--backends", "fa3"], "There is no backend with a planted break 'fa3'; choose one of: hopper, decode, cpu.")],
+)  # fmt: skip
+def test_what_makes_no_sense_with_planted_bugs_is_one_sentence(options, words):
+    done = runner.invoke(app, ["invariance", "--prove", *options])
+    assert done.exit_code == 2 and words in done.stderr
+
+
+def test_bugs_planted_in_the_cpu_backend_are_found_from_the_command_line():
+    done = runner.invoke(app, ["invariance", "--prove", "--backends", "cpu", "--cases", "40"])
+    assert done.exit_code == 0, done.output
+    assert [line.partition(" in ")[0] for line in done.stdout.splitlines()] == ["votes", "chunks by batch"]

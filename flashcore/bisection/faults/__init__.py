@@ -2,7 +2,7 @@
 
 `catalogue` lists the bugs, `plants` holds how each is put into each backend, and `proving` plants one at a time and
 compares what bisection finds with what was planted. Bisection is never told. `diagnosing` does the same for diagnosis,
-which sees no stages.
+which sees no stages, and `breaking` for the comparison of bits, which sees results alone.
 """
 
-__all__ = ["catalogue", "diagnosing", "proving", "sanitizer"]
+__all__ = ["breaking", "catalogue", "diagnosing", "proving", "sanitizer"]

@@ -56,7 +56,7 @@ class Source:
 
     def apply(self, backend: Backend) -> Backend:
         """A copy of the backend that compiles the patched source."""
-        without = {} if self.masks else {"masks": ()}
+        without = {} if self.masks else {"masks": (), "paged_masks": ()}
         without |= {} if self.invariant else {"batch_invariant": False}
         planted = with_methods(backend, {**without, **self.methods})
         planted.source = self.text(backend.kernel)

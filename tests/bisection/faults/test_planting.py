@@ -45,6 +45,7 @@ def test_the_source_that_is_patched_has_the_options_that_the_bug_is_of(name, opt
         assert any(option in line for line in directives) == (option in options), option
     assert planted.source == without_options(kernel_source(honest.kernel), but=options)
     assert planted.masks == (honest.masks if MASKS in options else ())
+    assert planted.paged_masks == (honest.paged_masks if MASKS in options else ())
     assert planted.batch_invariant == (INVARIANT in options) and honest.batch_invariant
     asks = planting.PLAIN.with_(seqlen_q=4, batch_invariant=True)
     assert (planted.why_not(asks) is None) == (INVARIANT in options)

@@ -1,8 +1,9 @@
 """How each bug of the catalogue is planted: patches of kernels and wrong methods, by backend.
 
 Each backend has a module with the bugs that are planted in it; `host` holds what several of them share: wrong arguments
-on the host's side. `page_selection` holds a wrong choice of pages, which no backend makes. A patch that does not fit
-the kernel's source exactly once is an error.
+on the host's side. `page_selection` holds a wrong choice of pages, which no backend makes, and `invariance` bugs that
+break bits and nothing else, which are not in the catalogue. A patch that does not fit the kernel's source exactly once
+is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flashcore.bisection.faults.plants.cublaslt import CUBLASLT
 from flashcore.bisection.faults.plants.host import Plants
 from flashcore.problem import Problem
 
-__all__ = ["LATE", "PLANTS", "PROBLEMS", "host", "of_fault", "page_selection", "problems_of"]
+__all__ = ["LATE", "PLANTS", "PROBLEMS", "host", "invariance", "of_fault", "page_selection", "problems_of"]
 
 PLANTS: Mapping[str, Plants] = {
     "scalar": scalar.SCALAR,

@@ -72,6 +72,7 @@ class Decode(PagedBackend):
         self, q, cache: PagedKV, problem: Problem, selection: PageSelection | None = None,
         masks: MaskTensors | None = None,
     ):  # fmt: skip
+        cache = rows_apart(cache)
         at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
         if problem.batch_invariant:
             at_once = max(1, min(at_once, MOST_ROOM // self.room_of_one(problem, cache)))
@@ -139,6 +140,18 @@ class Decode(PagedBackend):
             DECODE.pack(room.accum.data_ptr(), room.softmax.data_ptr(), room.accounted.data_ptr(), heads_a_tile, tiles),
         ]
         return arguments, blocks, room
+
+
+def rows_apart(cache: PagedKV) -> PagedKV:
+    """The same pages, by a table whose rows do not overlap: the kernel takes the step to the next one for their length.
+
+    A table that was expanded to a batch has steps of 0, and one that was transposed may have steps of 1.
+    """
+    table = cache.page_table
+    if table.stride(0) >= cache.max_pages:
+        return cache
+    copied = table.clone(memory_format=torch.contiguous_format)
+    return PagedKV(cache.k_pool, cache.v_pool, copied, cache.lengths, lengths_fit=cache.lengths_fit)
 
 
 def table_keys(cache: PagedKV) -> int:

@@ -184,6 +184,47 @@ def test_room_is_used_again_on_one_stream_by_one_kernel_alone(told):
     assert told(queries(cache, 4, 3), cache)[2] is not first
 
 
+# ------------------------------------------------------------------------------------------------ rows that overlap
+
+
+def overlapping(columns: int) -> dict[str, torch.Tensor]:
+    """Tables whose rows are less than their length apart: one row for all sequences, and a column put on its side."""
+    row = torch.arange(columns, dtype=torch.int32) % 5
+    return {"expanded": row.expand(3, -1), "transposed": row[:, None].t()}
+
+
+@pytest.mark.parametrize("name", ["expanded", "transposed"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_table_whose_rows_overlap_is_read_from_a_copy(name, invariant, monkeypatch):
+    """The kernel takes the step between rows for their length: how far it may read, and how many parts there are."""
+    table, seen = overlapping(100)[name], []
+    cache = cache_of((300,), 2, 64, 64, torch.float16, "cpu")
+    cache = PagedKV.from_tables(cache.k_pool, cache.v_pool, table, torch.full((len(table),), 300, dtype=torch.int32))
+    q = queries(cache, 4, 1)
+    problem, decode = paged_problem_of(q, cache, batch_invariant=invariant), backends.get("decode")
+    monkeypatch.setattr(module.Decode, "attend", lambda self, q, cache, *given, **options: seen.append(cache))
+    decode.run_paged(q, cache, problem)
+    assert table.stride(0) < 100 and seen[0].page_table.stride(0) == 100 and seen[0].lengths_fit
+    assert torch.equal(seen[0].page_table, table) and module.table_keys(seen[0]) == 100 * 64
+    assert decode.room_of_one(problem, seen[0]) == 4 * decode.room_of_one(problem, cache), "four chunks, and not one"
+    wide = PagedKV(cache.k_pool, cache.v_pool, seen[0].page_table[:, :3], cache.lengths)
+    assert module.rows_apart(wide) is wide, "rows further apart than they are long are read where they lie"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["expanded", "transposed"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_table_whose_rows_overlap_gives_what_a_whole_one_gives(name, invariant):
+    k, v = (torch.randn(1, 2, 5000, 64, device="cuda").half() for _ in range(2))
+    whole = paginate(k, v, 16)
+    row = whole.page_table[0]
+    table = row.expand(3, -1) if name == "expanded" else row[:, None].contiguous().t()
+    cache = PagedKV.from_tables(whole.k_pool, whole.v_pool, table, whole.lengths.expand(len(table)).contiguous())
+    q = queries(cache, 8, 1)
+    out = flashcore.paged_attention(q, cache, backend="decode", batch_invariant=invariant)
+    assert float((out.double() - paged_reference(q, cache)[0]).abs().max()) < 4e-3
+
+
 # ------------------------------------------------------------------------------------------------ large batches
 
 

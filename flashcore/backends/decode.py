@@ -22,7 +22,10 @@ DECODE = struct.Struct("3Q 2i")
 MOST_TOKENS = 8
 """Query tokens of a sequence; for more there is `hopper-paged`."""
 MOST_ROOM = 1 << 28
-"""Bytes that a launch in the batch-invariant mode takes for parts, where sequences can be shared out over several."""
+"""Bytes that parts of a launch in the batch-invariant mode take, where sequences can be shared out over several.
+
+Room for them is made for a power of two of heads, so that it may be twice that.
+"""
 MOST_HEADS = 6144
 """K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
 
@@ -125,13 +128,16 @@ class Decode(PagedBackend):
         heads_a_tile, tiles = self.tiling(problem)
         heads = problem.batch * problem.num_heads_kv * tiles
         rows, blocks = heads_a_tile * problem.seqlen_q, multiprocessors(q.device.index or 0)
+        capture, with_room = capture_id(stream), heads
         if problem.batch_invariant:
-            parts = heads * most_chunks(table_keys(cache))
+            if not capture:  # batches of many sizes share few rooms
+                with_room = 1 << (heads - 1).bit_length()
+            parts = with_room * most_chunks(table_keys(cache))
         else:
             # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
             blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else blocks
             parts = heads + blocks  # a part is numbered by its head and its block, one added to the other
-        room = _room(parts, rows, problem.head_dim, heads, q.device, stream, capture_id(stream), self.source)
+        room = _room(parts, rows, problem.head_dim, with_room, q.device, stream, capture, self.source)
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=False),

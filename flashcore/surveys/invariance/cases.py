@@ -39,11 +39,14 @@ class Size:
     """Sequences of a setting that are compared, at most."""
     ways: int
     """Ways that a setting is computed in, at most."""
+    settings: int = 1
+    """The fewest that the cases come from, however few these are: a setting of many sequences has a hundred of them,
+    and what breaks bits may need long keys and an even batch at once."""
 
 
 SIZES = {
     "cpu": Size(16, 1 << 19, ((6, 300), (4, 1100), (2, 4200)), 80, 8, 4, 7),
-    "cuda": Size(256, 1 << 26, ((6, 300), (6, 2200), (4, 9000), (1, 20_000)), 300, 32, 16, 9),
+    "cuda": Size(256, 1 << 26, ((6, 300), (6, 2200), (4, 9000), (1, 20_000)), 300, 32, 16, 9, 40),
 }
 """By kind of device."""
 

@@ -178,6 +178,7 @@ def _ask(
     progress: Progress | None,
 ) -> tuple[_Count, str]:  # fmt: skip
     size, until, count = SIZES[device], time.monotonic() + limit_s, _Count()
+    most = min(size.subjects, max(1, num_cases // (size.settings * size.ways)))
     in_a_row = idle = number = 0
     while count.cases < num_cases:
         if number % AHEAD == 0:
@@ -195,7 +196,7 @@ def _ask(
             idle += 1
             continue
         drawn = ways.draw(rng, one, setting, size)
-        subjects = sorted(rng.sample(range(len(setting)), min(len(setting), size.subjects)))
+        subjects = sorted(rng.sample(range(len(setting)), min(len(setting), most)))
         try:
             found = judging.cases_of(one, setting, drawn, subjects, invariant=invariant,
                                      refused=lambda way, reason: count.refused.update([reason]))  # fmt: skip

@@ -12,7 +12,8 @@ from flashcore import backends
 from flashcore.errors import BackendUnavailable, InvalidProblem, UnknownName
 from flashcore.gpu.build import source_hashes
 from flashcore.records import Trial
-from flashcore.surveys.invariance import Setting, Way, cases, compare, measuring
+from flashcore.surveys.invariance import Setting, Way, cases, compare, judging, measuring
+from flashcore.surveys.invariance.ways import implementation
 
 FEW = 100
 """Cases that find each planted break; a quick report asks three times as many."""
@@ -69,6 +70,23 @@ def test_the_line_of_a_break_asks_it_again(small):
     names = {"Setting": Setting, "Way": Way, "compare": compare}
     assert not eval(line, {**names, "bad": steady_attention.TileByBatch()})
     assert eval(line, {**names, "bad": Steady()})
+
+
+@pytest.mark.parametrize(("num_cases", "settings", "subjects"), [(500, 40, 1), (10_000, 40, 16)])
+def test_few_cases_come_from_many_settings_too(num_cases, settings, subjects, monkeypatch):
+    """As on a GPU: 500 cases of five settings would miss chunks that hang on the batch, which need long keys."""
+    asked = []
+
+    def cases_of(one, setting, drawn, chosen, *, invariant, refused):
+        asked.append((setting, drawn, len(chosen)))
+        return [judging.Case(setting, n, (Way(), Way(again=1)), True) for n in chosen for _ in drawn]
+
+    monkeypatch.setattr(judging, "cases_of", cases_of)
+    count, stopped = measuring._ask(implementation("cpu"), True, "cuda", num_cases, 0, 60.0, None)
+    assert (count.cases, stopped) == (num_cases, "all were asked") and count.settings == len(asked) >= settings
+    assert max(chosen for _, _, chosen in asked) == subjects
+    long = [s for s, drawn, _ in asked if s.lengths[0][1] > 1024 and any(way.carrier == "batch" for way in drawn)]
+    assert len(long) >= 5, "batches of long sequences"
 
 
 def test_the_ordinary_mode_of_a_backend_is_a_finding_and_no_fault(small):

@@ -196,7 +196,7 @@ def paged_attention(
         if plainly:
             out, lse = paged.paged_attention(
                 q, *tables, pages, counts, causal, softmax_scale, return_lse, backend, cache.lengths_fit,
-                batch_invariant,
+                batch_invariant, cache.holes,
             )  # fmt: skip
         else:
             out, lse = paged.masked_paged_attention(
@@ -248,10 +248,10 @@ def _compute(
 
 def _compute_op(
     q, k_pool, v_pool, page_table, lengths, pages=None, counts=None, causal=True, softmax_scale=None,
-    return_lse=False, backend="auto", lengths_fit=False, batch_invariant=False,
+    return_lse=False, backend="auto", lengths_fit=False, batch_invariant=False, holes=False,
 ):  # fmt: skip
     """What computes ``torch.ops.flashcore.paged_attention``: the same, and an empty `lse` where none is asked for."""
-    cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, lengths_fit=lengths_fit)
+    cache = PagedKV.from_tables(k_pool, v_pool, page_table, lengths, lengths_fit=lengths_fit, holes=holes)
     selection = None if pages is None else PageSelection(pages, counts)
     out, lse = _compute(q, cache, selection, causal, softmax_scale, backend, return_lse, batch_invariant)
     return out, lse if return_lse else out.new_empty(0, dtype=torch.float32)

@@ -12,7 +12,7 @@ import torch
 from flashcore.backends._chunks import chains
 from flashcore.backends._contract import Backend, with_masks
 from flashcore.backends._cuda import CudaBackend, is_good_again
-from flashcore.backends._masks import mask_params
+from flashcore.backends._masks import FARTHEST, mask_params
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends._traces import TraceBuffers
 from flashcore.errors import PageTableError
@@ -45,6 +45,18 @@ def check_pools(cache: PagedKV) -> None:
                 f"Rows of {name} do not all start at multiples of 16 bytes (strides {pool.stride()} elements), as the "
                 "copy engine needs; lay the pool out so that they do."
             )
+
+
+def compiled_for(problem: Problem, cache: PagedKV) -> Problem:
+    """The problem that a kernel is compiled for: with a window over all keys where pages may be dropped.
+
+    Without masks a chain of pages whose first one is wholly dropped subtracts 0 from all its scores, so that a score
+    far below 0 is lost. With masks compiled in, the first key that a row sees says what is subtracted
+    (`UNSEEN` in kernels/include/online_softmax.cuh); so it is in the batch-invariant mode.
+    """
+    if not cache.holes or problem.masks or problem.batch_invariant:
+        return problem
+    return problem.with_(window_left=FARTHEST)
 
 
 class OverPages(Backend):
@@ -122,23 +134,25 @@ class PagedBackend(OverPages, CudaBackend):
         given = () if masks is None else tuple(tensor for _, tensor in masks.named())
         tensors = (q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, out, lse, *chosen, *given)
         key = None if buffers is not None else (
-            type(self), self.version(), problem, device, stream, capture_id(stream), *map(facts_of, tensors),
+            type(self), self.version(), problem, cache.holes, device, stream, capture_id(stream),
+            *map(facts_of, tensors),
         )  # fmt: skip
 
         def prepare() -> PreparedLaunch:
-            loaded = self.load(problem, q.device, trace=buffers is not None)
+            compiled = compiled_for(problem, cache)
+            loaded = self.load(compiled, q.device, trace=buffers is not None)
             rows = aligned(q)
             arguments, blocks, keeps = self.paged_arguments(
                 rows, cache, problem, selection, out, lse, loaded, stream, buffers is not None
             )
-            if problem.masks:
-                arguments.append(mask_params(problem, masks, self.scale(problem)))
+            if compiled.masks:
+                arguments.append(mask_params(compiled, masks, self.scale(problem)))
             if problem.batch_invariant and (sums := self.room_for_sums(problem, loaded, device, stream)) is not None:
                 arguments.append(struct.pack("Q", sums.data_ptr()))
                 keeps = (keeps, sums)
             if buffers is not None:
                 arguments.append(buffers.packed())
-            function = entry_point(loaded, self.entry(problem, device), device)
+            function = entry_point(loaded, self.entry(compiled, device), device)
             again = rows is q
             return PreparedLaunch(function, loaded, (blocks, 1, 1), arguments, stream, again=again, keeps=keeps)
 

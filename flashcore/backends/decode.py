@@ -85,7 +85,7 @@ class Decode(PagedBackend):
         for first in range(0, problem.batch, at_once):
             rows = slice(first, min(first + at_once, problem.batch))
             table, lengths = cache.page_table[rows], cache.lengths[rows]
-            part = PagedKV(cache.k_pool, cache.v_pool, table, lengths, lengths_fit=True)
+            part = PagedKV(cache.k_pool, cache.v_pool, table, lengths, lengths_fit=True, holes=cache.holes)
             chosen = selection and PageSelection(selection.pages[rows], selection.counts[rows])
             fewer = problem.with_(batch=rows.stop - rows.start)
             parts.append(super().run_paged(q[rows], part, fewer, chosen, **with_masks(masks)))

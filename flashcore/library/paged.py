@@ -20,7 +20,7 @@ TABLES = "Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor lengths"
 
 def _fake_attention(
     q, k_pool, v_pool, page_table, lengths, pages=None, counts=None, causal=True, softmax_scale=None,
-    return_lse=False, backend="auto", lengths_fit=False, batch_invariant=False,
+    return_lse=False, backend="auto", lengths_fit=False, batch_invariant=False, holes=False,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     return torch.empty_like(q), lse
@@ -29,8 +29,8 @@ def _fake_attention(
 paged_attention = define(
     "paged_attention",
     f"(Tensor q, {TABLES}, Tensor? pages=None, Tensor? counts=None, bool causal=True, float? softmax_scale=None, "
-    "bool return_lse=False, str backend='auto', bool lengths_fit=False, bool batch_invariant=False) "
-    "-> (Tensor out, Tensor lse)",
+    "bool return_lse=False, str backend='auto', bool lengths_fit=False, bool batch_invariant=False, "
+    "bool holes=False) -> (Tensor out, Tensor lse)",
     _fake_attention,
 )
 """As `flashcore.paged_attention`; `pages` and `counts` are those of a selection, None for all pages."""

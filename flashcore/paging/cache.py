@@ -146,6 +146,7 @@ class PagedKVCache(PagedKV):
         """Give up whole logical pages, first ones or any in the middle, as a sliding window or eviction does.
 
         Attention passes over their keys from then on; positions and `length` stay. The page of the last token stays.
+        A CUDA graph that was captured before the first drop has to know of it: see `PagedKV.holes`.
         Pages already dropped are passed over, so that a window may drop ``range(n)`` at each step.
 
         Raises
@@ -154,6 +155,7 @@ class PagedKVCache(PagedKV):
             The sequence was freed; a page that it does not have, or its last one.
         """
         columns = self._ledger.drop(sequence, [whole("a page", page) for page in pages])
+        self.holes = self.holes or bool(columns)
         self._set_entries([(sequence.row, column, DROPPED) for column in columns])
         self._check_if_debugging()
 
@@ -262,7 +264,7 @@ class PagedKVCache(PagedKV):
         books = self._books(sequences)
         rows, longest = self._rows_of(books), max(row.length for row in books)
         return PagedKV(self.k_pool, self.v_pool, self.page_table[rows], self.lengths[rows],
-                       key_bounds=self.key_bounds, max_length=longest, lengths_fit=True)  # fmt: skip
+                       key_bounds=self.key_bounds, max_length=longest, lengths_fit=True, holes=self.holes)  # fmt: skip
 
     def check(self, tokens: int = 0) -> None:
         """As `PagedKV.check`; and the tables on the device say what the books say. Waits for the device."""

@@ -34,15 +34,20 @@ class PagedKV:
         of each page (see `flashcore.paging.bounds`).
     lengths_fit
         Whether its maker vouches that each length fits its row of the table; otherwise see `within_table`.
+    holes
+        Whether pages of a sequence may be dropped. Our kernels then take the form that is exact whatever the scores
+        are; the plain one loses scores far below 0 behind dropped pages (kernels/README.md, Limits). A page that
+        `PagedKVCache.drop` drops sets it. A CUDA graph or an exported program keeps what held at its capture: where
+        pages are dropped only later, set it before.
     """
 
     def __init__(
         self, k_pool, v_pool, page_table, lengths, *, key_bounds=None, max_length: int | None = None,
-        lengths_fit: bool = False,
+        lengths_fit: bool = False, holes: bool = False,
     ):  # fmt: skip
         self.k_pool, self.v_pool, self.page_table, self.lengths = k_pool, v_pool, page_table, lengths
         self.key_bounds = key_bounds
-        self.lengths_fit = lengths_fit
+        self.lengths_fit, self.holes = lengths_fit, holes
         self._max_length = max_length
         self.num_pages, self.num_heads_kv, self.page_size, self.head_dim = k_pool.shape
         self.batch, self.max_pages = page_table.shape
@@ -59,6 +64,7 @@ class PagedKV:
         key_bounds: torch.Tensor | bool = False,
         max_length: int | None = None,
         lengths_fit: bool = False,
+        holes: bool = False,
     ) -> PagedKV:
         """Read pages that another allocator owns (vLLM's and FlashInfer's block tables), without a copy.
 
@@ -82,6 +88,8 @@ class PagedKV:
         lengths_fit
             You vouch that each length is at least 0 and fits its row of the table, now and whenever it changes. That
             saves each call one small launch, which otherwise sees to it (`within_table`).
+        holes
+            True if a sequence may have pages that were dropped, now or later: see the attribute.
 
         Nothing is read back to be checked, so that a table that is wrong means something, and the same to every
         backend: an entry outside the pool is a page of zeros, a negative one a page that was dropped, and a length that
@@ -105,7 +113,7 @@ class PagedKV:
             )
         arguments.check_table(page_table, lengths, k_pool.device)
         max_length = None if max_length is None else arguments.whole("max_length", max_length)
-        kv = PagedKV(k_pool, v_pool, page_table, lengths, max_length=max_length, lengths_fit=lengths_fit)
+        kv = PagedKV(k_pool, v_pool, page_table, lengths, max_length=max_length, lengths_fit=lengths_fit, holes=holes)
         if isinstance(key_bounds, torch.Tensor):
             wanted = (kv.num_pages, kv.num_heads_kv, 2, kv.head_dim)
             if key_bounds.shape != wanted or key_bounds.dtype != kv.dtype or key_bounds.device != kv.device:
@@ -135,7 +143,8 @@ class PagedKV:
             return self
         most = min(self.max_pages * self.page_size, torch.iinfo(torch.int32).max)
         fitting = PagedKV(self.k_pool, self.v_pool, self.page_table, self.lengths.clamp(0, most),
-                          key_bounds=self.key_bounds, max_length=self._max_length, lengths_fit=True)  # fmt: skip
+                          key_bounds=self.key_bounds, max_length=self._max_length, lengths_fit=True,
+                          holes=self.holes)  # fmt: skip
         fitting.device = self.device
         return fitting
 

@@ -230,9 +230,10 @@ def test_a_table_whose_rows_overlap_gives_what_a_whole_one_gives(name, invariant
 
 def test_more_heads_than_one_launch_takes_are_several_launches(monkeypatch):
     """Each with its own rows of the table, the lengths and the selection, all sinks, and the results end to end."""
-    calls, sinks = [], []
+    calls, sinks, holes = [], [], []
 
     def attend(self, q, cache, problem, selection, out, lse, buffers=None, masks=None):
+        holes.append(cache.holes)
         calls.append((problem.batch, cache.lengths.tolist(), selection and selection.counts.flatten().tolist()))
         sinks.append(masks)
         out.copy_(q)
@@ -260,3 +261,7 @@ def test_more_heads_than_one_launch_takes_are_several_launches(monkeypatch):
     given = MaskTensors(sink=torch.zeros(4))
     backends.get("decode").run_paged(q, cache, problem.with_(sink=True), masks=given)
     assert len(calls) == 4 and all(one is given for one in sinks[-3:]), "sinks belong to heads, and all have these"
+    assert not any(holes)
+    cache.holes = True
+    backends.get("decode").run_paged(q, cache, problem)
+    assert holes[-3:] == [True] * 3

@@ -9,12 +9,13 @@ from support.recorded_driver import RecordedDriver, function_at, loaded
 
 from flashcore import backends
 from flashcore.backends import _paged, decode, hopper
-from flashcore.backends._masks import MASK_PARAMS, mask_params
+from flashcore.backends._masks import FARTHEST, MASK_PARAMS, mask_params
+from flashcore.backends._paged import compiled_for
 from flashcore.backends._traces import TRACE, TraceBuffers
 from flashcore.gpu import launching
 from flashcore.numerics.masking import MaskTensors
-from flashcore.paged_ops import paged_problem_of
-from flashcore.paging import PagedKV, SinkWindow, paged_reference
+from flashcore.paged_ops import paged_attention, paged_problem_of
+from flashcore.paging import PagedKV, PagedKVCache, SinkWindow, paged_reference
 
 
 @pytest.mark.gpu
@@ -138,6 +139,58 @@ def test_masks_are_told_behind_all_else_and_room_for_stages_comes_last(monkeypat
     assert launched(plain, None, buffers, [TRACE.size]) == [buffers.packed()], "a plain call is told of no mask"
     assert loads == [problem, problem, plain]
     assert launched(problem, masks, None, [MASK_PARAMS.size]) == [packed] and len(loads) == 3, "kept"
+    launched(plain, None, None, [])
+    # Where pages may be dropped, a row that has seen no key yet must not subtract 0: a window over all keys sees to it.
+    cache.holes = True
+    [told] = launched(plain, None, None, [MASK_PARAMS.size])
+    assert MASK_PARAMS.unpack(told)[0] == 0 and MASK_PARAMS.unpack(told)[10:13] == (FARTHEST, 0, 0.0)
+    assert loads[3:] == [plain, plain.with_(window_left=FARTHEST)]
+    assert launched(problem, masks, None, [MASK_PARAMS.size]) == [packed] and loads[5:] == [problem]
+
+
+def test_what_a_kernel_is_compiled_for_changes_where_pages_may_be_dropped_and_nothing_else_tells_unseen_rows():
+    cache = cache_of((500,), 2, 64, 64, torch.float16, "cpu")
+    problem = paged_problem_of(queries(cache, 4, 3), cache)
+    assert compiled_for(problem, cache) is problem
+    cache.holes = True
+    for causal in (True, False):
+        changed = compiled_for(problem.with_(causal=causal), cache)
+        assert changed == problem.with_(causal=causal, window_left=FARTHEST)
+        assert changed.visible_pairs() == problem.with_(causal=causal).visible_pairs()
+        for name in ("decode", "hopper-paged"):
+            assert backends.get(name).why_not_paged(changed) is None
+            macros = (dict(backends.get(name).defines(one, 0)) for one in (problem, changed))
+            assert ["FLASHCORE_MASKS" in defines for defines in macros] == [False, True]
+    for fields in ({"sink": True}, {"softcap": 2.0}, {"window_left": 3}, {"batch_invariant": True}):
+        masked = problem.with_(**fields)
+        assert compiled_for(masked, cache) is masked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "dtype", "far"), [(64, torch.float16, 25.0), (128, torch.bfloat16, 150.0)])
+@pytest.mark.parametrize(("name", "tokens"), [("decode", 1), ("decode", 4), ("hopper-paged", 200)])
+def test_scores_far_below_zero_count_behind_dropped_pages(name, tokens, head_dim, dtype, far):
+    """Sequences long enough that a block of `decode` takes several units of one."""
+    length, heads, size = 4000, 8, 16
+    cache = PagedKVCache(num_pages=8 * 250, batch=8, num_heads_kv=heads, head_dim=head_dim, max_pages=250,
+                         page_size=size, dtype=dtype)  # fmt: skip
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def around(mean, *shape):
+        return (torch.randn(shape, generator=generator, device="cuda") * 0.3 + mean).to(dtype)
+
+    mean = (far / head_dim**0.5) ** 0.5
+    v = torch.randn(8, heads, length, head_dim, generator=generator, device="cuda").to(dtype)
+    sequences = [cache.add() for _ in range(8)]
+    cache.append(around(-mean, 8, heads, length, head_dim), v)
+    for sequence in sequences:
+        cache.drop(sequence, range(120))
+    q = around(mean, 8, heads, tokens, head_dim)
+    expected, expected_lse = paged_reference(q, cache)
+    assert float(expected_lse.max()) < -far / 2
+    out, lse = paged_attention(q, cache, backend=name, return_lse=True)
+    room = {torch.float16: 6e-3, torch.bfloat16: 4e-2}[dtype]
+    assert float((out.double() - expected).abs().max()) < room and float((lse - expected_lse).abs().max()) < 2e-3
 
 
 MASKS = [

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import flashcore
-import flashcore.paged_ops  # noqa: F401  (it says what computes the ops)
+from flashcore import paged_ops
 from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.library import paged
 from flashcore.paging import AllPages, PagedKV, PagedKVCache, SinkWindow, TopK, append_tokens, paginate
@@ -46,6 +46,23 @@ def step(q, k, v, cache, policy):
     """A decode step: the newest token goes in, and attends."""
     cache.write(k, v)
     return flashcore.paged_attention(q * 2, cache, policy=policy, return_lse=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_call_tells_the_op_of_dropped_pages_and_is_compiled_anew_at_the_first(monkeypatch):
+    told, compute = [], paged_ops._compute
+
+    def recorded(q, cache, *rest):
+        told.append(cache.holes)
+        return compute(q, cache, *rest)
+
+    monkeypatch.setattr(paged_ops, "_compute", recorded)
+    cache, q = cache_of(), torch.randn(2, 4, 1, 64).half()
+    compiled = torch.compile(lambda q: flashcore.paged_attention(q, cache), fullgraph=True, backend="eager")
+    compiled(q)
+    cache.drop(cache.sequences[0], [0, 1])
+    torch.testing.assert_close(compiled(q), flashcore.paged_attention(q, cache))
+    assert told == [False, True, True]
 
 
 @pytest.mark.slow

@@ -156,6 +156,16 @@ def test_dropping_pages_leaves_holes_and_keeps_the_last():
     cache.check()
 
 
+def test_a_cache_says_that_it_has_holes_from_the_first_dropped_page_on():
+    cache = make()
+    sequence = cache.add()
+    cache.append(*tokens(50))
+    cache.drop(sequence, [])
+    assert not cache.holes and not cache.view([sequence]).holes
+    cache.drop(sequence, [1])
+    assert cache.holes and cache.view([sequence]).holes
+
+
 def test_a_shared_page_outlives_a_drop():
     cache = make()
     parent = cache.add()

@@ -128,6 +128,7 @@ def test_lengths_are_looked_after_where_nobody_vouches_for_them():
     assert kv.within_table().lengths.tolist() == [64, 49, 64], "what the owner changes later is seen"
     vouched = PagedKV.from_tables(k, v, table, lengths, lengths_fit=True)
     assert vouched.within_table() is vouched
+    assert not again.holes and PagedKV.from_tables(k, v, table, lengths, holes=True).within_table().holes
     own = PagedKVCache(num_pages=4, batch=2, num_heads_kv=2, head_dim=64, device="cpu")
     assert own.within_table() is own
     sequence = own.add()

@@ -35,7 +35,8 @@ def rows_of(cache: PagedKV, first: int, count: int) -> PagedKV:
     """Some sequences of a cache, over the same pools."""
     rows = slice(first, first + count)
     return PagedKV(cache.k_pool, cache.v_pool, cache.page_table[rows], cache.lengths[rows],
-                   key_bounds=cache.key_bounds, max_length=cache.max_length, lengths_fit=cache.lengths_fit)  # fmt: skip
+                   key_bounds=cache.key_bounds, max_length=cache.max_length, lengths_fit=cache.lengths_fit,
+                   holes=cache.holes)  # fmt: skip
 
 
 def dense_of(cache: PagedKV, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +110,8 @@ def shuffled_and_poisoned(cache: PagedKV, *, seed: int = 0) -> PagedKV:
     table = table.masked_fill(columns >= cache.used_pages()[:, None], NOWHERE).to(torch.int32)
     bounds = None if cache.key_bounds is None else cache.key_bounds[order].contiguous()
     return PagedKV.from_tables(*pools, table.contiguous(), cache.lengths.clone(), key_bounds=False if bounds is None
-                               else bounds, max_length=cache.max_length, lengths_fit=cache.lengths_fit)  # fmt: skip
+                               else bounds, max_length=cache.max_length, lengths_fit=cache.lengths_fit,
+                               holes=cache.holes)  # fmt: skip
 
 
 def pages_share(cache: PagedKV, selection: PageSelection | None) -> float:

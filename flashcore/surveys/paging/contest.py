@@ -49,7 +49,7 @@ class Judge:
     def _expect(self, causal: bool, round_scores: bool) -> Expected:
         cache, rows = self.cache, self.rows
         fewer = PagedKV(cache.k_pool, cache.v_pool, cache.page_table[rows], cache.lengths[rows],
-                        max_length=cache.max_length, lengths_fit=cache.lengths_fit)  # fmt: skip
+                        max_length=cache.max_length, lengths_fit=cache.lengths_fit, holes=cache.holes)  # fmt: skip
         return expect(self.q[rows], fewer, causal=causal, round_scores=round_scores)
 
     def wrong(self, call: Call, backend: str, causal: bool) -> str | None:

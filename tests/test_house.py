@@ -213,7 +213,7 @@ def test_pins_agree_with_each_other_and_with_the_oldest_python(pins_file):
         if Version(found.version).public != version:
             continue
         judged += 1
-        if not SpecifierSet(found.metadata["Requires-Python"] or "").contains(f"{oldest}.0"):
+        if not SpecifierSet(found.metadata.get("Requires-Python") or "").contains(f"{oldest}.0"):
             wrong.append(f"{name}=={version} asks for Python {found.metadata['Requires-Python']}")
         for asked in map(Requirement, found.requires or ()):
             pin = pinned.get(_normal(asked.name))

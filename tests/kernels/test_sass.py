@@ -411,9 +411,7 @@ def test_masks_leave_the_loop_over_pages_as_lean_and_spill_nothing(head_dim, dty
     assert_the_loop_is_lean(loop_over_pages(entries[HOPPER]["sass"]), KNOWN_MOVES.get((head_dim, few, union), 1))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "shape", "union", "head_dim", "dtype"), sampled(INVARIANT_KERNELS, kind=lambda case: case[0])
-)
+@pytest.mark.parametrize(("kernel", "shape", "union", "head_dim", "dtype"), sampled(INVARIANT_KERNELS))
 def test_the_invariant_mode_multiplies_by_warpgroup_and_spills_little_and_never_in_the_loop_over_pages(
     kernel, shape, union, head_dim, dtype
 ):

@@ -82,6 +82,8 @@ class Decode(PagedBackend):
         if problem.batch <= at_once:
             return super().run_paged(q, cache, problem, selection, **with_masks(masks))
         parts, cache = [], cache.within_table()
+        num_launches = -(-problem.batch // at_once)
+        at_once = -(-problem.batch // num_launches)  # all alike: one of few sequences would leave blocks idle
         for first in range(0, problem.batch, at_once):
             rows = slice(first, min(first + at_once, problem.batch))
             table, lengths = cache.page_table[rows], cache.lengths[rows]

@@ -303,7 +303,7 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "sizes"), [(0.5, [1] * 5), (1, [1] * 5), (2, [2, 2, 1]), (4.9, [4, 1]), (5, [5])]
+    ("sequences", "sizes"), [(0.5, [1] * 5), (1, [1] * 5), (2, [2, 2, 1]), (4.9, [3, 2]), (5, [5])]
 )
 def test_a_batch_is_taken_apart_where_its_parts_have_no_room_at_once(launches, monkeypatch, sequences, sizes):
     lengths = (10, 3000, 30, 40, 2500)
@@ -337,5 +337,6 @@ def test_what_serves_many_long_sequences_stays_within_the_room(launches):
     many = problem.with_(seqlen_q=8)
     decode.run_paged(torch.empty(128, 32, 8, 128, dtype=torch.float16), cache, many)
     assert decode.room_of_one(many, cache) == 8 * one
-    assert [len(call) for call in launches] == [MOST_ROOM // (8 * one), 128 - MOST_ROOM // (8 * one)]
+    assert 64 <= MOST_ROOM // (8 * one) < 128
+    assert [len(call) for call in launches] == [64, 64], "two launches are enough, and are alike"
     assert MOST_HEADS // 8 > 128, "room is what limits it"

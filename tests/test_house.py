@@ -56,7 +56,13 @@ def kept_files() -> list[Path]:
 
 def test_there_are_the_notebooks_of_the_report():
     stems = {path.stem for path in NOTEBOOKS}
-    assert {"01_environment", "02_correctness_bisection", "04_tflops_sweep", "06_status_report"} <= stems
+    assert {
+        "01_environment",
+        "02_correctness_bisection",
+        "04_tflops_sweep",
+        "06_status_report",
+        "08_outputs_alone",
+    } <= stems
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

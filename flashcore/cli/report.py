@@ -75,7 +75,8 @@ def report(
     only: Annotated[
         str | None,
         typer.Option(metavar="PART,...", help="Measure these parts of a run again and keep its rest: environment, "
-                                              "bisection, survey, sweep, paging, or names of notebooks."),
+                                              "bisection, survey, sweep, paging, model, proof, or names of "
+                                              "notebooks."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Measure the parts of a run that did not finish, and keep its rest.")

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
     from flashcore.measure.cluster import Place
 
 __all__ = [
-    "ReportResult", "find_run", "judge_and_seal", "new_run", "planned_notebooks", "print_page", "render", "report",
-    "runs_dir",
+    "ReportResult", "find_run", "judge_and_seal", "measuring_notebooks", "new_run", "planned_notebooks", "print_page",
+    "render", "report", "runs_dir",
 ]  # fmt: skip
 
 PROFILES = ("quick", "full")
 OWN: Mapping[str, Mapping[str, Any]] = {
     "02_correctness_bisection": {"backend": "auto", "pattern": "normal", "fault": "", "sanitize": "auto"},
     "05_sparse_paging": {"report_layers": 1},
+    "08_outputs_alone": {"most_bugs": 0, "cases": 100},
 }
 """Parameters that one notebook alone has, as a report states them: what somebody saved in its cell is not asked."""
 PAGE_S = 60.0
@@ -72,7 +73,7 @@ def sweep_runs(folder: Path) -> None:
         sweep(run / notebooks.FOLDER)
 
 
-def planned_notebooks(notebooks_dir: Path) -> list[str]:
+def measuring_notebooks(notebooks_dir: Path) -> list[str]:
     """Stems of the notebooks that measure, in order; the status report, which only reads, is not among them."""
     found = sorted(path.stem for path in notebooks_dir.glob("[0-9][0-9]_*.ipynb"))
     if not found:
@@ -80,9 +81,19 @@ def planned_notebooks(notebooks_dir: Path) -> list[str]:
     return [name for name in found if name != STATUS_NOTEBOOK]
 
 
+def planned_notebooks(notebooks_dir: Path, profile: str) -> list[str]:
+    """Stems of the notebooks that a report of this profile runs on this machine, in order."""
+    whole = profile == "full" and device.has_gpu()
+    return [name for name in measuring_notebooks(notebooks_dir) if whole or name not in FULL_ON_A_GPU]
+
+
+FULL_ON_A_GPU = ("08_outputs_alone",)
+"""Notebooks that a report plans with the full profile alone, and only on a GPU. `flashcore report --only` runs them
+anywhere."""
 SHORT = {
     "environment": "01_environment", "bisection": "02_correctness_bisection", "survey": "03_cublaslt_survey",
     "sweep": "04_tflops_sweep", "paging": "05_sparse_paging", "model": "07_in_a_model",
+    "proof": "08_outputs_alone",
 }  # fmt: skip
 """What a user calls the notebooks that measure."""
 
@@ -95,7 +106,7 @@ def parts_named(text: str, folder: Path) -> list[str]:
     UnknownName
         There is no such part; names those there are.
     """
-    there = planned_notebooks(folder)
+    there = measuring_notebooks(folder)
     short = {name: stem for name, stem in SHORT.items() if stem in there}
     wanted = set()
     for word in filter(None, (word.strip() for word in text.split(","))):
@@ -106,6 +117,18 @@ def parts_named(text: str, folder: Path) -> list[str]:
     if not wanted:
         raise UnknownName("part of a report", text, [*short, *there])
     return [name for name in there if name in wanted]
+
+
+def _left_for_later(later: str, planned: Sequence[str], folder: Path) -> list[str]:
+    """The parts of a plan that are left to `resume`; refuses one that is not in the plan."""
+    left = parts_named(later, folder) if later else []
+    for name in left:
+        if name not in planned:
+            raise FlashCoreError(
+                f"Notebook {name} is no part of this report, since only one of profile full on a GPU plans it; take it "
+                "out of --later."
+            )
+    return left
 
 
 def execute_notebook(
@@ -188,7 +211,9 @@ def report(
     Raises
     ------
     UnknownName, InvalidProblem
-        Before anything is measured: a profile, backend or problem does not exist.
+        Before anything is measured: a profile, backend, problem or part does not exist.
+    FlashCoreError
+        Before that too: `later` names a part that this report does not plan, or there is too little time.
     RecordsError
         The output folder cannot be written.
     """
@@ -197,8 +222,8 @@ def report(
     check_request(common)
     until = deadline(within_s)
     folder = notebooks_folder(notebooks_dir)
-    planned = planned_notebooks(folder)
-    left = parts_named(later, folder) if later else []
+    planned = planned_notebooks(folder, profile)
+    left = _left_for_later(later, planned, folder)
 
     run = new_run(out)
     sweep_runs(run.path.parent)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from flashcore.cli.program import app
 from flashcore.errors import FlashCoreError, InvalidProblem, RecordsError, UnknownName
+from flashcore.gpu import device
 from flashcore.paths import data_dir
 from flashcore.pipeline import reporting
 from flashcore.pipeline.notebooks import declared_parameters
@@ -177,11 +178,29 @@ def test_every_notebook_takes_what_the_pipeline_gives():
     from flashcore.pipeline.notebooks import declared_parameters
 
     folder = data_dir("notebooks")
-    for name in [*reporting.planned_notebooks(folder), reporting.STATUS_NOTEBOOK]:
+    for name in [*reporting.measuring_notebooks(folder), reporting.STATUS_NOTEBOOK]:
         declared = declared_parameters(folder / f"{name}.ipynb")
         assert declared["run_dir"].type is str, name
         for shared, kind in (("profile", str), ("backends", str), ("problems", str), ("seed", int)):
             assert shared not in declared or declared[shared].type is kind, f"{name}: {shared}"
+
+
+@pytest.mark.parametrize(("profile", "gpu"), [("quick", False), ("quick", True), ("full", False), ("full", True)])
+def test_the_proof_from_outputs_alone_is_the_last_part_of_a_full_report_on_a_gpu_and_of_no_other(
+    profile, gpu, monkeypatch
+):
+    monkeypatch.setattr(device, "has_gpu", lambda: gpu)
+    folder, proof = data_dir("notebooks"), "08_outputs_alone"
+    planned = reporting.planned_notebooks(folder, profile)
+    assert (planned[-1] == proof) == (proof in planned) == (profile == "full" and gpu)
+    assert [name for name in planned if name != proof] == reporting.measuring_notebooks(folder)[:-1]
+    assert reporting.parts_named("proof", folder) == [proof], "--only runs it whatever was planned"
+
+
+def test_a_part_that_is_not_planned_cannot_be_left_for_later(tmp_path):
+    with pytest.raises(FlashCoreError, match="08_outputs_alone is no part of this report.*--later"):
+        reporting.report(profile="quick", out=tmp_path / "runs", later="proof")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.notebook
@@ -219,7 +238,7 @@ def test_a_report_states_every_parameter_of_every_notebook_of_its_own():
     """Whatever somebody saved in a parameters cell in JupyterLab, such as a planted bug, is not what a report runs."""
     folder = data_dir("notebooks")
     common = {"profile", "backends", "problems", "seed"}
-    for name in reporting.planned_notebooks(folder):
+    for name in reporting.measuring_notebooks(folder):
         declared = set(declared_parameters(folder / f"{name}.ipynb"))
         assert declared == {"run_dir"} | common | set(reporting.OWN.get(name, {})), name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -148,12 +149,47 @@ def prove_all(
     workers = crew(Here())
     if isinstance(workers, Here):
         return _prove_one_by_one(run, backends, progress)
-    bugs = Work(tasks(backends, []), lambda here: precompile(FAULTS, backends, progress, traced=(False,)))
     try:
-        found = perform(bugs, tasks([], backends), run=run, pool=workers, progress=progress)
+        found = perform(*works(backends, backends, progress=progress), run=run, pool=workers, progress=progress)
     finally:
         workers.close()
     return [trial for trials in found for trial in trials]
+
+
+def works(
+    planted: Sequence[Backend], clean: Sequence[Backend], *, most_bugs: int = 0, cases: int = CLEAN_CASES,
+    seed: int = 0, progress: Callable[[str], None] | None = None,
+) -> tuple[Work, Work]:  # fmt: skip
+    """The whole proof for `measure.cluster.perform`: planted bugs, whose kernels compile first, and clean cases.
+
+    Parameters
+    ----------
+    planted, clean, most_bugs, cases, seed
+        As of `tasks`.
+    progress
+        Told how many kernels are compiled.
+    """
+    bugs = Work(tasks(planted, [], most_bugs=most_bugs), lambda here: _compile(planted, most_bugs, progress),
+                expendable().close)  # fmt: skip
+    return bugs, Work(tasks([], clean, cases=cases, seed=seed))
+
+
+def _compile(backends: Sequence[Backend], most_bugs: int, progress: Callable[[str], None] | None) -> None:
+    """Compile the one variant that each bug of the plan is asked about in, and none of a bug that is left out."""
+    for backend in backends:
+        asked = [get(fault_id) for fault_id, _ in _first(plan([backend]), most_bugs)]
+        precompile(asked, [backend], progress, traced=(False,))
+
+
+def _first(pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[str, str]]:
+    """The first `most` faults of each backend; all of them for 0."""
+    count: Counter[str] = Counter()
+    kept = []
+    for fault_id, backend_id in pairs:
+        count[backend_id] += 1
+        if not most or count[backend_id] <= most:
+            kept.append((fault_id, backend_id))
+    return kept
 
 
 def _prove_one_by_one(
@@ -164,8 +200,7 @@ def _prove_one_by_one(
     def keep(trial: Trial) -> None:
         found.append(run.append(trial) if run else trial)
 
-    if any(b.device == "cuda" for b in backends):
-        precompile(FAULTS, backends, progress, traced=(False,))
+    _compile(backends, 0, progress)
     with Worker(warm="flashcore.bisection.faults.diagnosing") as worker:
         for fault_id, backend_id in plan(backends):
             if progress:
@@ -201,7 +236,9 @@ def _apart(fault_id: str, backend_id: str, worker: Worker) -> Trial:
     return trial
 
 
-def tasks(planted: Sequence[Backend], clean: Sequence[Backend]) -> list[Task]:
+def tasks(
+    planted: Sequence[Backend], clean: Sequence[Backend], *, most_bugs: int = 0, cases: int = CLEAN_CASES, seed: int = 0
+) -> list[Task]:
     """The whole proof as tasks for processes that may die (`cluster.crew`): a bug each, and clean cases.
 
     The kernels with a bug in them have to be compiled before, or each task compiles its own.
@@ -211,20 +248,35 @@ def tasks(planted: Sequence[Backend], clean: Sequence[Backend]) -> list[Task]:
     planted
         Backends to plant bugs in.
     clean
-        Right backends, ours and peers, to ask about `CLEAN_CASES` random problems each.
+        Right backends, ours and peers, to ask about random problems.
+    most_bugs
+        How many bugs to plant in each backend at most; 0 for all of them.
+    cases
+        How many random problems each right backend is asked about.
+    seed
+        Of the random problems; each task takes the next.
+
+    Raises
+    ------
+    FlashCoreError
+        `most_bugs` or `cases` is below 0.
     """
+    for name, number in (("most_bugs", most_bugs), ("cases", cases)):
+        if number < 0:
+            raise FlashCoreError(f"{name}: {number} is no number of them; give one from 0 on.")
     found = []
-    for fault_id, backend_id in plan(planted):
+    for fault_id, backend_id in _first(plan(planted), most_bugs):
         fields = _fields(fault_id, backend_id)
         owed = {**fields, "data": {**fields["data"], "outcome": "elsewhere"}}
         found.append(Task(f"diagnose {fault_id} in {backend_id}", _proved, (fault_id, backend_id), owed=(owed,),
                           limit_s=LIMIT_S + START_S, cost_s=3.0 if get(fault_id).may_crash else 1.4))  # fmt: skip
     for backend in clean:
-        for first in range(0, CLEAN_CASES, AT_ONCE):
+        for first in range(0, cases, AT_ONCE):
+            wanted = min(AT_ONCE, cases - first)
             owed = {"kind": "diagnosis", "backend": backend.id, "variant": "clean",
-                    "data": {"cases": 0, "wanted": AT_ONCE, "seed": first}}  # fmt: skip
-            found.append(Task(f"{AT_ONCE} clean cases of {backend.id}, seed {first}", _asked_clean,
-                              (backend.id, AT_ONCE, first), owed=(owed,), limit_s=CLEAN_LIMIT_S,
+                    "data": {"cases": 0, "wanted": wanted, "seed": seed + first}}  # fmt: skip
+            found.append(Task(f"{wanted} clean cases of {backend.id}, seed {seed + first}", _asked_clean,
+                              (backend.id, wanted, seed + first), owed=(owed,), limit_s=CLEAN_LIMIT_S,
                               cost_s=30.0 if backend.foreign else 4.0))  # fmt: skip
     return found
 

@@ -9,7 +9,11 @@ from support.sampling import first
 
 from flashcore import backends
 from flashcore.bisection.faults import catalogue, diagnosing
+from flashcore.decision import evidence
+from flashcore.errors import FlashCoreError
 from flashcore.numerics.reference import STAGES
+from flashcore.page import proof
+from flashcore.pipeline import reporting
 from flashcore.records import Trial
 
 PLANTED = [name for name, backend in diagnosing.plan([backends.get("cpu")])]
@@ -96,6 +100,27 @@ def test_the_proof_is_given_to_processes_that_share_a_card_where_there_are_some(
     trials = diagnosing.prove_all(run, [backends.get("cpu")])
     assert {t.variant for t in trials} == {*PLANTED, "clean"} and pool.closed
     assert [t.id for t in run.trials()] == [t.id for t in trials] and compiled == [{"traced": (False,)}]
+
+
+def test_a_short_proof_plants_the_first_bugs_and_asks_about_few_problems():
+    bugs, clean = diagnosing.works([backends.get("cpu")], [backends.get("fa4")], most_bugs=2, cases=30, seed=7)
+    assert [task.arguments for task in bugs.tasks] == [(fault, "cpu") for fault in PLANTED[:2]]
+    assert [task.arguments for task in clean.tasks] == [("fa4", 25, 7), ("fa4", 5, 32)]
+    assert [task.owed[0]["data"]["wanted"] for task in clean.tasks] == [25, 5]
+    for wrong in ({"most_bugs": -1}, {"cases": -1}):
+        with pytest.raises(FlashCoreError, match=f"{next(iter(wrong))}: -1"):
+            diagnosing.works([], [], **wrong)
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_the_notebook_asks_about_a_few_bugs_and_finishes(run):
+    short = {"profile": "quick", "backends": "cpu", "most_bugs": 2, "cases": 2}
+    executed = reporting.execute_notebook("08_outputs_alone", run, short)
+    assert [t.status for t in run.trials(kind="notebook")] == ["ok"]
+    assert [t.variant for t in run.trials(kind="diagnosis")] == [*PLANTED[:2], "clean"]
+    finding = "2 of 2 planted bugs were diagnosed from outputs alone"
+    assert finding in executed.read_text() and finding in proof.proof_html(evidence.gather(run))
 
 
 def test_without_them_one_process_after_another_may_die(run, monkeypatch):

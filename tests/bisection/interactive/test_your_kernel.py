@@ -41,7 +41,7 @@ def test_it_names_the_bug_of_its_kernel_and_then_finds_it_right(tmp_path, monkey
 
 
 def test_a_report_does_not_run_it():
-    planned = reporting.planned_notebooks(data_dir("notebooks"))
+    planned = reporting.measuring_notebooks(data_dir("notebooks"))
     assert "02_correctness_bisection" in planned and NAME not in planned
 
 

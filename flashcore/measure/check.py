@@ -78,15 +78,22 @@ def expected(
     out, lse = reference.attention(q, k, v, problem, masks)
     near_out, near_lse = reference.attention_same_precision(q, k, v, problem, masks, round_scores=round_scores)
     real = dict(zip("qkv", masking.right_aligned(q, k, v, problem, masks)[:3], strict=True))
-    longest = [float(real[name].float().norm(dim=-1).max()) for name in "qk"]
-    delta = UNIT_FLOAT32 * abs(problem.scale) * longest[0] * longest[1] + (problem.softcap or 0.0) * tanh_error
-    lse_error = torch.where(lse.isfinite(), (near_lse - lse).abs(), 0.0).max()
-    bad = [name for name, t in real.items() if not bool(t.isfinite().all())]
+    figures = torch.stack([
+        *(real[name].float().norm(dim=-1).max().double() for name in "qk"),
+        real["v"].abs().max().double(),
+        (near_out - out).abs().max().double(),
+        torch.where(lse.isfinite(), (near_lse - lse).abs(), 0.0).max().double(),
+        *(t.isfinite().all().double() for t in real.values()),
+    ])  # fmt: skip
+    # At once: each number that a GPU is asked for is waited for.
+    longest_q, longest_k, most, out_error, lse_error, *finite = figures.tolist()
+    delta = UNIT_FLOAT32 * abs(problem.scale) * longest_q * longest_k + (problem.softcap or 0.0) * tanh_error
+    bad = [name for name, whole in zip(real, finite, strict=True) if not whole]
     return Case(
         q, k, v, out, lse,
-        out_atol=2 * float((near_out - out).abs().max()) + 2 * delta * float(real["v"].abs().max()),
+        out_atol=2 * out_error + 2 * delta * most,
         out_rtol=torch.finfo(q.dtype).eps,
-        lse_atol=LSE_BOUND + 2 * float(lse_error) + delta,
+        lse_atol=LSE_BOUND + 2 * lse_error + delta,
         lse_rtol=4 * UNIT_FLOAT32,
         bad_inputs=f"the inputs themselves hold NaN or Inf (in {', '.join(bad)}), which says nothing of the backend"
         if bad else None,

@@ -91,9 +91,10 @@ def compare(
         good = same | ((error <= atol + rtol * truth.abs()) & truth.isfinite())
         error = error.nan_to_num(nan=math.inf, posinf=math.inf)
         bad = ~good
-        count = int(bad.sum())
-        num_nan += int(mine.isnan().sum())
-        num_inf += int((mine.isinf() & ~same).sum())
+        counts = torch.stack([bad.sum(), mine.isnan().sum(), (mine.isinf() & ~same).sum()])
+        count, nans, infs = counts.tolist()  # at once: each number that a GPU is asked for is waited for
+        num_nan += nans
+        num_inf += infs
         if count and first is None:
             first = start + int(bad.to(torch.uint8).argmax())
         at = int((error.masked_fill(good, -1.0) if count else error).argmax())
@@ -103,7 +104,8 @@ def compare(
         num_bad += count
 
     def element(index: int) -> dict[str, Any]:
-        return {**coordinates(index, shape, axes), "got": float(got[index]), "expected": float(expected[index])}
+        mine, truth = torch.stack([got[index].double(), expected[index].double()]).tolist()
+        return {**coordinates(index, shape, axes), "got": mine, "expected": truth}
 
     at_worst = element(worst)
     error = abs(at_worst["got"] - at_worst["expected"]) if at_worst["got"] != at_worst["expected"] else 0.0

@@ -231,6 +231,7 @@ def diagnose(
     pattern: str | None = None,
     seed: int = 0,
     time_limit_s: float = TIME_LIMIT_S,
+    smallest: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Diagnosis:
     """Say whether an attention function is right, and if not, at which stage, where and why it goes wrong.
@@ -256,6 +257,8 @@ def diagnose(
         Of the inputs, together with `problem`; None for all patterns (`flashcore.numerics.inputs`).
     time_limit_s
         Seconds that one call may take; a call that takes longer is a finding.
+    smallest
+        Whether to look for the smallest case that still fails, which takes up to two seconds and many calls.
     progress
         Called before each step with what is done, how many such steps are done, and how many there are at most.
 
@@ -287,7 +290,7 @@ def diagnose(
     if isinstance(fn, backends.Backend) or (isinstance(fn, str) and ":" not in fn):
         context["backend"] = candidate.name
     with ambient.shield(), _one_thread(candidate.device):
-        return _diagnose(candidate, problem, pattern, seed, context, started, progress or _silent)
+        return _diagnose(candidate, problem, pattern, seed, context, started, smallest, progress or _silent)
 
 
 @contextlib.contextmanager
@@ -306,13 +309,19 @@ def _silent(what: str, done: int, total: int) -> None:
     """Nobody wants to know how far it is."""
 
 
-def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, told) -> Diagnosis:
+def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, smallest, told) -> Diagnosis:
     home, screened = (problem, []) if problem is not None else find_home(candidate)
     notes = _refusals(screened) if problem is None else []
 
     def done(right: bool, **more: Any) -> Diagnosis:
         return Diagnosis(candidate.name, right, tuple(screened), home, notes=tuple(notes), context=context,
                          seconds=time.perf_counter() - started, calls=len(candidate.calls), **more)  # fmt: skip
+
+    def shrunk(one: Screened) -> Screened | None:
+        if not smallest:
+            return None
+        told("making the failing case smaller", 0, 1)
+        return shrinking.shrink(candidate, one)
 
     if home is None:
         return done(False)
@@ -341,8 +350,7 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, to
         return done(not closer or not (closer.hypotheses or closer.suspicions), peeled=closer)
     broken = next((s for s in failing if s.broken), None)
     if broken:
-        told("making the failing case smaller", 0, 1)
-        return done(False, smallest=shrinking.shrink(candidate, broken))
+        return done(False, smallest=shrunk(broken))
     focus = _readable(candidate, _focus(failing, home))
     home = focus.inputs.problem
     peeled = peel(candidate, home, _alike(failing, focus), told=told)
@@ -355,8 +363,7 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, to
         home = focus.inputs.problem
         peeled = _together(peeled, peel(candidate, home, _alike(failing, focus), known, told=told))
     plainest = min(failing, key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
-    told("making the failing case smaller", 0, 1)
-    return done(False, peeled=peeled, smallest=shrinking.shrink(candidate, plainest))
+    return done(False, peeled=peeled, smallest=shrunk(plainest))
 
 
 def _alike(failing: list[Screened], focus: Screened) -> list[Screened]:

@@ -101,8 +101,7 @@ def explains(candidate: Candidate, behaviour: Behaviour, one: Screened) -> bool:
     """Whether a behaviour without tables of its own shapes predicts a failing call."""
     if one.answer is None or not one.out_wrong:
         return not one.out_wrong
-    q, k, v = one.inputs.make(candidate.device)
-    predicted = simulate(q, k, v, one.inputs.problem, behaviour)[0]
+    predicted = simulate(*_given(one, candidate), one.inputs.problem, behaviour)[0]
     return share_of(one.answer.out, predicted, one, candidate)[0] >= EXPLAINED
 
 
@@ -629,7 +628,7 @@ class _Peeling:
         if not left:
             return None
         one = min(left, key=lambda s: (s.inputs.pattern not in ("rising", "normal"), s.inputs.problem.seqlen_k))
-        q, k, v = one.inputs.make(self.candidate.device)
+        q, k, v = _given(one, self.candidate)
         problem = one.inputs.problem
         small = self._first_group(problem, q, k, v, one)
         best: tuple[float, Loop] | None = None
@@ -709,9 +708,9 @@ class _Peeling:
     def lse(self) -> str | None:
         wrong = [s for s in self.failing if s.lse is not None and not s.lse.passed and s.answer is not None]
         for one in wrong:
-            q, k, v = one.inputs.make(self.candidate.device)
             got = one.answer.lse
-            case = one.inputs.case(self.candidate)
+            case = one.inputs.case(self.candidate, again=True)
+            q, k, v = case.q, case.k, case.v
 
             bad = ~((got - case.lse).abs() <= case.lse_atol + case.lse_rtol * case.lse.abs()) & (got != case.lse)
 
@@ -744,8 +743,7 @@ class _Peeling:
         for one in self.failing:
             if one.answer is None or not one.out_wrong or not self._fits_shape(one.inputs.problem):
                 continue
-            q, k, v = one.inputs.make(self.candidate.device)
-            predicted = simulate(q, k, v, one.inputs.problem, self.state)[0]
+            predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
             _, mine, all_wrong, bad = share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)
             explained, wrong, spoiled = explained + mine, wrong + all_wrong, spoiled + bad
         return explained, wrong, spoiled
@@ -775,8 +773,7 @@ class _Peeling:
         for one in self.failing:
             if one.answer is None or not one.out_wrong or not self._fits_shape(one.inputs.problem):
                 continue
-            q, k, v = one.inputs.make(self.candidate.device)
-            predicted = simulate(q, k, v, one.inputs.problem, self.state)[0]
+            predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
             if share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)[0] < EXPLAINED:
                 left.append(one)
         return left
@@ -822,6 +819,12 @@ _LSE_WORDS: dict[str, str] = {
 }
 
 
+def _given(one: Screened, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, K and V of a call, for a prediction; whoever calls the candidate makes them anew (`Inputs.make`)."""
+    case = one.inputs.case(candidate, again=True)
+    return case.q, case.k, case.v
+
+
 @ambient.judging
 def share_of(
     got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
@@ -833,17 +836,18 @@ def share_of(
     share, explained, wrong, spoiled
         The share of the wrong elements that are predicted, less the share of right ones that are not; the counts.
     """
-    case = one.inputs.case(candidate)
+    case = one.inputs.case(candidate, again=True)
     truth = case.out
     if got.shape != truth.shape:  # one group of heads stands for all
         truth = truth[-got.shape[0] :, -got.shape[1] :]
     got, predicted = got.double(), predicted.double()
     bad = ~((got - truth).abs() <= case.out_atol + case.out_rtol * truth.abs())
-    bound = 4 * case.out_atol + 4 * case.out_rtol * predicted.abs() + 4 * case.out_rtol * float(case.v.abs().max()) / 8
+    most = case.v.abs().max().double()  # stays on its device: a GPU that several processes share answers late
+    bound = 4 * case.out_atol + 4 * case.out_rtol * predicted.abs() + 4 * case.out_rtol * most / 8
     same = ((got - predicted).abs() <= bound) | (~got.isfinite() & ~predicted.isfinite())
     if unwritten:  # what lies in memory that nobody wrote may be anything
         same[:, :, list(unwritten)] = True
-    wrong, explained, spoiled = int(bad.sum()), int((bad & same).sum()), int((~bad & ~same).sum())
+    wrong, explained, spoiled = torch.stack([bad.sum(), (bad & same).sum(), (~bad & ~same).sum()]).tolist()
     share = explained / wrong if wrong else 0.0
     return share - spoiled / max(1, bad.numel() - wrong), explained, wrong, spoiled
 

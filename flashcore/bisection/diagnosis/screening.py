@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +17,10 @@ from flashcore.problem import Problem
 
 HOME = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=200, seqlen_k=200, head_dim=64)
 """Where an unknown function is looked at: several batches and heads, grouped heads, lengths that no tile divides."""
+KEPT_CASES = 48
+"""Cases that a process keeps for diagnoses to come; planted bugs are asked about the same few problems."""
+KEPT_BYTES = 8 << 20
+"""The largest of them: one that holds more takes longer to copy than to make."""
 _EASIER = (
     {}, {"num_heads_kv": 4}, {"seqlen_q": 256, "seqlen_k": 256}, {"num_heads_kv": 4, "seqlen_q": 256, "seqlen_k": 256},
 )  # fmt: skip
@@ -42,10 +47,13 @@ class Inputs:
         return make_inputs(self.problem, seed=self.seed, device=device, pattern=self.pattern,
                            layout=self._layout)  # fmt: skip
 
-    def case(self, candidate: Candidate) -> check.Case:
-        """The inputs with what is expected of the candidate, and how far off it may be."""
-        return check.make_case(self.problem, self.seed, self.pattern, self._layout, candidate.device,
-                               candidate.rounds_scores)  # fmt: skip
+    def case(self, candidate: Candidate, *, again: bool = False) -> check.Case:
+        """The inputs with what is expected of the candidate, and how far off it may be.
+
+        With `again` it will be asked for more than once: it is kept, where it is small.
+        """
+        return _cases.case((self.problem, self.seed, self.pattern, self._layout, candidate.device,
+                            candidate.rounds_scores), again)  # fmt: skip
 
     def label(self) -> str:
         """In words, as a finding names it."""
@@ -57,6 +65,51 @@ class Inputs:
         if self.default_scale:
             words.append("its own default scale")
         return ", ".join(words)
+
+
+class _Cases:
+    """Cases that were asked for again, in memory of the host.
+
+    A function under diagnosis may write where it should not. It is handed copies on its device, so that what is kept
+    stays as it was made.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple, check.Case] = OrderedDict()
+        self._last: tuple[tuple | None, check.Case | None] = (None, None)
+
+    def case(self, asked: tuple, again: bool) -> check.Case:
+        """That of these arguments of `check.make_case`; kept if it is asked for `again`."""
+        if again and asked not in self._kept and _may_be_kept(asked):
+            made = check.make_case.__wrapped__(*asked)  # not the last one made: a function has had that in hand
+            if sum(tensor.nbytes for tensor in _tensors(made).values()) <= KEPT_BYTES:
+                self._kept[asked] = _copied(made, "cpu")
+                if len(self._kept) > KEPT_CASES:
+                    self._kept.popitem(last=False)
+        if asked not in self._kept:
+            return check.make_case(*asked)
+        self._kept.move_to_end(asked)
+        if not again:
+            return _copied(self._kept[asked], asked[4])
+        if self._last[0] != asked:
+            self._last = asked, _copied(self._kept[asked], asked[4])
+        return self._last[1]
+
+
+def _may_be_kept(asked: tuple) -> bool:
+    """Whether copies are laid out as the tensors were: only where these have no room between their rows."""
+    return asked[3] == "bhsd"
+
+
+def _tensors(case: check.Case) -> dict[str, torch.Tensor]:
+    return {name: getattr(case, name) for name in ("q", "k", "v", "out", "lse")}
+
+
+def _copied(case: check.Case, device: str) -> check.Case:
+    return replace(case, **{name: tensor.to(device, copy=True) for name, tensor in _tensors(case).items()})
+
+
+_cases = _Cases()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flashcore import backends as registry
@@ -13,7 +14,8 @@ from flashcore import tables
 from flashcore.backends import Backend
 from flashcore.bisection.diagnosis import Diagnosis, diagnose
 from flashcore.bisection.faults.catalogue import FAULTS, get
-from flashcore.bisection.faults.proving import expendable, precompile
+from flashcore.bisection.faults.planting import Source
+from flashcore.bisection.faults.proving import compile_planted, expendable
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.gpu.isolation import START_S, Worker, isolated_trial
 from flashcore.measure.check import device_of
@@ -87,10 +89,10 @@ def prove(fault_id: str, backend_id: str) -> Trial:
     base = {"fault": fault_id, "expected": fault.stage}
     try:
         planted = fault.plant(backend_id)
-        found = diagnose(planted, problem, time_limit_s=CALL_LIMIT_S)
+        found = diagnose(planted, problem, time_limit_s=CALL_LIMIT_S, smallest=False)
         if found.right and same_bits(planted, backend_id, problem):
             longer = problem.with_(seqlen_k=LONG)
-            found = diagnose(planted, longer, time_limit_s=CALL_LIMIT_S)
+            found = diagnose(planted, longer, time_limit_s=CALL_LIMIT_S, smallest=False)
             if found.right and same_bits(planted, backend_id, longer):
                 data = {
                     **base,
@@ -105,6 +107,8 @@ def prove(fault_id: str, backend_id: str) -> Trial:
         data = {**base, "outcome": "raised", "finding": str(error), "seconds": time.perf_counter() - started}
         return Trial(kind="diagnosis", backend=backend_id, variant=fault_id, problem=problem, data=data)
     outcome = judge(found, fault.stage, crash=fault.crash_is_found, error=fault.error_is_found)
+    if outcome == "elsewhere" and not any(s.broken for s in found.screened):  # somebody will look into this one
+        found = replace(found, smallest=diagnose(planted, problem, time_limit_s=CALL_LIMIT_S).smallest)
     trial = found.to_trial()
     data = {**trial.data, **base, "outcome": outcome}
     if outcome == "class":
@@ -175,21 +179,30 @@ def works(
 
 
 def _compile(backends: Sequence[Backend], most_bugs: int, progress: Callable[[str], None] | None) -> None:
-    """Compile the one variant that each bug of the plan is asked about in, and none of a bug that is left out."""
-    for backend in backends:
-        asked = [get(fault_id) for fault_id, _ in _first(plan([backend]), most_bugs)]
-        precompile(asked, [backend], progress, traced=(False,))
+    """Compile the one variant that each bug is first asked about in, and none of a bug that is left out."""
+    by_id = {one.id: one for one in backends}
+    first = [(get(fault_id), by_id[ids[0]]) for fault_id, ids in _asked(backends, most_bugs)]
+    compile_planted(first, progress, traced=(False,))
 
 
-def _first(pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[str, str]]:
-    """The first `most` faults of each backend; all of them for 0."""
+def _asked(backends: Sequence[Backend], most_bugs: int = 0) -> list[tuple[str, tuple[str, ...]]]:
+    """Each bug of the plan with the backends to ask about it in turn, until one tells it.
+
+    Backends of one kernel run it in different shapes. The same patch for the same problem is one bug to them.
+    """
+    kernels = {one.id: one.kernel for one in backends}
+    in_turn: dict[tuple, tuple[str, list[str]]] = {}
     count: Counter[str] = Counter()
-    kept = []
-    for fault_id, backend_id in pairs:
+    for fault_id, backend_id in plan(backends):
         count[backend_id] += 1
-        if not most or count[backend_id] <= most:
-            kept.append((fault_id, backend_id))
-    return kept
+        if most_bugs and count[backend_id] > most_bugs:
+            continue
+        fault, kernel = get(fault_id), kernels[backend_id]
+        plant = fault.plants[backend_id]
+        shared = isinstance(plant, Source) and kernel and not plant.methods
+        what = (kernel, plant.edits, fault.problem_in(backend_id)) if shared else backend_id
+        in_turn.setdefault((fault_id, what), (fault_id, []))[1].append(backend_id)
+    return [(fault_id, tuple(ids)) for fault_id, ids in in_turn.values()]
 
 
 def _prove_one_by_one(
@@ -202,10 +215,13 @@ def _prove_one_by_one(
 
     _compile(backends, 0, progress)
     with Worker(warm="flashcore.bisection.faults.diagnosing") as worker:
-        for fault_id, backend_id in plan(backends):
-            if progress:
-                progress(f"{fault_id} in {backend_id}")
-            keep(_apart(fault_id, backend_id, worker))
+        for fault_id, ids in _asked(backends):
+            for backend_id in ids:
+                if progress:
+                    progress(f"{fault_id} in {backend_id}")
+                keep(_apart(fault_id, backend_id, worker))
+                if found[-1].data.get("outcome") in tables.TOLD:
+                    break
     for one in backends:
         if progress:
             progress(f"{one.id}, as it is")
@@ -265,11 +281,12 @@ def tasks(
         if number < 0:
             raise FlashCoreError(f"{name}: {number} is no number of them; give one from 0 on.")
     found = []
-    for fault_id, backend_id in _first(plan(planted), most_bugs):
+    for fault_id, (backend_id, *others) in _asked(planted, most_bugs):
         fields = _fields(fault_id, backend_id)
         owed = {**fields, "data": {**fields["data"], "outcome": "elsewhere"}}
-        found.append(Task(f"diagnose {fault_id} in {backend_id}", _proved, (fault_id, backend_id), owed=(owed,),
-                          limit_s=LIMIT_S + START_S, cost_s=3.0 if get(fault_id).may_crash else 1.4))  # fmt: skip
+        found.append(Task(f"diagnose {fault_id} in {backend_id}", _proved, (fault_id, backend_id, *others),
+                          owed=(owed,), limit_s=LIMIT_S * (1 + len(others)) + START_S,
+                          cost_s=3.0 if get(fault_id).may_crash else 1.4))  # fmt: skip
     for backend in clean:
         for first in range(0, cases, AT_ONCE):
             wanted = min(AT_ONCE, cases - first)
@@ -281,17 +298,25 @@ def tasks(
     return found
 
 
-def _proved(fault_id: str, backend_id: str) -> Iterator[Trial]:
-    """The record of one bug, asked about in this process unless it may crash."""
+def _proved(fault_id: str, *backend_ids: str) -> Iterator[Trial]:
+    """The records of one bug, asked about in these backends in turn until one tells it."""
+    for backend_id in backend_ids:
+        trial = _proved_in(fault_id, backend_id)
+        yield trial
+        if trial.data.get("outcome") in tables.TOLD:
+            return
+
+
+def _proved_in(fault_id: str, backend_id: str) -> Trial:
+    """The record of one bug in one backend, asked about in this process unless it may crash."""
     if get(fault_id).may_crash:
-        yield _apart(fault_id, backend_id, expendable())
-        return
+        return _apart(fault_id, backend_id, expendable())
     try:
-        yield prove(fault_id, backend_id)
+        return prove(fault_id, backend_id)
     except Exception as error:  # a patched kernel may raise anything; the record has to say so
         fields = _fields(fault_id, backend_id)
         said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        yield Trial(**{**fields, "data": {**fields["data"], "outcome": "elsewhere"}}, status="error", reason=said)
+        return Trial(**{**fields, "data": {**fields["data"], "outcome": "elsewhere"}}, status="error", reason=said)
 
 
 def _asked_clean(backend_id: str, cases: int, seed: int) -> Iterator[Trial]:

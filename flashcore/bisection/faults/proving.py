@@ -150,19 +150,25 @@ def precompile(
     faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None, *,
     traced: Sequence[bool] = (True, False),
 ) -> int:  # fmt: skip
-    """Compile what the faults will need on all cores at once, `traced` and not; returns how many variants.
+    """Compile what the faults will need in all of these backends (see `compile_planted`), `traced` and not."""
+    return compile_planted([(fault, backend) for fault in faults for backend in backends], progress, traced=traced)
+
+
+def compile_planted(
+    pairs: Sequence[tuple[Fault, Backend]], progress: Progress | None = None, *, traced: Sequence[bool]
+) -> int:
+    """Compile faults in the backends that they are planted in, on all cores at once; returns how many variants.
 
     Backends of one kernel share what is compiled. What does not compile is left for the trial that needs it to say.
     """
     jobs: dict[tuple, Source] = {}
-    for fault in faults:
-        for backend in backends:
-            plant = fault.plants.get(backend.id)
-            if isinstance(plant, Source) and fault.why_not(backend.id) is None and backend.kernel:
-                problem = fault.problem_in(backend.id)
-                defines = backend.defines(problem, FIRST_GPU) if isinstance(backend, CudaBackend) else ()
-                jobs |= {(backend.kernel, plant.edits, problem.head_dim, problem.dtype, defines, trace): plant
-                         for trace in traced}  # fmt: skip
+    for fault, backend in pairs:
+        plant = fault.plants.get(backend.id)
+        if isinstance(plant, Source) and fault.why_not(backend.id) is None and backend.kernel:
+            problem = fault.problem_in(backend.id)
+            defines = backend.defines(problem, FIRST_GPU) if isinstance(backend, CudaBackend) else ()
+            jobs |= {(backend.kernel, plant.edits, problem.head_dim, problem.dtype, defines, trace): plant
+                     for trace in traced}  # fmt: skip
 
     def compile_one(job: tuple[tuple, Source]) -> None:
         (kernel, _, head_dim, dtype, defines, trace), plant = job

@@ -47,6 +47,41 @@ def test_no_row_that_sees_no_key_is_asked_about():
         assert not problem.causal or problem.seqlen_q <= problem.seqlen_k
 
 
+def test_a_case_that_is_asked_for_again_is_the_same_to_the_bit_and_stays_as_it_was_made():
+    candidate = of(zoo.two_pass)
+    asked = Inputs(HOME.with_(seqlen_q=9, seqlen_k=11), "outlier", seed=5)
+    plain, kept = asked.case(candidate), asked.case(candidate, again=True)
+    assert asked.case(candidate, again=True) is kept, "a diagnosis that looks at one call often makes it once"
+    names = ("q", "k", "v", "out", "lse")
+    for name in names:
+        one, other = getattr(plain, name), getattr(kept, name)
+        assert torch.equal(one, other) and one.stride() == other.stride() and one.dtype == other.dtype
+    assert (kept.out_atol, kept.lse_atol, kept.bad_inputs) == (plain.out_atol, plain.lse_atol, plain.bad_inputs)
+    for name in names:  # as a kernel does that writes out of bounds
+        getattr(kept, name).fill_(7.0)
+    anew = asked.case(candidate)
+    assert all(torch.equal(getattr(anew, name), getattr(plain, name)) for name in names)
+
+
+def test_a_case_with_room_between_its_rows_or_a_large_one_is_made_anew(monkeypatch):
+    candidate = of(zoo.two_pass)
+    strided = Inputs(HOME.with_(seqlen_q=9, seqlen_k=13), strided=True)
+    assert strided.case(candidate, again=True).q.stride() == strided.make("cpu")[0].stride() != ()
+    assert not strided.case(candidate, again=True).q.is_contiguous()
+    monkeypatch.setattr(screening, "_cases", screening._Cases())
+    monkeypatch.setattr(screening, "KEPT_BYTES", 0)
+    Inputs(HOME).case(candidate, again=True)
+    assert not screening._cases._kept
+
+
+def test_only_so_many_cases_are_kept(monkeypatch):
+    monkeypatch.setattr(screening, "_cases", screening._Cases())
+    monkeypatch.setattr(screening, "KEPT_CASES", 2)
+    for seed in range(4):
+        Inputs(HOME.with_(seqlen_q=3, seqlen_k=3), seed=seed).case(of(zoo.two_pass), again=True)
+    assert [asked[1] for asked in screening._cases._kept] == [2, 3]
+
+
 def test_answers_are_judged_to_the_element():
     found = screening.screen_one(of(zoo.one_score), Inputs(HOME))
     assert found.wrong and found.out_wrong and found.out.first_bad["head"] == 3

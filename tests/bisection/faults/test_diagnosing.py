@@ -8,11 +8,11 @@ import pytest
 from support.sampling import first
 
 from flashcore import backends
-from flashcore.bisection.faults import catalogue, diagnosing
+from flashcore.bisection.faults import catalogue, diagnosing, planting, proving
 from flashcore.decision import evidence
 from flashcore.errors import FlashCoreError
 from flashcore.numerics.reference import STAGES
-from flashcore.page import proof
+from flashcore.page import proof as page
 from flashcore.pipeline import reporting
 from flashcore.records import Trial
 
@@ -96,7 +96,7 @@ def test_the_proof_is_given_to_processes_that_share_a_card_where_there_are_some(
 
     pool, compiled = Crew(), []
     monkeypatch.setattr(diagnosing, "crew", lambda here: pool)
-    monkeypatch.setattr(diagnosing, "precompile", lambda *given, **named: compiled.append(named))
+    monkeypatch.setattr(diagnosing, "compile_planted", lambda *given, **named: compiled.append(named))
     trials = diagnosing.prove_all(run, [backends.get("cpu")])
     assert {t.variant for t in trials} == {*PLANTED, "clean"} and pool.closed
     assert [t.id for t in run.trials()] == [t.id for t in trials] and compiled == [{"traced": (False,)}]
@@ -120,7 +120,48 @@ def test_the_notebook_asks_about_a_few_bugs_and_finishes(run):
     assert [t.status for t in run.trials(kind="notebook")] == ["ok"]
     assert [t.variant for t in run.trials(kind="diagnosis")] == [*PLANTED[:2], "clean"]
     finding = "2 of 2 planted bugs were diagnosed from outputs alone"
-    assert finding in executed.read_text() and finding in proof.proof_html(evidence.gather(run))
+    assert finding in executed.read_text() and finding in page.proof_html(evidence.gather(run))
+
+
+def ours() -> list:
+    return [one for one in backends.all_backends() if one.role == "ours" and one.traceable and one.variant_of is None]
+
+
+def test_a_patch_that_backends_of_one_kernel_share_is_asked_about_once(monkeypatch):
+    hopper, unsplit = backends.get("hopper"), backends.get("hopper-unsplit")
+    both = diagnosing.tasks([hopper, unsplit], [])
+    alone = {task.arguments for one in (hopper, unsplit) for task in diagnosing.tasks([one], [])}
+    assert len(both) < len(alone) == len(diagnosing.plan([hopper, unsplit]))
+    asked = [(fault, backend) for task in both for fault, *ids in [task.arguments] for backend in ids]
+    assert sorted(asked) == sorted(alone), "whoever is left out is asked where the first does not tell"
+
+    outcomes = {"hopper": "missed", "hopper-unsplit": "stage"}
+    monkeypatch.setattr(diagnosing, "prove", lambda fault, backend: Trial(
+        kind="diagnosis", backend=backend, variant=fault, data={"outcome": outcomes[backend]}))  # fmt: skip
+    shared = next(task for task in both if len(task.arguments) == 3)
+    assert [t.data["outcome"] for t in shared.trials()] == ["missed", "stage"], "the first still counts as missed"
+    outcomes["hopper"] = "class"
+    assert [t.backend for t in shared.trials()] == ["hopper"]
+
+
+def test_each_bug_of_the_plan_is_compiled_in_one_variant_and_no_other_bug(monkeypatch):
+    monkeypatch.setattr("flashcore.backends.hopper.multiprocessors", lambda device: 132)
+    compiled: list[tuple] = []
+    monkeypatch.setattr(proving, "compile_kernel", lambda kernel, *, source, **how: compiled.append((source, how)))
+    bugs, _ = diagnosing.works(ours(), [], most_bugs=12)
+    bugs.prepare(False)
+    sources = {catalogue.get(fault).plants[first].text(backends.get(first).kernel)
+               for fault, first, *_ in (task.arguments for task in bugs.tasks)
+               if isinstance(catalogue.get(fault).plants[first], planting.Source)}  # fmt: skip
+    assert {source for source, _ in compiled} == sources
+    assert {(how["trace"], how["dtype"], how["head_dim"]) for _, how in compiled} == {(False, "float16", 64)}
+
+
+@pytest.mark.parametrize("fault", PLANTED[:1])
+def test_a_bug_that_was_told_is_not_made_smaller_and_one_that_was_not_is(fault, monkeypatch):
+    assert "smallest" not in diagnosing.prove(fault, "cpu").data
+    monkeypatch.setattr(diagnosing, "judge", lambda *given, **named: "elsewhere")
+    assert diagnosing.prove(fault, "cpu").data["smallest"]["problem"]
 
 
 def test_without_them_one_process_after_another_may_die(run, monkeypatch):

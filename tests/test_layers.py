@@ -163,6 +163,7 @@ def test_there_is_no_circle_between_the_rooms_within_folders_either():
     assert circle(between(room, ((m, to) for m in MODULES for to in used(m)))) == []
 
 
+@pytest.mark.slow
 def test_there_is_no_circle_between_modules_not_even_for_types():
     assert circle({module: used(module, typing_too=True) for module in MODULES}) == []
 

@@ -139,6 +139,7 @@ def test_what_makes_no_sense_with_planted_bugs_is_one_sentence(options, words):
     assert done.exit_code == 2 and words in done.stderr
 
 
+@pytest.mark.slow
 def test_bugs_planted_in_the_cpu_backend_are_found_from_the_command_line():
     done = runner.invoke(app, ["invariance", "--prove", "--backends", "cpu", "--cases", "40"])
     assert done.exit_code == 0, done.output

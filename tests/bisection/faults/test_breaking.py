@@ -20,6 +20,7 @@ def planted(**methods) -> Break:
     return Break("mine", "what a test breaks", {"cpu": Override(methods)})
 
 
+@pytest.mark.slow
 def test_what_is_planted_in_the_cpu_backend_is_found_among_the_quick_cases():
     trials = list(breaking.prove_breaks(["cpu"], num_cases=60))
     assert [trial.variant for trial in trials] == IN_CPU and 60 < measuring.CASES["quick"]["cpu"]

@@ -157,6 +157,7 @@ def test_each_bug_of_the_plan_is_compiled_in_one_variant_and_no_other_bug(monkey
     assert {(how["trace"], how["dtype"], how["head_dim"]) for _, how in compiled} == {(False, "float16", 64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PLANTED[:1])
 def test_a_bug_that_was_told_is_not_made_smaller_and_one_that_was_not_is(fault, monkeypatch):
     assert "smallest" not in diagnosing.prove(fault, "cpu").data

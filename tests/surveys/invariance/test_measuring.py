@@ -32,6 +32,7 @@ def test_the_backend_that_promises_it_keeps_every_case():
     assert trial.status == "ok" and (trial.data["cases"], trial.data["broken"]) == (60, 0), trial.data["breaks"]
 
 
+@pytest.mark.slow
 def test_over_pages_too_every_case_is_kept(small):
     trial = measuring.measure(Steady(), "invariant", num_cases=120)
     assert trial.status == "ok" and (trial.data["cases"], trial.data["broken"]) == (120, 0), trial.data["breaks"]
@@ -45,6 +46,7 @@ def test_over_pages_too_every_case_is_kept(small):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("planted", "pairs"),
     [
@@ -64,6 +66,7 @@ def test_a_planted_break_is_found_among_the_quick_cases(small, planted, pairs):
         assert found["said"].startswith("broken: ") and found["line"].startswith("from flashcore.surveys.invariance")
 
 
+@pytest.mark.slow
 def test_the_line_of_a_break_asks_it_again(small):
     trial = measuring.measure(steady_attention.TileByBatch(), "invariant", num_cases=60)
     line = trial.data["breaks"][0]["line"].partition("print(")[2][:-1].replace("'steady'", "bad", 1)
@@ -89,6 +92,7 @@ def test_few_cases_come_from_many_settings_too(num_cases, settings, subjects, mo
     assert len(long) >= 5, "batches of long sequences"
 
 
+@pytest.mark.slow
 def test_the_ordinary_mode_of_a_backend_is_a_finding_and_no_fault(small):
     trial = measuring.measure("cpu", "ordinary", num_cases=60)
     assert trial.status == "ok" and trial.reason is None and trial.data["cases"] == 60 and not trial.data["promised"]
@@ -115,6 +119,7 @@ def test_one_that_raises_is_told_and_ends():
     assert trial.data["errors"] == measuring.MOST_ERRORS and trial.data["stopped"] == "its calls raise"
 
 
+@pytest.mark.slow
 def test_the_time_is_kept_to(small):
     class Slow(Steady):
         id = "slow"

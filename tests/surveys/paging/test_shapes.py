@@ -28,6 +28,7 @@ def of(trials, case):
     return {t.variant: t for t in trials if t.data["case"] == case}
 
 
+@pytest.mark.slow
 def test_everything_is_right(trials):
     assert [(t.variant, t.reason) for t in trials if t.status != "ok"] == []
     assert {t.data["case"] for t in trials} == {PLAIN, LENGTHS, TOKENS, PREFIX}

@@ -172,6 +172,15 @@ class CudaBackend(Backend):
         """Where the kernel keeps sums over chunks in the batch-invariant mode; None if it takes no such room."""
         return None
 
+    def told_of_room(
+        self, arguments: list[bytes], problem: Problem, loaded: LoadedKernel, device: int, stream: int
+    ) -> torch.Tensor | None:
+        """Add the address of `room_for_sums` to the arguments of a launch, where it has some; returns what to keep."""
+        sums = self.room_for_sums(problem, loaded, device, stream) if problem.batch_invariant else None
+        if sums is not None:
+            arguments.append(struct.pack("Q", sums.data_ptr()))
+        return sums
+
     def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
         """The grid to launch: one block a tile of query rows."""
         return -(-problem.seqlen_q // loaded.tile_m) * problem.num_heads_q * problem.batch, 1, 1
@@ -207,14 +216,13 @@ class CudaBackend(Backend):
 
     def _prepare(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
-        arguments, ahead, sums = self.arguments(q, k, v, out, lse, problem, loaded), None, None
+        arguments, ahead = self.arguments(q, k, v, out, lse, problem, loaded), None
         blocks = None
         if problem.masks:
             found = self.masked(arguments, q, lse, problem, masks, stream)
             arguments.append(found.packed)
             ahead, blocks = found.ahead, found.blocks
-        if problem.batch_invariant and (sums := self.room_for_sums(problem, loaded, device, stream)) is not None:
-            arguments.append(struct.pack("Q", sums.data_ptr()))
+        sums = self.told_of_room(arguments, problem, loaded, device, stream)
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)

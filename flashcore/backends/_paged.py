@@ -147,9 +147,7 @@ class PagedBackend(OverPages, CudaBackend):
             )
             if compiled.masks:
                 arguments.append(mask_params(compiled, masks, self.scale(problem)))
-            if problem.batch_invariant and (sums := self.room_for_sums(problem, loaded, device, stream)) is not None:
-                arguments.append(struct.pack("Q", sums.data_ptr()))
-                keeps = (keeps, sums)
+            keeps = (keeps, self.told_of_room(arguments, problem, loaded, device, stream))
             if buffers is not None:
                 arguments.append(buffers.packed())
             function = entry_point(loaded, self.entry(compiled, device), device)

@@ -81,6 +81,7 @@ def split_by_marker(names: Sequence[str], calls: int) -> list[list[str]]:
 def graph_us(call: Callable[[int], None], *, calls: int = CALLS, rounds: int = ROUNDS) -> float:
     """Median device time in µs of one call inside a CUDA graph; the call gets the stream to launch on."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the call reads may still be on its way
     with torch.cuda.stream(stream):
         call(stream.cuda_stream)
         stream.synchronize()

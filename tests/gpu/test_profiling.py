@@ -125,6 +125,8 @@ def clock(monkeypatch):
         state.captured = False
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda: STREAM)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    WAITED.clear()
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -132,7 +134,9 @@ def clock(monkeypatch):
     return state
 
 
-STREAM = SimpleNamespace(cuda_stream=1234, synchronize=lambda: None)
+WAITED = []
+"""The streams whose work is waited for."""
+STREAM = SimpleNamespace(cuda_stream=1234, synchronize=lambda: None, wait_stream=WAITED.append)
 
 
 def test_a_time_is_the_median_of_the_replays_for_one_of_the_calls_in_the_graph(clock):
@@ -140,7 +144,7 @@ def test_a_time_is_the_median_of_the_replays_for_one_of_the_calls_in_the_graph(c
     found = profiling.graph_us(lambda stream: calls.append((stream, clock.captured)), calls=4, rounds=5)
     assert found == pytest.approx(0.3e3 / 4), "0.3 ms is the median, and four calls share it"
     assert calls == [(1234, False)] + [(1234, True)] * 4, "one call before the capture, to load what it needs"
-    assert clock.taken == []
+    assert clock.taken == [] and WAITED == ["the caller's"], "what a call reads may still be on its way there"
 
 
 def test_a_copy_is_counted_as_read_and_written(monkeypatch):

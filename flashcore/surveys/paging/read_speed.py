@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flashcore.errors import FlashCoreError
-from flashcore.gpu import build, device
+from flashcore.gpu import build, device, profiling
 from flashcore.records import Ledger, RunFolder, Trial, digits
 
 NAME = "read_bandwidth"
@@ -18,7 +18,7 @@ BYTES = 2 << 30
 BYTES_ON_CPU = 64 << 20
 BLOCKS_PER_SM = (2, 4, 8, 16)
 THREADS = 512
-REPEATS = 15
+CALLS, REPEATS = 4, 15
 SOURCE = """
 // Reads `count` pieces of 16 bytes once, 8 loads of a thread in flight, and writes nothing.
 // A copy writes as much as it reads, and a reduction of torch's spends time on sums: neither is a floor.
@@ -60,7 +60,7 @@ def _on_gpu() -> tuple[float, str]:
         speeds = {blocks: _kernel_tbs(data, blocks) for blocks in BLOCKS_PER_SM}
     except (FlashCoreError, ImportError) as error:
         whole = data.view(torch.int64)
-        value = BYTES / _graph_us(lambda: torch.sum(whole)) / 1e6
+        value = BYTES / profiling.graph_us(lambda _: torch.sum(whole), calls=CALLS, rounds=REPEATS) / 1e6
         return value, f"2 GiB added up by torch, median of {REPEATS}; no read kernel here ({type(error).__name__})"
     best = max(speeds, key=speeds.get)
     return speeds[best], (
@@ -81,39 +81,16 @@ def _kernel() -> Any:
 def _kernel_tbs(data: torch.Tensor, blocks_per_sm: int) -> float:
     import numpy as np
 
-    from flashcore.gpu.launching import current_stream, launch
+    from flashcore.gpu.launching import launch
 
     never = torch.zeros(1, dtype=torch.int32, device="cuda")
     blocks = blocks_per_sm * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     arguments = [np.uint64(data.data_ptr()), np.uint64(data.numel() // 16), np.uint64(never.data_ptr())]
 
-    def call() -> None:
-        launch(_kernel(), blocks, THREADS, arguments, stream=current_stream(torch.cuda.current_device()))
+    def call(stream: int) -> None:
+        launch(_kernel(), blocks, THREADS, arguments, stream=stream)
 
-    return data.numel() / _graph_us(call) / 1e6
-
-
-def _graph_us(call, calls: int = 4) -> float:
-    """Median µs of a call, `calls` of them in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                call()
-        taken = []
-        for _ in range(REPEATS):
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record(stream)
-            graph.replay()
-            after.record(stream)
-            after.synchronize()
-            taken.append(before.elapsed_time(after) * 1e3 / calls)
-    torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(taken)
+    return data.numel() / profiling.graph_us(call, calls=CALLS, rounds=REPEATS) / 1e6
 
 
 def _on_cpu() -> tuple[float, str]:

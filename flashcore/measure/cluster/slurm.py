@@ -46,7 +46,7 @@ class Slurm(BaseModel):
     """The interpreter on the nodes; by default the path of this one."""
     interface: str | None = None
     """The network interface that nodes reach each other by, such as ``ib0``."""
-    wait_s: float = Field(default=600.0, gt=0)
+    wait_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """Seconds that all jobs may take to start."""
 
 

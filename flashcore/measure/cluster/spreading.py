@@ -7,9 +7,11 @@ was doing is done by another one.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -146,8 +148,10 @@ class Spread:
                 raise ClusterError(self._too_few(count, timeout_s))
 
     def _too_few(self, count: int | None, timeout_s: float) -> str:
-        if not self._seats:
+        if not self._seats and count is None:
             return f"The scheduler at {self.address} has no worker; {self._fix}."
+        if self._refused and not self.places:
+            return self._refused[0][1]  # there is no log that would say so
         wanted = count or len(self._seats)
         return (
             f"Only {len(self.places)} of {wanted} workers at {self.address} were ready within {timeout_s:g} s; see "
@@ -239,12 +243,12 @@ class Spread:
             job = next((job for job in waiting if job.work not in preparing and self._may(seat, job)), None)
             if job is None:
                 continue
+            content = packed(job.task.function, job.task.arguments, job.task.keywords)  # or an error, and nothing begun
             waiting.remove(job)
             seat.job = job
             if progress:
                 progress(job.task.name)
-            self._call(seat, packed(job.task.function, job.task.arguments, job.task.keywords), job.task.limit_s,
-                       job.task.name)  # fmt: skip
+            self._call(seat, content, job.task.limit_s, job.task.name)
             self._tell(seat, job.task.name)
 
     def _out_of_reach(self, waiting: Sequence[_Job]) -> list[_Job]:
@@ -468,16 +472,58 @@ def _connected(address: str) -> Any:
     except ImportError as error:
         raise ToolMissing("Dask", "pip install 'flashcore[cluster]'") from error
     dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S:g}s"})
+    fix = "start one with 'dask scheduler', and give the address that it prints"
     try:
-        return Client(address, timeout=CONNECT_S, set_as_default=False, name=f"flashcore-{os.getpid()}")
+        kind = _asked_what_it_is(address)
+        if kind == "Scheduler":
+            return Client(address, timeout=CONNECT_S, set_as_default=False, name=f"flashcore-{os.getpid()}")
     except FlashCoreError:
         raise
     except Exception as error:  # an address that is none, nobody there, or somebody who speaks otherwise
-        said = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ClusterError(
-            f"No scheduler answers at {address} ({said}); start one with 'dask scheduler', and give the address that "
-            "it prints."
-        ) from error
+        said = " ".join(str(error).split())[:120].rstrip(".") or "it says nothing that Dask understands"
+        raise ClusterError(f"No scheduler answers at {address or 'no address'} ({said}); {fix}.") from error
+    raise ClusterError(f"What answers at {address} is a {kind} of Dask, and no scheduler; {fix}.")
+
+
+def _asked_what_it_is(address: str) -> str:
+    """What kind of Dask's servers answers at an address.
+
+    Dask's client waits for ever where somebody takes the connection and says nothing, and leaves a traceback where the
+    address is none. So it is asked here first, in a thread of its own, since a notebook's thread has a loop that runs.
+
+    Raises
+    ------
+    Exception
+        Whatever the connection fails with; `TimeoutError` without words where no answer comes.
+    """
+    from distributed.comm import connect
+    from distributed.security import Security
+
+    async def ask() -> str:
+        there = await connect(address, timeout=CONNECT_S, **Security().get_connection_args("client"))
+        try:
+            await there.write({"op": "identity", "reply": True})
+            told = await there.read()
+        finally:
+            there.abort()
+        return str(told["type"])
+
+    told: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+
+    def in_a_loop() -> None:
+        try:
+            told.put(asyncio.run(asyncio.wait_for(ask(), CONNECT_S + 1.0)))
+        except Exception as error:
+            told.put(error)
+
+    threading.Thread(target=in_a_loop, name="flashcore-asks", daemon=True).start()
+    try:
+        found = told.get(timeout=CONNECT_S + 5.0)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _stamped(trial: Trial, place: Place | None) -> Trial:

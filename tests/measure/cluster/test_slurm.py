@@ -73,6 +73,7 @@ def test_the_job_that_slurm_gets_says_all_of_it(tmp_path):
         ("[slurm]\ncards = '2'\n", "'cards' is '2': input should be a valid integer"),
         ("[slurm]\ncards = 2\npartition = 'x'\n", "has no option 'partition'; the options are cards, queue"),
         ("[slurm]\ncards = 2\nwalltime = 'soon'\n", "'walltime' is 'soon'; write it as in '01:30:00'"),
+        ("[slurm]\ncards = 2\nwait_s = inf\n", "'wait_s' is inf: input should be a finite number"),
         ("[slurm]\ncards = 2\nmemory = 'lots'\n", "'memory' is 'lots'; write it as in '64 GiB'"),
     ],
 )

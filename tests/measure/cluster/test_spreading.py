@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 import time
@@ -127,6 +128,26 @@ def test_a_worker_whose_card_is_gone_gets_nothing_more_to_do():
     other = pool._seats["tcp://b"] = spreading._Seat("tcp://b", "2", "GPU")
     pool._met(other, Answer(False, reason="ModuleNotFoundError: No module named 'flashcore'"))
     assert "cannot say what it is: ModuleNotFoundError" in other.barred and pool.places == ()
+
+
+def test_where_every_worker_is_refused_the_reason_is_told():
+    """As in a notebook whose files were changed after the workers began."""
+    pool = spreading.Spread.__new__(spreading.Spread)
+    pool.address, pool._refused = "tcp://a", [("1", "The worker 1 has other kernels.")]
+    pool._look, pool._hear = (lambda at_once: []), (lambda seconds: [])
+    pool._seats = {"tcp://b": spreading._Seat("tcp://b", "1", "GPU", barred="The worker 1 has other kernels.")}
+    with pytest.raises(ClusterError, match="^The worker 1 has other kernels.$"):
+        pool.await_workers(timeout_s=0.0, strict=False)
+    pool._refused, pool._seats = [], {}
+    with pytest.raises(ClusterError, match="Only 0 of 2 workers at tcp://a were ready within 0 s; see their logs"):
+        pool.await_workers(2, timeout_s=0.0)  # jobs that never came: to start a worker by hand would be no help
+
+
+def test_a_task_that_cannot_travel_is_an_error_and_costs_no_worker(workers):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        done(workers, Task("inner", lambda: []))
+    found, _ = done(workers, *(Task(f"count {i}", count, (i,)) for i in range(4)))
+    assert len(workers.places) == 2 and [t.data["number"] for t in found] == [0, 1, 2, 3]
 
 
 def test_timings_on_a_cpu_run_while_no_other_work_is_on_the_node(workers):

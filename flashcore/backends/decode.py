@@ -26,8 +26,6 @@ MOST_ROOM = 1 << 28
 
 Room for them is made for a power of two of heads, so that it may be twice that.
 """
-MOST_HEADS = 6144
-"""K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
 
 
 class _Room:
@@ -58,6 +56,8 @@ class Decode(PagedBackend):
     tanh_error = TANH_ERROR
     selects = True
     batch_invariant = True
+    most_heads = 6144
+    """K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         return (*mask_defines(problem), *invariant_defines(problem))
@@ -76,7 +76,7 @@ class Decode(PagedBackend):
         masks: MaskTensors | None = None,
     ):  # fmt: skip
         cache = rows_apart(cache)
-        at_once = max(1, MOST_HEADS // (problem.num_heads_kv * self.tiling(problem)[1]))
+        at_once = max(1, self.most_heads // (problem.num_heads_kv * self.tiling(problem)[1]))
         if problem.batch_invariant:
             at_once = max(1, min(at_once, MOST_ROOM // self.room_of_one(problem, cache)))
         if problem.batch <= at_once:

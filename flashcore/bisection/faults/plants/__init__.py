@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashcore.bisection.faults.planting import Override, Source
-from flashcore.bisection.faults.plants import cublaslt, decode, hopper, scalar, wmma
+from flashcore.bisection.faults.plants import cublaslt, decode, decode_paired, hopper, scalar, wmma
 from flashcore.bisection.faults.plants.cpu import CPU
 from flashcore.bisection.faults.plants.cublaslt import CUBLASLT
 from flashcore.bisection.faults.plants.host import Plants
@@ -26,17 +26,20 @@ PLANTS: Mapping[str, Plants] = {
     "hopper-unsplit": hopper.UNSPLIT,
     "hopper-paged": hopper.PAGED,
     "decode": decode.DECODE,
+    "decode-paired": decode_paired.PAIRED,
     "cublaslt": CUBLASLT,
     "cublaslt-batched": CUBLASLT,
     "cublaslt-paged": cublaslt.PAGED,
     "cpu": CPU,
 }
 """By backend id, then by fault id."""
-PROBLEMS: Mapping[str, Mapping[str, Problem]] = {"hopper-paged": hopper.PAGED_PROBLEMS, "decode": decode.PROBLEMS}
+PROBLEMS: Mapping[str, Mapping[str, Problem]] = {
+    "hopper-paged": hopper.PAGED_PROBLEMS, "decode": decode.PROBLEMS, "decode-paired": decode_paired.PROBLEMS,
+}  # fmt: skip
 """By backend id, then by fault id: where a bug shows in a backend, if not at the catalogue's problem."""
 LATE = {
     "scalar": scalar.LATE, "wmma": wmma.LATE, "hopper": hopper.SPLIT_LATE, "hopper-unsplit": hopper.UNSPLIT_LATE,
-    "decode": decode.LATE,
+    "decode": decode.LATE, "decode-paired": decode.LATE,
 }  # fmt: skip
 """By backend id, what delays copies there: no bug by itself, it makes a missing barrier show every time."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flashcore import backends
 from flashcore.bisection.faults.planting import Edit, Override, Source
 from flashcore.bisection.faults.plants.hopper import CLEARED, LATER_PAGES, SHARED, WATCHDOG
 from flashcore.bisection.faults.plants.host import (
@@ -30,15 +31,14 @@ TWO_HEADS = PLAIN.with_(seqlen_k=700)
 
 
 def _two_heads_a_block(self, *arguments):
-    packed, blocks, room = _base("paged_arguments")(self, *arguments)
+    packed, blocks, room = _base(self).paged_arguments(self, *arguments)
     traced = arguments[-1]
     return packed, blocks // 2 if traced else blocks, room
 
 
-def _base(name: str):
-    from flashcore.backends.decode import Decode
-
-    return getattr(Decode, name)
+def _base(planted):
+    """The class of the backend that a bug was planted in."""
+    return type(backends.get(planted.id))
 
 
 TWO_HEADS_A_BLOCK = {"traced_parts": lambda self, problem, unit_keys: 1, "paged_arguments": _two_heads_a_block}
@@ -182,7 +182,7 @@ DECODE: Plants = {
         ((NEW_SOFTMAX, "      softmax.row_sum[0] = softmax.row_sum[1] = 0.f;\n"),), TWO_HEADS_A_BLOCK,
     ),
     "G44": source(("part.taken) + part.taken == all;", "part.taken + 1) + part.taken + 1 == all;")),
-    "G46": Override({"tiling": lambda self, problem: (_base("tiling")(self, problem)[0], _whole_tiles(problem))}),
+    "G46": Override({"tiling": lambda self, problem: (_base(self).tiling(self, problem)[0], _whole_tiles(problem))}),
     "G47": source(("weight[r] = other_keys ? ex2_approx(other.x - highest) : 0.f;", "weight[r] = 1.f;")),
     "G49": source(("if (softmax[j].y == 0.f) continue;", "if (first + j >= end_part) continue;")),
     "G50": V_BY_STRIDES_OF_K,

@@ -20,7 +20,6 @@ from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
-    capture_id,
     current_stream,
     entry_point,
     kept,
@@ -28,6 +27,7 @@ from flashcore.gpu.launching import (
     load_kernel,
     outputs_for,
 )
+from flashcore.gpu.rooms import Room
 from flashcore.numerics import masking
 from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace, interleaved
@@ -168,18 +168,34 @@ class CudaBackend(Backend):
         """What the kernel is told of masks, and what has to run before it; for a backend that takes any."""
         raise NotImplementedError
 
-    def room_for_sums(self, problem: Problem, loaded: LoadedKernel, device: int, stream: int) -> torch.Tensor | None:
-        """Where the kernel keeps sums over chunks in the batch-invariant mode; None if it takes no such room."""
+    def room_for_sums(
+        self, problem: Problem, loaded: LoadedKernel, keys: int, device: torch.device, stream: int
+    ) -> Room | None:
+        """Where the kernel keeps sums over chunks in the batch-invariant mode; None if it takes no such room.
+
+        Parameters
+        ----------
+        keys
+            Rows of K and V that the kernel may reach, whatever lengths it reads.
+        """
         return None
 
     def told_of_room(
-        self, arguments: list[bytes], problem: Problem, loaded: LoadedKernel, device: int, stream: int
-    ) -> torch.Tensor | None:
+        self, arguments: list[bytes], problem: Problem, loaded: LoadedKernel, keys: int, device: torch.device,
+        stream: int,
+    ) -> Room | None:  # fmt: skip
         """Add the address of `room_for_sums` to the arguments of a launch, where it has some; returns what to keep."""
-        sums = self.room_for_sums(problem, loaded, device, stream) if problem.batch_invariant else None
+        sums = self.room_for_sums(problem, loaded, keys, device, stream) if problem.batch_invariant else None
         if sums is not None:
-            arguments.append(struct.pack("Q", sums.data_ptr()))
+            arguments.append(struct.pack("Q", sums.address))
         return sums
+
+    def has_own_room(self) -> bool:
+        """Whether a launch that takes room gets some of its own, and so is not kept (`flashcore.gpu.rooms`).
+
+        In a graph that is captured, whose memory nobody may hold, and where a planted bug may leave anything behind.
+        """
+        return self.source is not None or torch.cuda.is_current_stream_capturing()
 
     def blocks(self, problem: Problem, loaded: LoadedKernel, device: int) -> tuple[int, int, int]:
         """The grid to launch: one block a tile of query rows."""
@@ -194,37 +210,38 @@ class CudaBackend(Backend):
             type(self), self.version(), problem, device, stream, q.data_ptr(), k.data_ptr(), v.data_ptr(),
             out.data_ptr(), lse.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
-        if problem.batch_invariant:
-            key += (capture_id(stream),)  # room for sums is a graph's own
         if masks is not None:
             key += (q.shape, k.shape, *((name, tensor.data_ptr()) for name, tensor in masks.named()))
+        if buffers is not None or (problem.batch_invariant and self.has_own_room()):
+            key = None
 
-        again = kept_launch(key) if buffers is None else None
+        again = None if key is None else kept_launch(key)
         if again is None:
             again = self._first(q, k, v, out, lse, problem, masks, device, stream, buffers, key)
         again.launch()
 
     def _first(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, key):
-        """A launch that was not made before; kept where its tensors are its arguments, and it stores no stages."""
+        """A launch that was not made before; kept under its key, where it has one and its tensors are its arguments."""
 
         def prepare() -> PreparedLaunch:
             rows = [aligned(tensor) for tensor in (q, k, v)]
             again = buffers is None and all(one is other for one, other in zip(rows, (q, k, v), strict=True))
             return self._prepare(*rows, out, lse, problem, masks, device, stream, buffers, again)
 
-        return kept(None if buffers is not None else key, prepare, is_good_again)
+        return kept(key, prepare, is_good_again)
 
     def _prepare(self, q, k, v, out, lse, problem: Problem, masks, device: int, stream: int, buffers, again: bool):
         loaded = self.load(problem, q.device, trace=buffers is not None)
-        arguments, ahead = self.arguments(q, k, v, out, lse, problem, loaded), None
-        blocks = None
+        arguments, ahead, blocks = self.arguments(q, k, v, out, lse, problem, loaded), None, None
         if problem.masks:
             found = self.masked(arguments, q, lse, problem, masks, stream)
             arguments.append(found.packed)
             ahead, blocks = found.ahead, found.blocks
-        sums = self.told_of_room(arguments, problem, loaded, device, stream)
+        keys = self.seqlens(q, k, problem)[1]
+        sums = self.told_of_room(arguments, problem, loaded, keys, q.device, stream)
         if buffers is not None:
             arguments.append(buffers.packed())
         function = entry_point(loaded, self.entry(problem, device), device)
-        blocks = blocks or self.blocks(problem, loaded, device)
+        if blocks is None:
+            blocks = self.blocks(problem, loaded, device)
         return PreparedLaunch(function, loaded, blocks, arguments, stream, again=again, ahead=ahead, keeps=sums)

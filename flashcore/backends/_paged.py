@@ -20,7 +20,6 @@ from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     aligned,
-    capture_id,
     current_stream,
     entry_point,
     facts_of,
@@ -114,6 +113,10 @@ class PagedBackend(OverPages, CudaBackend):
         """Which page of keys each one continues in a traced call; None for one chain."""
         return chains(problem.seqlen_k) if problem.batch_invariant else None
 
+    def takes_room(self, problem: Problem) -> bool:
+        """Whether a launch takes room besides its outputs."""
+        return problem.batch_invariant
+
     def paged_arguments(
         self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded: LoadedKernel, stream: int, traced: bool
     ) -> tuple[list[bytes], int, object]:
@@ -133,10 +136,9 @@ class PagedBackend(OverPages, CudaBackend):
         chosen = () if selection is None else (selection.pages, selection.counts)
         given = () if masks is None else tuple(tensor for _, tensor in masks.named())
         tensors = (q, cache.k_pool, cache.v_pool, cache.page_table, cache.lengths, out, lse, *chosen, *given)
-        key = None if buffers is not None else (
-            type(self), self.version(), problem, cache.holes, device, stream, capture_id(stream),
-            *map(facts_of, tensors),
-        )  # fmt: skip
+        key = None
+        if buffers is None and not (self.takes_room(problem) and self.has_own_room()):
+            key = (type(self), self.version(), problem, cache.holes, device, stream, *map(facts_of, tensors))
 
         def prepare() -> PreparedLaunch:
             compiled = compiled_for(problem, cache)
@@ -147,7 +149,8 @@ class PagedBackend(OverPages, CudaBackend):
             )
             if compiled.masks:
                 arguments.append(mask_params(compiled, masks, self.scale(problem)))
-            keeps = (keeps, self.told_of_room(arguments, problem, loaded, device, stream))
+            keys = cache.max_pages * cache.page_size
+            keeps = (keeps, self.told_of_room(arguments, problem, loaded, keys, q.device, stream))
             if buffers is not None:
                 arguments.append(buffers.packed())
             function = entry_point(loaded, self.entry(compiled, device), device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
@@ -12,7 +11,8 @@ from flashcore.backends._contract import with_masks
 from flashcore.backends._masks import OVER_PAGES, TANH_ERROR, mask_defines
 from flashcore.backends._paged import PagedBackend
 from flashcore.backends._registry import register
-from flashcore.gpu.launching import LoadedKernel, capture_id, multiprocessors
+from flashcore.gpu.launching import LoadedKernel, multiprocessors
+from flashcore.gpu.rooms import room_for
 from flashcore.numerics.masking import MaskTensors
 from flashcore.paging import PagedKV, PageSelection
 from flashcore.problem import Problem
@@ -22,27 +22,8 @@ DECODE = struct.Struct("3Q 2i")
 MOST_TOKENS = 8
 """Query tokens of a sequence; for more there is `hopper-paged`."""
 MOST_ROOM = 1 << 28
-"""Bytes that parts of a launch in the batch-invariant mode take, where sequences can be shared out over several.
-
-Room for them is made for a power of two of heads, so that it may be twice that.
-"""
-
-
-class _Room:
-    """Room for parts, and a counter a head: used again by every call on one stream; a captured graph has its own."""
-
-    def __init__(self, parts: int, rows: int, head_dim: int, heads: int, device: torch.device):
-        self.accum = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=device)
-        self.softmax = torch.empty(parts * rows * 2, dtype=torch.float32, device=device)
-        self.accounted = torch.zeros(heads, dtype=torch.int32, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _room(
-    parts: int, rows: int, head_dim: int, heads: int, device: torch.device, stream: int, capture: int,
-    source: str | None,
-) -> _Room:  # fmt: skip
-    return _Room(parts, rows, head_dim, heads, device)
+"""Bytes that parts of a launch in the batch-invariant mode take, where sequences can be shared out over several."""
+FLOAT_BYTES = 4
 
 
 @register
@@ -98,7 +79,7 @@ class Decode(PagedBackend):
         """Bytes of the parts that one sequence may have, whatever its length, in the batch-invariant mode."""
         heads_a_tile, tiles = self.tiling(problem)
         rows = problem.num_heads_kv * tiles * heads_a_tile * problem.seqlen_q
-        return rows * most_chunks(table_keys(cache)) * (problem.head_dim + 2) * 4
+        return rows * most_chunks(table_keys(cache)) * row_bytes(problem)
 
     def tiling(self, problem: Problem) -> tuple[int, int]:
         """Query heads of a tile of 64 rows, and tiles that the heads of a group take."""
@@ -126,28 +107,37 @@ class Decode(PagedBackend):
 
         return tuple(unit - consumers if continues(unit) else -1 for unit in range(units))
 
+    def takes_room(self, problem: Problem) -> bool:
+        return True
+
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
         heads_a_tile, tiles = self.tiling(problem)
         heads = problem.batch * problem.num_heads_kv * tiles
         rows, blocks = heads_a_tile * problem.seqlen_q, multiprocessors(q.device.index or 0)
-        capture, with_room = capture_id(stream), heads
         if problem.batch_invariant:
-            if not capture:  # batches of many sizes share few rooms
-                with_room = 1 << (heads - 1).bit_length()
-            parts = with_room * most_chunks(table_keys(cache))
+            parts = heads * most_chunks(table_keys(cache))
         else:
             # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
             blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else blocks
             parts = heads + blocks  # a part is numbered by its head and its block, one added to the other
-        room = _room(parts, rows, problem.head_dim, with_room, q.device, stream, capture, self.source)
+        rows_of_parts = parts * rows
+        room = room_for(
+            rows_of_parts * row_bytes(problem), q.device, stream, counters=heads, own=self.source is not None
+        )
+        softmax = room.address + rows_of_parts * problem.head_dim * FLOAT_BYTES
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=False),
             self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=False),
             self.paged_params(cache, selection),
-            DECODE.pack(room.accum.data_ptr(), room.softmax.data_ptr(), room.accounted.data_ptr(), heads_a_tile, tiles),
+            DECODE.pack(room.address, softmax, room.counters, heads_a_tile, tiles),
         ]
         return arguments, blocks, room
+
+
+def row_bytes(problem: Problem) -> int:
+    """What a part has of a row: O, its reference and its sum, all in float32."""
+    return (problem.head_dim + 2) * FLOAT_BYTES
 
 
 def rows_apart(cache: PagedKV) -> PagedKV:

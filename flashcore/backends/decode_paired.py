@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-
-import torch
 
 from flashcore.backends._masks import mask_defines
 from flashcore.backends._registry import register
-from flashcore.backends.decode import Decode
-from flashcore.gpu.launching import capture_id, multiprocessors
+from flashcore.backends.decode import FLOAT_BYTES, Decode
+from flashcore.gpu.launching import multiprocessors
+from flashcore.gpu.rooms import room_for
 from flashcore.paging import PagedKV
 from flashcore.problem import Problem
 
@@ -19,16 +17,6 @@ DECODE = struct.Struct("2Q 2i")
 BLOCKS_A_MULTIPROCESSOR = 2
 NOT_OF_A_ROW = 4
 """Floats of a row of a part besides its outputs: reference, row sum, and two that nothing uses (`PartRow`)."""
-
-
-@functools.lru_cache(maxsize=64)
-def _room(
-    parts: int, rows: int, head_dim: int, heads: int, device: torch.device, stream: int, capture: int,
-    source: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Rows of parts, and a counter a head; used again by every call on one stream, and a captured graph has its own."""
-    floats = parts * rows * (head_dim + NOT_OF_A_ROW)
-    return torch.empty(floats, device=device), torch.zeros(heads, dtype=torch.int32, device=device)
 
 
 @register
@@ -52,12 +40,13 @@ class DecodePaired(Decode):
         # A traced call gives each head blocks of its own: its chains of units have to be the same for all heads.
         blocks = heads * self.traced_parts(problem, loaded.tile_n) if traced else blocks
         parts = heads + blocks  # a part is numbered by its head and its block, one added to the other
-        room = _room(parts, rows, problem.head_dim, heads, q.device, stream, capture_id(stream), self.source)
+        row_bytes = (problem.head_dim + NOT_OF_A_ROW) * FLOAT_BYTES
+        room = room_for(parts * rows * row_bytes, q.device, stream, counters=heads, own=self.source is not None)
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=False),
             self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=False),
             self.paged_params(cache, selection),
-            DECODE.pack(*(tensor.data_ptr() for tensor in room), heads_a_tile, tiles),
+            DECODE.pack(room.address, room.counters, heads_a_tile, tiles),
         ]
         return arguments, blocks, room

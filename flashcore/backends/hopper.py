@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
 
-from flashcore.backends._chunks import LAW_TILE, invariant_defines
+from flashcore.backends._chunks import LAW_TILE, invariant_defines, most_chunks
 from flashcore.backends._cuda import CudaBackend, Masked
 from flashcore.backends._dealing import WARP_ROWS, sections
 from flashcore.backends._masks import TANH_ERROR, mask_defines, mask_params
@@ -17,11 +16,11 @@ from flashcore.gpu.launching import (
     LoadedKernel,
     PreparedLaunch,
     behind,
-    capture_id,
     entry_point,
     load_kernel,
     multiprocessors,
 )
+from flashcore.gpu.rooms import Room, room_for
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
 
@@ -41,6 +40,7 @@ CLEARING_BLOCKS = 64
 """Blocks of `PLAN` that clear padding, which may be most of a tensor."""
 PLANNED_AT_ONCE = 256
 """Tiles that a block of `PLAN` lists."""
+FLOAT_BYTES = 4
 
 
 @register
@@ -136,22 +136,24 @@ class Hopper(CudaBackend):
         ahead = PreparedLaunch(entry_point(plan, PLAN, device), plan, blocks, [arguments[0], packed], stream)
         return Masked(packed, ahead, (min(tiles, multiprocessors(device)), 1, 1))
 
-    def room_for_sums(self, problem: Problem, loaded: LoadedKernel, device: int, stream: int) -> torch.Tensor:
-        return _sums(loaded.tile_m, problem.head_dim, device, stream, capture_id(stream), self.source)
+    def room_for_sums(
+        self, problem: Problem, loaded: LoadedKernel, keys: int, device: torch.device, stream: int
+    ) -> Room:
+        """Room for O of the rows of every block; none for keys of one chunk, which a block never leaves.
+
+        A planted bug may cut chunks elsewhere.
+        """
+        planted = self.source is not None
+        if most_chunks(keys) == 1 and not planted:
+            return Room(0, 0)
+        rows = multiprocessors(device.index or 0) * loaded.tile_m
+        return room_for(rows * problem.head_dim * FLOAT_BYTES, device, stream, own=planted)
 
     def sections(self, problem: Problem, loaded: LoadedKernel, device: int) -> int:
         """Parts of the deal, each of which runs from heavy tiles to light ones; in a window all are alike."""
         if problem.masks and problem.window_left >= 0:
             return 0
         return sections(problem, loaded.tile_m, loaded.tile_n, self.blocks(problem, loaded, device)[0])
-
-
-@functools.lru_cache(maxsize=64)
-def _sums(rows: int, head_dim: int, device: int, stream: int, capture: int, source: str | None) -> torch.Tensor:
-    """Room for O of the rows of every block, used again by every call on one stream; a captured graph has its own."""
-    return torch.empty(
-        multiprocessors(device) * rows * head_dim, dtype=torch.float32, device=torch.device("cuda", device)
-    )
 
 
 def most_tiles(q, problem: Problem, tile_m: int) -> int:

@@ -4,4 +4,4 @@
 measurement that may hang or kill the CUDA context. Nothing here knows which backends there are.
 """
 
-__all__ = ["build", "cache", "counters", "cublaslt", "device", "isolation", "launching", "profiling"]
+__all__ = ["build", "cache", "counters", "cublaslt", "device", "isolation", "launching", "profiling", "rooms"]

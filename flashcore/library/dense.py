@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flashcore.errors import InvalidProblem
 from flashcore.library import gradients
-from flashcore.library._namespace import define, differentiate, implement, map_over
+from flashcore.library._namespace import define, implement, map_over
 from flashcore.numerics import transforms
 from flashcore.problem import DTYPE_BYTES
 
@@ -87,30 +87,7 @@ def computed_by(function: Callable) -> None:
     implement(attention, function)
 
 
-# ---------------------------------------------------------------------------------------------------------- gradients
-
-
-def _keep(ctx, inputs, output):
-    q, k, v, ctx.causal, ctx.softmax_scale, ctx.return_lse, *ctx.more = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)
-    if not ctx.return_lse:
-        ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return (None,) * 8
-    if not ctx.return_lse:  # somebody called the op itself; our own calls ask for lse when gradients are wanted
-        out, lse = attention(q, k, v, ctx.causal, ctx.softmax_scale, True, *ctx.more)
-    return (
-        *gradients.attention_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.causal, ctx.softmax_scale),
-        *(None,) * 5,
-    )
-
-
-differentiate(attention, _backward, _keep)
+gradients.flow_back(attention, gradients.attention_backward)
 
 # ------------------------------------------------------------------------------------------------------- mapped axes
 

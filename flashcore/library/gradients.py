@@ -54,6 +54,47 @@ def _refuse(ctx, *grads):
 differentiate(attention_backward, _refuse)
 
 
+def flow_back(op: torch._ops.OpOverload, backward: torch._ops.OpOverload) -> None:
+    """Say that gradients flow back through an op of attention by the op `backward`.
+
+    Parameters
+    ----------
+    op
+        Takes q, k, v, what describes the call, and then `return_lse` and other options.
+    backward
+        Takes the gradients of `out` and `lse`, either of which may be None; q, k, v, `out` and `lse`; and what
+        describes the call, as `op` does. It returns the gradients of q, k, v and, where the call has sinks, of those.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+    tensors = [place for place, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+    return_lse = names.index("return_lse")
+    sink = names.index("sink") if "sink" in names else None
+
+    def keep(ctx, inputs, output):
+        ctx.given = [None if place in tensors else value for place, value in enumerate(inputs)]
+        ctx.save_for_backward(*(inputs[place] for place in tensors), *output)
+        ctx.set_materialize_grads(False)
+        if not inputs[return_lse]:
+            ctx.mark_non_differentiable(output[1])
+
+    def gradients(ctx, grad_out, grad_lse):
+        found, given = [None] * len(names), list(ctx.given)
+        if grad_out is None and grad_lse is None:
+            return tuple(found)
+        *saved, out, lse = ctx.saved_tensors
+        for place, tensor in zip(tensors, saved, strict=True):
+            given[place] = tensor
+        if not given[return_lse]:  # somebody called the op itself; our own calls ask for lse when gradients are wanted
+            out, lse = op(*given[:return_lse], True, *given[return_lse + 1 :])
+        grads = backward(grad_out, grad_lse, *given[:3], out, lse, *given[3:return_lse])
+        found[:3] = grads[:3]
+        if sink is not None and given[sink] is not None:
+            found[sink] = grads[3]
+        return tuple(found)
+
+    differentiate(op, gradients, keep)
+
+
 def takes_flash(q: torch.Tensor, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> bool:
     """Whether FlashAttention-2's backward pass, as torch ships it, takes this."""
     return (

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flashcore.errors import InvalidProblem
 from flashcore.library import dense, gradients
-from flashcore.library._namespace import define, differentiate, implement, map_over
+from flashcore.library._namespace import define, implement, map_over
 from flashcore.numerics import plain, transforms
 
 SIDES = ("right", "left")
@@ -159,28 +159,7 @@ masked_attention = define(
 """As `flashcore.attention` with masks; `lse` is empty, of shape ``[0]``, unless it is asked for."""
 
 
-def _keep(ctx, inputs, output):
-    q, k, v, sink, seqlens_q, seqlens_k, *ctx.options, ctx.return_lse = inputs[:-2]
-    ctx.more = inputs[-2:]  # who computes, and whether its bits are the same in every batch
-    ctx.save_for_backward(q, k, v, sink, seqlens_q, seqlens_k, *output)
-    ctx.set_materialize_grads(False)
-    if not ctx.return_lse:
-        ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_out, grad_lse):
-    q, k, v, sink, seqlens_q, seqlens_k, out, lse = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return (None,) * 15
-    if not ctx.return_lse:  # somebody called the op itself; our own calls ask for lse when gradients are wanted
-        out, lse = masked_attention(q, k, v, sink, seqlens_q, seqlens_k, *ctx.options, True, *ctx.more)
-    *grads, grad_sink = gradients.masked_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, sink, seqlens_q, seqlens_k, *ctx.options
-    )
-    return *grads, None if sink is None else grad_sink, *(None,) * 11
-
-
-differentiate(masked_attention, _backward, _keep)
+gradients.flow_back(masked_attention, gradients.masked_attention_backward)
 
 
 def _map(
@@ -232,29 +211,7 @@ varlen_attention = define(
 """As `flashcore.varlen_attention`; `lse` is empty, of shape ``[0]``, unless it is asked for."""
 
 
-def _keep_varlen(ctx, inputs, output):
-    q, k, v, starts_q, starts_k, ctx.rows, ctx.keys, sink, *ctx.options, ctx.return_lse = inputs[:-2]
-    ctx.more = inputs[-2:]  # who computes, and whether its bits are the same in every batch
-    ctx.save_for_backward(q, k, v, starts_q, starts_k, sink, *output)
-    ctx.set_materialize_grads(False)
-    if not ctx.return_lse:
-        ctx.mark_non_differentiable(output[1])
-
-
-def _backward_varlen(ctx, grad_out, grad_lse):
-    q, k, v, starts_q, starts_k, sink, out, lse = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return (None,) * 16
-    bounds = starts_q, starts_k, ctx.rows, ctx.keys
-    if not ctx.return_lse:
-        out, lse = varlen_attention(q, k, v, *bounds, sink, *ctx.options, True, *ctx.more)
-    *grads, grad_sink = gradients.varlen_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *bounds, sink, *ctx.options
-    )
-    return *grads, *(None,) * 4, None if sink is None else grad_sink, *(None,) * 8
-
-
-differentiate(varlen_attention, _backward_varlen, _keep_varlen)
+gradients.flow_back(varlen_attention, gradients.varlen_attention_backward)
 
 
 def _map_varlen(info, in_dims, *arguments):

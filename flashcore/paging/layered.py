@@ -39,8 +39,8 @@ class LayeredKVCache:
     ----------
     num_layers
         Layers of the model.
-    num_pages, batch, num_heads_kv, head_dim, max_pages, page_size, dtype, device
-        As in `PagedKVCache`; `num_pages` are those of one layer.
+    **pages
+        What `PagedKVCache` takes, but `key_bounds`; `num_pages` are those of one layer.
 
     Attributes
     ----------
@@ -52,42 +52,29 @@ class LayeredKVCache:
     Raises
     ------
     InvalidProblem
-        A size, page_size or dtype that no cache has, or a device that is not here.
+        There is no layer, key bounds are asked for, or as `PagedKVCache`.
     """
 
     @ambient.judging
-    def __init__(
-        self,
-        num_layers: int,
-        *,
-        num_pages: int,
-        batch: int,
-        num_heads_kv: int,
-        head_dim: int,
-        max_pages: int | None = None,
-        page_size: int = 128,
-        dtype: torch.dtype = torch.float16,
-        device: str | torch.device = "cuda",
-    ):
+    def __init__(self, num_layers: int, **pages):
         num_layers = whole("num_layers", num_layers)
         if num_layers == 0:
             raise InvalidProblem("num_layers is 0; it has to be at least 1.")
-        first = _Books(
-            num_pages=num_pages, batch=batch, num_heads_kv=num_heads_kv, head_dim=head_dim, max_pages=max_pages,
-            page_size=page_size, dtype=dtype, device=device, key_bounds=False,
-        )  # fmt: skip
+        if "key_bounds" in pages:
+            raise InvalidProblem("key_bounds is no option of a LayeredKVCache, which keeps none; leave it out.")
+        first = _Books(**pages, key_bounds=False)
         # Zeros, as the first layer's own: the rest of a partial page is multiplied by probability 0.
         pools = [(first.k_pool, first.v_pool)]
         pools += [(torch.zeros_like(first.k_pool), torch.zeros_like(first.v_pool)) for _ in range(num_layers - 1)]
         first.others = [pool for pair in pools[1:] for pool in pair]
-        self.lengths = torch.zeros(num_layers, batch, dtype=torch.int32, device=first.device)
+        self.lengths = torch.zeros(num_layers, first.batch, dtype=torch.int32, device=first.device)
         first.lengths = self.lengths[0]
         self._books = first
         self.layers = [
             PagedKV(k_pool, v_pool, first.page_table, lengths, lengths_fit=True)
             for (k_pool, v_pool), lengths in zip(pools, self.lengths, strict=True)
         ]
-        self.batch, self.page_size, self.dtype, self.device = batch, page_size, first.dtype, first.device
+        self.batch, self.page_size, self.dtype, self.device = first.batch, first.page_size, first.dtype, first.device
 
     @property
     def sequences(self) -> list[SequenceHandle]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.driver_memory import in_place_of_the_driver
 from support.emulated_cublaslt import launch
 from support.hopper_tiles import MULTIPROCESSORS
 
@@ -17,6 +18,12 @@ from flashcore.backends import hopper
 def on_an_h200(monkeypatch):
     """As on a GPU of that many multiprocessors."""
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: MULTIPROCESSORS)
+
+
+@pytest.fixture
+def driver_memory(monkeypatch):
+    """Room for kernels that lies on the CPU."""
+    return in_place_of_the_driver(monkeypatch)
 
 
 @pytest.fixture

@@ -226,12 +226,10 @@ def test_a_share_is_no_further_from_an_even_one_than_half_a_chunk_at_either_end(
 
 
 @pytest.fixture
-def told(monkeypatch):
+def told(monkeypatch, driver_memory):
     """Room and blocks of a call of `decode`, without a GPU."""
     monkeypatch.setattr(_paged, "tensor_map", lambda *given, name, **options: name.encode())
     monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
-    monkeypatch.setattr(module, "capture_id", lambda stream: 0)
-    module._room.cache_clear()
 
     def call(q, cache, traced=False):
         problem = paged_problem_of(q, cache, batch_invariant=True)
@@ -239,52 +237,56 @@ def told(monkeypatch):
         shape = loaded(tile_m=64, tile_n=64, num_splits=2)
         return backends.get("decode").paged_arguments(q, cache, problem, None, out, lse, shape, 0, traced)
 
-    yield call
-    module._room.cache_clear()
+    return call
 
 
 @pytest.mark.parametrize("lengths", [(40, 300), (2048,), (2049, 1, 7000)])
-def test_there_is_room_for_every_part_that_the_kernel_numbers(told, lengths):
+def test_there_is_room_for_every_part_that_the_kernel_numbers(told, driver_memory, lengths):
     cache = cache_of(lengths, 2, 64, 32, torch.float16, "cpu")
     arguments, blocks, room = told(queries(cache, 24, 7), cache)
-    *_, heads_a_tile, tiles = DECODE.unpack(arguments[-1])
+    accum, softmax, accounted, heads_a_tile, tiles = DECODE.unpack(arguments[-1])
     assert (heads_a_tile, tiles, blocks) == (9, 2, MULTIPROCESSORS)
     heads, rows = len(lengths) * 2 * tiles, heads_a_tile * 7
     stride = cache.page_table.stride(0)
     paged = SimpleNamespace(table_stride=stride, page_shift=5)
     a_head = returned("most_chunks", DECODE_CHUNKS, paged=paged, UNIT_KEYS=law.LAW_TILE)
     assert a_head > chunk_of((max(lengths) - 1) // 64)
-    held = room.accounted.numel()
-    assert heads <= held < 2 * heads and not room.accounted.any(), "as many as any batch of about that size has"
-    assert room.accum.numel() == held * a_head * rows * 64 and room.softmax.numel() == held * a_head * rows * 2
+    parts = heads * a_head * rows
+    assert (accum, accounted) == (room.address, room.counters) and softmax == accum + 4 * parts * 64
+    assert driver_memory.at(accum, 4 * parts * 66).numel() and not driver_memory.at(accounted, 4 * heads).any()
     assert told(queries(cache, 24, 7), cache, traced=True)[1] == MULTIPROCESSORS, "chains are the same in any share"
 
 
-def test_batches_of_many_sizes_share_few_rooms_and_a_graph_has_one_that_fits(told, monkeypatch):
-    """What a server calls: a room for each size would be kept for each of the last 64 sizes."""
+def test_batches_of_many_sizes_share_one_room_and_a_graph_has_one_that_fits(told, driver_memory):
+    """What a server calls: a room for each size would be kept for each."""
 
     def of(size: int):
         cache = cache_of((300,) * size, 2, 64, 64, torch.float16, "cpu")
-        return told(queries(cache, 4, 1), cache)[2]
+        q = queries(cache, 4, 1)
+        return told(q, cache)[2], size * backends.get("decode").room_of_one(problem_of(q, cache), cache)
 
-    rooms = [of(size) for size in range(1, 17)]
-    assert len({id(room) for room in rooms}) == 5
-    assert all(room.accounted.numel() >= 2 * size for size, room in enumerate(rooms, start=1))
-    monkeypatch.setattr(module, "capture_id", lambda stream: 7)
-    assert [of(size).accounted.numel() for size in (1, 3, 5)] == [2, 6, 10]
+    assert len({of(size)[0] for size in range(1, 17)}) == 1
+    driver_memory.capture = 7
+    for size in (1, 3, 5):
+        room, needed = of(size)
+        assert [held.numel() for held in room.keeps] == [needed]
 
 
-def test_room_of_one_sequence_is_what_a_launch_of_one_takes(told, monkeypatch):
+def test_room_of_one_sequence_is_what_a_launch_of_one_takes(told, driver_memory):
     """As in a graph, where nobody shares it."""
-    monkeypatch.setattr(module, "capture_id", lambda stream: 7)
+    driver_memory.capture = 7
     decode = backends.get("decode")
     for heads, tokens in ((2, 1), (24, 7), (130, 8)):
         cache = cache_of((5000,), 2, 64, 64, torch.float16, "cpu")
         q = queries(cache, heads, tokens)
         _, _, room = told(q, cache)
-        problem = paged_problem_of(q, cache, batch_invariant=True)
-        assert decode.room_of_one(problem, cache) == 4 * (room.accum.numel() + room.softmax.numel())
+        problem = problem_of(q, cache)
+        assert decode.room_of_one(problem, cache) == room.keeps[0].numel()
         assert decode.room_of_one(problem.with_(batch=9), cache) == decode.room_of_one(problem, cache)
+
+
+def problem_of(q, cache):
+    return paged_problem_of(q, cache, batch_invariant=True)
 
 
 @pytest.fixture

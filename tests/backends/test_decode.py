@@ -106,7 +106,7 @@ def test_chains_begin_anew_in_each_part():
 
 
 @pytest.fixture
-def told(monkeypatch):
+def told(monkeypatch, driver_memory):
     """Its arguments for one call; a tensor map is the name of its tensor."""
     maps = {}
 
@@ -116,8 +116,6 @@ def told(monkeypatch):
 
     monkeypatch.setattr(_paged, "tensor_map", tensor_map)
     monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
-    monkeypatch.setattr(module, "capture_id", lambda stream: 0)
-    module._room.cache_clear()
 
     def call(q, cache, selection=None, *, stream=0, traced=False, by=None):
         out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
@@ -127,8 +125,7 @@ def told(monkeypatch):
         return decode.paged_arguments(q, cache, problem, selection, out, lse, shape, stream, traced)
 
     call.maps = maps
-    yield call
-    module._room.cache_clear()
+    return call
 
 
 def test_the_host_packs_the_struct_that_the_kernel_declares():
@@ -136,7 +133,7 @@ def test_the_host_packs_the_struct_that_the_kernel_declares():
     assert letters == launch_structs.packed(DECODE) and DECODE.size == launch_structs.size_in_c(letters)
 
 
-def test_the_kernel_is_told_of_pools_pages_and_room_for_parts(told):
+def test_the_kernel_is_told_of_pools_pages_and_room_for_parts(told, driver_memory):
     cache = cache_of((40, 300), 2, 64, 32, torch.float16, "cpu")
     q = queries(cache, 24, 7)
     (params, k_map, v_map, paged, own), blocks, room = told(q, cache)
@@ -146,13 +143,14 @@ def test_the_kernel_is_told_of_pools_pages_and_room_for_parts(told):
         assert told.maps[name] == {"address": pool.data_ptr(), "shape": tuple(pool.shape), "rows": 32,
                                    "dtype": "float16", "promote": False}, "pages are read once"  # fmt: skip
     assert PAGED.unpack(paged)[:2] == (cache.page_table.data_ptr(), cache.lengths.data_ptr())
-    *addresses, heads_a_tile, tiles = DECODE.unpack(own)
-    assert addresses == [t.data_ptr() for t in (room.accum, room.softmax, room.accounted)]
+    accum, softmax, accounted, heads_a_tile, tiles = DECODE.unpack(own)
+    assert (accum, accounted) == (room.address, room.counters)
     assert (heads_a_tile, tiles) == (9, 2), "of 12 heads with 7 tokens each, 9 make 63 rows"
     heads = 2 * 2 * tiles
     parts = (heads + MULTIPROCESSORS) * heads_a_tile * 7
-    assert (room.accum.numel(), room.softmax.numel()) == (parts * 64, parts * 2)
-    assert room.accounted.numel() == heads and not room.accounted.any(), "counters start at zero"
+    assert softmax == accum + 4 * parts * 64, "O of all parts, and then what is left of their softmax"
+    assert driver_memory.at(accum, 4 * parts * 64 + 8 * parts).numel() == 4 * parts * 66
+    assert not driver_memory.at(accounted, 4 * heads).any(), "counters start at zero"
 
 
 def test_a_selection_is_told_by_its_address_and_width(told):
@@ -177,11 +175,12 @@ def test_room_is_used_again_on_one_stream_by_one_kernel_alone(told):
     cache = cache_of((40, 300), 2, 64, 32, torch.float16, "cpu")
     q = queries(cache, 4, 2)
     first = told(q, cache)[2]
-    assert told(q, cache)[2] is first
-    assert told(q, cache, stream=1)[2] is not first, "calls on two streams run at the same time"
-    planted = with_methods(backends.get("decode"), {"source": "another"})
-    assert told(q, cache, by=planted)[2] is not first, "what a planted bug leaves behind stays with it"
-    assert told(queries(cache, 4, 3), cache)[2] is not first
+    assert told(q, cache)[2] == first == told(queries(cache, 4, 3), cache)[2]
+    other = told(q, cache, stream=1)[2]
+    assert other.address != first.address and other.counters != first.counters, "two streams run at the same time"
+    planted = told(q, cache, by=with_methods(backends.get("decode"), {"source": "another"}))[2]
+    assert planted.address != first.address and planted.counters != first.counters
+    assert planted.keeps, "what a planted bug leaves behind stays with it"
 
 
 # ------------------------------------------------------------------------------------------------ rows that overlap

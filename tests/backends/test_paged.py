@@ -64,11 +64,10 @@ def test_pools_of_k_and_v_that_lie_in_different_orders(by_tokens, name):
     assert float((out.double() - expected).abs().max()) < 6e-3
 
 
-def test_launches_are_kept_apart_by_all_that_they_take_from_a_selection(monkeypatch):
+def test_launches_are_kept_apart_by_all_that_they_take_from_a_selection(monkeypatch, driver_memory):
     """The caching allocator hands out the same addresses again: an address alone says nothing of the shape."""
     keys = []
     monkeypatch.setattr(_paged, "current_stream", lambda device: 0)
-    monkeypatch.setattr(_paged, "capture_id", lambda stream: 0)
     monkeypatch.setattr(_paged, "kept", lambda key, make, good: keys.append(key) or Nothing())
     cache = cache_of((500,), 2, 64, 64, torch.float16, "cpu")
     q = queries(cache, 4, 1)
@@ -85,10 +84,9 @@ class Nothing:
         pass
 
 
-def test_launches_are_kept_apart_by_where_a_sink_lies(monkeypatch):
+def test_launches_are_kept_apart_by_where_a_sink_lies(monkeypatch, driver_memory):
     keys = []
     monkeypatch.setattr(_paged, "current_stream", lambda device: 0)
-    monkeypatch.setattr(_paged, "capture_id", lambda stream: 0)
     monkeypatch.setattr(_paged, "kept", lambda key, make, good: keys.append(key) or Nothing())
     cache = cache_of((500,), 2, 64, 64, torch.float16, "cpu")
     q = queries(cache, 4, 1)
@@ -102,7 +100,9 @@ def test_launches_are_kept_apart_by_where_a_sink_lies(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "before"), [("decode", 5), ("hopper-paged", 7)])
-def test_masks_are_told_behind_all_else_and_room_for_stages_comes_last(monkeypatch, on_an_h200, name, before):
+def test_masks_are_told_behind_all_else_and_room_for_stages_comes_last(
+    monkeypatch, on_an_h200, driver_memory, name, before
+):
     """`before` arguments come first: the last of them `DecodeParams`, or `PagedParams`."""
     shape = loaded(tile_m=64, tile_n=64)
     cache = cache_of((500, 40), 2, 64, 64, torch.float16, "cpu")
@@ -114,8 +114,6 @@ def test_masks_are_told_behind_all_else_and_room_for_stages_comes_last(monkeypat
     for module in (_paged, hopper):
         monkeypatch.setattr(module, "tensor_map", lambda *given, name, **options: name.encode())
     monkeypatch.setattr(decode, "multiprocessors", lambda device: 132)
-    for module in (_paged, decode):
-        monkeypatch.setattr(module, "capture_id", lambda stream: 0)
     monkeypatch.setattr(_paged, "current_stream", lambda device: 7)
     monkeypatch.setattr(_paged, "entry_point", lambda *given: function_at(0xABC))
     monkeypatch.setattr(type(backend), "load", lambda self, problem, device, trace: loads.append(problem) or shape)

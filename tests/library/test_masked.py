@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
+from flashcore import varlen_ops  # noqa: F401 - it says what computes the ops
 from flashcore.errors import InvalidProblem
 from flashcore.library import masked
 
@@ -176,10 +177,11 @@ def test_gradients_of_the_op_itself_without_lse(promised):
     weights = torch.randn(out.shape)
     for one, other in zip(*(torch.autograd.grad((t * weights).sum(), given) for t in (out, true)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    ragged = packed([4, 5], True)
-    out, _ = VARLEN(*ragged, starts([4, 5]), starts([4, 5]), 5, 5, batch_invariant=promised)
-    again = flashcore.varlen_attention(*ragged, starts([4, 5]), starts([4, 5]), 5, 5)
-    for one, other in zip(*(torch.autograd.grad(t.square().sum(), ragged) for t in (out, again)), strict=True):
+    ragged, sink = packed([4, 5], True), torch.linspace(-1, 1, 4, requires_grad=True)
+    given = *ragged, sink
+    out, _ = VARLEN(*ragged, starts([4, 5]), starts([4, 5]), 5, 5, sink, batch_invariant=promised)
+    again = flashcore.varlen_attention(*ragged, starts([4, 5]), starts([4, 5]), 5, 5, sink=sink)
+    for one, other in zip(*(torch.autograd.grad(t.square().sum(), given) for t in (out, again)), strict=True):
         torch.testing.assert_close(one, other)
 
 

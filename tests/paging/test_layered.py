@@ -130,6 +130,19 @@ def test_a_model_has_layers(bad):
         LayeredKVCache(bad, num_pages=1, batch=1, num_heads_kv=1, head_dim=8, device="cpu")
 
 
+def test_its_options_are_those_of_a_cache_without_key_bounds():
+    for bad in (True, False):
+        with pytest.raises(InvalidProblem, match="key_bounds is no option of a LayeredKVCache"):
+            layered(key_bounds=bad)
+    with pytest.raises(TypeError, match="page_sizes"):
+        layered(page_sizes=64)
+    with pytest.raises(InvalidProblem, match="page_size is 48; it has to be one of 16, "):
+        layered(page_size=48)
+    usual = LayeredKVCache(2, num_pages=3, batch=1, num_heads_kv=1, head_dim=8, device="cpu")
+    one = PagedKVCache(num_pages=3, batch=1, num_heads_kv=1, head_dim=8, device="cpu")
+    assert (usual.page_size, usual.dtype, usual.layers[1].max_pages) == (one.page_size, one.dtype, one.max_pages)
+
+
 def test_bytes_are_those_of_all_layers():
     cache = layered()
     assert cache.bytes == LAYERS * 2 * 12 * HEADS * SIZE * DIM * 2

@@ -38,11 +38,7 @@ def causal_attention(q, k, v, *, window_left: int = -1, sink: torch.Tensor | Non
     if backend == "auto":
         return ops.attention(q, k, v, causal=True, window_left=window_left, sink=sink, batch_invariant=False)
     # Of the peers only fa4 takes a sink, and rounds it to bfloat16: each gets it afterwards, in float32.
-    found = ops.attention(
-        q, k, v, causal=True, window_left=window_left, backend=backend, return_lse=sink is not None,
-        batch_invariant=False,
-    )  # fmt: skip
-    return _plus_sink(found, sink)
+    return _sink_afterwards(q, k, v, sink, causal=True, window_left=window_left, backend=backend)
 
 
 def with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
@@ -50,9 +46,11 @@ def with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor | None) -
     return out if sink is None else (out * torch.sigmoid(lse - sink[:, None])[..., None]).to(out.dtype)
 
 
-def _plus_sink(found, sink: torch.Tensor | None) -> torch.Tensor:
-    """The same, of what a call of ours gave: `out`, or with a sink ``(out, lse)``."""
-    return found if sink is None else with_sink(*found, sink)
+def _sink_afterwards(q, k, v, sink: torch.Tensor | None, **options) -> torch.Tensor:
+    """A call of ours whose backend is told of no sink, and which gets it by `lse`."""
+    if sink is None:
+        return ops.attention(q, k, v, batch_invariant=False, **options)
+    return with_sink(*ops.attention(q, k, v, return_lse=True, batch_invariant=False, **options), sink)
 
 
 def by_torch(q, k, v, *, causal: bool, window_left: int, sink: torch.Tensor | None) -> torch.Tensor:
@@ -148,10 +146,7 @@ class Attention:
         if self.way in (OURS, *PEERS):
             backend = "auto" if self.way == OURS else self.way
             # Afterwards for ours too: the kernel that splits the keys of one query takes no sink (`Hopper.entry`).
-            with_lse = sink is not None
-            return _plus_sink(
-                ops.attention(q, k, v, backend=backend, return_lse=with_lse, batch_invariant=False), sink
-            )  # fmt: skip
+            return _sink_afterwards(q, k, v, sink, backend=backend)
         if sink is None:  # the heads of a group as rows of one: the same numbers, and quicker than groups
             rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
             return scaled_dot_product_attention(rows, k, v).reshape(q.shape)

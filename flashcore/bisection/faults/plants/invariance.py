@@ -89,11 +89,11 @@ def _entry_by_occupancy(self, problem, device):
     return _base("hopper", "Hopper", "entry")(self, _asked(problem, device), device)
 
 
-def _sums_by_occupancy(self, problem, loaded, device, stream):
+def _sums_by_occupancy(self, problem, loaded, keys, device, stream):
     """A kernel without the mode takes no room for sums."""
-    if not _asked(problem, device).batch_invariant:
+    if not _asked(problem, device.index or 0).batch_invariant:
         return None
-    return _base("hopper", "Hopper", "room_for_sums")(self, problem, loaded, device, stream)
+    return _base("hopper", "Hopper", "room_for_sums")(self, problem, loaded, keys, device, stream)
 
 
 BREAKS: tuple[Break, ...] = (

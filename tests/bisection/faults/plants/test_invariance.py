@@ -95,7 +95,9 @@ def test_keys_are_split_where_few_tiles_would_leave_the_gpu_idle_and_nowhere_els
     assert broken.defines(few, 0) == honest.defines(few.with_(batch_invariant=False), 0)
     assert build.INVARIANT not in dict(broken.defines(few, 0))
     assert broken.entry(few, 0) == "attention_hopper_split" and honest.entry(few, 0) == "attention_hopper"
-    assert broken.room_for_sums(few, None, 0, 0) is None, "the kernel without the mode takes no room"
+    assert broken.room_for_sums(few, None, 4096, torch.device("cpu"), 0) is None, (
+        "the kernel without the mode takes no room"
+    )
     assert broken.defines(many, 0) == honest.defines(many, 0) and dict(broken.defines(many, 0))[build.INVARIANT] == 1
     assert broken.entry(many, 0) == honest.entry(many, 0) == "attention_hopper"
     assert few.batch_invariant and broken.why_not(few) is None, "it promises the bits all the same"

@@ -17,7 +17,7 @@ from flashcore.paging.checks import can_read_back, debugging
 from flashcore.problem import Problem
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("decode", "hopper-paged", "cublaslt-paged", "reference"),
+    "cuda": ("decode-paired", "decode", "hopper-paged", "cublaslt-paged", "reference"),
     "cpu": ("reference", "cpu"),
 }
 """What ``backend="auto"`` tries, fastest first; ids that this installation lacks are passed over."""
@@ -65,7 +65,9 @@ def _choose(problem: Problem, device: torch.device, name: str, selected: bool) -
     """The backend that runs this problem on this device."""
     if name == "auto":
         order = AUTO_ORDER.get(device.type, ())
-        first = first_of(order, device, lambda backend: backend.why_not_paged(problem, selected=selected) is None)
+        first = first_of(order, device, lambda backend: (
+            backend.why_not_paged(problem, selected=selected) is None and backend.pays(problem)
+        ))  # fmt: skip
         if first is None and problem.batch_invariant:
             raise Unsupported("auto", nobody_promises(
                 problem, device, lambda backend: backend.why_not_paged(problem, selected=selected)

@@ -23,7 +23,7 @@ PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=33, seqlen_k=
 ON_GPU = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=64, seqlen_k=192, head_dim=64)
 ON_CPU = ("auto", "cpu", "reference", "sdpa-math")
 DENSE = ("auto", "hopper", "wmma", "scalar", "sdpa-cudnn", "sdpa-flash", "sdpa-math", "reference", "cublaslt")
-PAGED = ("auto", "decode", "hopper-paged", "cublaslt-paged", "reference")
+PAGED = ("auto", "decode", "decode-paired", "hopper-paged", "cublaslt-paged", "reference")
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_who_reads_pages_under_a_mask(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["decode", "hopper-paged"])
+@pytest.mark.parametrize("backend", ["decode", "decode-paired", "hopper-paged"])
 def test_a_captured_call_replays_with_the_lengths_and_sinks_of_the_day(backend):
     cache = cache_of((101, 301, 901), 2, 128, 64, torch.float16, "cuda")
     q = queries(cache, 8, 1)

@@ -172,6 +172,10 @@ class Backend(ABC):
         """What the backend really computed at each stage (see `flashcore.numerics.reference.Trace`)."""
         raise Unsupported(self.id, "it does not expose its stages, so it cannot be bisected")
 
+    def pays(self, problem: Problem) -> bool:
+        """Whether ``backend="auto"`` is to take it on the GPU at hand: it was measured there, and was ahead."""
+        return True
+
     def why_not_paged(self, problem: Problem, *, selected: bool = False) -> str | None:
         """As `why_not`, for K and V in pages; with `selected`, of which each KV head attends to some."""
         if not self.paged:

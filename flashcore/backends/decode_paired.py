@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 
+import torch
+
 from flashcore.backends._masks import mask_defines
 from flashcore.backends._registry import register
 from flashcore.backends.decode import FLOAT_BYTES, Decode
-from flashcore.gpu.launching import multiprocessors
+from flashcore.gpu.launching import device_name, multiprocessors
 from flashcore.gpu.rooms import room_for
 from flashcore.paging import PagedKV
 from flashcore.problem import Problem
@@ -32,6 +34,9 @@ class DecodePaired(Decode):
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         return mask_defines(problem)
+
+    def pays(self, problem: Problem) -> bool:
+        return torch.cuda.is_available() and "H200" in device_name(torch.cuda.current_device())
 
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
         heads_a_tile, tiles = self.tiling(problem)

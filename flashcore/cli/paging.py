@@ -40,9 +40,9 @@ def paging(
     """Measure paging: memory, time, accuracy, tokens a second. Exit code 0: done; 3: something is wrong."""
     from flashcore.gpu import device
     from flashcore.surveys.paging.measuring import chosen, measure
-    from flashcore.surveys.paging.plan import plan_for
+    from flashcore.surveys.paging.plan import decoder, plan_for
 
-    plan = plan_for(profile, device.has_gpu(), report_layers=report_layers)
+    plan = plan_for(profile, device.has_gpu(), report_layers=report_layers, decode_backend=decoder())
     chosen(what, plan.gpu)
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     with adding_to(run or scratch_run().path) as folder:

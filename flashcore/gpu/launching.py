@@ -204,6 +204,12 @@ def kept(key: tuple | None, make: Callable[[], Any], good_again: Callable[[Any],
 
 
 @functools.lru_cache(maxsize=16)
+def device_name(device: int) -> str:
+    """What the GPU calls itself, as in 'NVIDIA H200'."""
+    return torch.cuda.get_device_name(device)
+
+
+@functools.lru_cache(maxsize=16)
 def multiprocessors(device: int) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count

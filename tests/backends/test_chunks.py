@@ -19,7 +19,7 @@ from flashcore import backends
 from flashcore.backends import _chunks as law
 from flashcore.backends import _paged
 from flashcore.backends import decode as module
-from flashcore.backends.decode import DECODE, MOST_HEADS, MOST_ROOM
+from flashcore.backends.decode import DECODE, MOST_ROOM, Decode
 from flashcore.backends.hopper import LAW_TILE as PAGE_OF_HOPPER
 from flashcore.gpu import build
 from flashcore.paged_ops import paged_problem_of
@@ -341,4 +341,4 @@ def test_what_serves_many_long_sequences_stays_within_the_room(launches):
     assert decode.room_of_one(many, cache) == 8 * one
     assert 64 <= MOST_ROOM // (8 * one) < 128
     assert [len(call) for call in launches] == [64, 64], "two launches are enough, and are alike"
-    assert MOST_HEADS // 8 > 128, "room is what limits it"
+    assert Decode.most_heads // 8 > 128, "room is what limits it"

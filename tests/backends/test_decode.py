@@ -238,7 +238,7 @@ def test_more_heads_than_one_launch_takes_are_several_launches(monkeypatch):
         out.copy_(q)
         lse.copy_(cache.lengths[:, None, None].expand_as(lse))
 
-    monkeypatch.setattr(module, "MOST_HEADS", 4)
+    monkeypatch.setattr(module.Decode, "most_heads", 4)
     monkeypatch.setattr(type(backends.get("decode")), "attend", attend)
     lengths = (10, 20, 30, 40, 50)
     cache = cache_of(lengths, 2, 64, 16, torch.float16, "cpu")

@@ -170,8 +170,8 @@ def test_every_backend_of_ours_takes_a_scale_below_zero():
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", ["steep", "sunken"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["hopper", "hopper-unsplit", "hopper-paged", "decode", "wmma", "scalar", "cublaslt",
-                                  "cublaslt-paged"])  # fmt: skip
+@pytest.mark.parametrize("name", ["hopper", "hopper-unsplit", "hopper-paged", "decode", "decode-paired", "wmma",
+                                  "scalar", "cublaslt", "cublaslt-paged"])  # fmt: skip
 def test_our_kernels_are_right_on_the_inputs_that_guards_are_for(name, dtype, pattern):
     backend = backends.get(name)
     for scale in LATER_SCALES:

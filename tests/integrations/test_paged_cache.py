@@ -8,6 +8,7 @@ import torch
 from flashcore.errors import InvalidProblem, PagingError, SequenceTooLong
 from flashcore.integrations import transformers as ours
 from flashcore.integrations.caching import paged_cache
+from flashcore.surveys.paging.plan import decoder
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra 'transformers')")
 
@@ -192,7 +193,7 @@ def test_on_a_gpu_a_kernel_of_ours_reads_the_pages(monkeypatch):
     monkeypatch.setattr(ours, "paged_attention", lambda *a, **b: readers.append(b["backend"]) or paged(*a, **b))
     cache = paged_cache(model, batch=BATCH, max_length=256, page_size=16)
     got, got_logits = generate(model, ours.register(), cache, prompts=prompts)
-    assert readers == ["decode"] * 3 * (NEW - 1)
+    assert readers == [decoder()] * 3 * (NEW - 1)
     cache.books.check()
     top = logits.float().topk(2, -1).values
     first = int((got != tokens).any(0).nonzero().min()) - 200 if (got != tokens).any() else NEW

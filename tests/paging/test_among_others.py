@@ -160,7 +160,7 @@ def test_a_policy_looks_for_what_the_softmax_will_see():
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize("seqlen", [1, 65, 129, 200, 1000])
-@pytest.mark.parametrize("name", ["decode", "hopper-paged", "cublaslt-paged"])
+@pytest.mark.parametrize("name", ["decode", "decode-paired", "hopper-paged", "cublaslt-paged"])
 def test_paged_backends_among_others(name, seqlen, page_size):
     from flashcore.bisection import bisect
 
@@ -178,7 +178,7 @@ def test_paged_backends_among_others(name, seqlen, page_size):
     {"window_left": 130, "window_right": 1}, {"causal": True, "softcap": 30.0}, {"sink": True},
 ])  # fmt: skip
 @pytest.mark.parametrize("seqlen", [5, 129, 256, 1000])
-@pytest.mark.parametrize("name", ["decode", "hopper-paged"])
+@pytest.mark.parametrize("name", ["decode", "decode-paired", "hopper-paged"])
 def test_masked_backends_over_pages_are_right_stage_by_stage(name, seqlen, masks):
     from flashcore.bisection import bisect
 
@@ -191,7 +191,7 @@ def test_masked_backends_over_pages_are_right_stage_by_stage(name, seqlen, masks
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["decode", "hopper-paged", "cublaslt-paged", "reference"])
+@pytest.mark.parametrize("backend", ["decode", "decode-paired", "hopper-paged", "cublaslt-paged", "reference"])
 def test_pools_of_two_orders_on_the_gpu(backend):
     q, cache, problem = among_others(*make_inputs(PROBLEM, device="cuda"), PROBLEM)
     out = paged_attention(q, cache, backend=backend, causal=problem.causal)

@@ -168,7 +168,7 @@ def test_a_device_that_does_not_exist(device):
         PagedKVCache(num_pages=4, batch=2, num_heads_kv=2, head_dim=64, device=device)
 
 
-READS_ON_THE_DEVICE = ("decode", "hopper-paged", "reference")
+READS_ON_THE_DEVICE = ("decode", "decode-paired", "hopper-paged", "reference")
 
 
 @pytest.mark.gpu

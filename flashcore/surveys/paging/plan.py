@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flashcore import backends
 from flashcore.errors import UnknownName
 from flashcore.problem import PRESETS, Problem, square
 
@@ -96,6 +97,8 @@ class Plan:
     page_size: int = 128
     rounds: int = 30
     decode_backend: str = "decode"
+    invariant_backend: str = "decode"
+    """What decodes in the batch-invariant mode."""
     prefill_backend: str = "hopper-paged"
     dense_backend: str = "hopper"
     """Beside paged prefill."""
@@ -127,7 +130,12 @@ SHAPES = (
 """Decode steps in which dense cuDNN was ahead of ours when they were first timed."""
 
 
-def plan_for(profile: str, gpu: bool, *, report_layers: int = 1) -> Plan:
+def decoder() -> str:
+    """What ``paged_attention`` takes of its own accord for a decode step on the GPU at hand."""
+    return next(name for name in ("decode-paired", "decode") if backends.get(name).pays(SHAPES[0]))
+
+
+def plan_for(profile: str, gpu: bool, *, report_layers: int = 1, decode_backend: str = "decode") -> Plan:
     """The plan of a profile; without a GPU the sizes are small enough for two cores, and only the reference is timed.
 
     Raises
@@ -150,7 +158,8 @@ def plan_for(profile: str, gpu: bool, *, report_layers: int = 1) -> Plan:
             served=(ModelShape("tiny", 2, 4, 2, 64, 96, stated_batch=2, card="nobody/tiny"),), served_batches=(1, 2),
             shapes=(decode_problem(2, 4, 2, 128, 64),), pages=(16, 32), dtypes=("float16",),
             further=Further(decode_problem(3, 4, 2, 96, 64), (5, 200), (2,), 64),
-            decode_backend="reference", prefill_backend="reference", dense_backend="reference", peer="sdpa-math",
+            decode_backend="reference", invariant_backend="reference", prefill_backend="reference",
+            dense_backend="reference", peer="sdpa-math",
         )  # fmt: skip
     return Plan(
         gpu=True, profile=profile,
@@ -168,5 +177,5 @@ def plan_for(profile: str, gpu: bool, *, report_layers: int = 1) -> Plan:
         shapes=SHAPES if full else SHAPES[:3:2], pages=(16, 64, 128) if full else (16, 128),
         dtypes=("float16", "bfloat16") if full else ("float16",),
         further=Further(decode_problem(64, 32, 8, 4096, 128), (100, 16_000), (2, 4), 3584) if full else None,
-        rounds=30 if full else 12,
+        rounds=30 if full else 12, decode_backend=decode_backend,
     )  # fmt: skip

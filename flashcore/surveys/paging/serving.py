@@ -62,7 +62,7 @@ def ways_of(plan: Plan, problem: Problem, q, caches, dense) -> list[Way]:
     asked, judge = problem.with_(batch_invariant=True), Judge(q[0], caches[0])
     return [
         pages_way(OURS, plan.decode_backend, q, caches, problem, judge, rivals),
-        pages_way(INVARIANT, plan.decode_backend, q, caches, asked, judge, {"ordinary": (OURS,), **rivals}),
+        pages_way(INVARIANT, plan.invariant_backend, q, caches, asked, judge, {"ordinary": (OURS,), **rivals}),
         *dense_ways(plan.peer, q, dense, problem, judge),
         *(peer_way(variant, q, caches, problem, judge) for variant in (TENSOR, CUDA)),
     ]

@@ -251,7 +251,7 @@ def test_a_backend_that_takes_masks_draws_every_other_problem_under_some():
 
 
 def test_a_backend_over_pages_draws_problems_of_its_own():
-    for name in ("decode", "hopper-paged", "cublaslt-paged"):
+    for name in ("decode", "decode-paired", "hopper-paged", "cublaslt-paged"):
         problems = [problem for _, problem, _, _ in proving.random_cases(backends.get(name), 60)]
         assert {p.page_size for p in problems} == set(PAGE_SIZES), name
         assert {1, 2, 3, 5, 8} <= {p.seqlen_q for p in problems} and any(p.causal for p in problems)

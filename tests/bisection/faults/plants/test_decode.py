@@ -11,20 +11,21 @@ from flashcore.bisection.faults.catalogue import FAULTS
 from flashcore.bisection.faults.planting import Override
 from flashcore.bisection.faults.plants import decode, hopper
 
-IN_PAGED = [(f.id, b) for f in FAULTS for b in f.plants if b in ("decode", "hopper-paged", "cublaslt-paged")]
+OVER_PAGES = ("decode", "decode-paired", "hopper-paged", "cublaslt-paged")
+IN_PAGED = [(f.id, b) for f in FAULTS for b in f.plants if b in OVER_PAGES]
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_bug_over_pages_is_found_at_its_stage():
-    trials = run_and_find_all("decode,hopper-paged,cublaslt-paged", IN_PAGED)
+    trials = run_and_find_all(",".join(OVER_PAGES), IN_PAGED)
     [selecting] = [t for t in trials if t.variant == "F13"]
     assert selecting.backend == "page_selection" and "other pages" in selecting.data["finding"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["decode", "hopper-paged", "cublaslt-paged"])
+@pytest.mark.parametrize("backend", OVER_PAGES)
 def test_backends_over_pages_are_clean_where_their_bugs_are_planted(backend):
     assert_clean_where_bugs_are_planted(backends.get(backend))
 

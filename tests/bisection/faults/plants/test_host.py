@@ -33,7 +33,7 @@ def test_the_strides_of_k_alone_are_wrong(plant, expected):
     assert list(backends.get("scalar").strides("k", K)) == [25600, 12800, 64], "the backend itself stays right"
 
 
-@pytest.mark.parametrize("name", ["scalar", "wmma", "hopper", "hopper-paged", "decode"])
+@pytest.mark.parametrize("name", ["scalar", "wmma", "hopper", "hopper-paged", "decode", "decode-paired"])
 def test_v_is_addressed_by_the_strides_of_k_in_what_a_kernel_is_told(name):
     q, k, v = make_inputs(PLAIN, layout="apart")
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
@@ -43,7 +43,7 @@ def test_v_is_addressed_by_the_strides_of_k_in_what_a_kernel_is_told(name):
     assert right[:11] + right[14:] == planted[:11] + planted[14:]
 
 
-@pytest.mark.parametrize("name", ["hopper-paged", "decode"])
+@pytest.mark.parametrize("name", ["hopper-paged", "decode", "decode-paired"])
 def test_rows_of_the_table_are_as_far_apart_as_they_are_wide(name):
     _, cache, _ = among_others(*make_inputs(PLAIN), PLAIN)
     right, planted = (b.paged_params(cache, None) for b in (backends.get(name), get("G52").plant(name)))

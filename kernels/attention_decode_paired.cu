@@ -415,12 +415,12 @@ struct ResultRow {
 };
 
 // O / l and lse of a thread's two rows, where no other part has anything of the head.
-__device__ __forceinline__ void store_alone(const AttentionParams& params, const Head& head, int tile_rows, int row, int lane,
+__device__ __forceinline__ void store_alone(const AttentionParams& params, const Head& head, int row, int lane,
                                             const float (&o)[OUTPUTS], const float (&reference)[2],
                                             float (&row_sum)[2] MASKED(, const MaskParams& masks)) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if (row + 8 * r >= tile_rows) continue;
+    if (row + 8 * r >= head.heads * params.seqlen_q) continue;  // the last tile of a group may have fewer heads
     const ResultRow result(params, head, row + 8 * r);
     float lse = row_sum[r] == 0.f ? -INFINITY : reference[r] * LN_2 + logf(row_sum[r]);
 #ifdef FLASHCORE_MASKS
@@ -519,7 +519,7 @@ __device__ __forceinline__ void consume(SharedMemory& smem, const AttentionParam
     float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
     if (alone) {
       if (has_rows)
-        store_alone(params, Head(params, decode, number), tile_rows, row, lane, o, softmax.reference, row_sum MASKED(, masks));
+        store_alone(params, Head(params, decode, number), row, lane, o, softmax.reference, row_sum MASKED(, masks));
       continue;
     }
     if (has_rows) {

@@ -45,7 +45,8 @@ def test_auto_takes_it_where_it_was_measured_ahead(paired, monkeypatch, name, ah
     monkeypatch.setattr(paged_ops, "first_of", lambda names, device, takes: next(
         one for one in map(backends.get, able) if takes(one)
     ))  # fmt: skip
-    for problem, best in ((PROBLEM, decoder()), (PROBLEM.with_(batch_invariant=True), "decode")):
+    capped = PROBLEM.with_(head_dim=128, softcap=5.0)
+    for problem, best in ((PROBLEM, decoder()), (PROBLEM.with_(batch_invariant=True), "decode"), (capped, "decode")):
         assert paged_ops._choose.__wrapped__(problem, torch.device("cuda"), "auto", False).id == best
     assert paged_ops._choose.__wrapped__(
         PROBLEM.with_(seqlen_q=9), torch.device("cuda"), "auto", False
@@ -115,7 +116,8 @@ def test_more_heads_than_one_launch_lays_out():
 @pytest.mark.gpu
 def test_the_same_call_gives_the_same_bits_and_calls_of_other_sizes_do_not_disturb_it():
     k, v = (torch.randn(7, 4, 3000, 128, device="cuda").half() for _ in range(2))
-    cache = paginate(k, v, 64)
+    whole = paginate(k, v, 64)
+    cache = PagedKV.from_tables(whole.k_pool, whole.v_pool, whole.page_table, whole.lengths, key_bounds=True)
     q = queries(cache, 16, 1)
     first = flashcore.paged_attention(q, cache, backend="decode-paired")
     for batch in (1, 3, 7):

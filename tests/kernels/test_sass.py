@@ -19,14 +19,17 @@ pytestmark = [
 TRACED = [k for k in build.kernel_names() if re.search(r"\bTRACE\(", build.kernel_path(k).read_text())]
 VARIANTS = [(k, head_dim, dtype) for k in TRACED for head_dim, dtype in build.variants(k)]
 
-HOPPER, DECODE = "attention_hopper", "attention_decode"
+HOPPER, DECODE, PAIRED = "attention_hopper", "attention_decode", "attention_decode_paired"
 FEW_TILES = {head_dim: (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", head_dim)) for head_dim in (64, 128)}
 """The other tiles that the backend asks for."""
 HOPPER_TILES = [(head_dim, dtype, ()) for head_dim, dtype in build.variants(HOPPER)]
 HOPPER_TILES += [(head_dim, dtype, FEW_TILES[head_dim]) for head_dim, dtype in build.variants(HOPPER)]
 PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype in build.variants(HOPPER)]
 """Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
-FOR_PAGES = [*((HOPPER, *tile) for tile in PAGED_TILES), *((DECODE, d, t, ()) for k, d, t in VARIANTS if k == DECODE)]
+FOR_PAGES = [
+    *((HOPPER, *tile) for tile in PAGED_TILES), *((k, d, t, ()) for k, d, t in VARIANTS if k in (DECODE, PAIRED)),
+    *((PAIRED, d, t, ((build.MASKS, union),)) for k, d, t in VARIANTS if k == PAIRED for union in (1, 7)),
+]  # fmt: skip
 BY_DEFAULT = {
     (64, "float16"): (1, 4, 15),
     (64, "bfloat16"): (2, 8),

@@ -201,6 +201,15 @@ def test_a_folder_loads_none_of_the_rooms_within_it():
     assert {f"flashcore.{r}" for r in within} & set(loaded) == set() and not {"torch", "matplotlib"} & set(loaded)
 
 
+@pytest.mark.slow
+def test_what_computes_loads_without_torchs_compiler():
+    """It takes as long to load as the rest of torch, and most processes compile nothing."""
+    names = [m for m in MODULES if place(m) in ("backends", "compat", "library", "ops", "paged_ops", "varlen_ops")]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "torch._dynamo is loaded with them"
+
+
 @pytest.mark.parametrize("where", DECIDES_AND_DRAWS)
 def test_what_decides_and_draws_never_imports_torch_at_all(where):
     for module in (m for m in MODULES if place(m) == where):

@@ -28,12 +28,12 @@ PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype 
 """Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
 FOR_PAGES = [*((HOPPER, *tile) for tile in PAGED_TILES), *((DECODE, d, t, ()) for k, d, t in VARIANTS if k == DECODE)]
 BY_DEFAULT = {
-    (64, "float16"): (1, 4, 15),
-    (64, "bfloat16"): (2, 8),
-    (128, "float16"): (2, 8),
-    (128, "bfloat16"): (1, 4, 15),
+    (64, "float16"): (1, 15),
+    (64, "bfloat16"): (8,),
+    (128, "float16"): (2,),
+    (128, "bfloat16"): (4, 15),
 }
-"""Each mask by itself and all of them at both head_dims, by head_dim and dtype; a few other unions come on top."""
+"""Each mask by itself at one head_dim, all of them at both, by head_dim and dtype; a few other unions come on top."""
 FEW_AND_MASKED = {(64, "bfloat16", 3), (128, "float16", 9)}
 MASKED_TILES = [
     pytest.param(

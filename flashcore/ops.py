@@ -560,7 +560,7 @@ def _compute_masked_op(
 masked.computed_by(masked.masked_attention, _compute_masked_op)
 
 
-@torch.compiler.assume_constant_result
+@plain.constant_when_traced
 def kernel_takes(
     kind: str, index: int, dtype: torch.dtype, head_dim: int, masks: tuple[str, ...] = (), backend: str = "auto"
 ) -> bool:

@@ -96,7 +96,7 @@ def picked_for(
     return _choose(problem, q.device, "auto", False)
 
 
-@torch.compiler.assume_constant_result
+@plain.constant_when_traced
 def kernel_takes(
     kind: str, index: int, dtype: torch.dtype, head_dim: int, page_size: int, masks: tuple[str, ...] = (),
     backend: str = "auto",

@@ -121,7 +121,7 @@ def _heads_fit(query, key, enable_gqa) -> bool:
     return same or (enable_gqa is True and query.dim() == 4 and query.shape[1] % key.shape[1] == 0)
 
 
-@torch.compiler.assume_constant_result
+@plain.constant_when_traced
 def _why_not_ours(kind: str, index: int, dtype: torch.dtype, head_dim: int) -> str | None:
     """Whether `flashcore.attention` would take this to a kernel of ours; to another one, torch finds its own way."""
     if kind != "cuda" and not plain.batch_invariant():

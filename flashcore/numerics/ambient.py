@@ -131,10 +131,10 @@ def shield(*, modes: bool = False) -> Iterator[None]:
         if (dtype := torch.get_default_dtype()) is not torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
-        if torch.are_deterministic_algorithms_enabled():
-            only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-            stack.callback(torch.use_deterministic_algorithms, True, warn_only=only_warns)
-            torch.use_deterministic_algorithms(False)
+        if (deterministic := torch.get_deterministic_debug_mode()) != 0:
+            # Not by `use_deterministic_algorithms`, which loads torch's compiler to tell it too.
+            stack.callback(torch.set_deterministic_debug_mode, deterministic)
+            torch.set_deterministic_debug_mode(0)
         for products in _products():
             if (setting := products.setting()) not in EXACT:
                 stack.callback(products.put_back, setting)

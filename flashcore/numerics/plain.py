@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from posix import environ as process  # what lies beneath os.environ and follows it, at a tenth of the time of a look-up
 
 import numpy as np
@@ -21,6 +22,16 @@ BATCH_INVARIANT = b"FLASHCORE_BATCH_INVARIANT"
 """The variable that asks for `Problem.batch_invariant` in every call that does not say, as `process` names it."""
 SHOWN = 60
 """Characters of a value that an error shows."""
+
+
+def constant_when_traced(function: Callable) -> Callable:
+    """Mark a function whose result torch's compiler takes for a constant of the graph that it traces.
+
+    As ``torch.compiler.assume_constant_result`` marks it; but that imports the compiler, which takes as long as the
+    rest of torch does, and most processes compile nothing.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def shown(value) -> str:
@@ -57,7 +68,7 @@ def batch_invariant(value=None) -> bool:
     return _asked_by_process() if value is None else flag("batch_invariant", value)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _asked_by_process() -> bool:
     # Whoever traces a call gets what holds at that moment, as a constant of the graph.
     text = process.get(BATCH_INVARIANT, b"0")

@@ -132,3 +132,14 @@ def test_a_value_is_shown_short_and_a_tensor_without_its_numbers():
 
 def test_a_constant_is_the_number_that_it_was():
     assert plain.constant(64) == 64 and type(plain.constant(torch.tensor([0, 0]).numel())) is int
+
+
+def test_a_function_is_marked_as_torch_marks_it():
+    """Without its decorator, which loads the compiler."""
+
+    def ours(): ...
+
+    def theirs(): ...
+
+    assert plain.constant_when_traced(ours) is ours
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs)) != {}

@@ -855,17 +855,18 @@ def share_of(
 @contextlib.contextmanager
 def full_of_nan(value: bool = True) -> Iterator[None]:
     """Inside, memory that torch hands out uninitialised is full of NaN; with `value` False it is as it comes."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # `use_deterministic_algorithms` would load torch's compiler to tell it too, which takes longer than a diagnosis.
+    before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(value, warn_only=True)
+        torch.set_deterministic_debug_mode("warn" if value else "default")
         torch.utils.deterministic.fill_uninitialized_memory = value
         try:
             yield
         finally:
             torch.utils.deterministic.fill_uninitialized_memory = filled
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.set_deterministic_debug_mode(before)
 
 
 def _lane_words(lanes: tuple[str, int]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import pytest
 from support.cluster_tasks import count, die, nap, refuse
@@ -19,9 +21,16 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def two():
-    found = Crew(2)
+    """Their tasks need no torch, which each process would wait for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "WARM", "flashcore.records")
+        found = Crew(2)
     yield found
     found.close()
+
+
+def test_what_each_process_imports_at_once_is_what_measures():
+    assert importlib.import_module(sharing.WARM).check_attention and "torch" in sys.modules
 
 
 @pytest.mark.slow

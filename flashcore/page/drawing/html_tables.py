@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import escape
@@ -74,6 +74,32 @@ def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def nothing(sentence: str) -> str:
     """What stands where a plot or table would, when there are no records for it."""
     return f'<p class="fc-none">{escape(sentence)}</p>'
+
+
+class Unmeasured(str):
+    """The sentence on a part that no record holds; several of a section become one by `gathered`."""
+
+    parts: tuple[str, ...]
+    command: str
+
+    def __new__(cls, *parts: str, command: str) -> Unmeasured:
+        """Name the parts as they go on after a colon, and the command that measures them."""
+        found = super().__new__(
+            cls, nothing(f"Not measured yet: {'; '.join(parts)}. Run '{command}' on an H100 or H200.")
+        )
+        found.parts, found.command = parts, command
+        return found
+
+
+def gathered(parts: Iterable[str]) -> str:
+    """A section's parts in their order; behind them one sentence for each command that would measure what lacks."""
+    parts = list(parts)
+    lacking: dict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        if isinstance(part, Unmeasured):
+            lacking[part.command] += part.parts
+    there = [part for part in parts if not isinstance(part, Unmeasured)]
+    return "".join([*there, *(Unmeasured(*names, command=command) for command, names in lacking.items())])
 
 
 def _cell(value: Any) -> Any:

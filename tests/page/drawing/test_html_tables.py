@@ -87,6 +87,15 @@ def test_a_sentence_stands_where_there_is_nothing_and_is_escaped():
     assert html_tables.nothing("No <record>.") == '<p class="fc-none">No &lt;record&gt;.</p>'
 
 
+def test_what_was_not_measured_becomes_one_sentence_behind_the_rest_for_each_command():
+    a, b = (html_tables.Unmeasured(part, command="measure it") for part in ("one <part>", "another"))
+    other = html_tables.Unmeasured("a third", command="measure more")
+    assert a == html_tables.nothing("Not measured yet: one <part>. Run 'measure it' on an H100 or H200.")
+    both = html_tables.nothing("Not measured yet: one <part>; another. Run 'measure it' on an H100 or H200.")
+    assert html_tables.gathered([a, "<p>x</p>", other, "", b, "<p>y</p>"]) == f"<p>x</p><p>y</p>{both}{other}"
+    assert html_tables.gathered(["<p>x</p>"]) == "<p>x</p>" and html_tables.gathered([]) == ""
+
+
 def test_a_table_that_scrolls_can_be_reached_and_one_that_stacks_need_not():
     scrolls = html_tables.table_html([{"a": math.nan}], 'says "x"', note="<n>", css="mine")
     assert 'class="fc-table scroll mine" tabindex="0" role="group" aria-label="says &#34;x&#34;"' in scrolls

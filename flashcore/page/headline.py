@@ -144,18 +144,25 @@ def _elsewhere(gate: GateResult, evidence: Evidence) -> str:
 
 
 def _asked_for(ratio: GateResult, evidence: Evidence) -> str:
-    """How the kernel stands to the peers that a reader asks for by name; those not timed beside it are named too."""
-    mine, told, missing = _timing_of(ratio, evidence), [], []
+    """How the kernel stands to the peers that a reader asks for by name; one that the run looked for is named as well.
+
+    A run from before such a peer was known holds no record of it, and cannot be asked.
+    """
+    mine, told = _timing_of(ratio, evidence), []
+    missing: dict[str, list[str]] = {}
     for name, title in TO_INSTALL.items():
-        beside = [t for t in evidence.gpu_trials if t.backend == name and mine and compare.interleaved(mine, t)]
+        records = [t for t in evidence.gpu_trials if t.backend == name]
+        beside = [t for t in records if mine and compare.interleaved(mine, t)]
         found = compare.ratio(mine, beside[-1]) if beside else None
-        if found is None:
-            missing.append(title.removeprefix("FlashAttention-") if missing else title)
-        else:
+        if found is not None:
             told.append(f"{number(found.value)} × {title}")
-    if missing:
-        told.append(f"{' and -'.join(missing)} {'were' if len(missing) > 1 else 'was'} not timed in this run")
-    return "; ".join(told) + "."
+        elif records:
+            why = "not installed" if all(t.status == "unavailable" for t in records) else "not timed beside it"
+            missing.setdefault(why, []).append(title)
+    for why, titles in missing.items():
+        names = " and -".join([titles[0], *(title.removeprefix("FlashAttention-") for title in titles[1:])])
+        told.append(f"{names} {'were' if len(titles) > 1 else 'was'} {why}")
+    return "; ".join(told) + "." if told else ""
 
 
 def _timing_of(gate: GateResult, evidence: Evidence) -> Trial | None:
@@ -183,14 +190,9 @@ OTHER_CALLS = {
 
 
 def _other_calls(timed: Trial | None) -> list[str]:
-    """What else was measured of the same call; a time that nobody took is named as well."""
+    """What else was measured of the same call."""
     more = (timed.timing.model_extra or {}) if timed else {}
-    lines = [
-        f"{words} {number(more[key])} µs" for key, words in OTHER_CALLS.items() if is_figure(more.get(key))
-    ]  # fmt: skip
-    if timed is not None and not is_figure(more.get("single_us")):
-        lines.append("A call alone: not measured")
-    return lines
+    return [f"{words} {number(more[key])} µs" for key, words in OTHER_CALLS.items() if is_figure(more.get(key))]
 
 
 def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
@@ -201,7 +203,8 @@ def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
     state = "pass" if found == total and total else "fail"
     lines = [f'Target all of them: <strong class="{state}">{"met" if state == "pass" else "missed"}</strong>']
     by_crash = sum(outcomes.get("found by its crash", 0) for outcomes in ran.values())
-    where = f"to try the checker, in {len(ran)} of ours; found at the stage where each was put"
+    many = f"{len(ran)} part{'s' if len(ran) != 1 else ''} of ours"
+    where = f"put into {many} to try the checker; found at the stage where each was put"
     where += f", {by_crash} by a crash" if by_crash else ""
     return _card("Planted bugs that were found", f"{found:,}", f"of {total:,}", where, lines)
 

@@ -99,7 +99,7 @@ def test_planted_bugs_stand_where_memory_does_not():
     ]
     html = headline_of([*TRIALS, *planted])
     assert "Planted bugs that were found" in html and "of 3</span>" in html and ">2 <" in html
-    assert "found at the stage where each was put, 1 by a crash" in html
+    assert "put into 1 part of ours to try the checker; found at the stage where each was put, 1 by a crash" in html
     assert 'Target all of them: <strong class="fail">missed</strong>' in html
 
 
@@ -109,7 +109,7 @@ def test_planted_bugs_stand_where_memory_does_not():
 def test_a_latency_says_how_it_was_taken_and_what_else_a_call_takes():
     html = headline_of(FAST)
     assert "in a CUDA graph, back to back" in html and "An eager call takes the host 21.4 µs" in html
-    assert "A call alone: not measured" in html
+    assert "A call alone" not in html and "not measured" not in html, "what nobody took is no line on the first screen"
     alone = with_timing(FAST, timing_at("wmma", PRESETS["latency"]), single_us=9.25, eager_us=7.5)
     html = headline_of(alone)
     assert "A call alone takes 9.25 µs" in html and "An eager call on the GPU 7.50 µs" in html
@@ -117,12 +117,17 @@ def test_a_latency_says_how_it_was_taken_and_what_else_a_call_takes():
 
 
 def test_the_peers_that_readers_ask_for_stand_beside_the_ratio_or_are_said_to_be_missing():
-    assert "FlashAttention-3 and -4 were not timed in this run." in headline_of(FAST)
+    older = [t for t in FAST if t.backend not in ("fa3", "fa4")]
+    assert "FlashAttention" not in headline_of(older), "that run may be older than they are"
+    assert "FlashAttention-3 was not installed." in headline_of(FAST)
+    gone = Trial(kind="correctness", backend="fa4", status="unavailable", reason="gone", environment=synthetic.ENV_ID)
+    assert "FlashAttention-3 and -4 were not installed." in headline_of([*FAST, gone])
     like = next(t for t in FAST if timing_at("wmma", PRESETS["report"])(t))
     third = synthetic.timing("fa3", PRESETS["report"], 2 * like.timing.latency_us, round_=like.timing.round)
-    assert "2.00 × FlashAttention-3; FlashAttention-4 was not timed in this run." in headline_of([*FAST, third])
+    html = headline_of([*FAST, gone, third])
+    assert "2.00 × FlashAttention-3; FlashAttention-4 was not installed." in html
     elsewhere = synthetic.timing("fa3", PRESETS["report"], 1.0, round_="another")
-    assert "FlashAttention-3 and -4 were not timed" in headline_of([*FAST, elsewhere])
+    assert "FlashAttention-3 was not timed beside it." in headline_of([*FAST, elsewhere])
 
 
 @pytest.mark.parametrize(

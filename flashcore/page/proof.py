@@ -99,15 +99,16 @@ def _invariance_html(trials: Sequence[Trial]) -> str:
     asked = invariance.records_of(trials)
     if not asked:
         return ""
-    said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}. {}.</p>").format(
-        invariance.sentence(asked), invariance.PROMISE, invariance.COMPARED
+    said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}.</p>").format(
+        invariance.sentence(asked), invariance.PROMISE
     )
     said += _cost_html(trials)
     ids = {t.backend for t in asked}
     table = frame_html(invariance.table(asked), "Cases kept, of those asked, by the two ways compared", ids=ids)
     breaks = invariance.breaks_table(asked)
     why = frame_html(breaks, "Breaks, made smaller, and the Python that asks each again") if len(breaks) else ""
-    return str(said) + fold("Every pair of ways", table + why)
+    meaning = f'<p class="fc-note">{escape(invariance.COMPARED)}.</p>'
+    return str(said) + fold("Every pair of ways", meaning + table + why)
 
 
 def _cost_html(trials: Sequence[Trial]) -> Markup:

@@ -222,21 +222,33 @@ def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
 
 
 def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> str:
-    """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one."""
+    """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one.
+
+    Those that could not be checked at all stand below the table, by reason.
+    """
     by_backend: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         if trial.kind == "correctness" and trial.backend:
             by_backend[trial.backend].append(trial)
-    rows = [_correctness_row(backend, group) for backend, group in by_backend.items()]
-    if not rows:
+    if not by_backend:
         return nothing("No correctness check is in these records.")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for backend, group in by_backend.items():
+        if not any(compare.passed(t) is not None or t.status == "error" for t in group):
+            reasons[next((t.reason for t in group if t.reason), "no reason recorded")].append(backend)
+    gone = {backend for names in reasons.values() for backend in names}
+    rows = [_correctness_row(backend, group) for backend, group in by_backend.items() if backend not in gone]
+    named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    unchecked = f'<p class="fc-note">{escape(f"Not checked: {named}.")}</p>' if named else ""
+    if not rows:
+        return unchecked
     numeric = ["Checks passed", "Not supported", "Elements compared", NEAREST, "Share of its bound", LARGEST]
     note = (
         "Every element of out and lse is compared. Each problem has its own bound, so the error nearest its bound and "
         "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at "
         "that precision, plus a rounding term. A NaN fails."
     )
-    return table_html(rows, caption, numeric=numeric, note=note)
+    return table_html(rows, caption, numeric=numeric, note=note) + unchecked
 
 
 def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
@@ -250,10 +262,8 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
         result = f"WRONG in {wrong} of {right + wrong}"
     elif broken:
         result = f"{broken} did not finish"
-    elif right:
-        result = "all right"
     else:
-        result = f"not checked: {next((t.reason for t in group if t.reason), 'no reason recorded')}"
+        result = "all right"
     return {
         "Backend": backend,
         "Result": result,

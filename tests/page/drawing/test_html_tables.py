@@ -140,8 +140,20 @@ def test_the_worst_check_is_the_one_nearest_its_bound_and_a_broken_one_is_said()
     assert found["At"] == html_tables.spaced(PRESETS["tiny"]) and found["Error nearest its bound"] == "9.00e-04"
     assert found["Share of its bound"] == "96 %"
     assert "it crashed" in html_tables.findings_table([broken])
-    away = Trial(kind="correctness", backend="fa3", status="unavailable", reason="not installed")
-    assert row(html_tables.correctness_table([away]), "fa3")["Result"] == "not checked: not installed"
+
+
+def test_what_was_not_checked_stands_below_the_table_by_reason_and_not_as_rows_of_dashes():
+    reasons = {"fa3": "not <there>", "fa4": "no GPU", "hopper": "no GPU"}
+    away = [
+        Trial(kind="correctness", backend=name, status="unavailable", reason=why)
+        for name, why in reasons.items() for _ in range(2)
+    ]  # fmt: skip
+    said = '<p class="fc-note">Not checked: fa3 (not &lt;there&gt;); fa4, hopper (no GPU).</p>'
+    assert html_tables.correctness_table(away) == said
+    html = html_tables.correctness_table([*away, synthetic.correctness("wmma", REPORT)])
+    assert html.endswith(said) and row(html, "wmma")["Result"] == "all right" and html.count('scope="row"') == 1
+    failed = synthetic.correctness("hopper", REPORT, status="failed")
+    assert row(html_tables.correctness_table([*away, failed]), "hopper")["Result"] == "WRONG in 1 of 1"
 
 
 def test_traced_builds_are_left_out_and_tensor_instructions_are_counted():

@@ -91,7 +91,7 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
     else:
         match = "kernel sources match the current ones"
     if recorded.kernels and (added := recorded.added(current_hashes)):
-        match += f". Newer than this run, and not measured in it: {_spoken(added)}"
+        match += f". Not measured there, since they are newer: {_spoken(added)}"
     return f"Recorded on {recorded.gpu}, {recorded.date}; {match}."
 
 

@@ -25,6 +25,8 @@ CASE = "shared_prefix"
 
 TO_INSTALL = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4"}
 """Peers that a reader asks for by name, by id; a run without them says so."""
+CUDNN_9 = 10_000
+"""What CUDNN_VERSION multiplies the major version with, since cuDNN 9 (cudnn_version.h)."""
 SPEED_THERE = "Speed at the workload that decides"
 """Of a gate on one problem; other problems may run faster, and decide nothing."""
 METHODS = {"graph_replay": "in a CUDA graph, back to back"}
@@ -109,7 +111,7 @@ def _speed_card(
         else:
             other = ratio.backend not in (None, first.backend) or ratio.problem != first.problem
             whose = f", {ratio.backend} at {_problem(ratio)}" if other else ""
-            text = f"{number(ratio.measured)} × the best peer, {ratio.versus or 'not named'}{whose}"
+            text = f"{number(ratio.measured)} × the best peer, {_peer(ratio, evidence)}{whose}"
         lines.append(f'<span class="fc-second">{escape(text)}</span>')
     if ratios:
         lines.append(escape(_asked_for(ratios[0], evidence)))
@@ -141,6 +143,17 @@ def _elsewhere(gate: GateResult, evidence: Evidence) -> str:
         return ""
     label = trial.problem.label().replace(",", ", ")
     return f"Up to {escape(number(rate))} TFLOPS at other problems: {escape(trial.backend)}, {escape(label)}"
+
+
+def _peer(ratio: GateResult, evidence: Evidence) -> str:
+    """The best peer's id with the version of what it calls: as its timing says, or of cuDNN the run's environment."""
+    timed = [t for t in evidence.gpu_trials if t.kind == "attention_timing" and t.backend == ratio.versus]
+    version = next((t.data["version"] for t in reversed(timed) if t.data.get("version")), None)
+    before = evidence.gpu_environment.get("before")
+    found = before.get("cudnn") if isinstance(before, Mapping) else None
+    if version is None and ratio.versus == "sdpa-cudnn" and isinstance(found, int) and found >= CUDNN_9:
+        version = f"cuDNN {found // CUDNN_9}.{found % CUDNN_9 // 100}.{found % 100}"
+    return f"{ratio.versus} ({version})" if version else ratio.versus or "not named"
 
 
 def _asked_for(ratio: GateResult, evidence: Evidence) -> str:
@@ -206,7 +219,7 @@ def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
     many = f"{len(ran)} part{'s' if len(ran) != 1 else ''} of ours"
     where = f"put into {many} to try the checker; found at the stage where each was put"
     where += f", {by_crash} by a crash" if by_crash else ""
-    return _card("Planted bugs that were found", f"{found:,}", f"of {total:,}", where, lines)
+    return _card("Planted bugs found", f"{found:,}", f"of {total:,}", where, lines)
 
 
 def _correctness_card(gates: Sequence[GateResult], since: Since | None) -> str:

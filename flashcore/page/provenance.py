@@ -36,7 +36,9 @@ def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
     ]
     hashes = html_tables.table_html(sources, "Kernel sources of this run") if sources else ""
     facts = html_tables.table_html(
-        [{"Fact": fact, "Value": value} for fact, value in _facts(name, decision, evidence)], "What was run"
+        [{"Fact": fact, "Value": value} for fact, value in _facts(name, decision, evidence)],
+        "What was run",
+        css="fc-facts",
     )
     folded = fold("Hash of every kernel's source", hashes) if hashes else ""
     machine = machine_html(evidence).replace("<h3>", "<h4>").replace("</h3>", "</h4>")

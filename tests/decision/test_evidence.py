@@ -47,7 +47,7 @@ def test_a_kernel_that_was_never_recorded_is_named_and_does_not_make_the_recorde
     decision = decide(synthetic.cpu_trials(), environment=none, recorded=recorded(), current=with_new)
     assert decision.verdict == "GO"
     assert decision.evidence.endswith(
-        "; kernel sources match the current ones. Newer than this run, and not measured in it: attention_mine."
+        "; kernel sources match the current ones. Not measured there, since they are newer: attention_mine."
     )
     silent = decide(synthetic.cpu_trials(), environment=none, recorded=recorded(kernels=None))
     assert silent.evidence.endswith("; it does not say which kernel sources were measured.")
@@ -102,11 +102,11 @@ def test_forms_of_a_kernel_that_differ_are_told_in_words_and_not_by_the_marks_of
     then = recorded(kernels={"a": "1", "b": "2"})
     forms = {"a": "1", "a with options": "3", "b": "2", "b with options": "4"}
     assert label(then, {}, forms).endswith(
-        "kernel sources match the current ones. Newer than this run, and not measured in it: the masked and "
+        "kernel sources match the current ones. Not measured there, since they are newer: the masked and "
         "batch-invariant forms of a and b."
     )
     assert label(then, {}, {**forms, "c": "5", "d": "6"}).endswith(
-        "not measured in it: c, d, and the masked and batch-invariant forms of a and b."
+        "since they are newer: c, d, and the masked and batch-invariant forms of a and b."
     )
     live = synthetic.environment(kernels=forms)
     assert label(None, live, {**forms, "b with options": "7"}).endswith(

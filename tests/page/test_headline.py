@@ -60,6 +60,21 @@ def test_the_speed_names_its_workload_and_the_highest_speed_at_any_other():
     assert "hopper-unsplit" not in html and "512 <" in html
 
 
+def test_the_best_peer_stands_with_the_version_of_what_it_calls():
+    def said(trials, **before) -> str:
+        environment = synthetic.environment(before=before)
+        html = page.headline_html(decide(trials), verdict.Evidence(tuple(trials), environment, synthetic.HASHES))
+        return re.search(r"the best peer, ([^<]*)<", html)[1]
+
+    assert said(FAST) == "sdpa-cudnn" == said(FAST, cudnn="damaged") == said(FAST, cudnn=8907)
+    assert said(FAST, cudnn=91900) == "sdpa-cudnn (cuDNN 9.19.0)", "a run from before timings named it"
+    named = [
+        t.model_copy(update={"data": {**t.data, "version": "cuDNN 9.21.1"}}) if t.backend == "sdpa-cudnn" else t
+        for t in FAST
+    ]
+    assert said(named, cudnn=91900) == "sdpa-cudnn (cuDNN 9.21.1)"
+
+
 def replace_seqlen(trial: Trial, seqlen: int) -> Problem:
     return trial.problem.model_copy(update={"seqlen_q": seqlen, "seqlen_k": seqlen})
 
@@ -98,7 +113,7 @@ def test_planted_bugs_stand_where_memory_does_not():
         for outcome in ("found", "crashed", "missed", "not applicable")
     ]
     html = headline_of([*TRIALS, *planted])
-    assert "Planted bugs that were found" in html and "of 3</span>" in html and ">2 <" in html
+    assert "Planted bugs found" in html and "of 3</span>" in html and ">2 <" in html
     assert "put into 1 part of ours to try the checker; found at the stage where each was put, 1 by a crash" in html
     assert 'Target all of them: <strong class="fail">missed</strong>' in html
 

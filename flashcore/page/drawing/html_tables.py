@@ -409,7 +409,7 @@ def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine
         rows.append({"Fact": title, "Before": first, "After": "the same" if then == first else then})
     if not rows:
         return nothing("The run did not record its machine.")
-    return table_html(rows, caption)
+    return table_html(rows, caption, css="fc-facts")
 
 
 def _fact(name: str, value: Any) -> str:

@@ -10,7 +10,7 @@ from flashcore import tables
 from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
 from flashcore.decision.verdict import Decision, Evidence, GateResult
-from flashcore.page.drawing import paging_views
+from flashcore.page.drawing import html_tables, paging_views
 from flashcore.page.history.since import Since
 from flashcore.problem import parse_problem
 from flashcore.records import Trial
@@ -25,8 +25,6 @@ CASE = "shared_prefix"
 
 TO_INSTALL = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4"}
 """Peers that a reader asks for by name, by id; a run without them says so."""
-CUDNN_9 = 10_000
-"""What CUDNN_VERSION multiplies the major version with, since cuDNN 9 (cudnn_version.h)."""
 SPEED_THERE = "Speed at the workload that decides"
 """Of a gate on one problem; other problems may run faster, and decide nothing."""
 METHODS = {"graph_replay": "in a CUDA graph, back to back"}
@@ -150,9 +148,8 @@ def _peer(ratio: GateResult, evidence: Evidence) -> str:
     timed = [t for t in evidence.gpu_trials if t.kind == "attention_timing" and t.backend == ratio.versus]
     version = next((t.data["version"] for t in reversed(timed) if t.data.get("version")), None)
     before = evidence.gpu_environment.get("before")
-    found = before.get("cudnn") if isinstance(before, Mapping) else None
-    if version is None and ratio.versus == "sdpa-cudnn" and isinstance(found, int) and found >= CUDNN_9:
-        version = f"cuDNN {found // CUDNN_9}.{found % CUDNN_9 // 100}.{found % 100}"
+    if version is None and ratio.versus == "sdpa-cudnn" and isinstance(before, Mapping) and before.get("cudnn"):
+        version = f"cuDNN {html_tables.version_words('cudnn', before['cudnn'])}"
     return f"{ratio.versus} ({version})" if version else ratio.versus or "not named"
 
 

@@ -395,6 +395,24 @@ ENVIRONMENT_ROWS = {
 }
 
 
+CODED = {"cudnn": (10_000, 100), "cublaslt": (10_000, 100), "cuda_driver": (1000, 10)}
+"""Versions that come as one number, and what it multiplies major and minor with.
+
+Source: cudnn_version.h, cublas_api.h and cuda.h.
+"""
+LAST_DIGIT = 10
+"""Where a minor version is counted in tens, no patch is counted."""
+
+
+def version_words(name: str, value: Any) -> str:
+    """The version of what an environment names, as people write it: cuDNN's 91900 is 9.19.0."""
+    major, minor = CODED[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < major:
+        return str(value)
+    last = value % minor
+    return f"{value // major}.{value % major // minor}" + (f".{last}" if last or minor > LAST_DIGIT else "")
+
+
 def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine, before and after the run") -> str:
     """What `environment.json` says of the machine; state that moves (clocks, heat) before and after."""
     before = environment.get("before") if isinstance(environment.get("before"), Mapping) else {}
@@ -417,6 +435,8 @@ def _fact(name: str, value: Any) -> str:
         return "not known"
     if name == "throttle_reasons" and not value:
         return "nothing"
+    if name in CODED:
+        return version_words(name, value)
     if name.endswith("_bytes") and isinstance(value, int | float):
         return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
     if isinstance(value, Mapping):

@@ -222,9 +222,9 @@ def decode_table(found: Sequence[Decode]) -> str:
                 "By": trial.backend, "Pages": f"{100 * data.get('pages_share', 1):.0f} %",
                 "µs": number(trial.timing.latency_us), "Quartiles": " to ".join(map(number, quartiles)) or "not known",
                 "Floor, µs": number(data.get("floor_us")), "Of the floor's speed": _percent(data.get("of_floor")),
-                "Over all pages": _ratio(data.get("of_dense")), "Faster than cuDNN": _ratio(data.get("over_peer")),
+                "Over all pages": _ratio(data.get("of_dense")), "Speed beside cuDNN": _ratio(data.get("over_peer")),
             })  # fmt: skip
-    numeric = ["Pages", "µs", "Quartiles", "Floor, µs", "Of the floor's speed", "Over all pages", "Faster than cuDNN"]
+    numeric = ["Pages", "µs", "Quartiles", "Floor, µs", "Of the floor's speed", "Over all pages", "Speed beside cuDNN"]
     table = table_html(rows, "Decode, every shape and selection", numeric=numeric)
     return f'<details class="fc-fold inline"><summary>Every decode time</summary>{table}</details>'
 

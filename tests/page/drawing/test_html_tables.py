@@ -87,6 +87,18 @@ def test_a_sentence_stands_where_there_is_nothing_and_is_escaped():
     assert html_tables.nothing("No <record>.") == '<p class="fc-none">No &lt;record&gt;.</p>'
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("cudnn", 91900, "9.19.0"), ("cudnn", 8907, "8907"), ("cublaslt", 130100, "13.1.0"),
+     ("cuda_driver", 13000, "13.0"), ("cuda_driver", 12040, "12.4"),
+     ("cudnn", "9.1 of a friend", "9.1 of a friend"), ("cudnn", True, "True")],
+)  # fmt: skip
+def test_a_version_that_comes_as_one_number_is_written_as_people_do(name, value, words):
+    assert html_tables.version_words(name, value) == words
+    found = row(html_tables.environment_table({"before": {name: value}}), html_tables.ENVIRONMENT_ROWS[name])
+    assert found["Before"] == words
+
+
 def test_what_was_not_measured_becomes_one_sentence_behind_the_rest_for_each_command():
     a, b = (html_tables.Unmeasured(part, command="measure it") for part in ("one <part>", "another"))
     other = html_tables.Unmeasured("a third", command="measure more")

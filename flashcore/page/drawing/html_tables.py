@@ -16,6 +16,8 @@ from flashcore.records import Trial
 AGAINST_PEERS = "Our best backend against the best peer, by problem"
 SMALL = "Small problems, every backend"
 PEAK, MEMORY = "Of peak", "Of memory"
+MOST_REASONS = 2
+"""Why something was not checked, in a line; more are folded."""
 AGREEMENT = "Agreement with the float64 reference"
 """Captions of tables whose rows are linked to."""
 
@@ -238,8 +240,7 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> s
             reasons[next((t.reason for t in group if t.reason), "no reason recorded")].append(backend)
     gone = {backend for names in reasons.values() for backend in names}
     rows = [_correctness_row(backend, group) for backend, group in by_backend.items() if backend not in gone]
-    named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-    unchecked = f'<p class="fc-note">{escape(f"Not checked: {named}.")}</p>' if named else ""
+    unchecked = _unchecked(reasons)
     if not rows:
         return unchecked
     numeric = ["Checks passed", "Not supported", "Elements compared", NEAREST, "Share of its bound", LARGEST]
@@ -249,6 +250,19 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> s
         "that precision, plus a rounding term. A NaN fails."
     )
     return table_html(rows, caption, numeric=numeric, note=note) + unchecked
+
+
+def _unchecked(reasons: Mapping[str, Sequence[str]]) -> str:
+    """Who was not checked and why, as a line, or folded where it would be a long one; empty for nobody."""
+    if not reasons:
+        return ""
+    if len(reasons) <= MOST_REASONS:
+        named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        return f'<p class="fc-note">{escape(f"Not checked: {named}.")}</p>'
+    count = sum(map(len, reasons.values()))
+    rows = [{"Not checked": ", ".join(names), "Why": reason} for reason, names in reasons.items()]
+    table = table_html(rows, "What was not checked", stack=True)
+    return f'<details class="fc-fold inline"><summary>{count} that were not checked, and why</summary>{table}</details>'
 
 
 def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:

@@ -164,6 +164,10 @@ def test_what_was_not_checked_stands_below_the_table_by_reason_and_not_as_rows_o
     assert html_tables.correctness_table(away) == said
     html = html_tables.correctness_table([*away, synthetic.correctness("wmma", REPORT)])
     assert html.endswith(said) and row(html, "wmma")["Result"] == "all right" and html.count('scope="row"') == 1
+    many = [Trial(kind="correctness", backend=f"b{n}", status="unavailable", reason=f"why {n}") for n in range(3)]
+    html = html_tables.correctness_table([*many, synthetic.correctness("wmma", REPORT)])
+    folded = html[html.index("<details") :]
+    assert "<summary>3 that were not checked, and why<" in folded and row(folded, "b1")["Why"] == "why 1"
     failed = synthetic.correctness("hopper", REPORT, status="failed")
     assert row(html_tables.correctness_table([*away, failed]), "hopper")["Result"] == "WRONG in 1 of 1"
 

@@ -53,22 +53,33 @@ def banner_html(decision: Decision, *, run: str = "") -> str:
     )
 
 
+SEALED = "says whether the evidence is as it was judged"
+UNSEALED = "reads the verdict from the records again"
+"""What the first command of a next step does, for a run with a seal and for one without."""
+
+
+def sealed(decision: Decision) -> bool:
+    """Whether there is a seal to verify; a decision that knows no evidence is taken to be of a run with one."""
+    return decision.based_on is None or decision.based_on.seal.digest is not None
+
+
 def next_step(decision: Decision, run: str = "") -> Markup:
     """What to do now, with the command that does it."""
     code = Markup("<code>{}</code>").format
-    verify = code(f"flashcore verify {run}".strip())
+    command, does = ("verify", SEALED) if sealed(decision) else ("verdict", UNSEALED)
+    verify = Markup("{} {}").format(code(f"flashcore {command} {run}".strip()), does)
     if decision.recommended is not None:
         option = decision.recommended
         ship = Markup("ship option {}").format(option.id)
         if option.backend:
             ship += Markup(": {}").format(code(f'flashcore.attention(q, k, v, backend="{option.backend}")'))
-        return Markup("{} says whether the evidence is as it was judged; then {}.").format(verify, ship)
+        return Markup("{}; then {}.").format(verify, ship)
     if decision.blocking:
         first = decision.blocking[0]
         again = " again, once the kernel is changed" if first.state == "FAIL" else ""
         return Markup("{} measures '{}'{}.").format(code(first.fix), first.title, again)
     if decision.verdict == "GO":
-        return Markup("{} says whether the evidence is as it was judged.").format(verify)
+        return Markup("{}.").format(verify)
     return Markup("{} makes the report again.").format(code("flashcore report"))
 
 

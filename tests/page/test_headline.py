@@ -191,6 +191,18 @@ def test_the_banner_says_risk_and_next_step_with_its_command():
     assert "<code>flashcore report</code> makes the report again." in incomplete
 
 
+def test_a_run_without_a_seal_is_not_sent_to_verify_it():
+    decision = decide(FAST)
+    evidence = verdict.Evidence(tuple(FAST), synthetic.environment(), synthetic.HASHES)
+    unsealed = replace(decision, based_on=evidence)
+    assert "verify" not in page.banner_html(unsealed, run="old")
+    assert "<code>flashcore verdict old</code> reads the verdict from the records again; then ship" in page.banner_html(
+        unsealed, run="old"
+    )
+    kept = page.banner_html(unsealed.with_seal(replace(evidence.seal, digest="0" * 64, date="2001-02-03")), run="new")
+    assert "<code>flashcore verify new</code> says whether the evidence is as it was judged; then ship" in kept
+
+
 def test_each_figure_says_how_it_changed_since_the_run_before():
     then = Snapshot("before", tuple(synthetic.gpu_trials()), synthetic.environment())
     fast = [*(t for t in synthetic.gpu_trials(synthetic.FAST) if t.kind != "paging"), synthetic.memory_saved(76.2)]

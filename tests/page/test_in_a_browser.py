@@ -451,7 +451,7 @@ def test_the_first_screen_says_verdict_reason_risk_and_next_step_with_a_command(
     tab, _ = opened("go", width=1280)
     parts = [tab.locator(f".fc-banner .fc-{name}") for name in ("verdict", "reason", "risk", "todo")]
     assert all(part.bounding_box()["y"] + part.bounding_box()["height"] < 900 for part in parts)
-    assert "flashcore verify go" in parts[3].locator("code").first.inner_text()
+    assert "flashcore verdict go" in parts[3].locator("code").first.inner_text(), "that run has no seal to verify"
     tab, _ = opened("broken", width=1280)  # INCONCLUSIVE, the longest of the words
     assert tab.locator(".fc-verdict").bounding_box()["width"] < tab.locator(".fc-banner").bounding_box()["width"] / 4
 

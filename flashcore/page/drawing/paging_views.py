@@ -267,12 +267,14 @@ def tokens_figure(group: Sequence[Trial]) -> Figure:
         figure = Figure(figsize=(6.6, 3.7))
         axes = figure.add_axes((0.20, 0.15, 0.78, 0.80))
         batches = [t.data["batch"] for t in group]
-        _line(axes, batches, [t.data["tokens_per_s"] for t in group], "s3", "D", "all pages")
+        tips = [_rate_words(t, "all pages", t.data["tokens_per_s"]) for t in group]
+        _line(axes, batches, [t.data["tokens_per_s"] for t in group], "s3", "D", "all pages", tips)
         some = [t for t in group if t.data.get("sparse_tokens_per_s")]
         if some:
             label = f"{100 * some[0].data['sparse_share']:.0f} % of the pages, choice included"
             rates = [t.data["sparse_tokens_per_s"] for t in some]
-            _line(axes, [t.data["batch"] for t in some], rates, "s1", "o", label)
+            tips = [_rate_words(t, label, rate, spread=False) for t, rate in zip(some, rates, strict=True)]
+            _line(axes, [t.data["batch"] for t in some], rates, "s1", "o", label, tips)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(batches, list(map(str, batches)))
@@ -286,9 +288,19 @@ def tokens_figure(group: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, x: list, y: list, colour: str, marker: str, label: str) -> None:
+def _line(axes: Axes, x: list, y: list, colour: str, marker: str, label: str, tips: list[str]) -> None:
     (line,) = axes.plot(x, y, marker=marker, color=COLOURS[colour], markersize=7, linewidth=1.8, label=label)
-    with_tips(line, [f"{label}, batch {a}: {b:,.0f} tokens/s" for a, b in zip(x, y, strict=True)])
+    with_tips(line, tips)
+
+
+def _rate_words(trial: Trial, what: str, rate: float, *, spread: bool = True) -> str:
+    """What a plotted rate is, in words; the quartiles that its record keeps are of the step over all pages."""
+    quartiles = (trial.timing.model_extra or {}).get("quartiles_us") if spread and trial.timing else None
+    within = ""
+    if quartiles and all(quartiles):
+        low, high = (rate * trial.timing.latency_us / q for q in reversed(quartiles))
+        within = f", half of the samples within {low:,.0f} to {high:,.0f}"
+    return f"{what}, batch {trial.data['batch']}: {rate:,.0f} tokens/s{within}"
 
 
 # ------------------------------------------------------------------------------------------------ accuracy

@@ -80,22 +80,22 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
     if recorded is None:
         if environment.get("gpu"):
             changed = Recorded((), environment).changed(current_hashes)
-            since = f"; kernel sources differ now: {_spoken(changed)}" if changed else ""
+            since = f"; kernel sources differ now: {spoken(changed)}" if changed else ""
             day = str(environment.get("date") or "")[:10] or "date not known"
             return f"Measured live on {environment['gpu']}, {day}{since}."
         return "No GPU evidence: this machine has no GPU, and there is no recorded run."
     if not recorded.kernels:
         match = "it does not say which kernel sources were measured"
     elif changed := recorded.changed(current_hashes):
-        match = f"kernel sources differ: {_spoken(changed)}"
+        match = f"kernel sources differ: {spoken(changed)}"
     else:
         match = "kernel sources match the current ones"
     if recorded.kernels and (added := recorded.added(current_hashes)):
-        match += f". Not measured there, since they are newer: {_spoken(added)}"
+        match += f". Not measured there, since they are newer: {spoken(added)}"
     return f"Recorded on {recorded.gpu}, {recorded.date}; {match}."
 
 
-def _spoken(kernels: Sequence[str]) -> str:
+def spoken(kernels: Sequence[str]) -> str:
     """Names of kernels for a reader, who knows none of the marks that tell a kernel's forms apart.
 
     A hash of a kernel with its options covers code that its plain form does not hold, so the two may differ apart.

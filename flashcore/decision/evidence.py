@@ -102,10 +102,12 @@ def spoken(kernels: Sequence[str]) -> str:
     """
     from flashcore.gpu.build import WITH_OPTIONS
 
+    plain = [name for name in kernels if not name.endswith(WITH_OPTIONS)]
     forms = [name.removesuffix(WITH_OPTIONS) for name in kernels if name.endswith(WITH_OPTIONS)]
-    plain = ", ".join(name for name in kernels if not name.endswith(WITH_OPTIONS))
-    told = f"the masked and batch-invariant forms of {' and '.join(forms)}" if forms else ""
-    return ", and ".join(filter(None, [plain, told]))
+    forms = [name for name in forms if name not in plain]  # of a kernel that is named whole
+    listed = " and ".join(filter(None, [", ".join(forms[:-1]), *forms[-1:]]))
+    told = f"the masked and batch-invariant forms of {listed}" if forms else ""
+    return ", and ".join(filter(None, [", ".join(plain), told]))
 
 
 def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Path | None = None) -> Evidence:

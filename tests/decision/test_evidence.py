@@ -108,6 +108,10 @@ def test_forms_of_a_kernel_that_differ_are_told_in_words_and_not_by_the_marks_of
     assert label(then, {}, {**forms, "c": "5", "d": "6"}).endswith(
         "since they are newer: c, d, and the masked and batch-invariant forms of a and b."
     )
+    whole = {**forms, "c": "5", "c with options": "6", "d with options": "7", "e with options": "8"}
+    assert label(recorded(kernels={**then.kernels, "d": "1", "e": "1"}), {}, whole).endswith(
+        "since they are newer: c, and the masked and batch-invariant forms of a, b, d and e."
+    )
     live = synthetic.environment(kernels=forms)
     assert label(None, live, {**forms, "b with options": "7"}).endswith(
         "; kernel sources differ now: the masked and batch-invariant forms of b."

@@ -14,12 +14,18 @@ from flashcore.page.parts import fold, frame_html
 from flashcore.records import Trial
 from flashcore.surveys.invariance import facts as invariance
 
+MOST_OPEN = 8
+"""Rows of checks that stand open; more are folded behind the sentence that says what they came to."""
+
 
 def correctness_html(evidence: Evidence) -> str:
     """The checks of this run, and those of the recorded run where this one had no GPU."""
     parts = []
     for heading, trials in _sources(evidence):
-        parts += [heading, html_tables.correctness_table(trials), html_tables.findings_table(trials)]
+        said, table = html_tables.correctness_sentence(trials), html_tables.correctness_table(trials)
+        if len({t.backend for t in trials if t.kind == "correctness" and t.status != "unavailable"}) > MOST_OPEN:
+            table = fold("Every implementation, and its error nearest the bound", table)
+        parts += [heading, f"<p>{escape(said)}</p>" if said else "", table, html_tables.findings_table(trials)]
     return "".join(parts)
 
 

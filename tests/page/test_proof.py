@@ -28,6 +28,20 @@ def test_recorded_evidence_stands_beside_the_live_one_under_its_own_heading():
     assert "SYNTHETIC H200" in page.machine_html(evidence).split("Recorded on")[1]
 
 
+def test_many_checks_are_folded_behind_what_they_came_to():
+    few = [synthetic.correctness(name, PRESETS["tiny"]) for name in ("cpu", "wmma")]
+    html = page.correctness_html(evidence(*few))
+    assert "<details" not in html and "<p>All 2 checks of 2 implementations are right. The error nearest" in html
+    many = [synthetic.correctness(f"b{n}", PRESETS["tiny"]) for n in range(9)]
+    wrong = synthetic.correctness("b3", PRESETS["report"], status="failed")
+    html = page.correctness_html(evidence(*many, wrong))
+    said, folded = html.split("<summary>Every implementation, and its error nearest the bound<")
+    assert "1 of 10 checks of 9 implementations are WRONG: b3 in 1. The error nearest" in said
+    assert (
+        row(folded, "b3")["Result"] == "WRONG in 1 of 2" and "did not finish</caption>" in folded.split("</details>")[1]
+    )
+
+
 def evidence(*trials: Trial, recorded=None) -> verdict.Evidence:
     return verdict.Evidence(tuple(trials), synthetic.environment(), synthetic.HASHES, recorded=recorded)
 

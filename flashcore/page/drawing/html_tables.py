@@ -252,6 +252,35 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> s
     return table_html(rows, caption, numeric=numeric, note=note) + unchecked
 
 
+def correctness_sentence(trials: Sequence[Trial]) -> str:
+    """How many checks are right, whose error is nearest its bound, and the largest error; empty where none was made."""
+    checks = [t for t in trials if t.kind == "correctness" and t.backend]
+    judged = [t for t in checks if compare.passed(t) is not None]
+    if not judged:
+        return ""
+    count, many = len(judged), len({t.backend for t in judged})
+    of = f"check{'s' if count != 1 else ''} of {many} implementation{'s' if many != 1 else ''}"
+    wrong: dict[str, int] = defaultdict(int)
+    for trial in judged:
+        if compare.passed(trial) is False:
+            wrong[trial.backend] += 1
+    told = [f"All {count:,} {of} are right" if count != 1 else f"The one {of} is right"]
+    if wrong:
+        names = ", ".join(f"{backend} in {bad:,}" for backend, bad in wrong.items())
+        told = [f"{sum(wrong.values()):,} of {count:,} {of} are WRONG: {names}"]
+    if broken := sum(t.status == "error" for t in checks):
+        told.append(f"{broken:,} more did not finish")
+    measured = [t for t in judged if t.correctness is not None]
+    if measured:
+        nearest, largest = max(measured, key=_share_of_bound), max(measured, key=_error)
+        told.append(
+            f"The error nearest its bound is {_percent(_share_of_bound(nearest))} of it ({nearest.backend}"
+            f"{f' at {spaced(nearest.problem)}' if nearest.problem else ''}), and the largest is "
+            f"{number(largest.correctness.max_abs_error)} ({largest.backend})"
+        )
+    return f"{'. '.join(told)}."
+
+
 def _unchecked(reasons: Mapping[str, Sequence[str]]) -> str:
     """Who was not checked and why, as a line, or folded where it would be a long one; empty for nobody."""
     if not reasons:

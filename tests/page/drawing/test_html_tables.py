@@ -43,6 +43,22 @@ def test_correctness_in_words_and_counts():
     assert row(html, "scalar")["Result"] == "all right"
 
 
+def test_the_sentence_on_checks_has_the_worst_of_all_of_them():
+    near = synthetic.correctness("wmma", PRESETS["tiny"])
+    near = near.model_copy(update={"correctness": near.correctness.model_copy(update={"max_abs_error": 9e-4})})
+    far = synthetic.correctness("cpu", REPORT)
+    far = far.model_copy(
+        update={"correctness": far.correctness.model_copy(update={"max_abs_error": 0.5, "bound": 1.0})}
+    )
+    broken = synthetic.correctness("wmma", REPORT, status="error", correctness=None, reason="it crashed")
+    assert html_tables.correctness_sentence([near, far, broken]) == (
+        "All 2 checks of 2 implementations are right. 1 more did not finish. The error nearest its bound is 96 % of "
+        f"it (wmma at {html_tables.spaced(PRESETS['tiny'])}), and the largest is 0.500 (cpu)."
+    )
+    assert html_tables.correctness_sentence([near]).startswith("The one check of 1 implementation is right. ")
+    assert html_tables.correctness_sentence([broken]) == html_tables.correctness_sentence([]) == ""
+
+
 def test_findings_name_the_first_bad_element():
     html = html_tables.findings_table([synthetic.correctness("wmma", REPORT, status="failed")])
     assert "head 3, row 17, column 5, got 0.5, expected -0.25" in html

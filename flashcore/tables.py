@@ -81,11 +81,12 @@ def fault_matrix(trials: Iterable[Trial]) -> pandas.DataFrame:
         if name is None:
             continue
         row = rows.setdefault(name, {
-            "fault": name, "bug": str(trial.data.get("title", "")),
-            "to be found at": str(trial.data.get("expected_stage", "")),
+            "fault": name, "bug": "", "to be found at": "",
             **{b: "no bug of it" if trial.backend in of_no_backend or b in of_no_backend else "not run"
                for b in backends}, "a check for finite and nonzero": "",
         })  # fmt: skip
+        row["bug"] = row["bug"] or str(trial.data.get("title", ""))  # a record of where it makes no sense may lack both
+        row["to be found at"] = row["to be found at"] or str(trial.data.get("expected_stage", ""))
         for backend in [trial.backend] if trial.backend else backends:
             row[backend] = _outcome(trial)
         if trial.data.get("check_passed"):

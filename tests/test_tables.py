@@ -137,6 +137,11 @@ def test_the_fault_matrix_says_every_outcome_in_words():
     table = tables.fault_matrix([*trials, selecting]).set_index("fault")
     assert list(table.loc["F13", ["page_selection", "cpu", "scalar"]]) == ["found", "no bug of it", "no bug of it"]
     assert table.loc["F1", "page_selection"] == "no bug of it" and table.loc["F1", "scalar"] == "not run"
+    nameless = Trial(
+        kind="fault", backend="cpu", status="unsupported", data={"fault": "G1", "outcome": "not applicable"}
+    )
+    table = tables.fault_matrix([nameless, *trials]).set_index("fault")
+    assert list(table.loc["G1", ["bug", "to be found at"]]) == ["bug G1", "scores"], "whichever record has the words"
     assert tables.fault_matrix([]).empty and tables.faults_sentence([]) == "no fault was planted"
 
 

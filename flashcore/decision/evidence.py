@@ -80,19 +80,34 @@ def label(recorded: Recorded | None, environment: Mapping[str, Any], current_has
     if recorded is None:
         if environment.get("gpu"):
             changed = Recorded((), environment).changed(current_hashes)
-            since = f"; kernel sources differ now: {', '.join(changed)}" if changed else ""
+            since = f"; kernel sources differ now: {spoken(changed)}" if changed else ""
             day = str(environment.get("date") or "")[:10] or "date not known"
             return f"Measured live on {environment['gpu']}, {day}{since}."
         return "No GPU evidence: this machine has no GPU, and there is no recorded run."
     if not recorded.kernels:
         match = "it does not say which kernel sources were measured"
     elif changed := recorded.changed(current_hashes):
-        match = f"kernel sources differ: {', '.join(changed)}"
+        match = f"kernel sources differ: {spoken(changed)}"
     else:
         match = "kernel sources match the current ones"
     if recorded.kernels and (added := recorded.added(current_hashes)):
-        match += f"; new since then: {', '.join(added)}"
+        match += f". Not measured there, since they are newer: {spoken(added)}"
     return f"Recorded on {recorded.gpu}, {recorded.date}; {match}."
+
+
+def spoken(kernels: Sequence[str]) -> str:
+    """Names of kernels for a reader, who knows none of the marks that tell a kernel's forms apart.
+
+    A hash of a kernel with its options covers code that its plain form does not hold, so the two may differ apart.
+    """
+    from flashcore.gpu.build import WITH_OPTIONS
+
+    plain = [name for name in kernels if not name.endswith(WITH_OPTIONS)]
+    forms = [name.removesuffix(WITH_OPTIONS) for name in kernels if name.endswith(WITH_OPTIONS)]
+    forms = [name for name in forms if name not in plain]  # of a kernel that is named whole
+    listed = " and ".join(filter(None, [", ".join(forms[:-1]), *forms[-1:]]))
+    told = f"the masked and batch-invariant forms of {listed}" if forms else ""
+    return ", and ".join(filter(None, [", ".join(plain), told]))
 
 
 def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Path | None = None) -> Evidence:

@@ -122,8 +122,9 @@ def _evidence(gate: GateResult) -> str:
         return word
     section, heading = EVIDENCE_AT[gate.metric]
     link = '<a href="#{}" data-row="{}"{}>{}<span class="fc-unseen">, shown under {}</span></a>'
-    last = Markup(" data-last") if gate.evidence == "recorded" else ""
-    return Markup(link).format(section, _row(gate), last, word, heading)
+    which = Markup(' data-cell="{}"').format(gate.backend) if gate.metric == "latency_us" else ""  # a row a backend
+    which += Markup(" data-last") if gate.evidence == "recorded" else ""
+    return Markup(link).format(section, _row(gate), which, word, heading)
 
 
 def _row(gate: GateResult) -> str:

@@ -10,7 +10,7 @@ from flashcore import tables
 from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
 from flashcore.decision.verdict import Decision, Evidence, GateResult
-from flashcore.page.drawing import paging_views
+from flashcore.page.drawing import html_tables, paging_views
 from flashcore.page.history.since import Since
 from flashcore.problem import parse_problem
 from flashcore.records import Trial
@@ -53,22 +53,33 @@ def banner_html(decision: Decision, *, run: str = "") -> str:
     )
 
 
+SEALED = "says whether the evidence is as it was judged"
+UNSEALED = "reads the verdict from the records again"
+"""What the first command of a next step does, for a run with a seal and for one without."""
+
+
+def sealed(decision: Decision) -> bool:
+    """Whether there is a seal to verify; a decision that knows no evidence is taken to be of a run with one."""
+    return decision.based_on is None or decision.based_on.seal.digest is not None
+
+
 def next_step(decision: Decision, run: str = "") -> Markup:
     """What to do now, with the command that does it."""
     code = Markup("<code>{}</code>").format
-    verify = code(f"flashcore verify {run}".strip())
+    command, does = ("verify", SEALED) if sealed(decision) else ("verdict", UNSEALED)
+    verify = Markup("{} {}").format(code(f"flashcore {command} {run}".strip()), does)
     if decision.recommended is not None:
         option = decision.recommended
         ship = Markup("ship option {}").format(option.id)
         if option.backend:
             ship += Markup(": {}").format(code(f'flashcore.attention(q, k, v, backend="{option.backend}")'))
-        return Markup("{} says whether the evidence is as it was judged; then {}.").format(verify, ship)
+        return Markup("{}; then {}.").format(verify, ship)
     if decision.blocking:
         first = decision.blocking[0]
         again = " again, once the kernel is changed" if first.state == "FAIL" else ""
         return Markup("{} measures '{}'{}.").format(code(first.fix), first.title, again)
     if decision.verdict == "GO":
-        return Markup("{} says whether the evidence is as it was judged.").format(verify)
+        return Markup("{}.").format(verify)
     return Markup("{} makes the report again.").format(code("flashcore report"))
 
 
@@ -109,7 +120,7 @@ def _speed_card(
         else:
             other = ratio.backend not in (None, first.backend) or ratio.problem != first.problem
             whose = f", {ratio.backend} at {_problem(ratio)}" if other else ""
-            text = f"{number(ratio.measured)} × the best peer, {ratio.versus or 'not named'}{whose}"
+            text = f"{number(ratio.measured)} × the best peer, {_peer(ratio, evidence)}{whose}"
         lines.append(f'<span class="fc-second">{escape(text)}</span>')
     if ratios:
         lines.append(escape(_asked_for(ratios[0], evidence)))
@@ -143,19 +154,36 @@ def _elsewhere(gate: GateResult, evidence: Evidence) -> str:
     return f"Up to {escape(number(rate))} TFLOPS at other problems: {escape(trial.backend)}, {escape(label)}"
 
 
+def _peer(ratio: GateResult, evidence: Evidence) -> str:
+    """The best peer's id with the version of what it calls: as its timing says, or of cuDNN the run's environment."""
+    timed = [t for t in evidence.gpu_trials if t.kind == "attention_timing" and t.backend == ratio.versus]
+    version = next((t.data["version"] for t in reversed(timed) if t.data.get("version")), None)
+    before = evidence.gpu_environment.get("before")
+    if version is None and ratio.versus == "sdpa-cudnn" and isinstance(before, Mapping) and before.get("cudnn"):
+        version = f"cuDNN {html_tables.version_words('cudnn', before['cudnn'])}"
+    return f"{ratio.versus} ({version})" if version else ratio.versus or "not named"
+
+
 def _asked_for(ratio: GateResult, evidence: Evidence) -> str:
-    """How the kernel stands to the peers that a reader asks for by name; those not timed beside it are named too."""
-    mine, told, missing = _timing_of(ratio, evidence), [], []
+    """How the kernel stands to the peers that a reader asks for by name; one that the run looked for is named as well.
+
+    A run from before such a peer was known holds no record of it, and cannot be asked.
+    """
+    mine, told = _timing_of(ratio, evidence), []
+    missing: dict[str, list[str]] = {}
     for name, title in TO_INSTALL.items():
-        beside = [t for t in evidence.gpu_trials if t.backend == name and mine and compare.interleaved(mine, t)]
+        records = [t for t in evidence.gpu_trials if t.backend == name]
+        beside = [t for t in records if mine and compare.interleaved(mine, t)]
         found = compare.ratio(mine, beside[-1]) if beside else None
-        if found is None:
-            missing.append(title.removeprefix("FlashAttention-") if missing else title)
-        else:
+        if found is not None:
             told.append(f"{number(found.value)} × {title}")
-    if missing:
-        told.append(f"{' and -'.join(missing)} {'were' if len(missing) > 1 else 'was'} not timed in this run")
-    return "; ".join(told) + "."
+        elif records:
+            why = "not installed" if all(t.status == "unavailable" for t in records) else "not timed beside it"
+            missing.setdefault(why, []).append(title)
+    for why, titles in missing.items():
+        names = " and -".join([titles[0], *(title.removeprefix("FlashAttention-") for title in titles[1:])])
+        told.append(f"{names} {'were' if len(titles) > 1 else 'was'} {why}")
+    return "; ".join(told) + "." if told else ""
 
 
 def _timing_of(gate: GateResult, evidence: Evidence) -> Trial | None:
@@ -183,14 +211,9 @@ OTHER_CALLS = {
 
 
 def _other_calls(timed: Trial | None) -> list[str]:
-    """What else was measured of the same call; a time that nobody took is named as well."""
+    """What else was measured of the same call."""
     more = (timed.timing.model_extra or {}) if timed else {}
-    lines = [
-        f"{words} {number(more[key])} µs" for key, words in OTHER_CALLS.items() if is_figure(more.get(key))
-    ]  # fmt: skip
-    if timed is not None and not is_figure(more.get("single_us")):
-        lines.append("A call alone: not measured")
-    return lines
+    return [f"{words} {number(more[key])} µs" for key, words in OTHER_CALLS.items() if is_figure(more.get(key))]
 
 
 def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
@@ -201,9 +224,10 @@ def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:
     state = "pass" if found == total and total else "fail"
     lines = [f'Target all of them: <strong class="{state}">{"met" if state == "pass" else "missed"}</strong>']
     by_crash = sum(outcomes.get("found by its crash", 0) for outcomes in ran.values())
-    where = f"to try the checker, in {len(ran)} of ours; found at the stage where each was put"
+    many = f"{len(ran)} part{'s' if len(ran) != 1 else ''} of ours"
+    where = f"put into {many} to try the checker; found at the stage where each was put"
     where += f", {by_crash} by a crash" if by_crash else ""
-    return _card("Planted bugs that were found", f"{found:,}", f"of {total:,}", where, lines)
+    return _card("Planted bugs found", f"{found:,}", f"of {total:,}", where, lines)
 
 
 def _correctness_card(gates: Sequence[GateResult], since: Since | None) -> str:

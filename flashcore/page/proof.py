@@ -14,12 +14,18 @@ from flashcore.page.parts import fold, frame_html
 from flashcore.records import Trial
 from flashcore.surveys.invariance import facts as invariance
 
+MOST_OPEN = 8
+"""Rows of checks that stand open; more are folded behind the sentence that says what they came to."""
+
 
 def correctness_html(evidence: Evidence) -> str:
     """The checks of this run, and those of the recorded run where this one had no GPU."""
     parts = []
     for heading, trials in _sources(evidence):
-        parts += [heading, html_tables.correctness_table(trials), html_tables.findings_table(trials)]
+        said, table = html_tables.correctness_sentence(trials), html_tables.correctness_table(trials)
+        if len({t.backend for t in trials if t.kind == "correctness" and t.status != "unavailable"}) > MOST_OPEN:
+            table = fold("Every implementation, and its error nearest the bound", table)
+        parts += [heading, f"<p>{escape(said)}</p>" if said else "", table, html_tables.findings_table(trials)]
     return "".join(parts)
 
 
@@ -99,15 +105,16 @@ def _invariance_html(trials: Sequence[Trial]) -> str:
     asked = invariance.records_of(trials)
     if not asked:
         return ""
-    said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}. {}.</p>").format(
-        invariance.sentence(asked), invariance.PROMISE, invariance.COMPARED
+    said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}.</p>").format(
+        invariance.sentence(asked), invariance.PROMISE
     )
     said += _cost_html(trials)
     ids = {t.backend for t in asked}
     table = frame_html(invariance.table(asked), "Cases kept, of those asked, by the two ways compared", ids=ids)
     breaks = invariance.breaks_table(asked)
     why = frame_html(breaks, "Breaks, made smaller, and the Python that asks each again") if len(breaks) else ""
-    return str(said) + fold("Every pair of ways", table + why)
+    meaning = f'<p class="fc-note">{escape(invariance.COMPARED)}.</p>'
+    return str(said) + fold("Every pair of ways", meaning + table + why)
 
 
 def _cost_html(trials: Sequence[Trial]) -> Markup:

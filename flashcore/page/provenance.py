@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 from flashcore.decision.verdict import Decision, Evidence
 from flashcore.page.drawing import html_tables
+from flashcore.page.headline import sealed
 from flashcore.page.parts import fold
 from flashcore.page.proof import machine_html
 from flashcore.paths import data_dir
@@ -22,9 +23,11 @@ def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
     """The commands that make the report again, what was run, and on what; `name` is the run's."""
     steps = _sources(evidence.environment)
     there = (data_dir("reports") / "recorded" / name).is_dir()  # and recorded runs are never written to
+    steps.append((command(evidence.environment), "measures, judges and renders"))
+    if sealed(decision):
+        steps.append((f"flashcore verify {name}", "says whether the run is still what was judged, and names what was "
+                      "changed"))  # fmt: skip
     steps += [
-        (command(evidence.environment), "measures, judges and renders"),
-        (f"flashcore verify {name}", "says whether the run is still what was judged, and names what was changed"),
         (f"flashcore verdict {name}", "reads the verdict from this run's records: exit code 0 GO, 3 NO-GO, "
          "4 INCONCLUSIVE"),
         (f"flashcore render {name}{' --to page' if there else ''}", "makes this page from them again"),
@@ -36,7 +39,9 @@ def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
     ]
     hashes = html_tables.table_html(sources, "Kernel sources of this run") if sources else ""
     facts = html_tables.table_html(
-        [{"Fact": fact, "Value": value} for fact, value in _facts(name, decision, evidence)], "What was run"
+        [{"Fact": fact, "Value": value} for fact, value in _facts(name, decision, evidence)],
+        "What was run",
+        css="fc-facts",
     )
     folded = fold("Hash of every kernel's source", hashes) if hashes else ""
     machine = machine_html(evidence).replace("<h3>", "<h4>").replace("</h3>", "</h4>")

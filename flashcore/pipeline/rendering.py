@@ -88,6 +88,7 @@ def render_to(
     folder = absolute(folder)
     with tempfile.TemporaryDirectory(prefix="flashcore-render-") as place:
         copy = RunFolder(shutil.copytree(run.path, Path(place) / run.name))
+        _beside(run.path, copy.path)
         page = render(copy, variant=variant)
         printed, why = print_page(copy) if pdf else (None, "")
         try:
@@ -97,6 +98,20 @@ def render_to(
         except OSError as error:
             raise RecordsError(f"The page cannot be written to {folder} ({error.strerror}); choose another.") from error
     return made[0], made[1] if printed is not None else None, why
+
+
+def _beside(run: Path, copy: Path) -> None:
+    """Put what a page reads of the runs in the run's folder beside its copy: it compares with the run before."""
+    try:
+        others = [path for path in run.resolve().parent.iterdir() if path.name not in (run.name, run.resolve().name)]
+    except OSError:
+        return
+    for other in others:
+        if other.is_dir() and not other.is_symlink() and (other / "records.jsonl").is_file():
+            (copy.parent / other.name).mkdir()
+            for name in ("records.jsonl", "environment.json"):
+                if (other / name).is_file():
+                    (copy.parent / other.name / name).symlink_to(other / name)
 
 
 def write_copy(path: Path, folder: Path) -> Path:

@@ -19,14 +19,14 @@ const compared = (a, b) => {
   return a.localeCompare(b, "en", { numeric: true });
 };
 
-// A table with more rows than these is worth sorting, or filtering.
-const SORTED = 5, FILTERED = 12;
+// A table with more rows than these is worth sorting, or filtering; one of facts, each by its name, is not.
+const SORTED = 5, FILTERED = 12, FACTS = ".fc-facts";
 
 // Each heading of a table becomes a button: once sorts upwards, again downwards, a third time as it was.
 const sortable = table => {
   const body = table.tBodies[0], heads = [...(table.tHead?.rows[0]?.cells ?? [])], rows = [...(body?.rows ?? [])];
   const plain = table.tBodies.length === 1 && table.tHead?.rows.length === 1 && !table.querySelector("[colspan], [rowspan]");
-  if (!plain || rows.length <= SORTED || rows.some(row => row.cells.length !== heads.length)) return;
+  if (!plain || table.closest(FACTS) || rows.length <= SORTED || rows.some(row => row.cells.length !== heads.length)) return;
   heads.forEach((head, column) => {
     if (!head.textContent.trim()) return;
     const button = document.createElement("button");
@@ -45,12 +45,11 @@ const sortable = table => {
     });
   });
 };
-document.querySelectorAll(".fc-table table, .fc-output table").forEach(sortable);
 
 // A box above a long table keeps the rows that hold what is typed.
 const filterable = table => {
   const rows = [...(table.tBodies[0]?.rows ?? [])];
-  if (rows.length <= FILTERED || table.tBodies.length !== 1) return;
+  if (table.closest(FACTS) || rows.length <= FILTERED || table.tBodies.length !== 1) return;
   const box = document.createElement("input"), name = table.caption?.textContent.trim() || "this table";
   box.type = "search";
   box.className = "fc-filter";
@@ -62,7 +61,6 @@ const filterable = table => {
   });
   (table.closest(".fc-table, .fc-output") ?? table).before(box);
 };
-document.querySelectorAll(".fc-table table, .fc-output table").forEach(filterable);
 
 // The row under the pointer shows a link to itself, to be sent to somebody.
 const permalink = document.createElement("a");
@@ -126,7 +124,7 @@ document.addEventListener("pointerdown", point);
 addEventListener("scroll", place, { capture: true, passive: true });
 addEventListener("resize", place);
 
-for (const plot of document.querySelectorAll("svg.fc-plot:has(use > title)")) {
+const walkable = plot => {
   const marks = points(plot);
   let at = 0;
   plot.tabIndex = 0;
@@ -147,7 +145,7 @@ for (const plot of document.querySelectorAll("svg.fc-plot:has(use > title)")) {
       go(to[event.key]);
     }
   });
-}
+};
 
 // What is wider than its place can be scrolled by keyboard, and says that there is more.
 const reachable = () => {
@@ -169,11 +167,45 @@ const reachable = () => {
     }
   }
 };
-reachable();
+
+// All of it for what stands in a part of the page, once the part is there.
+const furnish = part => {
+  part.querySelectorAll(".fc-table table, .fc-output table").forEach(table => {
+    sortable(table);
+    filterable(table);
+  });
+  part.querySelectorAll("svg.fc-plot:has(use > title)").forEach(walkable);
+  reachable();
+};
+
+// An executed notebook is text until its fold is opened, so that a page of thousands of rows is light; without this script
+// a browser reads it at once.
+const unpack = packed => {
+  const place = packed.parentElement;
+  place.innerHTML = packed.textContent;
+  furnish(place);
+};
+const packedIn = part => [...part.querySelectorAll("noscript")];
+furnish(document);
+packedIn(document).filter(packed => packed.closest("details")?.open).forEach(unpack);
+document.addEventListener("click", event => {
+  const fold = event.target.closest?.("summary")?.parentElement;
+  if (fold) packedIn(fold).forEach(unpack);
+}, true);
 addEventListener("resize", reachable);
-addEventListener("toggle", reachable, true);
+addEventListener("toggle", event => {
+  if (event.target.open) packedIn(event.target).forEach(unpack);
+  reachable();
+}, true);
 
 // A link into folded content unfolds it.
-const unfold = () => location.hash.length > 1 && document.getElementById(location.hash.slice(1))?.closest("details")?.setAttribute("open", "");
+const unfold = () => {
+  const id = location.hash.slice(1);
+  if (!id) return;
+  const packed = document.getElementById(id) ? null : packedIn(document).find(one => one.textContent.includes(` id="${id}"`));
+  if (packed) unpack(packed);
+  for (let fold = document.getElementById(id)?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  if (packed) location.replace(location.href);  // the browser looked for it before it was there
+};
 unfold();
 addEventListener("hashchange", unfold);

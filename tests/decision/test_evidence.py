@@ -46,7 +46,9 @@ def test_a_kernel_that_was_never_recorded_is_named_and_does_not_make_the_recorde
     none = synthetic.environment(None)
     decision = decide(synthetic.cpu_trials(), environment=none, recorded=recorded(), current=with_new)
     assert decision.verdict == "GO"
-    assert decision.evidence.endswith("; kernel sources match the current ones; new since then: attention_mine.")
+    assert decision.evidence.endswith(
+        "; kernel sources match the current ones. Not measured there, since they are newer: attention_mine."
+    )
     silent = decide(synthetic.cpu_trials(), environment=none, recorded=recorded(kernels=None))
     assert silent.evidence.endswith("; it does not say which kernel sources were measured.")
 
@@ -94,6 +96,26 @@ def test_the_label_says_where_the_gpus_figures_come_from():
     then = recorded(kernels={"a": "1", "b": "2"})
     assert label(then, {}, {"a": "1"}).endswith("kernel sources match the current ones.")
     assert label(then, {}, {"a": "x", "b": "y"}).endswith("kernel sources differ: a, b.")
+
+
+def test_forms_of_a_kernel_that_differ_are_told_in_words_and_not_by_the_marks_of_their_hashes():
+    then = recorded(kernels={"a": "1", "b": "2"})
+    forms = {"a": "1", "a with options": "3", "b": "2", "b with options": "4"}
+    assert label(then, {}, forms).endswith(
+        "kernel sources match the current ones. Not measured there, since they are newer: the masked and "
+        "batch-invariant forms of a and b."
+    )
+    assert label(then, {}, {**forms, "c": "5", "d": "6"}).endswith(
+        "since they are newer: c, d, and the masked and batch-invariant forms of a and b."
+    )
+    whole = {**forms, "c": "5", "c with options": "6", "d with options": "7", "e with options": "8"}
+    assert label(recorded(kernels={**then.kernels, "d": "1", "e": "1"}), {}, whole).endswith(
+        "since they are newer: c, and the masked and batch-invariant forms of a, b, d and e."
+    )
+    live = synthetic.environment(kernels=forms)
+    assert label(None, live, {**forms, "b with options": "7"}).endswith(
+        "; kernel sources differ now: the masked and batch-invariant forms of b."
+    )
 
 
 def test_the_gpus_trials_and_machine_are_those_of_the_recorded_run_where_there_is_one():

@@ -43,6 +43,28 @@ def test_a_link_leads_to_its_row_and_to_the_section_where_there_is_none():
     assert '<a href="#same--a-2">x' in anchored(turned + rows), "whatever the order of its attributes"
 
 
+def test_of_rows_that_begin_alike_a_link_leads_to_the_one_of_its_backend_in_the_last_table():
+    def latencies(*backends: str) -> str:
+        return html_tables.table_html(
+            [{"Problem": "p", "Backend": backend, "µs": "9 fast"} for backend in backends], "T"
+        )
+
+    page_ = latencies("fast", "mine") + latencies("peer (9.19)", "mine", "slow")
+    link = '<a href="#speed" data-row="t--p"{}>x</a>'
+    for given, place in {
+        "": "t--p", " data-last": "t--p-3", ' data-cell="mine"': "t--p-2", ' data-cell="mine" data-last': "t--p-4",
+        ' data-cell="peer"': "t--p-3", ' data-cell="gone" data-last': "t--p-3",
+    }.items():  # fmt: skip
+        assert f'<a href="#{place}">x' in anchored(link.format(given) + page_), given
+
+
+def test_a_table_of_an_executed_notebook_is_led_to_only_where_nothing_else_holds_the_row():
+    link = '<a href="#speed" data-last data-row="same--{}">x</a>'
+    shown = link + table("Same", "a") + '<section id="evidence">' + table("Same", "a", "b") + "</section>"
+    assert '<a href="#same--a">x' in anchored(shown.format("a"))
+    assert '<a href="#same--b">x' in anchored(shown.format("b"))
+
+
 def test_the_evidence_of_each_timed_gate_lands_on_its_row():
     trials = synthetic.gpu_trials(synthetic.FAST)
     evidence = verdict.Evidence(tuple(trials), synthetic.environment(), synthetic.HASHES)

@@ -68,6 +68,8 @@ PLANTED = {
     "share": lambda html: html + "<table><thead><tr><th>Cut</th><th>Share of the model</th></tr></thead>"
                                  "<tbody><tr><th>x</th><td>104 %</td></tr></tbody></table>",
     "error": lambda html: html.replace('data-label="Largest error">', 'data-label="Largest error">0.0'),
+    "error in words": lambda html: html.replace("and the largest is 0.", "and the largest is 0.00"),
+    "error nearest its bound in words": lambda html: re.sub(r"bound is \d+ % of it", "bound is 3 % of it", html),
     "fastest": lambda html: html.replace("is fastest with ", "is fastest with 9"),
     "variant": lambda html: html.replace('<p class="fc-where">', '<p class="fc-where">hopper-unsplit, ', 1),
     "best": lambda html: html.replace('<p class="fc-value">', '<p class="fc-value">0.', 1),

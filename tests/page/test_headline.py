@@ -60,6 +60,21 @@ def test_the_speed_names_its_workload_and_the_highest_speed_at_any_other():
     assert "hopper-unsplit" not in html and "512 <" in html
 
 
+def test_the_best_peer_stands_with_the_version_of_what_it_calls():
+    def said(trials, **before) -> str:
+        environment = synthetic.environment(before=before)
+        html = page.headline_html(decide(trials), verdict.Evidence(tuple(trials), environment, synthetic.HASHES))
+        return re.search(r"the best peer, ([^<]*)<", html)[1]
+
+    assert said(FAST) == "sdpa-cudnn" and said(FAST, cudnn="unclear") == "sdpa-cudnn (cuDNN unclear)"
+    assert said(FAST, cudnn=91900) == "sdpa-cudnn (cuDNN 9.19.0)", "a run from before timings named it"
+    named = [
+        t.model_copy(update={"data": {**t.data, "version": "cuDNN 9.21.1"}}) if t.backend == "sdpa-cudnn" else t
+        for t in FAST
+    ]
+    assert said(named, cudnn=91900) == "sdpa-cudnn (cuDNN 9.21.1)"
+
+
 def replace_seqlen(trial: Trial, seqlen: int) -> Problem:
     return trial.problem.model_copy(update={"seqlen_q": seqlen, "seqlen_k": seqlen})
 
@@ -98,8 +113,8 @@ def test_planted_bugs_stand_where_memory_does_not():
         for outcome in ("found", "crashed", "missed", "not applicable")
     ]
     html = headline_of([*TRIALS, *planted])
-    assert "Planted bugs that were found" in html and "of 3</span>" in html and ">2 <" in html
-    assert "found at the stage where each was put, 1 by a crash" in html
+    assert "Planted bugs found" in html and "of 3</span>" in html and ">2 <" in html
+    assert "put into 1 part of ours to try the checker; found at the stage where each was put, 1 by a crash" in html
     assert 'Target all of them: <strong class="fail">missed</strong>' in html
 
 
@@ -109,7 +124,7 @@ def test_planted_bugs_stand_where_memory_does_not():
 def test_a_latency_says_how_it_was_taken_and_what_else_a_call_takes():
     html = headline_of(FAST)
     assert "in a CUDA graph, back to back" in html and "An eager call takes the host 21.4 µs" in html
-    assert "A call alone: not measured" in html
+    assert "A call alone" not in html and "not measured" not in html, "what nobody took is no line on the first screen"
     alone = with_timing(FAST, timing_at("wmma", PRESETS["latency"]), single_us=9.25, eager_us=7.5)
     html = headline_of(alone)
     assert "A call alone takes 9.25 µs" in html and "An eager call on the GPU 7.50 µs" in html
@@ -117,12 +132,17 @@ def test_a_latency_says_how_it_was_taken_and_what_else_a_call_takes():
 
 
 def test_the_peers_that_readers_ask_for_stand_beside_the_ratio_or_are_said_to_be_missing():
-    assert "FlashAttention-3 and -4 were not timed in this run." in headline_of(FAST)
+    older = [t for t in FAST if t.backend not in ("fa3", "fa4")]
+    assert "FlashAttention" not in headline_of(older), "that run may be older than they are"
+    assert "FlashAttention-3 was not installed." in headline_of(FAST)
+    gone = Trial(kind="correctness", backend="fa4", status="unavailable", reason="gone", environment=synthetic.ENV_ID)
+    assert "FlashAttention-3 and -4 were not installed." in headline_of([*FAST, gone])
     like = next(t for t in FAST if timing_at("wmma", PRESETS["report"])(t))
     third = synthetic.timing("fa3", PRESETS["report"], 2 * like.timing.latency_us, round_=like.timing.round)
-    assert "2.00 × FlashAttention-3; FlashAttention-4 was not timed in this run." in headline_of([*FAST, third])
+    html = headline_of([*FAST, gone, third])
+    assert "2.00 × FlashAttention-3; FlashAttention-4 was not installed." in html
     elsewhere = synthetic.timing("fa3", PRESETS["report"], 1.0, round_="another")
-    assert "FlashAttention-3 and -4 were not timed" in headline_of([*FAST, elsewhere])
+    assert "FlashAttention-3 was not timed beside it." in headline_of([*FAST, elsewhere])
 
 
 @pytest.mark.parametrize(
@@ -169,6 +189,18 @@ def test_the_banner_says_risk_and_next_step_with_its_command():
     assert "<code>make report # on an H100 or H200</code> measures" in bad and "once the kernel is changed" in bad
     incomplete = page.banner_html(decide([t for t in FAST if t.kind != "notebook"]))
     assert "<code>flashcore report</code> makes the report again." in incomplete
+
+
+def test_a_run_without_a_seal_is_not_sent_to_verify_it():
+    decision = decide(FAST)
+    evidence = verdict.Evidence(tuple(FAST), synthetic.environment(), synthetic.HASHES)
+    unsealed = replace(decision, based_on=evidence)
+    assert "verify" not in page.banner_html(unsealed, run="old")
+    assert "<code>flashcore verdict old</code> reads the verdict from the records again; then ship" in page.banner_html(
+        unsealed, run="old"
+    )
+    kept = page.banner_html(unsealed.with_seal(replace(evidence.seal, digest="0" * 64, date="2001-02-03")), run="new")
+    assert "<code>flashcore verify new</code> says whether the evidence is as it was judged; then ship" in kept
 
 
 def test_each_figure_says_how_it_changed_since_the_run_before():

@@ -23,6 +23,7 @@ from support.sampling import sampled
 from support.sharing import made_once
 
 from flashcore.page import SECTIONS, variant
+from flashcore.page.drawing.html_tables import table_html
 from flashcore.paths import data_dir
 from flashcore.pipeline import reporting
 from flashcore.records import RunFolder
@@ -40,6 +41,9 @@ A4_INSIDE = (695, 1032)
 """CSS pixels of an A4 page inside the margins of the print style."""
 
 
+MANY_ROWS = table_html([{"Row": f"row {n}", "Figure": n} for n in range(20)], "Rows of a notebook")
+
+
 def other_notebook() -> nbformat.NotebookNode:
     """An executed notebook with every kind of output that could call out or break the page."""
     v4 = nbformat.v4
@@ -54,6 +58,7 @@ def other_notebook() -> nbformat.NotebookNode:
         v4.new_output(
             "execute_result", data={"text/html": f"<table><tr><td>{LONG}</td></tr></table>"}, execution_count=1
         ),
+        v4.new_output("display_data", data={"text/html": f"<details><summary>Rows</summary>{MANY_ROWS}</details>"}),
         v4.new_output("error", ename="ValueError", evalue="<b>not bold</b>", traceback=["trace"]),
     ]
     cells = [
@@ -222,10 +227,18 @@ def settle(tab) -> None:
     tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 100))))")
 
 
+def unfold(tab) -> None:
+    """Open every fold, and those that stand in an executed notebook, which is put there when its own is opened."""
+    opening_all = """() => { const shut = [...document.querySelectorAll('details:not([open])')];
+                             shut.forEach(d => d.open = true); return shut.length; }"""
+    while tab.evaluate(opening_all):
+        settle(tab)
+
+
 @pytest.mark.parametrize(("width", "name"), sampled([(w, n) for w in (1280, 390) for n in RUNS]))
 def test_it_asks_for_nothing_says_nothing_and_fits(opened, name, width):
     tab, heard = opened(name, width=width)
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    unfold(tab)
     for scheme in ("light", "dark"):  # a matter of style sheets alone: the script does not ask for it
         tab.emulate_media(color_scheme=scheme)
         settle(tab)
@@ -317,13 +330,40 @@ def test_without_a_gpu_the_page_says_so(seen):
 
 def test_evidence_is_folded_and_holds_outputs_but_no_code(opened):
     tab, _ = opened("no-go")
-    fold = tab.locator("#evidence details")
+    fold = tab.locator("#evidence > details")
     assert fold.count() == 1 and not fold.evaluate("e => e.open")
     assert "A synthetic notebook" in fold.locator("summary").inner_text()
     fold.locator("summary").click()
     text = fold.inner_text()
     assert "red" in text and "ValueError: <b>not bold</b>" in text and "secret_code" not in text
     assert fold.locator("img[alt='the \"plot\"']").count() == 1 and fold.locator("script, iframe").count() == 0
+
+
+def test_an_executed_notebook_costs_no_nodes_until_its_fold_is_opened_and_then_has_all_that_tables_have(opened):
+    tab, heard = opened("no-go")
+    assert tab.locator("#evidence *").count() < 12 and "row 19" in tab.locator("#evidence noscript").text_content()
+    tab.locator("#evidence > details > summary").focus()
+    tab.keyboard.press("Enter")
+    settle(tab)
+    assert tab.locator("#evidence noscript").count() == 0 and tab.locator("#evidence tbody tr").count() == 20
+    tab.locator("#evidence details summary", has_text="Rows").click()
+    tab.locator("#evidence .fc-filter").fill("row 19")
+    assert tab.locator("#evidence tbody tr:visible", has_text="row").all_inner_texts() == ["row 19\t19"]
+    tab.locator("#evidence .fc-filter").fill("")
+    for _ in range(2):
+        tab.locator("#evidence th button", has_text="Figure").click()
+    assert tab.locator("#evidence .fc-table tbody tr").first.inner_text() == "row 19\t19" and heard == []
+
+
+def test_a_link_to_a_row_of_an_executed_notebook_lands_on_it(opened, pages):
+    tab, _ = opened("no-go", reduced_motion="reduce")
+    where = (pages["no-go"].path / "report.html").as_uri() + "#rows-of-a-notebook--row-17"
+    tab.goto("about:blank")
+    tab.goto(where)
+    settle(tab)
+    row = tab.locator("#rows-of-a-notebook--row-17")
+    assert row.is_visible() and row.evaluate("e => e.matches(':target')") and "row 17" in row.inner_text()
+    assert -1 < row.bounding_box()["y"] < 900
 
 
 def test_the_records_can_be_had_from_the_page(opened, pages, tmp_path):
@@ -411,7 +451,7 @@ def test_the_first_screen_says_verdict_reason_risk_and_next_step_with_a_command(
     tab, _ = opened("go", width=1280)
     parts = [tab.locator(f".fc-banner .fc-{name}") for name in ("verdict", "reason", "risk", "todo")]
     assert all(part.bounding_box()["y"] + part.bounding_box()["height"] < 900 for part in parts)
-    assert "flashcore verify go" in parts[3].locator("code").first.inner_text()
+    assert "flashcore verdict go" in parts[3].locator("code").first.inner_text(), "that run has no seal to verify"
     tab, _ = opened("broken", width=1280)  # INCONCLUSIVE, the longest of the words
     assert tab.locator(".fc-verdict").bounding_box()["width"] < tab.locator(".fc-banner").bounding_box()["width"] / 4
 
@@ -426,14 +466,13 @@ def test_what_ships_without_paging_does_not_tell_of_memory(opened):
 
 def test_no_table_is_wider_than_its_box_without_a_hint(opened, recorded):
     tab, _ = opened(recorded, width=390)
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    settle(tab)
+    unfold(tab)
     boxes = tab.evaluate(
         """[...document.querySelectorAll('.fc-table')].filter(b => b.scrollWidth > b.clientWidth + 1)
              .map(b => [b.classList.contains('scroll'), b.previousElementSibling?.className ?? ''])"""
     )
     assert len(boxes) > 5 and all(box == [True, "fc-hint"] for box in boxes)
-    for width in (1280, 1440):
+    for width in (1010, 1280, 1440):
         tab.set_viewport_size({"width": width, "height": 900})
         settle(tab)
         for css in (".fc-gates", ".fc-options", ".fc-claims"):
@@ -463,12 +502,15 @@ def test_long_tables_have_filters_and_only_tables_with_more_than_five_rows_sort_
     counted = tab.evaluate(
         """[...document.querySelectorAll('.fc-table table')].map(t => [t.tBodies[0].rows.length,
              !!t.querySelector('.fc-sort'), (() => { let e = t.closest('.fc-table').previousElementSibling;
-               if (e?.matches('.fc-hint')) e = e.previousElementSibling; return !!e?.matches('.fc-filter'); })()])"""
+               if (e?.matches('.fc-hint')) e = e.previousElementSibling; return !!e?.matches('.fc-filter'); })(),
+             !!t.closest('.fc-facts')])"""
     )
-    assert all(sorts == (rows > 5) and filters == (rows > 12) for rows, sorts, filters in counted), counted
+    assert all(sorts == (rows > 5) and filters == (rows > 12) for rows, sorts, filters, facts in counted if not facts)
+    assert not any(sorts or filters for _, sorts, filters, facts in counted if facts), "facts are read by their names"
+    assert {facts for *_, facts in counted} == {True, False}
     box = tab.locator(".fc-filter").first
     table = tab.locator(".fc-filter + .fc-table tbody tr").first.locator("..")
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    unfold(tab)
     before = table.locator("tr:visible").count()
     box.fill("d=128 causal")
     shown = table.locator("tr:visible").all_inner_texts()
@@ -642,8 +684,7 @@ def violations(tab, *, exhaustive: bool) -> None:
     if os.environ.get("CI"):
         import axe_playwright_python  # noqa: F401  # where it has to be there, its absence is a failure
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    settle(tab)
+    unfold(tab)
     options = {"resultTypes": ["violations"]}  # of what is right it lists the rules alone
     found = [axe.run(tab, options={**options, "rules": {CONTRAST: {"enabled": False}}}).response]
     if not exhaustive:
@@ -714,6 +755,10 @@ def test_without_scripts_the_page_is_whole(opened):
     tab, _ = opened("go", java_script_enabled=False)
     assert tab.locator(".fc-sort").count() == 0 and not tab.locator("[data-records]").first.is_visible()
     assert "GO" in tab.locator(".fc-verdict").inner_text()
+    tab, _ = opened("no-go", java_script_enabled=False)
+    tab.locator("#evidence > details > summary").click()
+    assert "A synthetic notebook" in tab.locator("#evidence").inner_text()
+    assert "Prose" in tab.locator("#evidence").inner_text() and tab.locator("#evidence tbody tr").count() == 20
 
 
 # --- variants ------------------------------------------------------------------------------------------------------
@@ -739,7 +784,8 @@ def varied(pages, shared_folder):
 def test_engineering_has_everything_open(opened, varied):
     tab, heard = opened(varied("engineering", audience="engineering"))
     assert tab.locator("details").count() > 8 and tab.locator("details:not([open])").count() == 0
-    assert tab.locator("#evidence details").count() == 1 and heard == []
+    assert tab.locator("#evidence details").count() == 2 and heard == []
+    assert "row 19" in tab.locator("#evidence").inner_text()
 
 
 def test_leadership_has_the_details_folded_and_no_notebooks(opened, varied, exhaustive, tmp_path):

@@ -51,7 +51,7 @@ def test_the_steps_begin_with_the_sources_and_name_the_run():
     assert steps[:2] == ["git clone https://example.invalid/flashcore flashcore && cd flashcore", "git checkout abc"]
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent for p in (data_dir("reports") / "recorded").glob("*/seal.json")))
+@pytest.mark.parametrize("folder", sorted(p.parent for p in (data_dir("reports") / "recorded").glob("*/records.jsonl")))
 def test_the_commands_on_the_page_of_a_recorded_run_take_its_name(folder, tmp_path):
     """Whoever has the package finds the run by the name that the page prints, and no command would write into it."""
     run = RunFolder(folder)
@@ -59,7 +59,7 @@ def test_the_commands_on_the_page_of_a_recorded_run_take_its_name(folder, tmp_pa
         verdict.judge(run), run=run.name
     )
     lines = [unescape(line) for line in re.findall(r"<code>(flashcore (?:verify|verdict|render) .*?)</code>", shown)]
-    assert len(lines) == 4
+    assert len(lines) == (4 if (folder / "seal.json").is_file() else 3)
     for line in lines:
         _, command, name, *more = line.split()
         assert find_run(name).path.resolve() == folder.resolve(), line

@@ -419,3 +419,17 @@ def test_the_page_of_a_recorded_run_is_drawn_elsewhere(recorded, tmp_path):
     assert page == tmp_path / "there" / "report.html" and "NO-GO" in page.read_text() and pdf is None and why == ""
     assert not (tmp_path / "there" / "report.pdf").exists()
     assert {path.name: path.read_bytes() for path in recorded.path.iterdir()} == before
+
+
+def test_a_page_that_is_drawn_elsewhere_compares_with_the_run_before_as_in_its_own_folder(tmp_path):
+    for name, day in (("older", "03"), ("newer", "05")):
+        synthetic.write_run(
+            tmp_path / "runs" / name,
+            synthetic.gpu_trials(),
+            synthetic.environment(date=f"2001-02-{day}T04:05:06+00:00"),
+        )
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    page, *_ = rendering.render_to(RunFolder(tmp_path / "runs" / "newer"), tmp_path / "there", pdf=False)
+    assert 'id="since"' in page.read_text() and "Compared with <code>older</code>" in page.read_text()
+    after = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    assert [path for path in after if path not in before] == [Path("there"), Path("there/report.html")]

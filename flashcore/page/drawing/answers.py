@@ -12,7 +12,7 @@ from markupsafe import escape
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing import survey_views
-from flashcore.page.drawing.html_tables import table_html
+from flashcore.page.drawing.html_tables import table_html, version_words
 from flashcore.problem import PRESETS
 from flashcore.records import Trial
 from flashcore.surveys.cublaslt import facts, unfused_model
@@ -92,7 +92,8 @@ def workspace(trials: Sequence[Trial], machine: Mapping[str, Any]) -> Answer:
     split = [t for t in every if t.data["split_k"] > 1]
     paying = [t for t in split if t.data["workspace_bytes"] > 0]
     whole = [t for t in every if t.data["split_k"] <= 1]
-    library = f"cuBLASLt {machine['cublaslt']}" if machine.get("cublaslt") else "This cuBLASLt"
+    found = machine.get("cublaslt")
+    library = f"cuBLASLt {version_words('cublaslt', found)}" if found else "This cuBLASLt"
     offered = facts.facts_of(trials, "report-qk").get("offered", len(group))
     large = [t for t in every if t.data["workspace_bytes"] >= 1024]
     if not large:
@@ -168,7 +169,7 @@ def transpose(trials: Sequence[Trial]) -> Answer:
     first = (
         f"{survey_views.TRANSPOSE_WORDS[name]} takes {number(as_it_lies)} µs with K as it lies and "
         f"{number(beforehand)} µs with K transposed beforehand: it is {_against(as_it_lies, beforehand)} "
-        "the latter."
+        f"the latter{_in_another_part(trials, name, as_it_lies)}."
     )
     ratios = {n: measured_us(a) / measured_us(b) for n, (a, b) in pairs.items()}
     worst = max(ratios, key=lambda n: abs(math.log(ratios[n])))
@@ -183,6 +184,17 @@ def transpose(trials: Sequence[Trial]) -> Answer:
         f"{'it changes' if differ else 'it does not change'} the workspace that is asked for."
     )
     return Answer(question, (first, second), (survey_views.transpose_html(trials),), tuple(sum(pairs.values(), ())))
+
+
+def _in_another_part(trials: Sequence[Trial], name: str, here: float) -> str:
+    """What the survey's part on the report's own case says of this very product, where it says otherwise."""
+    other = facts.fastest(candidates_of(trials, case="report-qk")) if name == "page" else None
+    if other is None or abs(measured_us(other) / here - 1) <= NEAR:
+        return ""
+    return (
+        f" (in the survey's part on the report's own case the very product takes {number(measured_us(other))} µs; "
+        "only times of one part are compared)"
+    )
 
 
 def without_lt(trials: Sequence[Trial]) -> Answer:

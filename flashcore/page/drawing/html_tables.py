@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import escape
@@ -16,6 +16,8 @@ from flashcore.records import Trial
 AGAINST_PEERS = "Our best backend against the best peer, by problem"
 SMALL = "Small problems, every backend"
 PEAK, MEMORY = "Of peak", "Of memory"
+MOST_REASONS = 2
+"""Why something was not checked, in a line; more are folded."""
 AGREEMENT = "Agreement with the float64 reference"
 """Captions of tables whose rows are linked to."""
 
@@ -74,6 +76,32 @@ def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def nothing(sentence: str) -> str:
     """What stands where a plot or table would, when there are no records for it."""
     return f'<p class="fc-none">{escape(sentence)}</p>'
+
+
+class Unmeasured(str):
+    """The sentence on a part that no record holds; several of a section become one by `gathered`."""
+
+    parts: tuple[str, ...]
+    command: str
+
+    def __new__(cls, *parts: str, command: str) -> Unmeasured:
+        """Name the parts as they go on after a colon, and the command that measures them."""
+        found = super().__new__(
+            cls, nothing(f"Not measured yet: {'; '.join(parts)}. Run '{command}' on an H100 or H200.")
+        )
+        found.parts, found.command = parts, command
+        return found
+
+
+def gathered(parts: Iterable[str]) -> str:
+    """A section's parts in their order; behind them one sentence for each command that would measure what lacks."""
+    parts = list(parts)
+    lacking: dict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        if isinstance(part, Unmeasured):
+            lacking[part.command] += part.parts
+    there = [part for part in parts if not isinstance(part, Unmeasured)]
+    return "".join([*there, *(Unmeasured(*names, command=command) for command, names in lacking.items())])
 
 
 def _cell(value: Any) -> Any:
@@ -196,21 +224,74 @@ def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
 
 
 def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> str:
-    """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one."""
+    """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one.
+
+    Those that could not be checked at all stand below the table, by reason.
+    """
     by_backend: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
         if trial.kind == "correctness" and trial.backend:
             by_backend[trial.backend].append(trial)
-    rows = [_correctness_row(backend, group) for backend, group in by_backend.items()]
-    if not rows:
+    if not by_backend:
         return nothing("No correctness check is in these records.")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for backend, group in by_backend.items():
+        if not any(compare.passed(t) is not None or t.status == "error" for t in group):
+            reasons[next((t.reason for t in group if t.reason), "no reason recorded")].append(backend)
+    gone = {backend for names in reasons.values() for backend in names}
+    rows = [_correctness_row(backend, group) for backend, group in by_backend.items() if backend not in gone]
+    unchecked = _unchecked(reasons)
+    if not rows:
+        return unchecked
     numeric = ["Checks passed", "Not supported", "Elements compared", NEAREST, "Share of its bound", LARGEST]
     note = (
         "Every element of out and lse is compared. Each problem has its own bound, so the error nearest its bound and "
         "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at "
         "that precision, plus a rounding term. A NaN fails."
     )
-    return table_html(rows, caption, numeric=numeric, note=note)
+    return table_html(rows, caption, numeric=numeric, note=note) + unchecked
+
+
+def correctness_sentence(trials: Sequence[Trial]) -> str:
+    """How many checks are right, whose error is nearest its bound, and the largest error; empty where none was made."""
+    checks = [t for t in trials if t.kind == "correctness" and t.backend]
+    judged = [t for t in checks if compare.passed(t) is not None]
+    if not judged:
+        return ""
+    count, many = len(judged), len({t.backend for t in judged})
+    of = f"check{'s' if count != 1 else ''} of {many} implementation{'s' if many != 1 else ''}"
+    wrong: dict[str, int] = defaultdict(int)
+    for trial in judged:
+        if compare.passed(trial) is False:
+            wrong[trial.backend] += 1
+    told = [f"All {count:,} {of} are right" if count != 1 else f"The one {of} is right"]
+    if wrong:
+        names = ", ".join(f"{backend} in {bad:,}" for backend, bad in wrong.items())
+        told = [f"{sum(wrong.values()):,} of {count:,} {of} are WRONG: {names}"]
+    if broken := sum(t.status == "error" for t in checks):
+        told.append(f"{broken:,} more did not finish")
+    measured = [t for t in judged if t.correctness is not None]
+    if measured:
+        nearest, largest = max(measured, key=_share_of_bound), max(measured, key=_error)
+        told.append(
+            f"The error nearest its bound is {_percent(_share_of_bound(nearest))} of it ({nearest.backend}"
+            f"{f' at {spaced(nearest.problem)}' if nearest.problem else ''}), and the largest is "
+            f"{number(largest.correctness.max_abs_error)} ({largest.backend})"
+        )
+    return f"{'. '.join(told)}."
+
+
+def _unchecked(reasons: Mapping[str, Sequence[str]]) -> str:
+    """Who was not checked and why, as a line, or folded where it would be a long one; empty for nobody."""
+    if not reasons:
+        return ""
+    if len(reasons) <= MOST_REASONS:
+        named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        return f'<p class="fc-note">{escape(f"Not checked: {named}.")}</p>'
+    count = sum(map(len, reasons.values()))
+    rows = [{"Not checked": ", ".join(names), "Why": reason} for reason, names in reasons.items()]
+    table = table_html(rows, "What was not checked", stack=True)
+    return f'<details class="fc-fold inline"><summary>{count} that were not checked, and why</summary>{table}</details>'
 
 
 def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
@@ -224,10 +305,8 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
         result = f"WRONG in {wrong} of {right + wrong}"
     elif broken:
         result = f"{broken} did not finish"
-    elif right:
-        result = "all right"
     else:
-        result = f"not checked: {next((t.reason for t in group if t.reason), 'no reason recorded')}"
+        result = "all right"
     return {
         "Backend": backend,
         "Result": result,
@@ -359,6 +438,24 @@ ENVIRONMENT_ROWS = {
 }
 
 
+CODED = {"cudnn": (10_000, 100), "cublaslt": (10_000, 100), "cuda_driver": (1000, 10)}
+"""Versions that come as one number, and what it multiplies major and minor with.
+
+Source: cudnn_version.h, cublas_api.h and cuda.h.
+"""
+LAST_DIGIT = 10
+"""Where a minor version is counted in tens, no patch is counted."""
+
+
+def version_words(name: str, value: Any) -> str:
+    """The version of what an environment names, as people write it: cuDNN's 91900 is 9.19.0."""
+    major, minor = CODED[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < major:
+        return str(value)
+    last = value % minor
+    return f"{value // major}.{value % major // minor}" + (f".{last}" if last or minor > LAST_DIGIT else "")
+
+
 def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine, before and after the run") -> str:
     """What `environment.json` says of the machine; state that moves (clocks, heat) before and after."""
     before = environment.get("before") if isinstance(environment.get("before"), Mapping) else {}
@@ -373,7 +470,7 @@ def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine
         rows.append({"Fact": title, "Before": first, "After": "the same" if then == first else then})
     if not rows:
         return nothing("The run did not record its machine.")
-    return table_html(rows, caption)
+    return table_html(rows, caption, css="fc-facts")
 
 
 def _fact(name: str, value: Any) -> str:
@@ -381,6 +478,8 @@ def _fact(name: str, value: Any) -> str:
         return "not known"
     if name == "throttle_reasons" and not value:
         return "nothing"
+    if name in CODED:
+        return version_words(name, value)
     if name.endswith("_bytes") and isinstance(value, int | float):
         return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from flashcore.decision import compare
 from flashcore.decision.compare import number
-from flashcore.page.drawing.html_tables import nothing, table_html
+from flashcore.page.drawing.html_tables import Unmeasured, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
 from flashcore.records import Trial
 from flashcore.surveys.models import facts
@@ -19,7 +19,6 @@ from flashcore.surveys.models.facts import LEFT_OUT, OURS, WAY_WORDS, Steps
 if TYPE_CHECKING:
     from flashcore.decision.evidence import Evidence
 
-NOT_MEASURED = "not measured yet: run 'flashcore model' on an H100 or H200."
 MODE_WORDS = {"eager": "eager", "compiled": "torch.compile", "graph": "torch.compile in a CUDA graph"}
 MEANING = (
     "Whole steps of random decoders, from tokens to logits, by who computes attention. It would be bad for our bar to "
@@ -65,7 +64,7 @@ def steps_html(trials: Sequence[Trial]) -> str:
     """A figure for each model and kind of step, in the mode in which it is quickest."""
     found = facts.steps(trials)
     if not found:
-        return nothing(f"Times of whole models: {NOT_MEASURED}")
+        return Unmeasured("times of whole models", command="flashcore model")
     figures = []
     for one in found:
         message = steps_message(one)

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing import serving_views
-from flashcore.page.drawing.html_tables import nothing, spaced, table_html
+from flashcore.page.drawing.html_tables import Unmeasured, gathered, spaced, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, style, with_tips
 from flashcore.records import Trial
 from flashcore.surveys.paging import facts
@@ -22,7 +22,8 @@ from flashcore.surveys.paging.facts import MEMORY_WORDS, POLICY_WORDS, Decode
 if TYPE_CHECKING:
     from flashcore.decision.evidence import Evidence
 
-NOT_MEASURED = "not measured yet: run 'flashcore paging' on an H100 or H200."
+COMMAND = "flashcore paging"
+"""What measures all of this section."""
 MEMORY = "Memory of the K/V cache"
 LOOKS = {"top_k": ("s1", "o"), "sink_window": ("s2", "^")}
 SHOWN_SHARE = 0.3
@@ -38,13 +39,13 @@ def paging_html(evidence: Evidence) -> str:
     """The section 'Sparse paging': GPU figures from the run or the recorded one, and what needs no GPU from either."""
     trials = evidence_trials(evidence)
     parts = [
-        serving_views.serving_html(trials), serving_views.shapes_html(trials), memory_html(trials),
-        decode_html(trials), tokens_html(trials), accuracy_html(trials),
+        serving_views.serving_html(trials), serving_views.shapes_html(trials), serving_views.further_html(trials),
+        memory_html(trials), decode_html(trials), tokens_html(trials), accuracy_html(trials), troubles_html(trials),
     ]  # fmt: skip
-    details = correctness_html(trials) + other_times_html(trials) + accuracy_table(trials)
+    details = gathered([correctness_html(trials), other_times_html(trials), accuracy_table(trials)])
     fold = "Prefill, append, correctness of the paged kernels, and every accuracy figure"
     details = f'<details class="fc-fold inline"><summary>{fold}</summary>{details}</details>'
-    return source_html(evidence) + "".join(parts) + troubles_html(trials) + details
+    return source_html(evidence) + gathered(parts) + details
 
 
 def source_html(evidence: Evidence) -> str:
@@ -75,7 +76,7 @@ def memory_html(trials: Sequence[Trial]) -> str:
     """Bars of what paging keeps against dense caches, and the definitions in a table."""
     found = [t for t in facts.measured(trials, "memory", "case") if t.data.get("baseline_bytes")]
     if not found:
-        return nothing(f"Memory of a paged cache: {NOT_MEASURED}")
+        return Unmeasured("memory of a paged cache", command=COMMAND)
     saved = [(MEMORY_WORDS.get(t.data["case"], t.data["case"]), t.data["saved_percent"]) for t in found]
     message = "; ".join(f"{name}: {_saved(value)}" for name, value in saved)
     with style():
@@ -132,7 +133,7 @@ def decode_html(trials: Sequence[Trial]) -> str:
     """Decode time against the share of pages, one figure a shape, beside dense attention and the floor."""
     found = facts.decodes(trials)
     if not found:
-        return nothing(f"Decode time against the share of pages: {NOT_MEASURED}")
+        return Unmeasured("decode time against the share of pages", command=COMMAND)
     figures = []
     for one in found:
         message, label = decode_message(one), spaced(one.problem)
@@ -221,9 +222,9 @@ def decode_table(found: Sequence[Decode]) -> str:
                 "By": trial.backend, "Pages": f"{100 * data.get('pages_share', 1):.0f} %",
                 "µs": number(trial.timing.latency_us), "Quartiles": " to ".join(map(number, quartiles)) or "not known",
                 "Floor, µs": number(data.get("floor_us")), "Of the floor's speed": _percent(data.get("of_floor")),
-                "Over all pages": _ratio(data.get("of_dense")), "Faster than cuDNN": _ratio(data.get("over_peer")),
+                "Over all pages": _ratio(data.get("of_dense")), "Speed beside cuDNN": _ratio(data.get("over_peer")),
             })  # fmt: skip
-    numeric = ["Pages", "µs", "Quartiles", "Floor, µs", "Of the floor's speed", "Over all pages", "Faster than cuDNN"]
+    numeric = ["Pages", "µs", "Quartiles", "Floor, µs", "Of the floor's speed", "Over all pages", "Speed beside cuDNN"]
     table = table_html(rows, "Decode, every shape and selection", numeric=numeric)
     return f'<details class="fc-fold inline"><summary>Every decode time</summary>{table}</details>'
 
@@ -235,7 +236,7 @@ def tokens_html(trials: Sequence[Trial]) -> str:
     """Tokens a second of attention alone against the batch, one figure a model shape."""
     groups = facts.tokens_by_shape(trials)
     if not groups:
-        return nothing(f"Tokens a second, attention only: {NOT_MEASURED}")
+        return Unmeasured("tokens a second, attention only", command=COMMAND)
     figures = []
     for name, group in groups.items():
         message = tokens_message(group)
@@ -266,12 +267,14 @@ def tokens_figure(group: Sequence[Trial]) -> Figure:
         figure = Figure(figsize=(6.6, 3.7))
         axes = figure.add_axes((0.20, 0.15, 0.78, 0.80))
         batches = [t.data["batch"] for t in group]
-        _line(axes, batches, [t.data["tokens_per_s"] for t in group], "s3", "D", "all pages")
+        tips = [_rate_words(t, "all pages", t.data["tokens_per_s"]) for t in group]
+        _line(axes, batches, [t.data["tokens_per_s"] for t in group], "s3", "D", "all pages", tips)
         some = [t for t in group if t.data.get("sparse_tokens_per_s")]
         if some:
             label = f"{100 * some[0].data['sparse_share']:.0f} % of the pages, choice included"
             rates = [t.data["sparse_tokens_per_s"] for t in some]
-            _line(axes, [t.data["batch"] for t in some], rates, "s1", "o", label)
+            tips = [_rate_words(t, label, rate, spread=False) for t, rate in zip(some, rates, strict=True)]
+            _line(axes, [t.data["batch"] for t in some], rates, "s1", "o", label, tips)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(batches, list(map(str, batches)))
@@ -285,9 +288,19 @@ def tokens_figure(group: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, x: list, y: list, colour: str, marker: str, label: str) -> None:
+def _line(axes: Axes, x: list, y: list, colour: str, marker: str, label: str, tips: list[str]) -> None:
     (line,) = axes.plot(x, y, marker=marker, color=COLOURS[colour], markersize=7, linewidth=1.8, label=label)
-    with_tips(line, [f"{label}, batch {a}: {b:,.0f} tokens/s" for a, b in zip(x, y, strict=True)])
+    with_tips(line, tips)
+
+
+def _rate_words(trial: Trial, what: str, rate: float, *, spread: bool = True) -> str:
+    """What a plotted rate is, in words; the quartiles that its record keeps are of the step over all pages."""
+    quartiles = (trial.timing.model_extra or {}).get("quartiles_us") if spread and trial.timing else None
+    within = ""
+    if quartiles and all(quartiles):
+        low, high = (rate * trial.timing.latency_us / q for q in reversed(quartiles))
+        within = f", half of the samples within {low:,.0f} to {high:,.0f}"
+    return f"{what}, batch {trial.data['batch']}: {rate:,.0f} tokens/s{within}"
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
@@ -298,7 +311,7 @@ def accuracy_html(trials: Sequence[Trial]) -> str:
     found = facts.measured(trials, "accuracy", "pattern", "policy", "share")
     shown = [t for t in found if t.data.get("share") == SHOWN_SHARE] or found
     if not shown:
-        return nothing(f"What leaving pages out loses: {NOT_MEASURED}")
+        return Unmeasured("what leaving pages out loses", command=COMMAND)
     patterns = list(dict.fromkeys(t.data["pattern"] for t in shown))
     with style():
         height = 1.25 + 0.62 * len(patterns)
@@ -397,7 +410,7 @@ def correctness_html(trials: Sequence[Trial]) -> str:
         for backend, one in facts.checks_by_backend(trials).items()
     ]  # fmt: skip
     if not rows:
-        return nothing(f"Correctness of attention over pages: {NOT_MEASURED}")
+        return Unmeasured("correctness of attention over pages", command=COMMAND)
     note = (
         "Pages of 16 to 256 tokens in shuffled order, lengths from 0 up and around page ends, shared prefixes, dropped "
         "pages, policies, groups of 1 to 8 heads. NaN lies in every slot without a token and in the outputs."
@@ -420,7 +433,7 @@ def other_times_html(trials: Sequence[Trial]) -> str:
         rows.append({"What": f"append of one token to {many} sequences, one layer, key bounds kept", "By": "append",
                      "µs": number(trial.timing.latency_us), "Against": "10 µs is the aim"})  # fmt: skip
     if not rows:
-        return nothing(f"Paged prefill and append: {NOT_MEASURED}")
+        return Unmeasured("paged prefill and append", command=COMMAND)
     return table_html(rows, "Prefill and append", numeric=["µs"], note="Medians of graph replays.")
 
 

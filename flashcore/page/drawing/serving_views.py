@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
-from flashcore.page.drawing.html_tables import nothing, spaced, table_html
+from flashcore.page.drawing.html_tables import Unmeasured, spaced, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.records import Trial
 from flashcore.surveys.paging import facts, serving_facts
@@ -31,7 +31,8 @@ from flashcore.surveys.paging.serving_facts import (
     Shape,
 )
 
-NOT_MEASURED = "not measured yet: run 'flashcore paging' on an H100 or H200."
+COMMAND = "flashcore paging"
+"""What measures all of it."""
 STATED_BATCH = 64
 """What the sentence is about, where it was measured."""
 SHOWN_SHARE = 0.3
@@ -51,7 +52,7 @@ def serving_html(trials: Sequence[Trial]) -> str:
     """What leads the section: a sentence, how near each step comes to the memory's speed, tokens a second."""
     found = serving_facts.served(trials)
     if not found:
-        return nothing(f"Tokens a second of public models, beside dense cuDNN and FlashInfer: {NOT_MEASURED}")
+        return Unmeasured("tokens a second of public models, beside dense cuDNN and FlashInfer", command=COMMAND)
     message = serving_message(found)
     alt = f"Dot plot, TB/s of K and V that a decode step reads, by model and batch. {message}"
     figure = (
@@ -232,12 +233,12 @@ def _state(trial: Trial) -> str:
 
 
 def shapes_html(trials: Sequence[Trial]) -> str:
-    """Decode against dense cuDNN at every shape, dtype and page size, and what serving has beside plain steps."""
+    """Decode against dense cuDNN at every shape, dtype and page size."""
     found = serving_facts.shapes(trials)
     if not found:
-        return nothing(f"Decode against dense cuDNN at each page size: {NOT_MEASURED}") + further_html(trials)
+        return Unmeasured("decode against dense cuDNN at each page size", command=COMMAND)
     every = _fold("Every time of decode against dense", _every_shape(found, trials))
-    return f"<p>{escape(shapes_message(found))}</p>{shapes_table(found, trials)}{every}{further_html(trials)}"
+    return f"<p>{escape(shapes_message(found))}</p>{shapes_table(found, trials)}{every}"
 
 
 def shapes_message(found: Sequence[Shape]) -> str:

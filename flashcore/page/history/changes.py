@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flashcore.decision import compare
+from flashcore.decision.evidence import spoken
 from flashcore.page.history.runs import Snapshot
 from flashcore.page.history.timings import Pair
 from flashcore.records import Trial
@@ -195,12 +196,16 @@ def _kernels(pair: Pair) -> list[Difference]:
     then, now = (_hashes(run) for run in (pair.before, pair.now))
     found = []
     for name in sorted(then.keys() | now.keys()):
+        words = spoken([name])
+        subject, be, have = (
+            (f"Kernel {name}", "is", "has") if words == name else (words[:1].upper() + words[1:], "are", "have")
+        )
         if name not in then:
-            sentence = f"Kernel {name} is new ({now[name]})."
+            sentence = f"{subject} {be} new ({now[name]})."
         elif name not in now:
-            sentence = f"Kernel {name} is gone ({then[name]})."
+            sentence = f"{subject} {be} gone ({then[name]})."
         elif then[name] != now[name]:
-            sentence = f"Kernel {name} has other source ({then[name]} → {now[name]}): this compares two kernels."
+            sentence = f"{subject} {have} other source ({then[name]} → {now[name]}): this compares two kernels."
         else:
             continue
         found.append(Difference("kernel", sentence))

@@ -21,9 +21,8 @@ KIND = "invariance"
 KINDS = ("alone", "batch", "chunks", "pages")
 PAIRS = tuple(", ".join(pair) for pair in combinations_with_replacement(KINDS, 2))
 PROMISE = (
-    "Promised in the batch-invariant mode: the bits of a row depend on its own query, its keys, its mask and the "
-    "options alone, and not on the batch, its neighbours, their lengths, how many query tokens a call has, or where "
-    "pages lie and how large they are"
+    "That mode promises that the bits of a row do not depend on who shares the call, how a prefill is cut into chunks, "
+    "or where pages lie"
 )
 COMPARED = (
     "A case is one sequence computed in two ways, and kept where all bits of out and lse are equal. Alone: a call of "

@@ -43,6 +43,22 @@ def test_correctness_in_words_and_counts():
     assert row(html, "scalar")["Result"] == "all right"
 
 
+def test_the_sentence_on_checks_has_the_worst_of_all_of_them():
+    near = synthetic.correctness("wmma", PRESETS["tiny"])
+    near = near.model_copy(update={"correctness": near.correctness.model_copy(update={"max_abs_error": 9e-4})})
+    far = synthetic.correctness("cpu", REPORT)
+    far = far.model_copy(
+        update={"correctness": far.correctness.model_copy(update={"max_abs_error": 0.5, "bound": 1.0})}
+    )
+    broken = synthetic.correctness("wmma", REPORT, status="error", correctness=None, reason="it crashed")
+    assert html_tables.correctness_sentence([near, far, broken]) == (
+        "All 2 checks of 2 implementations are right. 1 more did not finish. The error nearest its bound is 96 % of "
+        f"it (wmma at {html_tables.spaced(PRESETS['tiny'])}), and the largest is 0.500 (cpu)."
+    )
+    assert html_tables.correctness_sentence([near]).startswith("The one check of 1 implementation is right. ")
+    assert html_tables.correctness_sentence([broken]) == html_tables.correctness_sentence([]) == ""
+
+
 def test_findings_name_the_first_bad_element():
     html = html_tables.findings_table([synthetic.correctness("wmma", REPORT, status="failed")])
     assert "head 3, row 17, column 5, got 0.5, expected -0.25" in html
@@ -85,6 +101,27 @@ def test_without_records_there_is_a_sentence_not_an_error(trials):
 
 def test_a_sentence_stands_where_there_is_nothing_and_is_escaped():
     assert html_tables.nothing("No <record>.") == '<p class="fc-none">No &lt;record&gt;.</p>'
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("cudnn", 91900, "9.19.0"), ("cudnn", 8907, "8907"), ("cublaslt", 130100, "13.1.0"),
+     ("cuda_driver", 13000, "13.0"), ("cuda_driver", 12040, "12.4"),
+     ("cudnn", "9.1 of a friend", "9.1 of a friend"), ("cudnn", True, "True")],
+)  # fmt: skip
+def test_a_version_that_comes_as_one_number_is_written_as_people_do(name, value, words):
+    assert html_tables.version_words(name, value) == words
+    found = row(html_tables.environment_table({"before": {name: value}}), html_tables.ENVIRONMENT_ROWS[name])
+    assert found["Before"] == words
+
+
+def test_what_was_not_measured_becomes_one_sentence_behind_the_rest_for_each_command():
+    a, b = (html_tables.Unmeasured(part, command="measure it") for part in ("one <part>", "another"))
+    other = html_tables.Unmeasured("a third", command="measure more")
+    assert a == html_tables.nothing("Not measured yet: one <part>. Run 'measure it' on an H100 or H200.")
+    both = html_tables.nothing("Not measured yet: one <part>; another. Run 'measure it' on an H100 or H200.")
+    assert html_tables.gathered([a, "<p>x</p>", other, "", b, "<p>y</p>"]) == f"<p>x</p><p>y</p>{both}{other}"
+    assert html_tables.gathered(["<p>x</p>"]) == "<p>x</p>" and html_tables.gathered([]) == ""
 
 
 def test_a_table_that_scrolls_can_be_reached_and_one_that_stacks_need_not():
@@ -131,8 +168,24 @@ def test_the_worst_check_is_the_one_nearest_its_bound_and_a_broken_one_is_said()
     assert found["At"] == html_tables.spaced(PRESETS["tiny"]) and found["Error nearest its bound"] == "9.00e-04"
     assert found["Share of its bound"] == "96 %"
     assert "it crashed" in html_tables.findings_table([broken])
-    away = Trial(kind="correctness", backend="fa3", status="unavailable", reason="not installed")
-    assert row(html_tables.correctness_table([away]), "fa3")["Result"] == "not checked: not installed"
+
+
+def test_what_was_not_checked_stands_below_the_table_by_reason_and_not_as_rows_of_dashes():
+    reasons = {"fa3": "not <there>", "fa4": "no GPU", "hopper": "no GPU"}
+    away = [
+        Trial(kind="correctness", backend=name, status="unavailable", reason=why)
+        for name, why in reasons.items() for _ in range(2)
+    ]  # fmt: skip
+    said = '<p class="fc-note">Not checked: fa3 (not &lt;there&gt;); fa4, hopper (no GPU).</p>'
+    assert html_tables.correctness_table(away) == said
+    html = html_tables.correctness_table([*away, synthetic.correctness("wmma", REPORT)])
+    assert html.endswith(said) and row(html, "wmma")["Result"] == "all right" and html.count('scope="row"') == 1
+    many = [Trial(kind="correctness", backend=f"b{n}", status="unavailable", reason=f"why {n}") for n in range(3)]
+    html = html_tables.correctness_table([*many, synthetic.correctness("wmma", REPORT)])
+    folded = html[html.index("<details") :]
+    assert "<summary>3 that were not checked, and why<" in folded and row(folded, "b1")["Why"] == "why 1"
+    failed = synthetic.correctness("hopper", REPORT, status="failed")
+    assert row(html_tables.correctness_table([*away, failed]), "hopper")["Result"] == "WRONG in 1 of 1"
 
 
 def test_traced_builds_are_left_out_and_tensor_instructions_are_counted():

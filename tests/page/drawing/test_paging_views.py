@@ -29,7 +29,8 @@ def evidence(trials, recorded=None) -> Evidence:
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_without_records_says_which_command_measures_them_and_no_number(view):
     html = view([])
-    assert "fc-none" in html and "not measured yet: run &#39;flashcore paging&#39; on an H100 or H200" in html
+    assert html.startswith('<p class="fc-none">Not measured yet: ')
+    assert html.endswith(". Run &#39;flashcore paging&#39; on an H100 or H200.</p>") and html.count(":") == 1
     assert not re.search(r"\d", re.sub(r"H\d00|fc-none|&#39;", "", html))
 
 
@@ -63,7 +64,7 @@ def test_times_of_the_cpu_are_never_drawn():
     slow = [
         t.model_copy(update={"timing": synthetic.timing(9.0, method="host")}) if t.timing else t for t in EVERYTHING
     ]
-    assert "not measured yet" in paging_views.decode_html(slow) and "not measured yet" in paging_views.tokens_html(slow)
+    assert "Not measured yet" in paging_views.decode_html(slow) and "Not measured yet" in paging_views.tokens_html(slow)
     assert facts.decodes(slow) == []
 
 
@@ -72,7 +73,7 @@ def test_wrong_results_have_no_speed_and_are_said():
     ours = [t.data["what"] in ("decode", "tokens") and t.backend == "decode" for t in EVERYTHING]
     wrong = [t.model_copy(update=bad) if mine else t for t, mine in zip(EVERYTHING, ours, strict=True)]
     html = paging_views.paging_html(evidence(wrong))
-    assert "All pages:" not in html and "not measured yet" in paging_views.tokens_html(wrong)
+    assert "All pages:" not in html and "Not measured yet" in paging_views.tokens_html(wrong)
     assert "WRONG" in html and "its result is wrong &lt;b&gt;" in html and "<b>" not in html
 
 
@@ -89,9 +90,17 @@ def test_without_a_gpu_a_run_shows_its_own_where_any_machine_can_tell():
     own = [*synthetic.memory(), *synthetic.accuracy()]
     html = paging_views.paging_html(evidence(own, recorded=[]))
     assert "70.3 % saved" in html and "Measured live on this machine, which has no GPU" in html
-    assert "memory, accuracy" in html and html.count("not measured yet") >= 3
+    assert "memory, accuracy" in html
+    lacking, folded = re.findall(r'<p class="fc-none">Not measured yet: (.*?)\. Run ', html)
+    assert lacking.split("; ") == [
+        "tokens a second of public models, beside dense cuDNN and FlashInfer",
+        "decode against dense cuDNN at each page size", "decode time against the share of pages",
+        "tokens a second, attention only",
+    ]  # fmt: skip
+    assert folded.split("; ") == ["correctness of attention over pages", "paged prefill and append"]
+    assert html.index("70.3 % saved") < html.index(lacking) < html.index("<details"), "what is missing stands last"
     both = paging_views.paging_html(evidence(own, recorded=EVERYTHING))
-    assert "Measured live on this machine" not in both and "not measured yet" not in both
+    assert "Measured live on this machine" not in both and "Not measured yet" not in both
 
 
 def test_a_real_recorded_run_is_shown_or_said_to_lack_paging(run):
@@ -99,7 +108,7 @@ def test_a_real_recorded_run_is_shown_or_said_to_lack_paging(run):
     assert found.recorded is not None
     html = paging_views.paging_html(found)
     if not facts.paging_trials(found.recorded.trials):
-        assert "<svg" not in html and html.count("not measured yet") >= 5
+        assert "<svg" not in html and html.count("Not measured yet") == 2 and html.count("; ") >= 5
 
 
 # --- the notebook ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -80,6 +81,16 @@ def test_the_latency_plot_names_the_target_only_where_it_was_set():
     first, second = svgs(html)
     assert "none within the target of 5 µs" in label(first) and "target 5 µs" in first
     assert "target" not in label(second) and "target" not in second
+
+    def said(trials) -> str:
+        fastest = min(compare.latency_us(t) for t in trials if t.problem == LATENCY and compare.latency_us(t))
+        return label(svgs(plots.latency_html(trials, target_us=fastest, target_problem=LATENCY))[0])
+
+    assert re.search(
+        r"sdpa-cudnn is fastest with .*; of ours wmma takes .*; sdpa-cudnn within the target", said(TRIALS)
+    )
+    ours = said(synthetic.gpu_trials(synthetic.FAST))
+    assert re.search(r"wmma is fastest with \S+ µs, within the target of", ours), "and it is named once"
 
 
 @settings(max_examples=200)

@@ -38,7 +38,7 @@ def html() -> str:
 @pytest.mark.parametrize("view", [serving_views.serving_html, serving_views.shapes_html])
 def test_without_records_the_command_is_named_and_no_figure(view):
     html = view([])
-    assert "fc-none" in html and "run &#39;flashcore paging&#39; on an H100 or H200" in html and "<svg" not in html
+    assert "fc-none" in html and "Run &#39;flashcore paging&#39; on an H100 or H200." in html and "<svg" not in html
 
 
 def test_the_sentence_says_rate_share_peers_and_cost(html):
@@ -119,7 +119,7 @@ def test_cells_without_a_figure_say_why():
     html = serving_views.shapes_html([*trials, *GONE])
     assert row(html, "B=16, H=16, Sq=1, Sk=8192, D=64")[1:] == ["0.980 ×", "did not finish", "1.02 ×", "not here",
                                                               "did not finish", "not here"]  # fmt: skip
-    assert row(html, "64 sequences of 112 to 15,987 tokens")[2] == "not here"
+    assert row(serving_views.further_html([*trials, *GONE]), "64 sequences of 112 to 15,987 tokens")[2] == "not here"
 
 
 def test_what_serving_has_beside_plain_steps_is_told_and_what_other_parts_measured_is_not_measured_again():

@@ -80,6 +80,13 @@ def test_kernels_that_are_new_gone_or_of_other_source():
         "Kernel a is gone (1).", "Kernel b has other source (2 → 9): this compares two kernels.",
         "Kernel d is new (4).",
     ]  # fmt: skip
+    forms = [on(kernels={"a": "1", "a with options": digest}) for digest in "23"]
+    assert said(forms[0], forms[1], "kernel") == [
+        "The masked and batch-invariant forms of a have other source (2 → 3): this compares two kernels."
+    ]
+    assert said(on(kernels={"a": "1"}), forms[0], "kernel") == [
+        "The masked and batch-invariant forms of a are new (2)."
+    ]
     assert said(on(kernels={}), now, "kernel") == [], "a run that does not say which kernels it had is no news of them"
 
 

@@ -217,8 +217,8 @@ def attention(
     causal
         Query i sees keys ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
     softmax_scale
-        Multiplies ``q k^T``: any number that is finite in float32, also negative; None for ``1/sqrt(head_dim)``. A CPU tensor of no
-        dimensions is read as the number that it holds.
+        Multiplies ``q k^T``: any number that is finite in float32, also negative; None for ``1/sqrt(head_dim)``. A CPU
+        tensor of no dimensions is read as the number that it holds.
     backend
         An id that ``flashcore.backends`` knows, or ``auto``: the fastest that is right for this device and problem.
     return_lse
@@ -278,6 +278,7 @@ def attention(
             seqlens_k, padding, batch_invariant,
         )  # fmt: skip
     if _is_compiling():
+        transforms.refuse_traced_derivatives("q, k or v")
         return _as_op(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant)
     # By value: under its own name a tensor would be looked up by what it is, and kept alive by having been asked for.
     if causal is not True and causal is not False:
@@ -404,6 +405,8 @@ def _with_masks(
     padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
     options = causal, softmax_scale, window_left, window_right, softcap, padding
     tensors = q, k, v, sink, seqlens_q, seqlens_k
+    if _is_compiling():
+        transforms.refuse_traced_derivatives(NAMES)
     if _is_compiling() or (not in_memory(*tensors) and wants_dispatch(*tensors, names=NAMES)):
         with_lse = lse_for_gradients(return_lse, backend, q, k, v, sink)
         out, lse = masked.masked_attention(*tensors, *options, with_lse, backend, batch_invariant)

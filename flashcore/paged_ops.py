@@ -190,6 +190,8 @@ def paged_attention(
     batch_invariant = plain.batch_invariant(batch_invariant)
     plainly = window_left == -1 and window_right == -1 and softcap is None and sink is None
     if traced():
+        if torch.compiler.is_compiling():
+            transforms.refuse_traced_derivatives("q or the cache")
         selection = policy if policy is None or isinstance(policy, PageSelection) else _of_policy(policy)(q, cache)
         pages, counts = (None, None) if selection is None else (selection.pages, selection.counts)
         tables = cache.k_pool, cache.v_pool, cache.page_table, cache.lengths

@@ -7,7 +7,7 @@ import torch
 from flashcore import ops
 from flashcore.errors import InvalidProblem
 from flashcore.library import dense, masked
-from flashcore.numerics import plain
+from flashcore.numerics import plain, transforms
 from flashcore.problem import Problem
 
 
@@ -77,6 +77,8 @@ def varlen_attention(
         cu_seqlens_q, cu_seqlens_k, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     )  # fmt: skip
     given = q, k, v, cu_seqlens_q, cu_seqlens_k, sink
+    if torch.compiler.is_compiling():
+        transforms.refuse_traced_derivatives(ops.NAMES)
     if torch.compiler.is_compiling() or (not ops.in_memory(*given) and ops.wants_dispatch(*given, names=ops.NAMES)):
         with_lse = ops.lse_for_gradients(return_lse, backend, q, k, v, sink)
         out, lse = masked.varlen_attention(q, k, v, *bounds, sink, *options, with_lse, backend, batch_invariant)

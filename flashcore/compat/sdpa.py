@@ -16,6 +16,7 @@ from flashcore import ops
 from flashcore.errors import FlashCoreError
 from flashcore.library.dense import DTYPES
 from flashcore.numerics import plain, transforms
+from flashcore.problem import LARGEST
 
 _torchs = torch._C._nn.scaled_dot_product_attention
 """torch's function itself, whenever this module is loaded: torch's `context_parallel` has another in its place."""
@@ -89,11 +90,17 @@ def why_torch(
         return "there is dropout"
     if is_causal is not True and is_causal is not False:
         return "is_causal is no bool"
+    if enable_gqa is not True and enable_gqa is not False:
+        return "enable_gqa is no bool"
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat))):
         return "scale is no number of Python's"
+    if scale is not None and not -LARGEST <= scale <= LARGEST:
+        return "scale is not finite in float32"
     if not (query.device == key.device == value.device) or not (query.dtype == key.dtype == value.dtype):
         return "the tensors differ in device or dtype"
     kind = query.device.type
+    if kind not in ops.AUTO_ORDER:
+        return f"the tensors lie on '{kind}'"
     if torch.is_autocast_enabled(kind) and query.dtype != torch.get_autocast_dtype(kind):
         return "autocast changes the dtype of the call"
     if query.dtype not in DTYPES:
@@ -111,6 +118,8 @@ def why_torch(
         return "is_causal is aligned top left, and there are more queries than keys"
     if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
         return "a last dimension is not contiguous"
+    if transforms.traces_derivative() if torch.compiler.is_compiling() else transforms.carries_derivatives(*tensors):
+        return "torch.func or forward mode takes a derivative"
     if backend != "auto":
         return None
     return _why_not_ours(query.device.type, query.device.index or 0, query.dtype, plain.constant(query.shape[-1]))
@@ -118,7 +127,7 @@ def why_torch(
 
 def _heads_fit(query, key, enable_gqa) -> bool:
     same = query.shape[-3] == key.shape[-3]
-    return same or (enable_gqa is True and query.dim() == 4 and query.shape[1] % key.shape[1] == 0)
+    return same or (enable_gqa and query.dim() == 4 and query.shape[1] % key.shape[1] == 0)
 
 
 @torch.compiler.assume_constant_result

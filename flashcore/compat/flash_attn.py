@@ -13,6 +13,7 @@ sentence. So is, under FLASHCORE_BATCH_INVARIANT=1, what no kernel of ours compu
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,7 +24,7 @@ from flashcore.backends.others.flash import HALVES
 from flashcore.backends.others.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import traced
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 from flashcore.paging import PAGE_SIZES, PagedKV, append_tokens
 from flashcore.paging.checks import can_read_back, debugging
 
@@ -35,6 +36,18 @@ NOT_OURS = ("others", "no kernel of ours takes it")
 """Who computes what we do not, and why (`ops.refuse_others`)."""
 
 
+def _alone(function):
+    """The function with what is set around a call kept out of it (`numerics.ambient`); as it is while it is traced."""
+    shielded = ambient.shielded(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return (function if traced() else shielded)(*args, **kwargs)
+
+    return call
+
+
+@_alone
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -103,6 +116,7 @@ def flash_attn_func(
     return (out, lse, q.new_empty(0)) if with_lse else out
 
 
+@_alone
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -179,6 +193,7 @@ def flash_attn_varlen_func(
     return (out, lse, q.new_empty(0)) if with_lse else out
 
 
+@_alone
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,

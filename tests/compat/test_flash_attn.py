@@ -490,6 +490,27 @@ def test_torchs_own_is_called_with_what_it_takes(on_a_gpu, monkeypatch):
     assert len(seen) == 2, "it has no softcap"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_set_around_a_call_changes_nothing_of_it(dtype):
+    """A cache in float16 under autocast to bfloat16: torch's cat would take it for a mix of the two, and fail."""
+    q, cache = torch.randn(2, 1, 4, 64, dtype=dtype), torch.randn(2, 32, 2, 64, dtype=dtype)
+    new, angles = torch.randn(2, 1, 2, 64, dtype=dtype), torch.rand(33, 16, dtype=dtype)
+    rows = torch.randn(9, 4, 64, dtype=dtype)
+
+    def calls():
+        yield flash_attn_func(q, cache, cache, softcap=3.0, window_size=(9, 0))
+        yield flash_attn_varlen_func(rows, rows, rows, *GOOD, alibi_slopes=torch.ones(4), causal=True)
+        yield from flash_attn_with_kvcache(
+            q, cache.clone(), cache.clone(), new, new, angles, angles, 5, causal=True, return_softmax_lse=True
+        )
+
+    expected = list(calls())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(calls())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 Q, K = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)

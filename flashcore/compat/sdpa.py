@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flashcore import ops
+from flashcore import backends, ops
 from flashcore.errors import FlashCoreError
 from flashcore.library.dense import DTYPES
 from flashcore.numerics import plain, transforms
@@ -45,9 +45,13 @@ def scaled_dot_product_attention(
 
     Raises
     ------
+    UnknownName
+        No backend has this id.
     Unsupported
         FLASHCORE_BATCH_INVARIANT=1, and no backend keeps that promise for this call.
     """
+    if backend != "auto" and not torch.compiler.is_compiling():
+        backends.get(plain.word("backend", backend))  # though torch may compute the call
     options = {
         "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
     }  # fmt: skip
@@ -163,11 +167,18 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801  (it is used as a function 
     ----------
     backend
         As in `scaled_dot_product_attention`.
+
+    Raises
+    ------
+    UnknownName
+        No backend has this id.
     """
 
     def __init__(self, backend: str = "auto"):
         super().__init__()
         self.backend = plain.word("backend", backend)
+        if self.backend != "auto":
+            backends.get(self.backend)  # now, and not once a call comes that is no one else's
         self.ours = 0
         """Calls that FlashCore computed."""
         self.torchs: Counter[str] = Counter()

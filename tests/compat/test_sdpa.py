@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 import flashcore
 from flashcore import backends, ops
 from flashcore.compat import sdpa
-from flashcore.errors import FlashCoreError, InvalidProblem
+from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName
 
 TORCHS = torch.nn.functional.scaled_dot_product_attention
 
@@ -121,8 +121,15 @@ def test_empty_and_nested_tensors_are_torchs():
     assert flashcore.scaled_dot_product_attention(q[:0], k[:0], v[:0], backend="cpu").shape == (0, 4, 9, 8)
     nested = torch.nested.nested_tensor([torch.randn(4, 9, 8), torch.randn(4, 9, 8)])
     assert "dense" in sdpa.why_torch(nested, nested, nested)
-    with pytest.raises(InvalidProblem, match="^backend has to be a string"):
-        flashcore.replace_sdpa(backend=3)
+
+
+def test_a_backend_that_there_is_none_of_is_told_at_once_whoever_would_compute():
+    q, k, v = three(2, 4, 9, 8)
+    for wrong, error, words in ((3, InvalidProblem, "^backend has to be a string"), ("cpus", UnknownName, "'cpus'")):
+        with pytest.raises(error, match=words):
+            flashcore.replace_sdpa(backend=wrong)
+        with pytest.raises(error, match=words):
+            flashcore.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(9, 9), backend=wrong)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -1e39])

@@ -217,8 +217,8 @@ def attention(
     causal
         Query i sees keys ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
     softmax_scale
-        Multiplies ``q k^T``: any real number, also negative; None for ``1/sqrt(head_dim)``. A CPU tensor of no
-        dimensions is read as the number that it holds.
+        Multiplies ``q k^T``: any number that is finite in float32, also negative; None for ``1/sqrt(head_dim)``. A CPU
+        tensor of no dimensions is read as the number that it holds.
     backend
         An id that ``flashcore.backends`` knows, or ``auto``: the fastest that is right for this device and problem.
     return_lse
@@ -278,6 +278,7 @@ def attention(
             seqlens_k, padding, batch_invariant,
         )  # fmt: skip
     if _is_compiling():
+        transforms.refuse_traced_derivatives("q, k or v")
         return _as_op(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant)
     # By value: under its own name a tensor would be looked up by what it is, and kept alive by having been asked for.
     if causal is not True and causal is not False:
@@ -404,6 +405,8 @@ def _with_masks(
     padding = masked.side(padding, seqlens_q is not None or seqlens_k is not None)
     options = causal, softmax_scale, window_left, window_right, softcap, padding
     tensors = q, k, v, sink, seqlens_q, seqlens_k
+    if _is_compiling():
+        transforms.refuse_traced_derivatives(NAMES)
     if _is_compiling() or (not in_memory(*tensors) and wants_dispatch(*tensors, names=NAMES)):
         with_lse = lse_for_gradients(return_lse, backend, q, k, v, sink)
         out, lse = masked.masked_attention(*tensors, *options, with_lse, backend, batch_invariant)
@@ -490,8 +493,9 @@ def look(tensor: torch.Tensor | None):
 
 
 def run_masked(
-    chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, whole: tuple[int, int] | None = None, **lengths
-):
+    chosen, problem: Problem, q, k, v, return_lse: bool, sink, *, whole: tuple[int, int] | None = None,
+    longest: tuple[int, int] | None = None, **lengths,
+):  # fmt: skip
     """`out` and `lse` of a backend for a checked problem with masks.
 
     Parameters
@@ -500,6 +504,8 @@ def run_masked(
         Float tensor ``[num_heads_q]``, or None.
     whole
         Tokens of Q and of K with which the last sequence of a ragged batch has to end; None for any.
+    longest
+        Of a ragged batch: what its caller says that no sequence is longer than.
     lengths
         Further fields of `MaskTensors`. Their numbers are checked where they lie on a CPU; on a GPU, where the host
         would have to wait for them, with FLASHCORE_DEBUG=1 only.
@@ -511,11 +517,14 @@ def run_masked(
     if problem.sink or problem.lengths:
         masks = MaskTensors(sink, **lengths)
         if not q.is_cuda or debugging():
-            check_numbers(masks, problem, *(whole or (q.shape[2], k.shape[2])), whole is not None)
+            check_numbers(masks, problem, *(whole or (q.shape[2], k.shape[2])), whole is not None, longest)
     return run(chosen, problem, q, k, v, return_lse, masks)
 
 
-def check_numbers(masks: MaskTensors, problem: Problem, rows: int, keys: int, whole: bool = False) -> None:
+def check_numbers(
+    masks: MaskTensors, problem: Problem, rows: int, keys: int, whole: bool = False,
+    longest: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
     """Raise `InvalidProblem` where lengths are beyond the tensors, or where sequences begin falls or ends elsewhere.
 
     While a CUDA graph is captured nothing can be read back; then the graph itself asserts it, at each replay.
@@ -523,7 +532,7 @@ def check_numbers(masks: MaskTensors, problem: Problem, rows: int, keys: int, wh
     named = {name: tensor for name, tensor in masks.named() if name != "sink"}
     sizes = {"q": (rows, problem.seqlen_q), "k": (keys, problem.seqlen_k)}
     if can_read_back(next(iter(masks.named()))[1].device):
-        masking.check_values(masks, problem, rows, keys)
+        masking.check_values(masks, problem, rows, keys, longest)
         for name, tensor in named.items():
             size, _ = sizes[name[-1]]
             if whole and int(tensor[-1]) != size:

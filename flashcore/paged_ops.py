@@ -192,7 +192,9 @@ def paged_attention(
     batch_invariant = plain.batch_invariant(batch_invariant)
     plainly = window_left == -1 and window_right == -1 and softcap is None and sink is None
     if traced():
-        selection = policy if policy is None or isinstance(policy, PageSelection) else policy.select(q, cache)
+        if torch.compiler.is_compiling():
+            transforms.refuse_traced_derivatives("q or the cache")
+        selection = policy if policy is None or isinstance(policy, PageSelection) else _of_policy(policy)(q, cache)
         pages, counts = (None, None) if selection is None else (selection.pages, selection.counts)
         tables = cache.k_pool, cache.v_pool, cache.page_table, cache.lengths
         if plainly:
@@ -210,6 +212,16 @@ def paged_attention(
         masks = () if plainly else (window_left, window_right, softcap, sink)
         out, lse = _compute(q, cache, policy, causal, softmax_scale, backend, return_lse, batch_invariant, *masks)
     return (out, lse) if return_lse else out
+
+
+def _of_policy(policy):
+    """What picks the pages; `InvalidProblem` for what is no policy."""
+    if isinstance(policy, type) or not callable(getattr(policy, "select", None)):
+        raise InvalidProblem(
+            f"policy is {plain.shown(policy)}; it has to be an object with select(q, cache), such as "
+            "flashcore.paging.TopK(...), a PageSelection, or None for all pages."
+        )
+    return policy.select
 
 
 @ambient.shielded
@@ -235,7 +247,7 @@ def _compute(
     if policy is None or isinstance(policy, PageSelection):
         selection = policy
     else:  # a policy looks for the highest ``q k^T``, and below zero the scale makes them the lowest scores
-        selection = policy.select(-q if problem.scale < 0 else q, cache)
+        selection = _of_policy(policy)(-q if problem.scale < 0 else q, cache)
     if selection is not None:
         if not isinstance(selection, PageSelection):
             raise PageTableError(

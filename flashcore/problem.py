@@ -17,6 +17,10 @@ SELDOM = (
     "softmax_scale", "page_size", "window_left", "window_right", "softcap", "sink", "lengths", "batch_invariant",
 )  # fmt: skip
 """Fields of a problem that most leave as they are; a record leaves them out then."""
+FARTHEST = 1 << 30
+"""Positions are 32 bits: a window that reaches farther sees as much."""
+LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest float32, in which kernels hold scales and caps: a larger one would be infinite there, and results NaN."""
 
 
 class Problem(BaseModel):

@@ -7,7 +7,7 @@ import torch
 from flashcore import ops
 from flashcore.errors import InvalidProblem
 from flashcore.library import dense, masked
-from flashcore.numerics import plain
+from flashcore.numerics import plain, transforms
 from flashcore.problem import Problem
 
 
@@ -77,6 +77,8 @@ def varlen_attention(
         cu_seqlens_q, cu_seqlens_k, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     )  # fmt: skip
     given = q, k, v, cu_seqlens_q, cu_seqlens_k, sink
+    if torch.compiler.is_compiling():
+        transforms.refuse_traced_derivatives(ops.NAMES)
     if torch.compiler.is_compiling() or (not ops.in_memory(*given) and ops.wants_dispatch(*given, names=ops.NAMES)):
         with_lse = ops.lse_for_gradients(return_lse, backend, q, k, v, sink)
         out, lse = masked.varlen_attention(q, k, v, *bounds, sink, *options, with_lse, backend, batch_invariant)
@@ -114,24 +116,26 @@ def _compute(
         key = known = None
     if known is None:
         masked.check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, sink)
+        # No sequence is longer than all together: servers pass the most that a model takes, and room is made for this.
+        rows, keys = min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0])
         base = Problem(
             batch=cu_seqlens_q.shape[0] - 1, num_heads_q=q.shape[1], num_heads_kv=k.shape[1],
-            seqlen_q=max(max_seqlen_q, 1), seqlen_k=max(max_seqlen_k, 1), head_dim=q.shape[2],
+            seqlen_q=max(rows, 1), seqlen_k=max(keys, 1), head_dim=q.shape[2],
             dtype=dense.DTYPES[q.dtype], causal=causal, softmax_scale=softmax_scale, batch_invariant=batch_invariant,
         )  # fmt: skip
         problem = ops.masked_problem(base, window_left, window_right, softcap, sink is not None, "ragged")
         chosen = ops.choose(problem, q.device, backend, return_lse)
-        nothing = 0 in (q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
+        nothing = rows == 0 or keys == 0
         if nothing and not (batch_invariant and q.shape[0]):
             chosen = ops.STAND_IN  # no kernel runs over nothing
         known = ops.keep(_calls, key, (problem, chosen, dense.out_strides(q)))
     problem, chosen, strides = known
-    whole = q.shape[0], k.shape[0]
+    whole, longest = (q.shape[0], k.shape[0]), (max_seqlen_q, max_seqlen_k)
     if not k.shape[0] and chosen is not ops.STAND_IN:  # the same kernel as ever, over a key that nobody sees
         k = v = k.new_zeros(1, *k.shape[1:])
     views = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]  # [1, H, tokens, D]
     places = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    out, lse = ops.run_masked(chosen, problem, *views, return_lse, sink, whole=whole, **places)
+    out, lse = ops.run_masked(chosen, problem, *views, return_lse, sink, whole=whole, longest=longest, **places)
     out = dense.laid_out(out.squeeze(0).transpose(0, 1), strides)
     return out, lse.squeeze(0).contiguous() if return_lse else None
 

@@ -149,7 +149,18 @@ def test_a_window_that_hides_nothing_is_none_and_one_that_ends_here_is_a_causal_
     assert problem(10, -1).window_left == 10 and problem(-1, 6).window_right == 6
     assert problem(3, 0) == base.with_(causal=True, window_left=3)
     q, k, v = inputs(8, 12)
-    assert torch.equal(flashcore.attention(q, k, v, window_left=11, window_right=7), flashcore.attention(q, k, v))
+    plain = flashcore.attention(q, k, v)
+    assert torch.equal(flashcore.attention(q, k, v, window_left=11, window_right=7), plain)
+
+
+def test_a_window_of_any_size_is_taken_by_whoever_computes_it():
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(8, 12))
+    plain = flashcore.attention(q, k, v)
+    for size in (2**31, 2**63, 2**70):  # the op has 64 bits for it, and kernels 32
+        assert torch.equal(flashcore.attention(q, k, v, window_left=size, window_right=size), plain)
+        with torch.no_grad():
+            out = flashcore.attention(q, k, v, window_left=size, batch_invariant=True)
+            assert torch.equal(out, flashcore.attention(q, k, v, window_left=12, batch_invariant=True))
 
 
 def test_the_plain_call_asks_nothing_of_masks(monkeypatch):
@@ -188,9 +199,11 @@ Q, K, V = inputs()
     ({"window_left": -2}, r"^window_left is -2; it has to be at least 0, or -1 for no limit"),
     ({"window_right": 1.5}, r"^window_right is 1.5; it has to be a whole number"),
     ({"causal": True, "window_right": 3}, r"^window_right is 3, and causal=True hides all keys after a query"),
-    ({"softcap": 0}, r"^softcap is 0.0; it has to be above 0 and finite, or None"),
+    ({"softcap": 0}, r"^softcap is 0.0; it has to be above 0 and finite in float32, or None"),
     ({"softcap": -5.0}, r"^softcap is -5.0; it has to be above 0"),
     ({"softcap": math.nan}, r"^softcap is nan; it has to be above 0"),
+    ({"softcap": 1e39}, r"^softcap is 1e\+39; it has to be above 0 and finite in float32"),
+    ({"window_left": False}, r"^window_left is False; it has to be a whole number"),
     ({"softcap": "big"}, r"^softcap must be a number, or None; got 'big'"),
     ({"sink": torch.zeros(3)}, r"^sink is a torch.float32 tensor \[3\] on cpu; it has to be a float tensor \[4\]"),
     ({"sink": torch.zeros(4).long()}, r"^sink is a torch.int64 tensor .* it has to be a float tensor \[4\]"),
@@ -209,6 +222,7 @@ Q, K, V = inputs()
     ({"padding": None, "seqlens_k": ints(3, 4)}, r"^padding is None; it has to be 'right' or 'left'"),
     ({"window_left": 2, "causal": "yes"}, r"^causal has to be True or False"),
     ({"window_left": 2, "softmax_scale": math.inf}, r"^softmax_scale must be finite"),
+    ({"window_left": 2, "softmax_scale": 1e39}, r"^softmax_scale must be finite in float32"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(options, words):
     with pytest.raises(InvalidProblem, match=words) as caught:

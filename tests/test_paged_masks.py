@@ -117,7 +117,7 @@ def test_of_selected_pages_a_query_sees_what_lies_in_its_window(policy):
         ({"window_left": -2}, "window_left is -2; it has to be at least 0, or -1 for no limit."),
         ({"window_left": 1.5}, "window_left is 1.5; it has to be a whole number."),
         ({"window_right": 3}, "window_right is 3, and causal=True hides all keys after a query"),
-        ({"softcap": 0.0}, "softcap is 0.0; it has to be above 0 and finite, or None for no cap."),
+        ({"softcap": 0.0}, "softcap is 0.0; it has to be above 0 and finite in float32, or None for no cap."),
         ({"softcap": "x"}, "softcap must be a number, or None; got 'x'."),
         ({"sink": torch.zeros(3)}, r"sink is a torch.float32 tensor \[3\] on cpu; it has to be a float tensor \[4\]"),
         ({"sink": torch.zeros(4, dtype=torch.int32)}, "it has to be a float tensor"),

@@ -48,6 +48,8 @@ def test_pages_selected_by_a_policy_on_the_cpu():
         (lambda q, c: (q, c, {"softmax_scale": "x"}), InvalidProblem, "number"),
         (lambda q, c: (q, c, {"backend": "cpu"}), Unsupported, "it reads no page table"),
         (lambda q, c: (q, c, {"policy": Three()}), PageTableError, "returned a int"),
+        (lambda q, c: (q, c, {"policy": "top"}), InvalidProblem, "policy is 'top'; it has to be an object with"),
+        (lambda q, c: (q, c, {"policy": TopK}), InvalidProblem, "policy is <class .*TopK'>; it has to be an object"),
         (lambda q, c: (q.requires_grad_(), c, {}), InvalidProblem, "gradients"),
         (lambda q, c: (q, c, {"policy": PageSelection(*torch.zeros(2, 1))}), PageTableError, "pages of the"),
     ],

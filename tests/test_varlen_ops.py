@@ -84,6 +84,15 @@ def test_longest_lengths_may_be_longer_and_nothing_may_be_there():
     q, k, v, *bounds, _, _ = batch([3, 5], [4, 2])
     out = flashcore.varlen_attention(q, k, v, *bounds, 5, 4, causal=True)
     torch.testing.assert_close(flashcore.varlen_attention(q, k, v, *bounds, 64, 77, causal=True), out)
+    # What a server passes is the most that its model takes, or no limit at all; room is made for what is there.
+    longest = 2**31 - 1, 2**40
+    wanted = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    again = flashcore.varlen_attention(*wanted, *bounds, *longest, causal=True)
+    torch.testing.assert_close(again, out)
+    for backend in ("cpu", "reference"):
+        again = flashcore.varlen_attention(*wanted, *bounds, *longest, causal=True, backend=backend)
+        torch.testing.assert_close(again, out)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(again.sum(), wanted))
     none = torch.zeros(3, dtype=torch.int32)
     out, lse = flashcore.varlen_attention(q, k[:0], v[:0], bounds[0], none, 5, 0, sink=SINK, return_lse=True)
     assert not out.any() and torch.equal(lse, SINK[:, None].expand(4, 8))
@@ -161,7 +170,9 @@ def call(*, q=Q, k=K, v=V, starts_q=STARTS_Q, starts_k=STARTS_K, rows=ROWS, keys
     ({"starts_q": STARTS_Q + 1}, "^cu_seqlens_q begins with 1; the first sequence begins at row 0"),
     ({"starts_q": starts([3, 4])}, "^cu_seqlens_q ends with 7, and q has 8 rows; they have to be the same"),
     ({"starts_k": starts([5, 6])}, "^cu_seqlens_k ends at row 11, and k has 10 rows"),
-    ({"rows": 4}, "^cu_seqlens_q gives sequence 1 5 rows"),
+    ({"rows": 4}, "^max_seqlen_q is 4, and cu_seqlens_q gives sequence 1 5 rows; pass the longest length, or more"),
+    ({"rows": 0}, "^max_seqlen_q is 0, and cu_seqlens_q gives sequence 0 3 rows"),
+    ({"keys": True}, "^max_seqlen_k is True; it has to be a whole number"),
     ({"keys": 6.5}, "^max_seqlen_k is 6.5; it has to be a whole number"),
     ({"rows": -1}, "^max_seqlen_q is -1; it has to be at least 0"),
     ({"sink": torch.zeros(2)}, r"^sink is a torch.float32 tensor \[2\] .* it has to be a float tensor \[4\]"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from flashcore.gpu.build import MASKS
 from flashcore.numerics.masking import MaskTensors
-from flashcore.problem import Problem
+from flashcore.problem import FARTHEST, Problem
 
 MASK_BITS = {"window": 1, "softcap": 2, "sink": 4, "lengths": 8, "ragged": 8}
 """What FLASHCORE_MASKS says of each of `Problem.masks` (kernels/include/masks.cuh)."""
@@ -32,8 +32,6 @@ LARGEST_SOFTCAP = 1000.0
 """Beyond it errors of the tanh, times the softcap, would show in the results. Models have 15 to 50."""
 TANH_ERROR = 2.0**-17
 """What the tanh of these kernels is off by at most (`Backend.tanh_error`)."""
-FARTHEST = 1 << 30
-"""Positions are 32 bits: a window that reaches farther sees as much."""
 
 
 def why_not(problem: Problem) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from flashcore.backends._chunks import chains
 from flashcore.backends._contract import Backend, with_masks
 from flashcore.backends._cuda import CudaBackend, is_good_again
-from flashcore.backends._masks import FARTHEST, mask_params
+from flashcore.backends._masks import mask_params
 from flashcore.backends._tensor_maps import tensor_map
 from flashcore.backends._traces import TraceBuffers
 from flashcore.errors import PageTableError
@@ -30,7 +30,7 @@ from flashcore.gpu.launching import (
 from flashcore.numerics.masking import MaskTensors
 from flashcore.numerics.reference import Trace
 from flashcore.paging import PAGE_SIZES, PagedKV, PageSelection, among_others
-from flashcore.problem import Problem
+from flashcore.problem import FARTHEST, Problem
 
 PAGED = struct.Struct("4Q 3i 4x")
 """`PagedParams` of kernels/include/paged.cuh."""

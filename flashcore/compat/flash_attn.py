@@ -13,6 +13,7 @@ sentence. So is, under FLASHCORE_BATCH_INVARIANT=1, what no kernel of ours compu
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,9 +24,9 @@ from flashcore.backends.others.flash import HALVES
 from flashcore.backends.others.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import traced
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 from flashcore.paging import PAGE_SIZES, PagedKV, append_tokens
-from flashcore.paging.checks import debugging
+from flashcore.paging.checks import can_read_back, debugging
 
 NAME = "flash_attn"
 """What errors call these functions."""
@@ -35,6 +36,18 @@ NOT_OURS = ("others", "no kernel of ours takes it")
 """Who computes what we do not, and why (`ops.refuse_others`)."""
 
 
+def _alone(function):
+    """The function with what is set around a call kept out of it (`numerics.ambient`); as it is while it is traced."""
+    shielded = ambient.shielded(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return (function if traced() else shielded)(*args, **kwargs)
+
+    return call
+
+
+@_alone
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -52,7 +65,8 @@ def flash_attn_func(
     causal
         Query i sees keys ``j <= i + Sk - Sq``.
     window_size
-        ``(left, right)``: it sees keys from ``i + Sk - Sq - left`` to ``i + Sk - Sq + right``; -1 for no limit.
+        ``(left, right)``: it sees keys from ``i + Sk - Sq - left`` to ``i + Sk - Sq + right``; -1 for no limit. With
+        `causal` the right side is 0, whatever is passed.
     softcap
         Above 0: scores become ``softcap * tanh(scores / softcap)``.
     alibi_slopes
@@ -102,6 +116,7 @@ def flash_attn_func(
     return (out, lse, q.new_empty(0)) if with_lse else out
 
 
+@_alone
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -118,7 +133,7 @@ def flash_attn_varlen_func(
         int32 ``[B + 1]`` on the device of `q`, from 0 to the total: where each sequence begins. They are not read back
         from a GPU, unless FLASHCORE_DEBUG=1 asks for a check.
     max_seqlen_q, max_seqlen_k
-        At least the longest sequence's length.
+        At least the longest sequence's length; more costs nothing.
     block_table
         int32 ``[B, pages]``: the pages of each sequence.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -129,7 +144,10 @@ def flash_attn_varlen_func(
     out : ``[total_q, Hq, D]``
         With `return_attn_probs` also `lse` ``[Hq, total_q]``, and an empty tensor.
     """
-    rows, keys = _check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    *longest, room = _check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    rows, keys = longest
+    if not traced():  # no sequence is longer than all together; a graph is for any number of tokens
+        rows, keys = min(rows, q.shape[0]), min(keys, room)
     masking = _masking(causal, window_size, softcap, alibi_slopes, dropout_p, rows, keys)
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
     _check_slopes(alibi_slopes, q, batch)
@@ -144,7 +162,7 @@ def flash_attn_varlen_func(
         return (out, lse, q.new_empty(0)) if with_lse else out
     atomics = deterministic and _adds_atomically(q, k, v)
     fits = not atomics and block_table is None
-    even = fits and q.shape[0] == batch * rows and k.shape[0] == batch * keys and not _for_other_lengths(q)
+    even = fits and [q.shape[0], k.shape[0]] == [batch * size for size in longest] and not _for_other_lengths(q)
     if even and _is_ours(q, masking):
         # No sequence is longer than the longest, so that these sums say that all are as long: a dense batch.
         dense = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
@@ -175,6 +193,7 @@ def flash_attn_varlen_func(
     return (out, lse, q.new_empty(0)) if with_lse else out
 
 
+@_alone
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -209,15 +228,16 @@ def flash_attn_with_kvcache(
     return_softmax_lse
         Return ``(out, lse)``, `lse` float32 ``[B, Hq, Sq]``.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
+    cache = _Cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    given = [t for t in (q, k_cache, v_cache, k, v) if isinstance(t, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         raise InvalidProblem(
             "flash_attn_with_kvcache computes no gradients, and a tensor requires them; call it under torch.no_grad()."
         )
-    cache = _Cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     with_lse, _ = plain.flag("return_softmax_lse", return_softmax_lse), plain.integer("num_splits", num_splits)
     masking = _masking(causal, window_size, softcap, alibi_slopes, 0.0, q.shape[1], cache.capacity)
     _check_slopes(alibi_slopes, q)
-    scale = plain.softmax_scale(softmax_scale)
+    scale, interleaved = plain.softmax_scale(softmax_scale), plain.flag("rotary_interleaved", rotary_interleaved)
     if (k is None) != (v is None):
         raise InvalidProblem("k and v of the new tokens come together; pass both, or neither.")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -226,7 +246,6 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None:
             if k is None:
                 raise InvalidProblem("rotary_cos was passed without k; FlashAttention rotates new keys only.")
-            interleaved = plain.flag("rotary_interleaved", rotary_interleaved)
             local = masking.causal or masking.window_left >= 0 or masking.window_right >= 0
             k = _rotated("k", k, rotary_cos, rotary_sin, cache.lengths, interleaved, moving=True)
             q = _rotated("q", q, rotary_cos, rotary_sin, cache.lengths, interleaved, moving=local)
@@ -250,7 +269,10 @@ def _masking(causal, window_size, softcap, alibi_slopes, dropout_p, rows: int, k
     left, right = (-1 if side < 0 or side >= keys + rows else side for side in (left, right))
     if right == 0:
         causal = True
-    return Masking(causal, left, 0 if causal else right, softcap, alibi_slopes, dropout=dropout_p)
+    dropout = plain.number("dropout_p", dropout_p)
+    if dropout is None or not 0 <= dropout < 1:
+        raise InvalidProblem(f"dropout_p is {plain.shown(dropout_p)}; it has to be at least 0, and below 1.")
+    return Masking(causal, left, 0 if causal else right, softcap, alibi_slopes, dropout=dropout)
 
 
 def _is_plain(masking: Masking) -> bool:
@@ -311,14 +333,21 @@ def _check_slopes(slopes, q, batch: int | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------ tensors
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], dims: dict[str, int]) -> None:
+ORDERS = {4: "[batch, seqlen, num_heads, head_dim]", 3: "[tokens, num_heads, head_dim]"}
+POOL = "[num_pages, page_size, num_heads, head_dim] with a block_table"
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], dims: dict[str, int], pools: tuple[str, ...] = ()) -> None:
     first = next(iter(tensors))
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or not tensor.is_floating_point():
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+        if not dense or not tensor.is_floating_point():
             raise InvalidProblem(f"{name} is {plain.shown(tensor)}; it has to be a dense tensor of floats.")
         if tensor.dim() != dims[name]:
-            order = {4: "[batch, seqlen, num_heads, head_dim]", 3: "[tokens, num_heads, head_dim]"}[dims[name]]
+            order = POOL if name in pools else ORDERS[dims[name]]
             raise InvalidProblem(f"{name} has shape {list(tensor.shape)}; it has to be {order}.")
+        if 0 in tensor.shape[-2:]:
+            raise InvalidProblem(f"{name} has shape {list(tensor.shape)}; it needs a head and a head_dim.")
         if tensor.dtype != tensors[first].dtype or tensor.device != tensors[first].device:
             raise InvalidProblem(
                 f"{name} is {tensor.dtype} on {tensor.device} and {first} is {tensors[first].dtype} on "
@@ -338,7 +367,7 @@ def _check_heads(q, k, v, names=("k", "v")) -> None:
         raise InvalidProblem(
             f"{names[0]} {list(k.shape)} and {names[1]} {list(v.shape)} differ in shape; they have to be the same."
         )
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+    if q.shape[-2] % k.shape[-2]:
         raise InvalidProblem(f"num_heads_q ({q.shape[-2]}) must be a multiple of num_heads_kv ({k.shape[-2]}).")
 
 
@@ -359,9 +388,10 @@ def _integers(name: str, tensor, shape: tuple[int, ...], device) -> torch.Tensor
     return tensor
 
 
-def _check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table) -> tuple[int, int]:
+def _check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table) -> tuple[int, int, int]:
+    """Both longest lengths, and tokens of K that one sequence can have at most."""
     dims = {"q": 3, "k": 3 if block_table is None else 4, "v": 3 if block_table is None else 4}
-    _check_tensors({"q": q, "k": k, "v": v}, dims)
+    _check_tensors({"q": q, "k": k, "v": v}, dims, () if block_table is None else ("k", "v"))
     _check_heads(q, k, v)
     if not isinstance(cu_seqlens_q, torch.Tensor) or cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 2:
         raise InvalidProblem(f"cu_seqlens_q is {plain.shown(cu_seqlens_q)}; it has to be an int32 tensor [batch + 1].")
@@ -371,16 +401,44 @@ def _check_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
         raise InvalidProblem(f"max_seqlen_q is {rows} and max_seqlen_k {keys}; they have to be at least 0.")
     total = k.shape[0]
     if block_table is not None:
-        table = _integers("block_table", block_table, (batch, block_table.shape[-1]), q.device)
+        table = _table(block_table, batch, q.device)
         total = table.shape[1] * k.shape[1]
     for name, starts, tokens, longest, exact in (
         ("cu_seqlens_q", cu_seqlens_q, q.shape[0], rows, True),
         ("cu_seqlens_k", cu_seqlens_k, total, keys, block_table is None),
     ):
         _integers(name, starts, (batch + 1,), q.device)
-        if not traced() and (not q.is_cuda or (debugging() and not torch.cuda.is_current_stream_capturing())):
+        if _can_look(q):
             _check_starts(name, starts.tolist(), tokens, longest, exact)
-    return rows, keys
+    if block_table is not None and _can_look(q):
+        _check_table(table, cu_seqlens_k.diff(), k)
+    return rows, keys, total
+
+
+def _can_look(tensor: torch.Tensor) -> bool:
+    """Whether numbers on its device are read to be checked: on a CPU, and on a GPU that is asked to."""
+    return not traced() and can_read_back(tensor.device) and (not tensor.is_cuda or debugging())
+
+
+def _table(block_table, batch: int, device) -> torch.Tensor:
+    columns = block_table.shape[-1] if isinstance(block_table, torch.Tensor) and block_table.dim() else 0
+    if not columns:
+        raise InvalidProblem(
+            f"block_table is {plain.shown(block_table)}; it has to be an int32 tensor [{batch}, pages]."
+        )
+    return _integers("block_table", block_table, (batch, columns), device)
+
+
+def _check_table(table: torch.Tensor, lengths: torch.Tensor, pool: torch.Tensor) -> None:
+    """Raise `InvalidProblem` where a page that a sequence has tokens in is none of the pool; reads the table."""
+    begins = torch.arange(table.shape[1], device=table.device) * pool.shape[1]
+    wrong = (begins < lengths[:, None]) & ((table < 0) | (table >= pool.shape[0]))
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise InvalidProblem(
+            f"block_table[{row}, {column}] is {int(table[row, column])}, and the pool has pages 0 to "
+            f"{pool.shape[0] - 1}; a sequence has tokens there."
+        )
 
 
 def _check_starts(name: str, starts: list[int], tokens: int, longest: int, exact: bool) -> None:
@@ -405,7 +463,7 @@ class _Cache:
 
     def __init__(self, q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table):
         tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-        _check_tensors(tensors, dict.fromkeys(tensors, 4))
+        _check_tensors(tensors, dict.fromkeys(tensors, 4), () if block_table is None else ("k_cache", "v_cache"))
         _check_heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
         if 0 in q.shape or 0 in k_cache.shape:
             raise InvalidProblem(f"q {list(q.shape)} or k_cache {list(k_cache.shape)} is empty.")
@@ -416,9 +474,8 @@ class _Cache:
                 raise InvalidProblem(
                     "cache_batch_idx and block_table both say where a sequence lies; pass one of them."
                 )
-            columns = block_table.shape[-1] if isinstance(block_table, torch.Tensor) else 0
-            self.table = _integers("block_table", block_table, (self.batch, columns), device).int().contiguous()
-            self.capacity = columns * k_cache.shape[1]
+            self.table = _table(block_table, self.batch, device).int().contiguous()
+            self.capacity = self.table.shape[1] * k_cache.shape[1]
         else:
             self.capacity = k_cache.shape[1]
             if cache_batch_idx is not None:
@@ -437,14 +494,34 @@ class _Cache:
         self.check(0)
 
     def check(self, added: int) -> None:
-        """Raise `InvalidProblem` where a length is not of this cache; on a GPU with FLASHCORE_DEBUG=1 only."""
-        if traced() or (self.lengths.is_cuda and (not debugging() or torch.cuda.is_current_stream_capturing())):
+        """Raise `InvalidProblem` where a length or a place is not of this cache; on a GPU with FLASHCORE_DEBUG=1 only.
+
+        Parameters
+        ----------
+        added
+            Tokens that each sequence is to have more.
+        """
+        if not _can_look(self.lengths):
             return
         least, most = int(self.lengths.min()), int(self.lengths.max())
         if least < 0 or most + added > self.capacity:
             raise InvalidProblem(
                 f"cache_seqlens go from {least} to {most}, and with {added} new tokens the cache holds {self.capacity}."
             )
+        if self.table is not None:
+            _check_table(self.table, self.lengths + added, self.k)
+        rows = [] if self.rows is None else self.rows.tolist()
+        for sequence, row in enumerate(rows):
+            if not 0 <= row < self.k.shape[0]:
+                raise InvalidProblem(
+                    f"cache_batch_idx[{sequence}] is {row}, and k_cache has rows 0 to {self.k.shape[0] - 1}."
+                )
+        if added and len(set(rows)) < len(rows):
+            raise InvalidProblem(
+                f"cache_batch_idx is {plain.shown(rows)}; two sequences cannot write new tokens into one row."
+            )
+        if self.first is not None and int(self.first.min()) < 0:
+            raise InvalidProblem(f"cache_leftpad has {int(self.first.min())}; it has to be at least 0.")
 
     def append(self, k, v) -> None:
         """Write new tokens behind those that are there, and count them; a sequence that they do not fit stays as is."""
@@ -555,11 +632,17 @@ class _Cache:
 
 def _rotated(name: str, tensor, cos, sin, lengths, interleaved: bool, *, moving: bool) -> torch.Tensor:
     """The first ``2 * cos.shape[1]`` elements of each head turned by the angle of its position."""
-    half = cos.shape[-1] if isinstance(cos, torch.Tensor) and cos.dim() == 2 else 0
+    floats = all(isinstance(one, torch.Tensor) and one.is_floating_point() and one.dim() == 2 for one in (cos, sin))
+    half = cos.shape[-1] if floats else 0
     if not half or cos.shape != sin.shape or 2 * half > tensor.shape[-1]:
         raise InvalidProblem(
-            f"rotary_cos is {plain.shown(cos)} and rotary_sin {plain.shown(sin)}; they have to be alike, [positions, "
-            f"rotary_dim / 2], with a rotary_dim of at most {tensor.shape[-1]}."
+            f"rotary_cos is {plain.shown(cos)} and rotary_sin {plain.shown(sin)}; they have to be alike, floats "
+            f"[positions, rotary_dim / 2], with a rotary_dim of at most {tensor.shape[-1]}."
+        )
+    if not cos.device == sin.device == tensor.device:
+        raise InvalidProblem(
+            f"rotary_cos and rotary_sin lie on {cos.device} and {sin.device}, and {name} on {tensor.device}; move them "
+            "there."
         )
     nth = torch.arange(tensor.shape[1], device=tensor.device) * moving
     position = lengths.long()[:, None] + nth

@@ -12,10 +12,11 @@ from collections import Counter
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flashcore import ops
+from flashcore import backends, ops
 from flashcore.errors import FlashCoreError
 from flashcore.library.dense import DTYPES
 from flashcore.numerics import plain, transforms
+from flashcore.problem import LARGEST
 
 _torchs = torch._C._nn.scaled_dot_product_attention
 """torch's function itself, whenever this module is loaded: torch's `context_parallel` has another in its place."""
@@ -44,9 +45,13 @@ def scaled_dot_product_attention(
 
     Raises
     ------
+    UnknownName
+        No backend has this id.
     Unsupported
         FLASHCORE_BATCH_INVARIANT=1, and no backend keeps that promise for this call.
     """
+    if backend != "auto" and not torch.compiler.is_compiling():
+        backends.get(plain.word("backend", backend))  # though torch may compute the call
     options = {
         "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
     }  # fmt: skip
@@ -89,11 +94,17 @@ def why_torch(
         return "there is dropout"
     if is_causal is not True and is_causal is not False:
         return "is_causal is no bool"
+    if enable_gqa is not True and enable_gqa is not False:
+        return "enable_gqa is no bool"
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat))):
         return "scale is no number of Python's"
+    if scale is not None and not -LARGEST <= scale <= LARGEST:
+        return "scale is not finite in float32"
     if not (query.device == key.device == value.device) or not (query.dtype == key.dtype == value.dtype):
         return "the tensors differ in device or dtype"
     kind = query.device.type
+    if kind not in ops.AUTO_ORDER:
+        return f"the tensors lie on '{kind}'"
     if torch.is_autocast_enabled(kind) and query.dtype != torch.get_autocast_dtype(kind):
         return "autocast changes the dtype of the call"
     if query.dtype not in DTYPES:
@@ -111,6 +122,8 @@ def why_torch(
         return "is_causal is aligned top left, and there are more queries than keys"
     if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
         return "a last dimension is not contiguous"
+    if transforms.traces_derivative() if torch.compiler.is_compiling() else transforms.carries_derivatives(*tensors):
+        return "torch.func or forward mode takes a derivative"
     if backend != "auto":
         return None
     return _why_not_ours(query.device.type, query.device.index or 0, query.dtype, plain.constant(query.shape[-1]))
@@ -118,7 +131,7 @@ def why_torch(
 
 def _heads_fit(query, key, enable_gqa) -> bool:
     same = query.shape[-3] == key.shape[-3]
-    return same or (enable_gqa is True and query.dim() == 4 and query.shape[1] % key.shape[1] == 0)
+    return same or (enable_gqa and query.dim() == 4 and query.shape[1] % key.shape[1] == 0)
 
 
 @plain.constant_when_traced
@@ -154,11 +167,18 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801  (it is used as a function 
     ----------
     backend
         As in `scaled_dot_product_attention`.
+
+    Raises
+    ------
+    UnknownName
+        No backend has this id.
     """
 
     def __init__(self, backend: str = "auto"):
         super().__init__()
         self.backend = plain.word("backend", backend)
+        if self.backend != "auto":
+            backends.get(self.backend)  # now, and not once a call comes that is no one else's
         self.ours = 0
         """Calls that FlashCore computed."""
         self.torchs: Counter[str] = Counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flashcore.errors import PagingError
+from flashcore.errors import InvalidProblem, PagingError
 from flashcore.integrations.pages import InPages
 from flashcore.library import traced
 from flashcore.numerics import plain
@@ -47,6 +47,12 @@ class PagedLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise PagingError("The paged cache keeps no gradients; call the model under torch.no_grad().")
         tokens = key_states.shape[2]
+        if key_states.shape[0] != self.batch_size:
+            raise InvalidProblem(
+                f"The paged cache was made for a batch of {self.batch_size}, and the model was called with "
+                f"{key_states.shape[0]} sequences; make it with batch={key_states.shape[0]}, and count "
+                "num_return_sequences into it. It takes no beams."
+            )
         if self.index == 0:
             self.books.reserve(tokens)
         self.books.write(self.index, key_states, value_states)

@@ -55,6 +55,8 @@ def paged_cache(model, *, batch: int, max_length: int, page_size: int = 128):
         from flashcore.integrations._paged_cache import PagedCache
     except ImportError as error:
         raise ToolMissing("transformers, with its Cache of layers,", "pip install 'flashcore[transformers]'") from error
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise InvalidProblem(f"model is {plain.shown(model)}; pass a decoder of transformers.")
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or LAYER_TYPES[:1])
     if not kinds <= set(LAYER_TYPES) or getattr(config, "num_kv_shared_layers", 0):

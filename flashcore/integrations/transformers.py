@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore import ops
+from flashcore import backends, ops
 from flashcore.backends.others import masked
 from flashcore.backends.others.flash import HALVES
 from flashcore.backends.others.masked import Masking
@@ -54,11 +54,15 @@ def register(name: str = NAME, *, backend: str = "auto", exact_padding: bool = T
     ------
     InvalidProblem
         A name that transformers would take for something else, or has already.
+    UnknownName
+        No backend has this id.
     ToolMissing
         transformers is not installed, or too old.
     """
     name, backend = plain.word("name", name), plain.word("backend", backend)
     exact_padding = plain.flag("exact_padding", exact_padding)
+    if backend != "auto":
+        backends.get(backend)
     if not name or "flash" in name.lower() or "|" in name or "/" in name:
         raise InvalidProblem(
             f"name is '{name}'; transformers takes a name with 'flash', '|' or '/' in it for a package or a kernel to "
@@ -239,6 +243,7 @@ def attention_forward(
     if attention_mask is None and others.get("cu_seq_lens_q") is not None:
         raise Unsupported(NAME, "it got packed sequences (cu_seq_lens_q) and no mask; pass position_ids, so that "
                           "transformers makes one, or one sequence a row")  # fmt: skip
+    query, key, value = _as_autocast_has_it(query, key, value)
     if isinstance(key, InPages):
         window = _window_over_pages(query, key, attention_mask, sliding_window)
         if window is not None and position_bias is None and not dropout:
@@ -292,6 +297,19 @@ def attention_forward(
         ops.refuse_others(NAME, "torch", "no kernel of ours takes its masks")
         out, _ = masked.attention(query, key, value, masking, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast_has_it(query, key, value):
+    """The three in the dtype in which torch's attention would take them: under autocast a model's rotary embedding
+    leaves float32 beside values in 16 bits. Pages stay as they were stored, and queries become like them."""
+    kind = query.device.type
+    if kind not in ops.AUTO_ORDER or not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = key.dtype if isinstance(key, InPages) else torch.get_autocast_dtype(kind)
+    return tuple(
+        tensor if isinstance(tensor, InPages) or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in (query, key, value)
+    )
 
 
 def _window_over_pages(query, key, attention_mask, sliding_window) -> int | None:

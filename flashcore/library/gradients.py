@@ -363,8 +363,9 @@ def _varlen_backward(
 ):  # fmt: skip
     scale = 1.0 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
     window = window_left, window_right
-    starts, sizes = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    if 0 in (q.shape[0], k.shape[0], *sizes):  # nobody sees anything
+    # No sequence is longer than all together, as in the forward pass.
+    starts, sizes = (cu_seqlens_q, cu_seqlens_k), (min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0]))
+    if 0 in sizes:  # nobody sees anything
         found = tuple(map(torch.zeros_like, (q, k, v)))
     elif LSE_IS_RAGGED and _takes_flash_masked(q, grad_out, grad_lse, causal, window, softcap):
         found = _by_flash_masked(grad_out, q, k, v, out, lse, starts, sizes, causal, window, scale)

@@ -6,7 +6,6 @@ the ops read on the device: one graph serves all lengths.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from flashcore.errors import InvalidProblem
 from flashcore.library import dense, gradients
 from flashcore.library._namespace import define, implement, map_over
 from flashcore.numerics import plain, transforms
+from flashcore.problem import FARTHEST, LARGEST
 
 SIDES = ("right", "left")
 """Where the padding of a sequence may lie."""
@@ -24,7 +24,7 @@ SIDES = ("right", "left")
 
 
 def window(causal: bool, window_left, window_right) -> tuple[int, int]:
-    """Both sides of a window as ints, -1 for no limit.
+    """Both sides of a window as ints, -1 for no limit and at most FARTHEST, so that an op takes whatever is passed.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def window(causal: bool, window_left, window_right) -> tuple[int, int]:
         raise InvalidProblem(
             f"window_right is {right}, and causal=True hides all keys after a query; leave one of the two out."
         )
-    return left, right
+    return min(left, FARTHEST), min(right, FARTHEST)
 
 
 def softcap(value) -> float | None:
@@ -47,8 +47,8 @@ def softcap(value) -> float | None:
     if value is None:
         return None
     number = plain.number("softcap", value)
-    if number is not None and not 0 < number < math.inf:  # also of NaN, and in a form that torch's compiler follows
-        raise InvalidProblem(f"softcap is {number}; it has to be above 0 and finite, or None for no cap.")
+    if number is not None and not 0 < number <= LARGEST:  # also of NaN, and in a form that torch's compiler follows
+        raise InvalidProblem(f"softcap is {number}; it has to be above 0 and finite in float32, or None for no cap.")
     return number
 
 

@@ -147,13 +147,17 @@ def _numbered(device: torch.device | str) -> torch.device:
     return device
 
 
-def check_values(masks: MaskTensors | None, problem: Problem, rows_q: int, rows_k: int) -> None:
+def check_values(
+    masks: MaskTensors | None, problem: Problem, rows_q: int, rows_k: int, longest: tuple[int, int] | None = None
+) -> None:
     """Raise `InvalidProblem` unless the numbers make sense. It reads them: on a GPU the host waits, so not in a call.
 
     Parameters
     ----------
     rows_q, rows_k
         Rows that `q`, and `k` and `v` have: the padded lengths, or all rows of a ragged batch.
+    longest
+        ``max_seqlen_q, max_seqlen_k`` of a call, where one has them; None for what the problem says.
 
     Raises
     ------
@@ -165,7 +169,8 @@ def check_values(masks: MaskTensors | None, problem: Problem, rows_q: int, rows_
     for head, score in enumerate(given.get("sink", ())):
         if not score < float("inf"):  # also of NaN
             raise InvalidProblem(f"sink[{head}] is {score}; a sink is a finite number, or -inf for none.")
-    for name, rows, most in (("q", rows_q, problem.seqlen_q), ("k", rows_k, problem.seqlen_k)):
+    most_q, most_k = longest or (problem.seqlen_q, problem.seqlen_k)
+    for name, rows, most in (("q", rows_q, most_q), ("k", rows_k, most_k)):
         for sequence, length in enumerate(given.get(f"seqlens_{name}", ())):
             if not 0 <= length <= rows:
                 raise InvalidProblem(
@@ -180,6 +185,11 @@ def check_values(masks: MaskTensors | None, problem: Problem, rows_q: int, rows_
             if end < first:
                 raise InvalidProblem(f"cu_seqlens_{name} falls from {first} to {end} at sequence {sequence}; "
                                      "it has to rise or stay.")  # fmt: skip
+            if end - first > most and longest is not None:
+                raise InvalidProblem(
+                    f"max_seqlen_{name} is {most}, and cu_seqlens_{name} gives sequence {sequence} {end - first} rows; "
+                    "pass the longest length, or more."
+                )
             if end - first > most:
                 raise InvalidProblem(
                     f"cu_seqlens_{name} gives sequence {sequence} {end - first} rows, and seqlen_{name} of the "

@@ -6,7 +6,6 @@ be given to the next one, after the tensor had changed, and whatever remembered 
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.numerics import transforms
+from flashcore.problem import LARGEST
 
 BATCH_INVARIANT = b"FLASHCORE_BATCH_INVARIANT"
 """The variable that asks for `Problem.batch_invariant` in every call that does not say, as `process` names it."""
@@ -98,22 +98,29 @@ def number(name: str, value) -> float | None:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise InvalidProblem(f"{name} must be a number, or None; got {shown(given)}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number or a fraction of hundreds of digits
+        raise InvalidProblem(f"{name} is {shown(given)}; no float is as large.") from None
 
 
 def integer(name: str, value) -> int:
     """An int from Python's or numpy's, or from a CPU tensor of one; `InvalidProblem` for anything else.
 
-    A symbol of torch's compiler or of export stays one, so that a graph is not bound to the number of its first call.
+    True and False are none: whoever passes False for a size means that there is none, and 0 may mean something else. A
+    symbol of torch's compiler or of export stays one, so that a graph is not bound to the number of its first call.
     """
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
+    given = value
     if isinstance(value, torch.Tensor):
         value = _from_tensor(name, value)
     try:
+        if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
-        raise InvalidProblem(f"{name} is {shown(value)}; it has to be a whole number.") from None
+        raise InvalidProblem(f"{name} is {shown(given)}; it has to be a whole number.") from None
 
 
 def constant(size: int) -> int:
@@ -122,10 +129,10 @@ def constant(size: int) -> int:
 
 
 def softmax_scale(value) -> float | None:
-    """A softmax scale as `number` reads it; `InvalidProblem` also for one that is not finite."""
+    """A softmax scale as `number` reads it; `InvalidProblem` also for one that is not finite in float32."""
     scale = number("softmax_scale", value)
-    if scale is not None and not -math.inf < scale < math.inf:  # also of NaN; torch's compiler follows this form
-        raise InvalidProblem(f"softmax_scale must be finite, or None for 1/sqrt(head_dim); got {scale}.")
+    if scale is not None and not -LARGEST <= scale <= LARGEST:  # also of NaN; torch's compiler follows this form
+        raise InvalidProblem(f"softmax_scale must be finite in float32, or None for 1/sqrt(head_dim); got {scale}.")
     return scale
 
 

@@ -14,6 +14,10 @@ from torch.autograd import forward_ad
 from flashcore.errors import InvalidProblem
 
 _functorch = torch._C._functorch
+_TRANSFORMED = (
+    "{names} is transformed by torch.func (grad, jvp or another), and FlashCore computes the forward pass only; call "
+    "it outside the transform."
+)
 
 
 def _no_transform() -> None:
@@ -38,6 +42,39 @@ def is_distributed(tensor: object) -> bool:
     """Whether it is a DTensor, told without loading what makes these: that takes a second."""
     made = sys.modules.get("torch.distributed.tensor")
     return made is not None and isinstance(tensor, made.DTensor)
+
+
+def carries_derivatives(*tensors: torch.Tensor) -> bool:
+    """Whether a tensor carries a tangent, or is traced by a transform of torch.func other than vmap, or both."""
+    return under_way() and any(_is_transformed(tensor) or _has_tangent(tensor) for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
+def traces_derivative() -> bool:
+    """Whether torch's compiler traces a call inside of a transform of torch.func other than vmap.
+
+    What it traces carries no derivative that could be looked for; which transforms run is known, and part of its
+    guards.
+    """
+    stack = _functorch.get_interpreter_stack() or []
+    return any(one.key() != _functorch.TransformType.Vmap for one in stack)
+
+
+@torch.compiler.assume_constant_result
+def refuse_traced_derivatives(names: str) -> None:
+    """Raise `InvalidProblem` where `traces_derivative`; torch's compiler shows the sentence in an error of its own."""
+    if traces_derivative():
+        raise InvalidProblem(_TRANSFORMED.format(names=names))
+
+
+def _is_transformed(tensor: torch.Tensor) -> bool:
+    while is_mapped(tensor):  # what is mapped may itself be what a derivative is taken of
+        tensor = _functorch.get_unwrapped(tensor)
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def want_gradients(*tensors: torch.Tensor) -> bool:
@@ -75,11 +112,8 @@ def refuse_derivatives(names: str, *tensors: torch.Tensor) -> None:
     """
     for tensor in tensors:
         if _functorch.is_functorch_wrapped_tensor(tensor) and not is_mapped(tensor):
-            raise InvalidProblem(
-                f"{names} is transformed by torch.func (grad, jvp or another), and FlashCore computes the forward pass "
-                "only; call it outside the transform."
-            )
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise InvalidProblem(_TRANSFORMED.format(names=names))
+        if _has_tangent(tensor):
             raise InvalidProblem(
                 f"{names} carries a tangent (torch.autograd.forward_ad), and FlashCore computes the forward pass only; "
                 "pass the primal, as forward_ad.unpack_dual gives it."

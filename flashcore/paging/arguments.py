@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
@@ -26,7 +27,7 @@ def whole(name: str, value) -> int:
 
 def counts_of(tokens: int | Sequence[int], num_sequences: int) -> list[int]:
     """One count for each sequence, from one for all or a list."""
-    if isinstance(tokens, int):
+    if not hasattr(tokens, "__iter__") or (isinstance(tokens, (torch.Tensor, np.ndarray)) and tokens.ndim == 0):
         return [whole("tokens", tokens)] * num_sequences
     counts = [whole("tokens", count) for count in tokens]
     if len(counts) != num_sequences:
@@ -34,15 +35,28 @@ def counts_of(tokens: int | Sequence[int], num_sequences: int) -> list[int]:
     return counts
 
 
-def check_sizes(sizes: dict[str, int], page_size: int, dtype: torch.dtype) -> None:
-    """Raise `InvalidProblem` unless all are sizes that a cache can be made with."""
+def checked_sizes(sizes: dict[str, object], page_size, dtype) -> tuple[int, ...]:
+    """Sizes that a cache can be made with as ints of Python's own, `page_size` last; `InvalidProblem` for any other."""
+    found = []
     for name, value in sizes.items():
-        if not isinstance(value, int) or not 0 < value < 2**31:
-            raise InvalidProblem(f"{name} is {value!r}; it has to be a whole number from 1 to 2**31 - 1.")
-    if page_size not in PAGE_SIZES:
-        raise InvalidProblem(f"page_size is {page_size!r}; it has to be one of {', '.join(map(str, PAGE_SIZES))}.")
+        number = plain.integer(name, value)
+        if not 0 < number < 2**31:
+            raise InvalidProblem(f"{name} is {number}; it has to be a whole number from 1 to 2**31 - 1.")
+        found.append(number)
+    size = plain.integer("page_size", page_size)
+    if size not in PAGE_SIZES:
+        raise InvalidProblem(f"page_size is {size}; it has to be one of {', '.join(map(str, PAGE_SIZES))}.")
     if dtype not in DTYPES:
         raise InvalidProblem(f"dtype is {dtype}; a cache holds {' or '.join(map(str, DTYPES))}.")
+    return *found, size
+
+
+def listed(name: str, values) -> list:
+    """The values as a list; `InvalidProblem` for one value alone."""
+    try:
+        return list(values)
+    except TypeError:
+        raise InvalidProblem(f"{name} is {plain.shown(values)}; pass a list.") from None
 
 
 def checked_device(device) -> torch.device:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError, PagingError
-from flashcore.numerics import ambient
-from flashcore.paging.arguments import check_new, check_sizes, checked_device, counts_of, whole
+from flashcore.numerics import ambient, plain
+from flashcore.paging.arguments import check_new, checked_device, checked_sizes, counts_of, listed, whole
 from flashcore.paging.bounds import empty_bounds
 from flashcore.paging.checks import can_read_back, debugging
 from flashcore.paging.ledger import DROPPED, Changes, PageLedger, Row, SequenceHandle
@@ -71,8 +71,8 @@ class PagedKVCache(PagedKV):
         max_pages = num_pages if max_pages is None else max_pages
         sizes = {"num_pages": num_pages, "batch": batch, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
                  "max_pages": max_pages}  # fmt: skip
-        check_sizes(sizes, page_size, dtype)
-        device = checked_device(device)
+        num_pages, batch, num_heads_kv, head_dim, max_pages, page_size = checked_sizes(sizes, page_size, dtype)
+        device, key_bounds = checked_device(device), plain.flag("key_bounds", key_bounds)
         pools = [
             torch.zeros(num_pages, num_heads_kv, page_size, head_dim, dtype=dtype, device=device) for _ in range(2)
         ]
@@ -154,7 +154,7 @@ class PagedKVCache(PagedKV):
         SequenceGone, PageTableError
             The sequence was freed; a page that it does not have, or its last one.
         """
-        columns = self._ledger.drop(sequence, [whole("a page", page) for page in pages])
+        columns = self._ledger.drop(sequence, [whole("a page", page) for page in listed("pages", pages)])
         self.holes = self.holes or bool(columns)
         self._set_entries([(sequence.row, column, DROPPED) for column in columns])
         self._check_if_debugging()
@@ -296,7 +296,7 @@ class PagedKVCache(PagedKV):
         if sequences is None:
             books = [row for row in self._ledger.rows if row is not None]
         else:
-            books = [self._ledger.row(sequence) for sequence in sequences]
+            books = [self._ledger.row(sequence) for sequence in listed("sequences", sequences)]
             indices = [row.handle.row for row in books]
             if len(set(indices)) != len(indices):
                 twice = next(row.handle for row in books if indices.count(row.handle.row) > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
@@ -134,7 +135,7 @@ class LayeredKVCache:
         counts: torch.Tensor | None = None,
     ) -> None:
         """As `PagedKVCache.write`, into one layer's pages, and on to its lengths. Can be captured and compiled."""
-        if not isinstance(layer, int) or not 0 <= layer < len(self.layers):
+        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.layers):
             raise InvalidProblem(f"layer is {layer!r}; it has to be a whole number from 0 to {len(self.layers) - 1}.")
         pages = self.layers[layer]
         check_new(k, v, pages, self.batch if rows is None else len(rows))

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from flashcore.errors import PageTableError
+from flashcore.numerics import plain
 from flashcore.paging import arguments
 from flashcore.paging.arguments import PAGE_SIZES
 from flashcore.paging.bounds import bounds_of_pool
@@ -84,7 +85,8 @@ class PagedKV:
             True to compute bounds from the pool now (call `refresh_bounds` after the pages change), a tensor made
             elsewhere, or False for none; `TopK` needs them.
         max_length
-            A bound on all lengths, for launch shapes; None for what the table can hold. Never read from the device.
+            A bound on all lengths, which the attribute `max_length` then has, for a policy of your own; None for what
+            the table can hold. No backend of ours needs it: the lengths say how far each sequence goes.
         lengths_fit
             You vouch that each length is at least 0 and fits its row of the table, now and whenever it changes. That
             saves each call one small launch, which otherwise sees to it (`within_table`).
@@ -113,6 +115,7 @@ class PagedKV:
             )
         arguments.check_table(page_table, lengths, k_pool.device)
         max_length = None if max_length is None else arguments.whole("max_length", max_length)
+        lengths_fit, holes = plain.flag("lengths_fit", lengths_fit), plain.flag("holes", holes)
         kv = PagedKV(k_pool, v_pool, page_table, lengths, max_length=max_length, lengths_fit=lengths_fit, holes=holes)
         if isinstance(key_bounds, torch.Tensor):
             wanted = (kv.num_pages, kv.num_heads_kv, 2, kv.head_dim)
@@ -122,7 +125,7 @@ class PagedKV:
                     f"it has to be {kv.dtype} {list(wanted)} on {kv.device}."
                 )
             kv.key_bounds = key_bounds
-        elif key_bounds:
+        elif plain.flag("key_bounds", key_bounds):
             kv.refresh_bounds()
         if debugging():
             kv.check()

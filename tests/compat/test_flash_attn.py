@@ -189,6 +189,19 @@ def test_a_ragged_batch_of_equal_lengths_is_a_dense_one(monkeypatch):
     assert seen == [(3, 4, 4, 16)]
 
 
+def test_longest_lengths_of_a_ragged_batch_may_be_as_long_as_a_server_likes():
+    """Room is made for the tokens that are there; without it this would ask for terabytes."""
+    rows, keys = RAGGED[0]
+    q, k = torch.randn(sum(rows), 4, 16), torch.randn(sum(keys), 2, 16)
+    bounds, pool = (starts(rows), starts(keys)), torch.randn(9, 16, 2, 16)
+    pages = torch.arange(len(rows), dtype=torch.int32)[:, None]
+    for tensors, more in (((q, k, k), {}), ((q, pool, pool), {"block_table": pages})):
+        for options in ({}, {"alibi_slopes": torch.rand(4)}):
+            expected = flash_attn_varlen_func(*tensors, *bounds, max(rows), max(keys), **options, **more)
+            found = flash_attn_varlen_func(*tensors, *bounds, 2**40, 2**31, **options, **more)
+            torch.testing.assert_close(found, expected)
+
+
 def test_a_ragged_batch_keeps_sequences_apart():
     """NaN in one sequence reaches no other, though all lie in one tensor."""
     rows = [3, 4, 2]
@@ -477,11 +490,37 @@ def test_torchs_own_is_called_with_what_it_takes(on_a_gpu, monkeypatch):
     assert len(seen) == 2, "it has no softcap"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_set_around_a_call_changes_nothing_of_it(dtype):
+    """A cache in float16 under autocast to bfloat16: torch's cat would take it for a mix of the two, and fail."""
+    q, cache = torch.randn(2, 1, 4, 64, dtype=dtype), torch.randn(2, 32, 2, 64, dtype=dtype)
+    new, angles = torch.randn(2, 1, 2, 64, dtype=dtype), torch.rand(33, 16, dtype=dtype)
+    rows = torch.randn(9, 4, 64, dtype=dtype)
+
+    def calls():
+        yield flash_attn_func(q, cache, cache, softcap=3.0, window_size=(9, 0))
+        yield flash_attn_varlen_func(rows, rows, rows, *GOOD, alibi_slopes=torch.ones(4), causal=True)
+        yield from flash_attn_with_kvcache(
+            q, cache.clone(), cache.clone(), new, new, angles, angles, 5, causal=True, return_softmax_lse=True
+        )
+
+    expected = list(calls())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(calls())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 Q, K = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)
 PACKED = torch.randn(9, 4, 16)
 GOOD = (starts([3, 6]), starts([3, 6]), 6, 6)
+NEW, ANGLES, POOL = (Q[:, :1, :2], Q[:, :1, :2]), torch.rand(9, 4), torch.randn(3, 16, 4, 16)
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(("call", "words"), [
@@ -497,7 +536,12 @@ GOOD = (starts([3, 6]), starts([3, 6]), 6, 6)
     (lambda: flash_attn_func(Q, K, K, window_size=3), r"^window_size is 3; it has to be \(left, right\)"),
     (lambda: flash_attn_func(Q, K, K, softcap=-1), "^softcap is -1.0"),
     (lambda: flash_attn_func(Q, K, K, softmax_scale=math.inf), "^softmax_scale must be finite"),
-    (lambda: flash_attn_func(Q, K, K, dropout_p=1.5), "^dropout is 1.5"),
+    (lambda: flash_attn_func(Q, K, K, dropout_p=1.5), "^dropout_p is 1.5; it has to be at least 0"),
+    (lambda: flash_attn_func(Q, K, K, dropout_p=None), "^dropout_p is None; it has to be at least 0"),
+    (lambda: flash_attn_func(Q, K, K, softcap=1e39), "^softcap is 1e.39; .* finite in float32"),
+    (lambda: flash_attn_func(Q, K, K, window_size=(True, False)), "^window_size is True; it has to be a whole number"),
+    (lambda: flash_attn_func(Q[..., :0], K[..., :0], K[..., :0]), r"^q has shape .*; it needs a head and a head_dim"),
+    (lambda: flash_attn_func(Q[:, :, :0], K, K, window_size=(1, 1)), "it needs a head and a head_dim"),
     (lambda: flash_attn_func(Q, K, K, alibi_slopes=torch.ones(3)), "^alibi_slopes is a torch.float32 tensor"),
     (lambda: flash_attn_func(Q, K, K, deterministic=1), "^deterministic has to be True or False"),
     (lambda: flash_attn_varlen_func(Q, Q, Q, *GOOD), r"^q has shape .* \[tokens, num_heads, head_dim\]"),
@@ -518,6 +562,24 @@ GOOD = (starts([3, 6]), starts([3, 6]), 6, 6)
     (lambda: flash_attn_with_kvcache(Q, K, K, rotary_cos=torch.ones(9, 4)), "^rotary_cos and rotary_sin come together"),
     (lambda: flash_attn_with_kvcache(Q, K, K, rotary_cos=torch.ones(9, 4), rotary_sin=torch.ones(9, 4)), "without k"),
     (lambda: flash_attn_with_kvcache(Q.clone().requires_grad_(), K, K), "computes no gradients"),
+    (lambda: flash_attn_with_kvcache(Q, K.numpy(), K), "^k_cache is a numpy array"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, cache_seqlens=True), "^cache_seqlens is True; it has to be a whole"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, rotary_interleaved="no"), "^rotary_interleaved has to be True or False"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, cache_batch_idx=ints(0, 2)), r"^cache_batch_idx\[1\] is 2, and k_cache"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, cache_batch_idx=ints(-1, 1)), r"^cache_batch_idx\[0\] is -1"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, *NEW, cache_seqlens=2, cache_batch_idx=ints(1, 1)), "two sequences"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, cache_leftpad=ints(-1, 0)), "^cache_leftpad has -1; it has to be at le"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, block_table=[[0]]), r"^block_table is \[\[0\]\]; .* tensor \[2, pages"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, block_table=ints(0, 2)[:, None]), r"^block_table\[1, 0\] is 2, and "),
+    (lambda: flash_attn_with_kvcache(Q, K, K, *NEW, cache_seqlens=0, block_table=ints(0, -1)[:, None]), "1, 0. is -1"),
+    (lambda: flash_attn_varlen_func(PACKED, PACKED, PACKED, *GOOD, block_table=ints(0, 1)[:, None]),
+     r"^k has shape \[9, 4, 16\]; it has to be \[num_pages, page_size, num_heads, head_dim\] with a block_table"),
+    (lambda: flash_attn_varlen_func(PACKED, POOL, POOL, *GOOD, block_table=ints(0, 3)[:, None]),
+     r"^block_table\[1, 0\] is 3, and the pool has pages 0 to 2; a sequence has tokens there"),
+    (lambda: flash_attn_varlen_func(PACKED, POOL, POOL, *GOOD, block_table=3), r"^block_table is 3; .* \[2, pages\]"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, *NEW, *[ANGLES.to("meta")] * 2, 2), "lie on meta and meta, and k on cpu"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, *NEW, *[ANGLES.int()] * 2, 2), "have to be alike, floats"),
+    (lambda: flash_attn_with_kvcache(Q, K, K, *NEW, ANGLES, [1], 2), "have to be alike, floats"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(call, words):
     with pytest.raises(InvalidProblem, match=words) as caught:

@@ -8,11 +8,12 @@ import types
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import flashcore
 from flashcore import backends, ops
 from flashcore.compat import sdpa
-from flashcore.errors import FlashCoreError, InvalidProblem
+from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName
 
 TORCHS = torch.nn.functional.scaled_dot_product_attention
 
@@ -100,7 +101,10 @@ def test_dropout_is_torchs():
 @pytest.mark.parametrize(("inputs", "options"), [
     (three(2, 4, 9, 8), {"is_causal": "yes"}),
     (three(2, 4, 9, 8), {"scale": "big"}),
+    (three(2, 4, 9, 8), {"scale": 10**400}),
     (three(2, 4, 9, 8), {"dropout_p": 2.0}),
+    (three(2, 4, 9, 8), {"enable_gqa": 1}),
+    (three(2, 4, 9, 8), {"enable_gqa": "yes"}),
     (three(2, 6, 9, 8, heads=4), {"enable_gqa": True}),
     (("q", "k", "v"), {}),
 ])  # fmt: skip
@@ -117,8 +121,65 @@ def test_empty_and_nested_tensors_are_torchs():
     assert flashcore.scaled_dot_product_attention(q[:0], k[:0], v[:0], backend="cpu").shape == (0, 4, 9, 8)
     nested = torch.nested.nested_tensor([torch.randn(4, 9, 8), torch.randn(4, 9, 8)])
     assert "dense" in sdpa.why_torch(nested, nested, nested)
-    with pytest.raises(InvalidProblem, match="^backend has to be a string"):
-        flashcore.replace_sdpa(backend=3)
+
+
+def test_a_backend_that_there_is_none_of_is_told_at_once_whoever_would_compute():
+    q, k, v = three(2, 4, 9, 8)
+    for wrong, error, words in ((3, InvalidProblem, "^backend has to be a string"), ("cpus", UnknownName, "'cpus'")):
+        with pytest.raises(error, match=words):
+            flashcore.replace_sdpa(backend=wrong)
+        with pytest.raises(error, match=words):
+            flashcore.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(9, 9), backend=wrong)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1e39])
+def test_a_scale_that_no_kernel_of_ours_has_is_torchs(scale):
+    inputs = three(2, 4, 9, 8)
+    assert sdpa.why_torch(*inputs, scale=scale, backend="cpu") == "scale is not finite in float32"
+    out = flashcore.scaled_dot_product_attention(*inputs, scale=scale, backend="cpu")
+    torch.testing.assert_close(out, TORCHS(*inputs, scale=scale), equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_tensors_without_numbers_are_torchs(backend):
+    """Of meta tensors, by which a model's shapes are found out, torch knows no autocast either."""
+    inputs = [t.to("meta") for t in three(2, 4, 9, 8)]
+    with flashcore.replace_sdpa(backend=backend) as calls:
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    assert out.shape == (2, 4, 9, 8) and out.is_meta and dict(calls.torchs) == {"the tensors lie on 'meta'": 1}
+
+
+DERIVATIVES = {
+    "grad": lambda f, q: torch.func.grad(lambda x: f(x).square().sum())(q),
+    "vjp": lambda f, q: torch.func.vjp(f, q)[1](q)[0],
+    "jacrev": lambda f, q: torch.func.jacrev(f)(q),
+    "vmap of grad": lambda f, q: torch.func.vmap(torch.func.grad(lambda x: f(x).square().sum()))(q[None]),
+    "grad of vmap": lambda f, q: torch.func.grad(lambda x: torch.func.vmap(f)(x).square().sum())(q[None]),
+    "compiled grad": lambda f, q: torch.compile(
+        lambda x: torch.func.grad(lambda y: f(y).square().sum())(x), backend="eager", fullgraph=True
+    )(q),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of its own attention under vmap
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_what_torch_func_asks_of_it_is_torchs(name):
+    q, k, v = three(1, 2, 3, 4)
+    derivative = DERIVATIVES[name]
+    expected = derivative(lambda x: TORCHS(x, k, v), q)
+    found = derivative(lambda x: flashcore.scaled_dot_product_attention(x, k, v, backend="cpu"), q)
+    torch.testing.assert_close(found, expected)
+    mapped = torch.func.vmap(lambda x: torch.empty(()) + (sdpa.why_torch(x, k, v, backend="cpu") is None))(q[None])
+    assert mapped.all(), "an axis alone is mapped by a rule of ours"
+
+
+def test_a_tangent_goes_where_torch_has_a_rule_for_it():
+    q, k, v = three(1, 2, 3, 4)
+    with forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        dual = forward_ad.make_dual(q, k)
+        assert sdpa.why_torch(v, k, dual, backend="cpu") == "torch.func or forward mode takes a derivative"
+        found = flashcore.scaled_dot_product_attention(dual, k, v, backend="cpu")
+        assert torch.equal(forward_ad.unpack_dual(found).tangent, forward_ad.unpack_dual(TORCHS(dual, k, v)).tangent)
 
 
 def test_gradients_are_torchs():

@@ -42,6 +42,8 @@ def test_sizes_come_from_the_model():
 
 def test_models_that_it_cannot_hold():
     pytest.importorskip("transformers", reason="transformers is not installed (the extra 'transformers')")
+    with pytest.raises(InvalidProblem, match="^model is 'llama'; pass a decoder of transformers"):
+        paged_cache("llama", batch=1, max_length=16)
     with pytest.raises(InvalidProblem, match="dtype is torch.float32; a cache holds"):
         paged_cache(model_of(torch.float32), batch=1, max_length=16)
     for odd, told in (

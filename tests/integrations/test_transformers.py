@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from flashcore import ops
 from flashcore.compat import flash_attn, sdpa
-from flashcore.errors import InvalidProblem, ToolMissing, Unsupported
+from flashcore.errors import InvalidProblem, ToolMissing, UnknownName, Unsupported
 from flashcore.integrations import transformers as ours
 
 SMALL = {
@@ -350,6 +350,34 @@ def test_bits_of_every_batch_are_ours_or_the_call_is_refused(monkeypatch):
 def test_a_name_that_transformers_would_take_for_something_else_is_refused(transformers, name):
     with pytest.raises(InvalidProblem, match="^(name|transformers)"):
         ours.register(name)
+
+
+def test_a_backend_that_there_is_none_of_is_told_when_it_is_registered(transformers):
+    with pytest.raises(UnknownName, match="There is no backend 'cpus'"):
+        ours.register("fcore-none", backend="cpus")
+    assert "fcore-none" not in transformers.AttentionInterface()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_under_autocast_logits_are_those_of_sdpa(models, implementation, side):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(models("llama"), "sdpa", side)
+        got = logits(models("llama"), implementation, side)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=5e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, 1.0])}])
+def test_under_autocast_a_call_has_one_dtype(options):
+    """A model's rotary embedding leaves float32 beside values in bfloat16, and torch's attention casts them."""
+    q, k, v = torch.randn(3, 2, 2, 7, 16).bfloat16().unbind(0)
+    real = torch.ones(2, 7, dtype=torch.bool)
+    real[0, :3] = False
+    wanted = ours.attention_forward(torch.nn.Module(), q, k, v, real, **options)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ours.attention_forward(torch.nn.Module(), q.float(), k.float(), v, real, **options)[0]
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, wanted)
 
 
 def test_without_transformers_there_is_one_sentence(monkeypatch):

@@ -69,6 +69,12 @@ def test_anything_else_is_no_number(value):
         plain.number("scale", value)
 
 
+@pytest.mark.parametrize("value", [10**400, Fraction(10**400, 3)])
+def test_a_number_that_no_float_is_as_large_as_is_one_sentence(value):
+    with pytest.raises(InvalidProblem, match=r"^scale is .*; no float is as large\.$"):
+        plain.number("scale", value)
+
+
 def test_a_number_is_read_once_and_not_looked_at_again():
     value = torch.tensor(0.5)
     found = plain.number("scale", value)
@@ -94,20 +100,26 @@ def test_a_whole_number_is_an_int_of_pythons_own(value):
     assert type(found) is int and found == 3
 
 
-@pytest.mark.parametrize("value", [3.0, "3", None, np.float32(3), torch.tensor(3.0), torch.tensor([3, 4])])
+@pytest.mark.parametrize("value", [
+    3.0, "3", None, np.float32(3), torch.tensor(3.0), torch.tensor([3, 4]), True, False, np.True_, torch.tensor(True),
+    torch.tensor([False]),
+])  # fmt: skip
 def test_what_is_not_whole_is_one_sentence(value):
     with pytest.raises(InvalidProblem, match=r"^pages is .*; it has to be a whole number\.$"):
         plain.integer("pages", value)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, torch.tensor(math.inf), np.float64("nan")])
+@pytest.mark.parametrize("value", [
+    math.nan, math.inf, -math.inf, torch.tensor(math.inf), np.float64("nan"), 3.41e38, -1e300,
+])  # fmt: skip
 def test_a_softmax_scale_is_finite(value):
-    with pytest.raises(InvalidProblem, match=r"^softmax_scale must be finite, or None for 1/sqrt\(head_dim\); got "):
+    words = r"^softmax_scale must be finite in float32, or None for 1/sqrt\(head_dim\); got "
+    with pytest.raises(InvalidProblem, match=words):
         plain.softmax_scale(value)
 
 
 def test_any_finite_softmax_scale_is_one():
-    assert [plain.softmax_scale(s) for s in (0, -2.5, np.float64(1e300))] == [0.0, -2.5, 1e300]
+    assert [plain.softmax_scale(s) for s in (0, -2.5, np.float64(3.4e38))] == [0.0, -2.5, 3.4e38]
 
 
 def test_a_word_is_a_string_of_pythons_own():

@@ -101,3 +101,30 @@ def test_only_a_tensor_that_carries_a_tangent_is_refused():
                 transforms.refuse("v", tensor, named)
     assert not transforms.under_way()
     transforms.refuse("v", dual)  # its tangent went with the level
+
+
+def test_a_derivative_is_told_from_an_axis_that_is_mapped_however_they_nest():
+    said = []
+
+    def look(tensor):
+        said.append((transforms.carries_derivatives(tensor), transforms.traces_derivative()))
+        return tensor.sum()
+
+    rows, grad, vmap = torch.ones(2, 3), torch.func.grad, torch.func.vmap
+    look(rows), vmap(look)(rows)
+    assert said == [(False, False)] * 2
+    said.clear()
+    grad(look)(rows), vmap(grad(look))(rows), grad(lambda x: vmap(look)(x).sum())(rows)
+    torch.func.jvp(look, (rows,), (rows,))
+    assert said == [(True, True)] * 4
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(rows, rows)
+        assert transforms.carries_derivatives(rows, dual) and not transforms.carries_derivatives(rows)
+        assert not transforms.traces_derivative()
+
+
+def test_under_torchs_compiler_it_is_refused_by_what_runs_around_the_call():
+    transforms.refuse_traced_derivatives("q")
+    torch.func.vmap(lambda x: (transforms.refuse_traced_derivatives("q"), x)[1])(torch.ones(2, 3))
+    with pytest.raises(InvalidProblem, match=r"^q is transformed by torch.func .*; call it outside the transform\.$"):
+        torch.func.grad(lambda x: (transforms.refuse_traced_derivatives("q"), x.sum())[1])(torch.ones(3))

@@ -17,6 +17,9 @@ from flashcore.paging import PagedKV, arguments
     ({"num_pages": 0}, "num_pages is 0"),
     ({"batch": 2.5}, "batch is 2.5; it has to be a whole number"),
     ({"max_pages": 2**31}, "max_pages is 2147483648"),
+    ({"num_pages": True}, "num_pages is True; it has to be a whole number"),
+    ({"page_size": 16.0}, "page_size is 16.0; it has to be a whole number"),
+    ({"key_bounds": "no"}, "key_bounds has to be True or False; got 'no'"),
 ])  # fmt: skip
 def test_bad_sizes(options, words):
     with pytest.raises(InvalidProblem, match=words):
@@ -69,6 +72,24 @@ def test_what_is_no_whole_number(value):
         arguments.whole("tokens", value)
 
 
+def test_sizes_of_any_kind_make_a_cache_of_plain_ones():
+    cache = make(num_pages=np.int64(4), batch=torch.tensor(2), page_size=np.int32(16), max_pages=np.uint8(3))
+    assert cache.page_table.shape == (2, 3) and type(cache.page_size) is type(cache.batch) is int
+
+
+@pytest.mark.parametrize("count", [np.int64(4), np.array(4), torch.tensor(4)])
+def test_a_count_of_any_kind_is_one_for_all(count):
+    assert arguments.counts_of(count, 2) == [4, 4]
+    with pytest.raises(InvalidProblem, match="tokens is None; it has to be a whole number"):
+        arguments.counts_of(None, 2)
+
+
+def test_a_list_is_not_one_value():
+    assert arguments.listed("pages", range(2)) == [0, 1]
+    with pytest.raises(InvalidProblem, match=r"^pages is 3; pass a list\.$"):
+        arguments.listed("pages", 3)
+
+
 def test_one_count_for_all_or_a_list():
     assert arguments.counts_of(4, 3) == [4, 4, 4] and arguments.counts_of((0, 2), 2) == [0, 2]
     assert arguments.counts_of(4, 0) == [] == arguments.counts_of([], 0)
@@ -79,9 +100,10 @@ def test_one_count_for_all_or_a_list():
 
 
 def test_the_largest_size_is_taken_and_one_more_is_not():
-    arguments.check_sizes({"num_pages": 1, "batch": 2**31 - 1}, 256, torch.bfloat16)
+    sizes = arguments.checked_sizes({"num_pages": np.int64(1), "batch": 2**31 - 1}, np.int32(256), torch.bfloat16)
+    assert sizes == (1, 2**31 - 1, 256) and {type(size) for size in sizes} == {int}
     with pytest.raises(InvalidProblem, match="batch is 2147483648; it has to be a whole number from 1 to 2"):
-        arguments.check_sizes({"num_pages": 1, "batch": 2**31}, 256, torch.bfloat16)
+        arguments.checked_sizes({"num_pages": 1, "batch": 2**31}, 256, torch.bfloat16)
 
 
 def test_a_column_of_one_page_may_have_any_stride(tables):

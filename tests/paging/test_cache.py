@@ -259,6 +259,11 @@ def test_too_long_for_the_table():
     (lambda c, k, v: c.reserve(-1), "tokens is -1"),
     (lambda c, k, v: c.truncate(c.sequences[0], "all"), "length is 'all'"),
     (lambda c, k, v: c.drop(c.sequences[0], [0.5]), "a page is 0.5"),
+    (lambda c, k, v: c.drop(c.sequences[0], 0), "pages is 0; pass a list"),
+    (lambda c, k, v: c.reserve(None), "tokens is None; it has to be a whole number"),
+    (lambda c, k, v: c.reserve(True), "tokens is True; it has to be a whole number"),
+    (lambda c, k, v: c.append(k, v, c.sequences[0].row), "sequences is 0; pass a list"),
+    (lambda c, k, v: c.view(1), "sequences is 1; pass a list"),
 ])  # fmt: skip
 def test_bad_calls_change_nothing(call, words):
     cache = make()

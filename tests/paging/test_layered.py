@@ -102,7 +102,7 @@ def test_what_does_not_fit_changes_nothing(both):
         cache.reserve([12 * SIZE, 0])
     with pytest.raises(InvalidProblem, match="it has to be \\[3 sequences"):
         cache.write(0, *tokens(1, 2))
-    for layer in (-1, LAYERS, 0.0, "0"):
+    for layer in (-1, LAYERS, 0.0, "0", True):
         with pytest.raises(InvalidProblem, match="layer is .*; it has to be a whole number from 0 to 2"):
             cache.write(layer, *tokens(1, 3))
     same(cache, separate)

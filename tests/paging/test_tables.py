@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.paged_caches import HEADS, SIZE
 
-from flashcore.errors import PageTableError
+from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.paging import PagedKV, PagedKVCache, gather
 
 
@@ -42,3 +42,6 @@ def test_wrong_options(tables):
         PagedKV.from_tables(*tables, layout="bshd")
     with pytest.raises(PageTableError, match=r"key_bounds is torch.float16 \[6, 2, 8\].*\[6, 2, 2, 8\]"):
         PagedKV.from_tables(*tables, key_bounds=torch.zeros(6, 2, 8, dtype=torch.float16))
+    for name in ("key_bounds", "lengths_fit", "holes"):
+        with pytest.raises(InvalidProblem, match=f"^{name} has to be True or False; got 'no'"):
+            PagedKV.from_tables(*tables, **{name: "no"})

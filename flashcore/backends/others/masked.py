@@ -14,6 +14,7 @@ import torch
 from flashcore.errors import InvalidProblem
 from flashcore.library import traced
 from flashcore.numerics import ambient, plain, seen
+from flashcore.problem import LARGEST
 
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Scores held at once, a few times over: 16 MB each on a CPU, 512 MB on a GPU."""
@@ -68,8 +69,8 @@ def checked_softcap(softcap) -> float:
     number = plain.number("softcap", softcap)
     if number is None:
         return 0.0
-    if not 0 <= number < math.inf:  # also of NaN, and in a form that torch's compiler follows
-        raise InvalidProblem(f"softcap is {number}; it has to be above 0, or 0 for none.")
+    if not 0 <= number <= LARGEST:  # also of NaN, and in a form that torch's compiler follows
+        raise InvalidProblem(f"softcap is {number}; it has to be above 0, or 0 for none, and finite in float32.")
     return number
 
 

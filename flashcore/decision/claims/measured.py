@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flashcore.decision import compare
@@ -54,11 +55,35 @@ class Run:
         """Why a measurement may not be held against a claim, as a clause."""
         if doubt := self.source.doubt(trial):
             return doubt
-        checks = self.source.pick("correctness", lambda t: (
-            t.backend == trial.backend and compare.same_problem(t.problem, trial.problem)
-        ))  # fmt: skip
-        wrong = any(compare.passed(t) is False for t in checks)
+        wrong = self._is_wrong(trial.backend, trial.problem)
         return f"{trial.backend} computes wrong results on this problem" if wrong else None
+
+    @cached_property
+    def _wrong(self) -> dict[tuple, bool]:
+        """What `_is_wrong` found: a run has many timings of few problems, and each would read all checks again."""
+        return {}
+
+    def _is_wrong(self, backend: str | None, problem: Problem | None) -> bool:
+        """Whether some check of a backend on a problem failed."""
+        if (backend, problem) not in self._wrong:
+            checks = self.source.pick("correctness", lambda t: (
+                t.backend == backend and compare.same_problem(t.problem, problem)
+            ))  # fmt: skip
+            self._wrong[backend, problem] = any(compare.passed(t) is False for t in checks)
+        return self._wrong[backend, problem]
+
+    @cached_property
+    def _roofs(self) -> dict[str, float | None]:
+        return {}
+
+    def fastest(self, dtype: str) -> float | None:
+        """TFLOPS of the fastest kernel of a dtype that was measured: a plain matrix product, or attention itself."""
+        if dtype not in self._roofs:
+            timed = self.source.pick("attention_timing", lambda t: t.problem is not None and t.problem.dtype == dtype)
+            rates = [rate for t in timed if (rate := compare.tflops(t)) is not None and self.doubt(t) is None]
+            of_products = _ceiling(self, CEILING_OF.get(dtype))
+            self._roofs[dtype] = max(filter(None, [*rates, of_products]), default=None)
+        return self._roofs[dtype]
 
 
 def measurement(claim: Claim, claims: Claims, run: Run) -> list[Finding]:
@@ -233,7 +258,7 @@ def _as_recorded(claim: Claim, trial: Trial, run: Run) -> Finding:
 
 def measured_roof(claim: Claim, run: Run) -> list[Finding]:
     """A claim of speed against the fastest that the run measured; it refutes one about the same GPU only."""
-    rate_roof, floor = _fastest(run, dtype_of(claim)), _ceiling(run, "graph_node")
+    rate_roof, floor = run.fastest(dtype_of(claim)), _ceiling(run, "graph_node")
     outcome = "contradicted" if run.is_of(claim) else "beside"
     found = []
     interval = latency_us(claim, claim.workload) if claim.family == "speed" else None
@@ -246,13 +271,6 @@ def measured_roof(claim: Claim, run: Run) -> list[Finding]:
         sentence = f"An empty kernel in a CUDA graph was measured to take {number(floor)} µs{run.where}, which is more."
         found.append(Finding("physics", outcome, sentence, interval[1], floor, "µs"))
     return found
-
-
-def _fastest(run: Run, dtype: str) -> float | None:
-    """TFLOPS of the fastest kernel of a dtype that the run measured: a plain matrix product, or attention itself."""
-    timed = run.source.pick("attention_timing", lambda t: t.problem is not None and t.problem.dtype == dtype)
-    rates = [rate for t in timed if (rate := compare.tflops(t)) is not None and run.doubt(t) is None]
-    return max(filter(None, [*rates, _ceiling(run, CEILING_OF.get(dtype))]), default=None)
 
 
 def _ceiling(run: Run, name: str | None) -> float | None:

@@ -8,6 +8,7 @@ from support import synthetic_records as synthetic
 from support.made_up_claims import ENVIRONMENT, REPORT, TOY, TRIALS, WMMA, claim_text, one, outcomes
 
 from flashcore.decision import claims as library
+from flashcore.decision.claims import measured as measuring
 from flashcore.records import Trial
 
 
@@ -57,6 +58,19 @@ def test_a_counterpart_another_gpu_or_doubtful_records_only_stand_beside():
     wrong = [WMMA, synthetic.correctness("wmma", REPORT, status="failed")]
     found = measured(own, trials=wrong)
     assert outcomes(found, "measurement") == ["beside"] and "wrong results" in found.reason
+
+
+def test_checks_are_read_once_and_not_for_each_timing_and_claim(monkeypatch):
+    """Each claim of a speed looks at every timing of its dtype, and asks of each whether it is right."""
+    asked, passed = [], measuring.compare.passed
+    monkeypatch.setattr(measuring.compare, "passed", lambda trial: asked.append(trial) or passed(trial))
+    timings, checks = 40 * [WMMA], 30 * [synthetic.correctness("wmma", REPORT)]
+    fast = [claim_text(f"c{nth}", "tflops", 1e4, "TFLOPS", workload="report") for nth in range(5)]
+    found = library.audit(
+        library.parse_claims("".join(fast)), [*timings, *checks], environment=ENVIRONMENT, current_hashes=None
+    )
+    assert len(asked) == len(checks)
+    assert [outcomes(one, "physics") for one in found] == 5 * [["missing", "contradicted"]]
 
 
 def test_what_was_not_measured_names_the_command():

@@ -18,6 +18,8 @@ LoopFault = Literal[
 LseKind = Literal["log2", "log2 of the sum", "row_max alone", "row_sum alone", "without row_max", "negative", "scaled"]
 EXP_LIMIT = {"float32": 88.722839, "float16": 11.089866, "bfloat16": 88.722839}
 """The largest x whose exp(x) the dtype holds (log of its largest number)."""
+FLOAT16_ENDS = 65520.0
+"""From here on numbers are rounded to infinity in float16."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,12 @@ class Behaviour:
     loop: Loop | None = None
     no_max: str | None = None
     """No maximum is subtracted, and exp is computed in this dtype."""
+    smallest: bool = False
+    """The smallest score of a row is subtracted in place of the largest."""
     scores_rounded: bool = False
     """Products of Q and K are rounded to 16 bits: the dtype of the inputs, or float16 where that has 32."""
+    overflow: float | None = None
+    """What a product of Q and K becomes that float16 does not hold; None where it stays what it is."""
     normalised: bool = True
     """Whether the output is divided by row_sum."""
     unwritten: tuple[int, ...] = ()
@@ -116,6 +122,8 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
         v = v[:, b.v_of.clamp_min(0)] * (b.v_of >= 0)[:, None]
     scale = problem.scale * b.scale_factor
     products = q @ k.mT if b.metric is None else q @ b.metric @ k.mT / problem.scale
+    if b.overflow is not None:
+        products = products.masked_fill(products.abs() >= FLOAT16_ENDS, b.overflow)
     if b.scores_rounded:
         products = products.to(dtype if dtype.itemsize == 2 else torch.float16).double()
     scores = products * scale
@@ -152,6 +160,10 @@ def _softmax(scores, counts, v, b: Behaviour) -> tuple[torch.Tensor, torch.Tenso
         probs = seen.exp().masked_fill(seen > EXP_LIMIT[b.no_max], math.inf).float().double() * counts
         probs = probs.masked_fill(counts == 0, 0.0)
         base = torch.zeros_like(base)
+    elif b.smallest:
+        least = seen.masked_fill(counts == 0, math.inf).amin(dim=-1, keepdim=True)
+        probs = (seen - least).exp().float().double() * counts  # what float32 does not hold becomes infinite
+        probs = probs.masked_fill(counts == 0, 0.0)
     elif b.lanes is not None:
         probs = (seen - reference.safe(_lane_maximum(seen, b.lanes))).exp() * counts
     else:

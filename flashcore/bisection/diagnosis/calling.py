@@ -46,7 +46,7 @@ class Broken(Exception):
     Parameters
     ----------
     kind
-        ``hang``, ``type``, ``shape``, ``dtype``, ``device``, ``lse`` or ``inputs``.
+        ``hang``, ``type``, ``shape``, ``dtype``, ``device``, ``lse``, ``inputs`` or ``state``.
     sentence
         What it did, as a sentence.
     """
@@ -89,6 +89,10 @@ class Candidate:
     """Seconds of each call so far."""
     backend: backends.Backend | None = None
     """The backend that it stands for; None for a function."""
+    forgiven: bool = False
+    """Rows that see no key are nobody's business: whatever they hold is taken for 0, and for -inf in lse."""
+    empty_rows: set[str] = field(default_factory=set, compare=False)
+    """What they held where they are forgiven: ``NaN``, or ``numbers`` other than 0."""
 
     def __call__(self, q, k, v, problem: Problem, *, default_scale: bool = False) -> Answer:
         """Call it, and check that what comes back is an answer.
@@ -130,6 +134,7 @@ class Candidate:
         """
         passed = self.handed((q, k, v), as_given=as_given)
         kept = [t.clone() for t in passed]
+        default_dtype = torch.get_default_dtype()
         started = time.perf_counter()
         try:
             with limited(self.time_limit_s), poisoned_outputs():
@@ -141,12 +146,33 @@ class Candidate:
             raise Refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}") from error
         finally:
             self.calls.append(time.perf_counter() - started)
+            now_default = torch.get_default_dtype()
+            torch.set_default_dtype(default_dtype)
+        if now_default != default_dtype:
+            raise Broken("state", f"It changes torch's default dtype, from {_word(default_dtype)} to "
+                         f"{_word(now_default)}, and leaves it so.")  # fmt: skip
         answer = self.answer(result, q)
+        if self.forgiven and problem.causal and problem.seqlen_q > problem.seqlen_k:
+            answer = self._without_empty_rows(answer, problem.seqlen_q - problem.seqlen_k)
         same = torch.stack([_equal_bits(now, then) for now, then in zip(passed, kept, strict=True)]).tolist()
         for name, now, then, as_it_was in zip("qkv", passed, kept, same, strict=True):
             if not as_it_was:
                 return answer, f"It changes its input {name}: {_changed(now, then)}."
         return answer, ""
+
+    def _without_empty_rows(self, answer: Answer, rows: int) -> Answer:
+        """The answer with 0, and -inf in lse, in its first rows; keeps in mind what they held."""
+        out = answer.out.clone()
+        if bool(out[:, :, :rows].isnan().any()):
+            self.empty_rows.add("NaN")
+        elif bool((out[:, :, :rows] != 0).any()):
+            self.empty_rows.add("numbers")
+        out[:, :, :rows] = 0.0
+        lse = answer.lse
+        if lse is not None:
+            lse = lse.clone()
+            lse[:, :, :rows] = -math.inf
+        return Answer(out, lse)
 
     def handed(self, given: tuple[torch.Tensor, ...], *, as_given: bool = False) -> tuple[torch.Tensor, ...]:
         """The tensors in the layout that the function wants, as copies unless they are to stay `as_given`."""

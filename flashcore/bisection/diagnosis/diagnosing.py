@@ -14,6 +14,7 @@ from flashcore import backends
 from flashcore.bisection.diagnosis import shrinking
 from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of, refuse_masks
+from flashcore.bisection.diagnosis.conditions import condition
 from flashcore.bisection.diagnosis.naming import Hypothesis
 from flashcore.bisection.diagnosis.peeling import EXPLAINED, Peeled, explains, look_closer, peel
 from flashcore.bisection.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one
@@ -136,6 +137,9 @@ class Diagnosis:
             asked = [s for s in self.screened if not s.refused]
             if wrong and self.home is not None:
                 said.append(f"{len(wrong)} of {len(asked)} calls are wrong, the first with {wrong[0].inputs.label()}.")
+                only = condition(asked)
+                if only:
+                    said.append(f"Only calls {only} are wrong.")
         if self.smallest:
             said.append(f"The smallest case that still fails: {self.smallest.inputs.label()}.")
             said.append(f"  {self.reproduce()}")
@@ -145,8 +149,14 @@ class Diagnosis:
 
     def _explained_words(self) -> list[str]:
         peeled = self.peeled
-        if not self.hypotheses or not peeled.wrong:
+        if not self.hypotheses:
             return []
+        if not peeled.wrong:
+            blunt = [s for s in self.screened if s.out_wrong]
+            words = (
+                "The bounds of the wrong calls are as wide as their outputs: nobody can tell how much this explains."
+            )
+            return [words] if blunt and peeled.problem == self.home else []
         if peeled.explained >= EXPLAINED * peeled.wrong and peeled.spoiled == 0:
             how = "all" if peeled.explained == peeled.wrong else f"{peeled.explained:,} of"
             return [f"This explains {how} {peeled.wrong:,} wrong elements."]
@@ -286,6 +296,8 @@ def diagnose(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InvalidProblem(f"seed: {seed!r} is no whole number.")
     candidate = candidate_of(fn, layout=layout, lse=lse, device=device, time_limit_s=time_limit_s)
+    # Functions differ in what they hold in rows that see no key. Whoever asks about such a problem by name means them.
+    candidate = replace(candidate, forgiven=problem is None, empty_rows=set())
     context = {"layout": layout, "lse": candidate.lse, "device": torch.device(candidate.device).type, "seed": seed}
     if isinstance(fn, backends.Backend) or (isinstance(fn, str) and ":" not in fn):
         context["backend"] = candidate.name
@@ -340,6 +352,7 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, sm
             return done(False)
     if problem is None:
         notes += _refusals([s for s in screened if s.refused])
+    notes += _habits(candidate, screened)
     failing = [s for s in screened if s.wrong]
     if not failing:
         if any(not s.repeats for s in screened):
@@ -432,6 +445,17 @@ def _size(problem: Problem) -> int:
 
 def _limit(candidate: Candidate) -> int:
     return READABLE.get(torch.device(candidate.device).type, READABLE["cpu"])
+
+
+def _habits(candidate: Candidate, screened: list[Screened]) -> list[str]:
+    """What is no wrong result, and bites whoever does not know of it."""
+    said = []
+    if any(s.shares_memory for s in screened):
+        said.append("A second call writes over the result of the first: both are the same memory.")
+    for held in sorted(candidate.empty_rows):
+        words = "NaN" if held == "NaN" else "numbers other than 0"
+        said.append(f"Rows that see no key (causal, more queries than keys) hold {words}; most kernels give 0 there.")
+    return said
 
 
 def _refusals(screened: list[Screened]) -> list[str]:

@@ -28,8 +28,13 @@ LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
 LANES = tuple(("mod", n) for n in (2, 4, 8, 16, 32, 64)) + tuple(("block", n) for n in (2, 8, 16, 32, 64))
 LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
 """What is added to all scores of a row, which may change nothing."""
-PROBES = 12
+PROBES = 13
 """How many there are."""
+HELD, NOT_HELD = 30_000.0, 80_000.0
+"""Products of Q and K that float16 holds, and does not hold."""
+FLOAT16_MAX = 65_504
+BLUNT = 0.25
+"""Where the bound of a call is wider than this share of its output's spread, no hypothesis is judged by that call."""
 EXPLAINED = 0.98
 """Share of the wrong elements that a hypothesis has to predict to stand."""
 
@@ -91,6 +96,7 @@ def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int
     peeling.probe("equal keys", "mask and list of keys", peeling.counts)
     peeling.probe("keys that do not exist", "padding", peeling.phantoms)
     peeling.probe("lifted scores", "subtraction of the maximum", peeling.lifted)
+    peeling.probe("products past float16", "the range of scores", peeling.far)
     peeling.probe("a small number beside a large one", "precision of scores and sums", peeling.precision)
     return Peeled(
         problem, tuple(peeling.found), peeling.state, tuple(peeling.suspicions), tuple(peeling.probes), 0, 0, 0
@@ -130,6 +136,7 @@ class _Peeling:
                 ("keys that do not exist", "padding", self.phantoms),
                 ("anchored scores", "scale, products, order of keys", self.scores),
                 ("lifted scores", "subtraction of the maximum", self.lifted),
+                ("products past float16", "the range of scores", self.far),
                 ("a small number beside a large one", "precision of scores and sums", self.precision),
                 ("moving maximum", "rescaling from page to page", self.loop),
                 ("V by itself", "P V", self.linear),
@@ -470,6 +477,41 @@ class _Peeling:
         self.suspicions.append(Suspicion(("row_max", "scores"), words))
         return words
 
+    def far(self) -> str | None:
+        """Products of Q and K that float16 does not hold, beside some that it holds."""
+        problem = self.problem
+        if problem.head_dim < 2 or problem.seqlen_k < 2 or self.state.no_max is not None:
+            return None
+        near, found = (reading.read_far(self.candidate, problem, product) for product in (HELD, NOT_HELD))
+        if near is None or found is None:
+            return None
+        seen = mask_of(problem, found.device) > 0
+        rows = seen[:, ::2].any(dim=-1) & seen[:, 1::2].any(dim=-1)
+        if not bool(rows.any()):
+            return None
+        if not bool(((near[:, rows, 0] - 1).abs() <= 0.01).all()):
+            if problem.scale < 0 and bool((~near[:, rows].isfinite()).any()):
+                return self.add(Hypothesis(
+                    "maximum before a negative scale", "the maximum is taken before a negative scale turns the order "
+                    "of the scores round, so that exp overflows", ("row_max", "probs"), {"smallest": True},
+                ))  # fmt: skip
+            return None  # it is wrong without an overflow too, which other probes look into
+        even, odd = found[:, rows, 0], found[:, rows, 1]
+        if bool(((even - 1).abs() <= 0.01).all()):
+            return None
+        place = {"row": int(rows.nonzero()[0])}
+        if bool((~even.isfinite()).any()):
+            return self.add(Hypothesis(
+                "scores in 16 bits", f"products of Q and K past {FLOAT16_MAX} become infinite: scores are kept in "
+                "float16 before they are scaled", ("scores",), {"scores_rounded": True}, place))  # fmt: skip
+        if bool((odd > 0.01).any()):
+            words = (f"scores that float16 does not hold (products of Q and K past {FLOAT16_MAX}) are set to 0, so "
+                     "that the largest keys of a row count like any other")  # fmt: skip
+            return self.add(Hypothesis("overflow set to 0", words, ("scores",), {"overflow": 0.0}, place))
+        words = f"keys whose products with Q are past {FLOAT16_MAX} lose their weight"
+        self.suspicions.append(Suspicion(("scores", "probs"), words, place))
+        return words
+
     def precision(self) -> str | None:
         """Sums and scores that need more than 16 bits, made so that 32 bits hold them exactly.
 
@@ -627,6 +669,10 @@ class _Peeling:
         left = [s for s in self._unexplained() if s.inputs.problem.seqlen_k > min(LOOP_SIZES)]
         if not left:
             return None
+        sharp = [s for s in left if not is_blunt(s, self.candidate)]
+        if not sharp:
+            return self._unnamed_loop(left[0])
+        left = sharp
         one = min(left, key=lambda s: (s.inputs.pattern not in ("rising", "normal"), s.inputs.problem.seqlen_k))
         q, k, v = _given(one, self.candidate)
         problem = one.inputs.problem
@@ -678,6 +724,12 @@ class _Peeling:
                      "exponential outgrows its reference, in a page or where parts are added up")  # fmt: skip
             self.suspicions.append(Suspicion(stages, words, place))
             return words
+        if is_blunt(one, self.candidate):
+            words = (f"inputs '{one.inputs.pattern}' give a wrong result, and bounds as wide as the output there tell "
+                     "no more")  # fmt: skip
+            stages = ("scores", "row_max", "rescale", "probs", "row_sum", "accum", "out")
+            self.suspicions.append(Suspicion(stages, words, dict(one.out.first_bad or {})))
+            return words
         found = reading.weights(self.candidate, case.q, case.k, self.problem)
         wanted = reading.simulated_weights(case.q, case.k, self.problem, self.state)
         if not bool(self._bad_weights(found, wanted).any()):
@@ -686,7 +738,8 @@ class _Peeling:
 
     def linear(self) -> str | None:
         """Whether the output is the weights times V: judged where the weights themselves are as they should be."""
-        left = [s for s in self._unexplained() if s.inputs.problem.mathematics == self.problem.mathematics]
+        left = [s for s in self._unexplained() if s.inputs.problem.mathematics == self.problem.mathematics
+                and not is_blunt(s, self.candidate)]  # fmt: skip
         if not left or self.suspicions:
             return None
         one = left[0]
@@ -743,6 +796,8 @@ class _Peeling:
         for one in self.failing:
             if one.answer is None or not one.out_wrong or not self._fits_shape(one.inputs.problem):
                 continue
+            if is_blunt(one, self.candidate):
+                continue
             predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
             _, mine, all_wrong, bad = share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)
             explained, wrong, spoiled = explained + mine, wrong + all_wrong, spoiled + bad
@@ -772,6 +827,10 @@ class _Peeling:
         left = []
         for one in self.failing:
             if one.answer is None or not one.out_wrong or not self._fits_shape(one.inputs.problem):
+                continue
+            if is_blunt(one, self.candidate):
+                if not self.found:
+                    left.append(one)
                 continue
             predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
             if share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)[0] < EXPLAINED:
@@ -825,6 +884,12 @@ def _given(one: Screened, candidate: Candidate) -> tuple[torch.Tensor, torch.Ten
     return case.q, case.k, case.v
 
 
+def is_blunt(one: Screened, candidate: Candidate) -> bool:
+    """Whether the bound of a call is so wide beside its output that any prediction would seem to fit."""
+    case = one.inputs.case(candidate, again=True)
+    return float(case.out_atol) > BLUNT * float(case.out.std(correction=0))
+
+
 @ambient.judging
 def share_of(
     got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
@@ -844,10 +909,14 @@ def share_of(
     bad = ~((got - truth).abs() <= case.out_atol + case.out_rtol * truth.abs())
     most = case.v.abs().max().double()  # stays on its device: a GPU that several processes share answers late
     bound = 4 * case.out_atol + 4 * case.out_rtol * predicted.abs() + 4 * case.out_rtol * most / 8
-    same = ((got - predicted).abs() <= bound) | (~got.isfinite() & ~predicted.isfinite())
+    off = (got - predicted).abs()
+    same = (off <= bound) | (~got.isfinite() & ~predicted.isfinite())
+    # What lies as near to the truth is not explained by a prediction, however wide the bound is.
+    nearer = (off <= 0.5 * (got - truth).abs()) | (off <= case.out_atol + case.out_rtol * predicted.abs())
+    same_bad = same & (nearer | ~got.isfinite())
     if unwritten:  # what lies in memory that nobody wrote may be anything
-        same[:, :, list(unwritten)] = True
-    wrong, explained, spoiled = torch.stack([bad.sum(), (bad & same).sum(), (~bad & ~same).sum()]).tolist()
+        same[:, :, list(unwritten)] = same_bad[:, :, list(unwritten)] = True
+    wrong, explained, spoiled = torch.stack([bad.sum(), (bad & same_bad).sum(), (~bad & ~same).sum()]).tolist()
     share = explained / wrong if wrong else 0.0
     return share - spoiled / max(1, bad.numel() - wrong), explained, wrong, spoiled
 

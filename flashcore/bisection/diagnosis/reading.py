@@ -199,6 +199,27 @@ def read_phantoms(candidate: Candidate, problem: Problem) -> torch.Tensor | None
     return counted.masked_fill((total - 1.0).abs() < 4 * torch.finfo(dtype).eps, 0.0).masked_fill(keys == 0, 0.0)
 
 
+@ambient.judging
+def read_far(candidate: Candidate, problem: Problem, product: float) -> torch.Tensor | None:
+    """float64 ``[N, Sq, 2]``: the weight of all even and of all odd keys, whose products with Q are far apart.
+
+    Those of even keys are `product`, those of odd ones its negative, or turned round under a negative scale: all weight
+    belongs to the even keys. None where the scale leaves them close together, or rows see no even key.
+    """
+    size = 256.0  # of Q, so that K is no larger than float16 holds
+    # A function that stores scaled scores in 16 bits, and says so, may lose those that float16 does not hold.
+    stored = abs(product * problem.scale) if candidate.rounds_scores else 0.0
+    if abs(product * problem.scale) < 40 or stored > 6e4 or abs(product / size) > 6e4:
+        return None
+    q, k, v = (torch.zeros_like(t) for t in _ordinary(problem, candidate.device))
+    q[..., 0] = size
+    k[..., 0] = math.copysign(product / size, problem.scale)
+    k[:, :, 1::2, 0] *= -1
+    v[:, :, ::2, 0] = 1.0
+    v[:, :, 1::2, 1] = 1.0
+    return candidate(q, k, v, problem).out[..., :2].double().flatten(0, 1)
+
+
 def _ordinary(problem: Problem, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flashcore.numerics.inputs import make_inputs
 

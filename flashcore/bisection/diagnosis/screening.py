@@ -126,6 +126,8 @@ class Screened:
     broken: Broken | None = None
     repeats: bool = True
     """Whether a second call gave the same bits."""
+    shares_memory: bool = False
+    """Whether a second call wrote over the result of the first."""
 
     @property
     def wrong(self) -> bool:
@@ -148,6 +150,8 @@ def screen_one(candidate: Candidate, inputs: Inputs, *, again: bool = False) -> 
     case = inputs.case(candidate)
     try:
         answer = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale)
+        given = answer.out
+        answer = Answer(given.clone(), answer.lse)  # a function may write its next result over this one
         second = candidate(case.q, case.k, case.v, problem, default_scale=inputs.default_scale) if again else answer
     except Refusal as refusal:
         return Screened(inputs, None, refused=str(refusal))
@@ -158,7 +162,7 @@ def screen_one(candidate: Candidate, inputs: Inputs, *, again: bool = False) -> 
     if answer.lse is not None:
         lse = compare(answer.lse, case.lse, atol=case.lse_atol, rtol=case.lse_rtol)
     same = not again or bool(((answer.out == second.out) | (answer.out.isnan() & second.out.isnan())).all())
-    return Screened(inputs, answer, out, lse, repeats=same)
+    return Screened(inputs, answer, out, lse, repeats=same, shares_memory=second.out.data_ptr() == given.data_ptr())
 
 
 @ambient.judging
@@ -199,25 +203,37 @@ def ordinary(candidate: Candidate, home: Problem) -> Iterator[Inputs]:
         yield Inputs(one.with_(seqlen_q=1))
         yield Inputs(one.with_(seqlen_q=130, seqlen_k=1100))
         yield Inputs(one.with_(seqlen_q=130, seqlen_k=1100), "rising")
-        if not causal:
-            yield Inputs(one.with_(seqlen_k=77))
+        yield Inputs(one.with_(seqlen_q=77, seqlen_k=130))  # a tile of rows that was asked about with other keys
+        yield Inputs(one.with_(seqlen_k=77))
         if home.num_heads_kv != home.num_heads_q:
             yield Inputs(one.with_(num_heads_kv=home.num_heads_q))
             yield Inputs(one.with_(num_heads_kv=1))
     yield Inputs(home.with_(batch=1, num_heads_q=1, num_heads_kv=1))
     yield Inputs(home.with_(batch=3))
+    yield from (Inputs(home.with_(**many)) for many in _many_of_one(home))
     for dtype in _DTYPES:
         if dtype != home.dtype:
             yield Inputs(home.with_(dtype=dtype))
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 96):  # the last is no power of 2
         if head_dim != home.head_dim:
             yield Inputs(home.with_(head_dim=head_dim))
     if "softmax_scale" in candidate.takes:
         yield Inputs(home.with_(softmax_scale=0.3))
         yield Inputs(home.with_(softmax_scale=-0.125))
+        yield Inputs(home.with_(softmax_scale=-0.125), "large")
         if candidate.default_scale:
             yield Inputs(home, default_scale=True)
             yield Inputs(home.with_(head_dim=128), default_scale=True)
+
+
+def _many_of_one(home: Problem) -> Iterator[dict[str, int]]:
+    """Much of one thing and little of the rest: where an index, a grid or a buffer is made for less, it shows."""
+    group = home.num_heads_q // home.num_heads_kv
+    few = {"batch": 1, "num_heads_q": group, "num_heads_kv": 1}
+    yield {"batch": 17, "num_heads_q": group, "num_heads_kv": 1, "seqlen_q": 40, "seqlen_k": 40}
+    yield {"batch": 1, "num_heads_q": 18 * group, "num_heads_kv": 18, "seqlen_q": 40, "seqlen_k": 40}
+    yield {**few, "seqlen_q": 1100, "seqlen_k": 150}
+    yield {**few, "seqlen_q": 20, "seqlen_k": 8300}
 
 
 def of_problem(candidate: Candidate, problem: Problem, pattern: str | None, seed: int) -> Iterator[Inputs]:

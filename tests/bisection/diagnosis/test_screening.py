@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support import wrong_attention as zoo
@@ -37,14 +39,46 @@ def test_what_is_asked_goes_by_what_the_function_takes():
     rich = list(screening.ordinary(of(zoo.two_pass), HOME))
     assert any(i.problem.causal for i in rich) and any(i.default_scale for i in rich)
     assert {i.problem.softmax_scale for i in rich} == {None, 0.3, -0.125}
+    assert {i.problem.head_dim for i in rich} == {64, 96, 128}
     assert {i.problem.dtype for i in rich} == {"float16", "bfloat16", "float32"}
     assert any(i.strided for i in rich) and any(i.problem.seqlen_q == 1 for i in rich)
 
 
-def test_no_row_that_sees_no_key_is_asked_about():
-    for inputs in screening.ordinary(of(zoo.two_pass), HOME):
-        problem = inputs.problem
-        assert not problem.causal or problem.seqlen_q <= problem.seqlen_k
+def test_rows_that_see_no_key_are_judged_only_where_they_are_asked_about_by_name():
+    def without_a_guard(q, k, v, causal=False):
+        a, b, c, scale = zoo.parts(q, k, v)
+        scores = a @ b.mT * scale
+        scores = zoo.masked(scores, k.shape[2] - q.shape[2]) if causal else scores
+        return (torch.softmax(scores, dim=-1) @ c).to(q.dtype)
+
+    asked = [i for i in screening.ordinary(of(without_a_guard), HOME) if i.problem.seqlen_q > i.problem.seqlen_k]
+    inputs = next(i for i in asked if i.problem.causal)
+    candidate = of(without_a_guard)
+    assert screening.screen_one(candidate, inputs).wrong, "empty rows of the reference are 0"
+    forgiving = dataclasses.replace(candidate, forgiven=True, empty_rows=set())
+    assert not screening.screen_one(forgiving, inputs).wrong and forgiving.empty_rows == {"NaN"}
+
+    def sees_the_future(q, k, v, causal=False):
+        return without_a_guard(q, k, v, causal and q.shape[2] <= k.shape[2])
+
+    other = dataclasses.replace(of(sees_the_future), forgiven=True, empty_rows=set())
+    assert screening.screen_one(other, inputs).wrong and other.empty_rows == {"numbers"}
+
+
+def test_a_result_that_the_next_call_writes_over_is_judged_as_it_was_and_said():
+    room: dict = {}
+
+    def into_one_room(q, k, v):
+        kept = room.setdefault(q.shape, torch.empty_like(q))
+        return kept.copy_(zoo.two_pass(q, k, v))
+
+    found = screening.screen_one(of(into_one_room), Inputs(HOME), again=True)
+    assert (
+        not found.wrong
+        and found.shares_memory
+        and found.answer.out.data_ptr() != room[found.answer.out.shape].data_ptr()
+    )
+    assert not screening.screen_one(of(zoo.two_pass), Inputs(HOME), again=True).shares_memory
 
 
 def test_a_case_that_is_asked_for_again_is_the_same_to_the_bit_and_stays_as_it_was_made():

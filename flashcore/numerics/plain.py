@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Callable
 from posix import environ as process  # what lies beneath os.environ and follows it, at a tenth of the time of a look-up
 
 import numpy as np
@@ -16,22 +15,13 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.numerics import transforms
+from flashcore.numerics.transforms import constant_when_traced
 from flashcore.problem import LARGEST
 
 BATCH_INVARIANT = b"FLASHCORE_BATCH_INVARIANT"
 """The variable that asks for `Problem.batch_invariant` in every call that does not say, as `process` names it."""
 SHOWN = 60
 """Characters of a value that an error shows."""
-
-
-def constant_when_traced(function: Callable) -> Callable:
-    """Mark a function whose result torch's compiler takes for a constant of the graph that it traces.
-
-    As ``torch.compiler.assume_constant_result`` marks it; but that imports the compiler, which takes as long as the
-    rest of torch does, and most processes compile nothing.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
 
 def shown(value) -> str:

@@ -7,6 +7,7 @@ Our kernels read memory, and none of these lies there. torch would either say no
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
@@ -18,6 +19,16 @@ _TRANSFORMED = (
     "{names} is transformed by torch.func (grad, jvp or another), and FlashCore computes the forward pass only; call "
     "it outside the transform."
 )
+
+
+def constant_when_traced(function: Callable) -> Callable:
+    """Mark a function whose result torch's compiler takes for a constant of the graph that it traces.
+
+    As ``torch.compiler.assume_constant_result`` marks it; but that imports the compiler, which takes as long as the
+    rest of torch does, and most processes compile nothing.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _no_transform() -> None:
@@ -49,7 +60,7 @@ def carries_derivatives(*tensors: torch.Tensor) -> bool:
     return under_way() and any(_is_transformed(tensor) or _has_tangent(tensor) for tensor in tensors)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def traces_derivative() -> bool:
     """Whether torch's compiler traces a call inside of a transform of torch.func other than vmap.
 
@@ -60,7 +71,7 @@ def traces_derivative() -> bool:
     return any(one.key() != _functorch.TransformType.Vmap for one in stack)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def refuse_traced_derivatives(names: str) -> None:
     """Raise `InvalidProblem` where `traces_derivative`; torch's compiler shows the sentence in an error of its own."""
     if traces_derivative():

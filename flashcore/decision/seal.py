@@ -389,8 +389,21 @@ def _differing(sealed: Mapping[str, str], now: Mapping[str, str], what: str) -> 
         (new, "was added after the seal", "were added after the seal"),
     ):
         if names:
-            found.append(f"{what}{_listed(names)} {one if len(names) == 1 else many}.")
+            told = _told(names)
+            found.append(f"{what}{_listed(told)} {one if len(told) == 1 else many}.")
     return found
+
+
+def _told(names: Sequence[str]) -> list[str]:
+    """Names for a reader: of a kernel that is named whole its forms are not named again, and of another in words."""
+    from flashcore.gpu.build import WITH_OPTIONS
+
+    told = [name for name in names if name.removesuffix(WITH_OPTIONS) not in names or not name.endswith(WITH_OPTIONS)]
+    return [
+        f"{name.removesuffix(WITH_OPTIONS)} (its masked and batch-invariant forms)"
+        if name.endswith(WITH_OPTIONS) else name
+        for name in told
+    ]  # fmt: skip
 
 
 def _listed(names: Iterable[str]) -> str:

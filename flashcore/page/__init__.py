@@ -22,6 +22,7 @@ _HOMES = {
     "claims_html": "claims",
     "correctness_html": "proof",
     "drawn": "parts",
+    "elsewhere_html": "elsewhere",
     "fold": "parts",
     "gates_html": "decision",
     "headline_html": "headline",

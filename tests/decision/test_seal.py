@@ -350,3 +350,11 @@ def test_a_folder_in_the_place_of_the_seal_is_one_sentence(run):
     assert verdict.judge(run).verdict == "INCONCLUSIVE"
     with pytest.raises(RecordsError, match="cannot be removed .*; remove it by hand"):
         seal.unseal(run)
+
+
+def test_the_forms_of_a_kernel_are_told_in_words():
+    before = {"a": "1", "a with options": "2", "b": "3", "b with options": "4"}
+    said = seal._differing(before, {**before, "a": "x", "a with options": "y"}, "kernel source ")
+    assert said == ["kernel source a is not as it was sealed."]
+    said = seal._differing(before, {**before, "b with options": "y"}, "kernel source ")
+    assert said == ["kernel source b (its masked and batch-invariant forms) is not as it was sealed."]

@@ -156,7 +156,7 @@ def decode_message(one: Decode) -> str:
         if one.every.data.get("of_floor"):
             parts[-1] += f", {100 * one.every.data['of_floor']:.0f} % of the speed of reading alone"
     if one.peer:
-        parts.append(f"dense cuDNN: {number(one.peer.timing.latency_us)} µs")
+        parts.append(f"dense cuDNN: {number(one.peer.timing.latency_us)} µs{_beside_dense(one)}")
     some = one.nearest("top_k", SHOWN_SHARE)
     if some:
         share = f"{100 * some.data.get('pages_share', SHOWN_SHARE):.0f} % of the pages, chosen by key bounds"
@@ -164,6 +164,16 @@ def decode_message(one: Decode) -> str:
         if some.data.get("of_dense"):
             parts[-1] += f", {number(some.data['of_dense'])} of the time with all"
     return "; ".join(parts) + "."
+
+
+def _beside_dense(one: Decode) -> str:
+    """How much longer or shorter a step over all pages takes than dense attention, where both were timed together."""
+    ratio = one.every.data.get("over_peer") if one.every else None
+    if not compare.is_figure(ratio) or ratio <= 0:
+        return ""
+    percent = 100 * (1 / ratio - 1)
+    word = "longer" if percent > 0 else "less"
+    return f", beside which all pages take {abs(percent):.1f} % {word}"
 
 
 def decode_figure(one: Decode) -> Figure:

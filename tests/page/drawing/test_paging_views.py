@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -50,6 +51,18 @@ def test_the_section_draws_everything_with_its_message_as_text():
     for said in ("70.3 % saved", "costs 0.8 % more", "98 % of the speed of reading alone", "0.360 of the time with all",
                  "the needle FOUND", "the needle LOST", "LOST by 40 of 128", "0.970 × as fast as hopper"):  # fmt: skip
         assert said in html, said
+
+
+def test_a_step_over_all_pages_is_said_to_take_longer_or_less_than_dense_attention():
+    one = facts.decodes(EVERYTHING)[0]
+
+    def said(ratio) -> str:
+        every = one.every.model_copy(update={"data": {**one.every.data, "over_peer": ratio}})
+        return paging_views.decode_message(dataclasses.replace(one, every=every))
+
+    assert " µs, beside which all pages take 3.4 % longer; " in said(0.967)
+    assert " µs, beside which all pages take 4.0 % less; " in said(1.0417)
+    assert "beside which" not in said(None) and "beside which" not in said(float("nan"))
 
 
 def test_every_rate_of_tokens_is_called_attention_only():

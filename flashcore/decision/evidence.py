@@ -144,6 +144,10 @@ def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Pa
     return Evidence(trials, environment, source_hashes(), recorded, problems, sealed)
 
 
+OF_KERNELS = frozenset({"correctness", "attention_timing"})
+"""Kinds of records that say something of a kernel: a run without any, such as a fleet's, is no evidence of one."""
+
+
 def recorded_runs(root: Path) -> tuple[list[Recorded], tuple[str, ...]]:
     """The runs made on a GPU in the folders under `root`, oldest first, and a sentence on each that cannot be read."""
     found, left_out = [], []
@@ -156,7 +160,7 @@ def recorded_runs(root: Path) -> tuple[list[Recorded], tuple[str, ...]]:
         except FlashCoreError as error:
             left_out.append(f"The recorded run in {folder.name} was left out: {error}")
             continue
-        if candidate.trials and candidate.environment.get("gpu"):
+        if candidate.environment.get("gpu") and any(trial.kind in OF_KERNELS for trial in trials):
             found.append(candidate)
     return sorted(found, key=lambda run: str(run.environment.get("date") or "")), tuple(left_out)
 

@@ -7,7 +7,7 @@ from support.decisions import GOOD, decide, recorded
 
 from flashcore.decision import verdict
 from flashcore.decision.evidence import Evidence, Recorded, gather, label, recorded_runs
-from flashcore.records import RunFolder
+from flashcore.records import RunFolder, Trial
 
 
 def test_a_recorded_run_of_older_source_is_stale_and_says_so():
@@ -62,6 +62,13 @@ def test_the_recorded_run_that_counts_is_the_newest_to_the_second(tmp_path):
     runs, left_out = recorded_runs(tmp_path)
     assert [found.folder for found in runs] == ["old", "h200", "h100"]
     assert len(left_out) == 1 and left_out[0].startswith("The recorded run in broken was left out: ")
+
+
+def test_a_recorded_fleet_is_no_evidence_of_kernels_however_new(tmp_path):
+    synthetic.write_run(tmp_path / "h200", GOOD[:1], synthetic.environment(date="2001-02-03T07:00:00+00:00"))
+    cards = [Trial(kind="fleet", environment=synthetic.ENV_ID, data={"what": "card"})]
+    synthetic.write_run(tmp_path / "h200-x2", cards, synthetic.environment(date="2001-02-03T09:00:00+00:00"))
+    assert [found.folder for found in recorded_runs(tmp_path)[0]] == ["h200"]
 
 
 def test_a_run_on_a_gpu_says_which_kernels_have_changed_since_it_was_made():

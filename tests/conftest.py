@@ -138,8 +138,17 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     result = yield
-    _check_what_started(item, item.funcargs.get("_cubins"))
+    _check_what_started(item, item.funcargs.get("_alone"))
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """Of what a worker of pytest-xdist tells of a test, keywords are the most, and nobody reads them."""
+    told = yield
+    if told and told.get("keywords"):
+        told["keywords"] = {}
+    return told
 
 
 # --- fixtures --------------------------------------------------------------------------------------------------------
@@ -165,40 +174,23 @@ def _shared_cubins(shared_folder):
         yield
 
 
-@pytest.fixture(autouse=True)
-def _cubins(request, _shared_cubins, tmp_path_factory):
-    """A test without the marker `compiler` finds an empty cache; that it stays empty is checked after the test."""
-    if _may_start(request.node, "compiler"):
-        yield None
-        return
-    own = tmp_path_factory.getbasetemp() / "no-cubins"
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FLASHCORE_CACHE", str(own))
-        yield own
-    for path in own.glob("*"):
-        path.unlink()
-
-
 @pytest.fixture(scope="session")
-def _no_browser(tmp_path_factory) -> str:
-    program = tmp_path_factory.getbasetemp() / "no-browser"
+def _nothing_to_start(tmp_path_factory) -> tuple[Path, str]:
+    """A cache of cubins that stays empty, and a browser that is none."""
+    folder = tmp_path_factory.getbasetemp()
+    program = folder / "no-browser"
     program.write_text("#!/bin/sh\necho 'mark this test pytest.mark.browser' >&2\nexit 1\n")
     program.chmod(0o755)
-    return str(program)
+    return folder / "no-cubins", str(program)
 
 
 @pytest.fixture(autouse=True)
-def _browsers(request, _no_browser):
-    """A test without the marker `browser` prints no PDF, so that a report that it makes takes less long."""
-    with pytest.MonkeyPatch.context() as environment:
-        if not _may_start(request.node, "browser"):
-            environment.setenv("FLASHCORE_CHROMIUM", _no_browser)
-        yield
+def _alone(request, _shared_cubins, _nothing_to_start):
+    """Every test starts from the same random state, and one without a marker cannot start what the marker stands for.
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Every test starts from the same random state."""
+    Without `compiler` it finds an empty cache; that this stays empty is checked after the test. Without `browser` it
+    prints no PDF, so that a report that it makes takes less long. One fixture for all this: it is set up for each test.
+    """
     import numpy
     import torch
 
@@ -206,6 +198,23 @@ def _seeded():
     numpy.random.seed(0)
     # Where there is no GPU, `torch.manual_seed` keeps a stack trace each time for the GPU that may come.
     (torch if device.has_gpu() else torch.default_generator).manual_seed(0)
+
+    own, program = _nothing_to_start
+    held = {}
+    if not _may_start(request.node, "compiler"):
+        held["FLASHCORE_CACHE"] = str(own)
+    if not _may_start(request.node, "browser"):
+        held["FLASHCORE_CHROMIUM"] = program
+    before = {name: os.environ.get(name) for name in held}
+    os.environ.update(held)
+    yield own if "FLASHCORE_CACHE" in held else None
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for path in own.glob("*"):
+        path.unlink()
 
 
 @pytest.fixture(scope="session")

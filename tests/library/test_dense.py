@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from support import compiling
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,9 +39,9 @@ def block(q, k, v):
 
 @pytest.fixture(autouse=True)
 def _compiled_anew():
-    torch._dynamo.reset()
+    compiling.forget()
     yield
-    torch._dynamo.reset()
+    compiling.forget()
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_the_op_is_told_who_has_to_promise_the_bits_of_every_batch():
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("bshd", [False, True])
 def test_a_model_compiles_whole_and_not_again_for_each_length(dynamic, bshd):
-    counter = CompileCounter()
+    counter = compiling.counter()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=counter)
     for length in (5, 9, 17, 33, 64):
         given = qkv(length, length + 4, bshd=bshd)
@@ -100,7 +100,7 @@ def test_a_scale_that_a_layer_keeps_is_compiled_in():
         def forward(self, q, k, v):
             return flashcore.attention(q, k, v, softmax_scale=self.scale)
 
-    layer, counter = Layer(), CompileCounter()
+    layer, counter = Layer(), compiling.counter()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for length in (5, 9):
         given = qkv(length)

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ from flashcore.measure.cluster.serving import Answer
 from flashcore.measure.cluster.tasks import Task, Work
 from flashcore.records import Trial
 
-pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="the extra 'cluster' is not installed"),
     pytest.mark.skipif(device.has_gpu(), reason="CPU workers stand for cards where there are none"),
 ]
 PATIENCE_S = 600.0

@@ -133,6 +133,7 @@ def test_export_keeps_the_op_and_free_lengths():
     torch.testing.assert_close(exported.module()(*given), block(*given))
 
 
+@pytest.mark.slow
 def test_fake_tensors_inside_and_outside_their_mode():
     real = qkv(bshd=True)
     with FakeTensorMode() as mode:
@@ -183,6 +184,7 @@ def test_vmap_over_gradients_is_refused_and_gradients_flow_through_vmap():
         torch.func.grad(summed)(many.detach())
 
 
+@pytest.mark.slow
 def test_torch_counts_its_operations_as_those_of_its_own_attention():
     given = qkv(9, 13, heads=(4, 4), grad=True)
     shapes = [tuple(t.shape) for t in given]

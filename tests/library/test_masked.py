@@ -119,6 +119,7 @@ def test_export_keeps_the_ops_and_free_lengths():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
 def test_fake_tensors_look_as_real_results_do():
     real = [*qkv(), ints(5, 9)]
     ragged = [*packed([4, 5]), starts([4, 5])]

@@ -129,6 +129,7 @@ def test_the_ops_compute_what_the_calls_compute():
 MASKS = {"window_left": 20, "softcap": 4.0, "sink": torch.tensor([0.5, -1.0, 2.0, 0.0])}
 
 
+@pytest.mark.slow
 def test_a_masked_step_compiles_whole_and_not_again_as_the_cache_grows():
     cache = cache_of()
     counter = compiling.counter()
@@ -170,6 +171,7 @@ def test_out_lies_as_q_does():
     assert flashcore.paged_attention(q, cache).stride() == q.stride()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_sentence():
     k, v = (torch.randn(2, 2, 40, 64).half() for _ in range(2))
     cache, q = paginate(k, v, 16), torch.randn(2, 4, 1, 64).half()

@@ -37,18 +37,24 @@ _keeps_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, False
 STARTS = {"compiler": "the CUDA compiler", "browser": "a browser", "notebook": "a Jupyter kernel"}
 """What a test may start only under the marker of that name. A test with a fixture of that name has the marker."""
 
-SLOW_FILES = (
+WAITING = (
     "pipeline/test_spread_reports.py", "measure/cluster/test_spreading.py", "parallel/test_parallel_example.py",
-    "page/test_in_a_browser.py", "kernels/test_sass.py", "pipeline/test_reporting.py", "pipeline/test_folders.py",
-    "bisection/faults/test_catalogue.py", "gpu/test_build.py", "pipeline/test_redo.py", "pipeline/test_notebooks.py",
-    "bisection/interactive/test_your_kernel.py", "bisection/diagnosis/test_diagnosing.py",
-    "bisection/diagnosis/test_apart.py", "pipeline/test_rendering.py", "kernels/test_new_kernel.py",
-    "page/test_random_runs.py", "bisection/faults/test_proving.py",
-    "cli/test_printing_contract.py", "page/drawing/test_paging_views.py", "paging/test_selecting.py",
-    "paging/test_appending.py", "paging/test_cache_machine.py", "bisection/test_split_traces.py",
-    "parallel/test_attending.py", "parallel/test_gradients.py", "backends/test_hopper_masks.py",
+    "page/test_in_a_browser.py", "pipeline/test_folders.py", "pipeline/test_reporting.py", "pipeline/test_redo.py",
+    "pipeline/test_notebooks.py", "pipeline/test_rendering.py", "bisection/faults/test_proving.py",
+    "bisection/interactive/test_your_kernel.py", "page/drawing/test_paging_views.py", "measure/cluster/test_slurm.py",
 )  # fmt: skip
-"""What takes longest begins first, where several workers share the tests: at the end none waits for another."""
+"""What takes long and waits half of the time, for kernels of Jupyter, browsers and processes that end."""
+COMPUTING = (
+    "kernels/test_sass.py", "bisection/faults/test_catalogue.py", "gpu/test_build.py", "kernels/test_new_kernel.py",
+    "bisection/diagnosis/test_diagnosing.py", "bisection/diagnosis/test_conforming.py",
+    "bisection/diagnosis/test_apart.py", "bisection/faults/test_diagnosing.py", "page/test_random_runs.py",
+    "cli/test_printing_contract.py", "page/drawing/test_stage_plots.py", "page/test_contradictions.py",
+    "bisection/test_split_traces.py", "surveys/invariance/test_measuring.py", "cli/test_diagnose.py",
+    "cli/test_verdict.py", "parallel/test_attending.py", "parallel/test_gradients.py",
+    "bisection/faults/plants/test_invariance.py", "paging/test_selecting.py", "paging/test_appending.py",
+    "paging/test_cache_machine.py", "backends/test_hopper_masks.py",
+)  # fmt: skip
+"""What takes long and keeps a core busy."""
 
 
 # --- which tests run -------------------------------------------------------------------------------------------------
@@ -71,13 +77,29 @@ def pytest_collection_modifyitems(config, items):
             items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        place = {Path(__file__).parent / name: number for number, name in enumerate(SLOW_FILES)}
-        items.sort(key=lambda item: place.get(item.path, len(place)))
+        items[:] = shared_out(items, int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
 
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not device.has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="this machine has no NVIDIA GPU that torch can use"))
+
+
+def shared_out(items: list, workers: int) -> list:
+    """The tests in the order in which workers of pytest-xdist begin with them: each with an equal share of the list.
+
+    What takes longest comes first, so that at the end none waits for another. The first worker begins with what waits,
+    beside the second one, which begins with what keeps a core busy; were all to wait at once, cores would idle.
+    """
+    place = {Path(__file__).parent / name: number for number, name in enumerate((*WAITING, *COMPUTING))}
+    first, second, rest = [], [], []
+    for item in items:
+        number = place.get(item.path, len(place))
+        (first if number < len(WAITING) else second if number < len(place) else rest).append(item)
+    for some in (first, second):
+        some.sort(key=lambda item: place[item.path])
+    beside = max(0, len(items) // workers - len(first))
+    return first + rest[:beside] + second + rest[beside:]
 
 
 def pytest_collection_finish():
@@ -138,8 +160,17 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     result = yield
-    _check_what_started(item, item.funcargs.get("_cubins"))
+    _check_what_started(item, item.funcargs.get("_alone"))
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """Of what a worker of pytest-xdist tells of a test, keywords are the most, and nobody reads them."""
+    told = yield
+    if told and told.get("keywords"):
+        told["keywords"] = {}
+    return told
 
 
 # --- fixtures --------------------------------------------------------------------------------------------------------
@@ -165,40 +196,23 @@ def _shared_cubins(shared_folder):
         yield
 
 
-@pytest.fixture(autouse=True)
-def _cubins(request, _shared_cubins, tmp_path_factory):
-    """A test without the marker `compiler` finds an empty cache; that it stays empty is checked after the test."""
-    if _may_start(request.node, "compiler"):
-        yield None
-        return
-    own = tmp_path_factory.getbasetemp() / "no-cubins"
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FLASHCORE_CACHE", str(own))
-        yield own
-    for path in own.glob("*"):
-        path.unlink()
-
-
 @pytest.fixture(scope="session")
-def _no_browser(tmp_path_factory) -> str:
-    program = tmp_path_factory.getbasetemp() / "no-browser"
+def _nothing_to_start(tmp_path_factory) -> tuple[Path, str]:
+    """A cache of cubins that stays empty, and a browser that is none."""
+    folder = tmp_path_factory.getbasetemp()
+    program = folder / "no-browser"
     program.write_text("#!/bin/sh\necho 'mark this test pytest.mark.browser' >&2\nexit 1\n")
     program.chmod(0o755)
-    return str(program)
+    return folder / "no-cubins", str(program)
 
 
 @pytest.fixture(autouse=True)
-def _browsers(request, _no_browser):
-    """A test without the marker `browser` prints no PDF, so that a report that it makes takes less long."""
-    with pytest.MonkeyPatch.context() as environment:
-        if not _may_start(request.node, "browser"):
-            environment.setenv("FLASHCORE_CHROMIUM", _no_browser)
-        yield
+def _alone(request, _shared_cubins, _nothing_to_start):
+    """Every test starts from the same random state, and one without a marker cannot start what the marker stands for.
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Every test starts from the same random state."""
+    Without `compiler` it finds an empty cache; that this stays empty is checked after the test. Without `browser` it
+    prints no PDF, so that a report that it makes takes less long. One fixture for all this: it is set up for each test.
+    """
     import numpy
     import torch
 
@@ -206,6 +220,23 @@ def _seeded():
     numpy.random.seed(0)
     # Where there is no GPU, `torch.manual_seed` keeps a stack trace each time for the GPU that may come.
     (torch if device.has_gpu() else torch.default_generator).manual_seed(0)
+
+    own, program = _nothing_to_start
+    held = {}
+    if not _may_start(request.node, "compiler"):
+        held["FLASHCORE_CACHE"] = str(own)
+    if not _may_start(request.node, "browser"):
+        held["FLASHCORE_CHROMIUM"] = program
+    before = {name: os.environ.get(name) for name in held}
+    os.environ.update(held)
+    yield own if "FLASHCORE_CACHE" in held else None
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for path in own.glob("*"):
+        path.unlink()
 
 
 @pytest.fixture(scope="session")

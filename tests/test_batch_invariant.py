@@ -147,12 +147,14 @@ def check(sequences: Sequences) -> None:
             assert same(sequences.call(b, last - 1, last), [each[-1:] for each in expected]), "the row, decoded"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_row_has_the_bits_that_it_has_alone(dtype):
     for seed in range(5):
         check(Sequences(random.Random(f"{dtype} {seed}"), dtype))
 
 
+@pytest.mark.slow
 def test_more_threads_give_the_same_bits():
     """Of calls large enough that torch gives a part of them to each thread."""
     sequences = Sequences(random.Random(1), torch.bfloat16)

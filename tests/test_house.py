@@ -200,6 +200,7 @@ def test_every_dependency_is_pinned_exactly_in_each_set():
         assert asked <= set(pinned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pins_file", ["cuda12", "cuda13"])
 def test_pins_agree_with_each_other_and_with_the_oldest_python(pins_file):
     """pip passes over a pin that this Python is too old for, and then says that whoever asks for it is in conflict.

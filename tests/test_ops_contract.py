@@ -152,6 +152,7 @@ def forgets_its_tensors(device: str, names, problem: Problem) -> None:
     assert [ref() for ref in refs if ref() is not None] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_no_call_keeps_a_tensor_alive(dtype):
     forgets_its_tensors("cpu", ON_CPU, ON_GPU.with_(dtype=dtype))

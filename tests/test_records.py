@@ -150,7 +150,7 @@ def test_several_processes_may_append_at_once(run):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join()
         assert writer.exitcode == 0
     found = [t.backend for t in read_trials(run.records_path, on_damage="raise")]
     assert found.count("scalar") == found.count("wmma") == 50

@@ -316,9 +316,10 @@ def test_20_000_records_are_judged_in_seconds_and_little_memory(tmp_path):
     from support.large_runs import write_large_run
 
     write_large_run(tmp_path / "run", 20_000)
-    done, seconds, megabytes = measured(["verdict", str(tmp_path / "run")], timeout=170)
+    before = slowness()
+    done, seconds, megabytes = measured(["verdict", str(tmp_path / "run")], timeout=800)
     assert done.returncode == 3 and "Verdict: NO-GO" in done.stdout
-    assert seconds < 1.6 * slowness() and megabytes < 120
+    assert seconds < 1.6 * max(before, slowness()) and megabytes < 120
 
 
 @pytest.mark.exhaustive
@@ -327,9 +328,9 @@ def test_200_000_records_are_judged_in_4_s_and_drawn_in_20(tmp_path):
     from support.large_runs import write_large_run
 
     run = write_large_run(tmp_path / "run", 200_000)
-    done, seconds, megabytes = measured(["verdict", str(run.path)], timeout=170)
+    done, seconds, megabytes = measured(["verdict", str(run.path)], timeout=800)
     assert done.returncode == 3 and seconds < 4.0 * slowness() and megabytes < 300
-    done, seconds, _ = measured(["render", str(run.path), "--no-pdf"], timeout=170)
+    done, seconds, _ = measured(["render", str(run.path), "--no-pdf"], timeout=800)
     assert done.returncode == 0 and seconds < 20.0 * slowness()
     page = (run.path / "report.html").read_text()
     assert len(page) < 2_000_000 and "records of this run are not in the page" in page

@@ -194,6 +194,7 @@ def cuts():
         yield Cut([rng.randint(1, 90) for _ in range(12)], [rng.randint(0, 90) for _ in range(12)], blocks)
 
 
+@pytest.mark.slow
 def test_every_unit_is_in_one_chunk_of_one_block_and_borders_hang_on_its_place_in_its_sequence_alone():
     for cut in cuts():
         taken, parts = [], set()

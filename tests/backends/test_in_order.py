@@ -55,6 +55,7 @@ def test_products_and_sums_go_by_the_order_that_they_name():
     assert torch.equal(_in_order.total(x[:, :5]), _in_order.total(short)), "what is not there counts as 0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_number_has_the_same_bits_at_any_place(threads):
     before = torch.get_num_threads()

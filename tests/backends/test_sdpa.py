@@ -79,6 +79,7 @@ def test_flash_gives_lse_and_aligns_bottom_right_by_the_op_beneath_torchs_functi
         assert torch.equal(backends.get("sdpa-flash").run(*inputs, problem)[0], out)
 
 
+@pytest.mark.slow
 def test_flash_knows_the_arguments_by_its_own_description_of_what_comes_out(monkeypatch):
     monkeypatch.setattr(sdpa, "readable", lambda tensor: tensor)  # it looks where a tensor lies
     problem = UNEQUAL.with_(seqlen_q=20, head_dim=96)

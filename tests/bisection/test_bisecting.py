@@ -66,6 +66,7 @@ def test_no_false_alarm_under_masks(name, pattern):
     assert result.problem == problem and Trial.model_validate_json(result.to_trial().model_dump_json())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sink", "right", "ragged"])
 def test_chains_of_pages_and_a_sink_are_judged_together(name):
     """As a split kernel keeps them, in float32; 2 % of a sink too much in one row is found where it joins."""

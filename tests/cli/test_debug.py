@@ -95,6 +95,7 @@ def test_the_matrix_says_found_for_each_and_exits_0(app, monkeypatch, tmp_path):
     assert len(RunFolder(tmp_path / "run").trials(kind="fault")) == 4
 
 
+@pytest.mark.slow
 def test_a_missed_fault_is_said_and_exits_3(app, monkeypatch):
     harmless = planting.Fault("X1", "nothing at all", "probs", "right", {"cpu": planting.Override({})})
     elsewhere = planting.Fault("X2", "elsewhere", "lse", "wrong", dict(get("G6").plants))

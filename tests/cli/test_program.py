@@ -111,6 +111,7 @@ def test_doctor_on_this_machine():
     assert ("not here" in done.stdout) or device.has_gpu()
 
 
+@pytest.mark.slow
 def test_python_dash_m_works_from_anywhere_without_an_install(tmp_path):
     home = os.path.dirname(os.path.dirname(flashcore.__file__))
     environment = {**os.environ, "PYTHONPATH": home}

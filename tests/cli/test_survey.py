@@ -30,6 +30,7 @@ def program():
     return app
 
 
+@pytest.mark.slow
 def test_the_command_surveys_and_answers(program, run, stand_in, monkeypatch):
     from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from support import compiling
 
 from flashcore import ops, paged_ops
 from flashcore.backends.others import flash
@@ -246,14 +246,14 @@ def test_compiled_whole_and_not_again_for_each_length(ragged):
     def ragged_call(q, k, v, bounds):
         return flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, 32, 32, causal=True)
 
-    torch._dynamo.reset()
-    call, counter = ragged_call if ragged else dense_call, CompileCounter()
+    compiling.forget()
+    call, counter = ragged_call if ragged else dense_call, compiling.counter()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for rows in (6, 11):
         given = (torch.randn(2, rows, 4, 16), *torch.randn(2, 2, rows, 2, 16), starts([rows - 4, 4]))
         torch.testing.assert_close(compiled(*given), call(*given), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
-    torch._dynamo.reset()
+    compiling.forget()
 
 
 # -------------------------------------------------------------------------------------------------------------- cache

@@ -201,6 +201,7 @@ def test_the_gpu_survives_an_access_out_of_bounds_and_a_hang():
     assert float(before.sum()) == 8
 
 
+@pytest.mark.slow
 def test_a_worker_gets_variables_that_its_owner_has_not(monkeypatch):
     monkeypatch.setenv("FLASHCORE_TEST_MINE", "stays")
     given = {"FLASHCORE_TEST_MINE": "is not replaced", "FLASHCORE_TEST_ITS": "is new"}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from support import compiling
 
 from flashcore import ops
 from flashcore.compat import flash_attn, sdpa
@@ -262,7 +262,7 @@ def test_training_gradients_are_those_of_eager(models, implementation, side):
 def test_a_model_compiles_whole(models, implementation):
     model = models("llama")
     model.set_attn_implementation(implementation)
-    counter = CompileCounter()
+    counter = compiling.counter()
     compiled = torch.compile(
         lambda tokens: model(tokens, use_cache=False).logits, fullgraph=True, dynamic=True, backend=counter
     )
@@ -271,7 +271,7 @@ def test_a_model_compiles_whole(models, implementation):
             tokens = padded("none")[0][:, :length].contiguous()
             torch.testing.assert_close(compiled(tokens), model(tokens, use_cache=False).logits)
     assert counter.frame_count == 1
-    torch._dynamo.reset()
+    compiling.forget()
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, 1.0])}])

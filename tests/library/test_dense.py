@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from support import compiling
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,9 +39,9 @@ def block(q, k, v):
 
 @pytest.fixture(autouse=True)
 def _compiled_anew():
-    torch._dynamo.reset()
+    compiling.forget()
     yield
-    torch._dynamo.reset()
+    compiling.forget()
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_the_op_is_told_who_has_to_promise_the_bits_of_every_batch():
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("bshd", [False, True])
 def test_a_model_compiles_whole_and_not_again_for_each_length(dynamic, bshd):
-    counter = CompileCounter()
+    counter = compiling.counter()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=counter)
     for length in (5, 9, 17, 33, 64):
         given = qkv(length, length + 4, bshd=bshd)
@@ -100,7 +100,7 @@ def test_a_scale_that_a_layer_keeps_is_compiled_in():
         def forward(self, q, k, v):
             return flashcore.attention(q, k, v, softmax_scale=self.scale)
 
-    layer, counter = Layer(), CompileCounter()
+    layer, counter = Layer(), compiling.counter()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for length in (5, 9):
         given = qkv(length)
@@ -133,6 +133,7 @@ def test_export_keeps_the_op_and_free_lengths():
     torch.testing.assert_close(exported.module()(*given), block(*given))
 
 
+@pytest.mark.slow
 def test_fake_tensors_inside_and_outside_their_mode():
     real = qkv(bshd=True)
     with FakeTensorMode() as mode:
@@ -183,6 +184,7 @@ def test_vmap_over_gradients_is_refused_and_gradients_flow_through_vmap():
         torch.func.grad(summed)(many.detach())
 
 
+@pytest.mark.slow
 def test_torch_counts_its_operations_as_those_of_its_own_attention():
     given = qkv(9, 13, heads=(4, 4), grad=True)
     shapes = [tuple(t.shape) for t in given]

@@ -142,6 +142,7 @@ def test_torchs_kernel_is_called_with_what_it_takes(monkeypatch, scale, lengths)
     assert seen == [(None, None, *lengths, 0.0, True, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 96, 256])
 def test_torchs_kernel_knows_the_arguments(monkeypatch, head_dim):
     """By its own description of what comes out, on tensors of a GPU that are not there."""
@@ -239,6 +240,7 @@ def test_which_masks_torchs_kernel_takes(monkeypatch):
     assert asked == [(1, 7, 2, 16)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
 def test_torchs_kernel_knows_the_arguments_of_masks(monkeypatch, ragged):
     """As above, by its own description of what comes out."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import compiling
 from support.exact_attention import padded, starts
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,9 +33,9 @@ def packed(lengths, grad=False):
 
 @pytest.fixture(autouse=True)
 def _compiled_anew():
-    torch._dynamo.reset()
+    compiling.forget()
     yield
-    torch._dynamo.reset()
+    compiling.forget()
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def varlen_call(q, k, v, places, longest):
 
 @pytest.mark.slow
 def test_models_compile_whole_and_not_again_for_each_length():
-    counters = CompileCounter(), CompileCounter()
+    counters = compiling.counter(), compiling.counter()
     calls = [
         torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
         for call, counter in zip((dense_call, varlen_call), counters, strict=True)
@@ -119,6 +119,7 @@ def test_export_keeps_the_ops_and_free_lengths():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
 def test_fake_tensors_look_as_real_results_do():
     real = [*qkv(), ints(5, 9)]
     ragged = [*packed([4, 5]), starts([4, 5])]

@@ -30,6 +30,7 @@ def test_only_what_is_written_is_said_to_be():
     assert written == ["k_pool", "v_pool", "lengths", "key_bounds"]
 
 
+@pytest.mark.slow
 def test_traced():
     assert not traced()
     with FakeTensorMode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from support import compiling
 
 import flashcore
 from flashcore import paged_ops
@@ -23,9 +23,9 @@ POLICIES = {
 
 @pytest.fixture(autouse=True)
 def _compiled_anew():
-    torch._dynamo.reset()
+    compiling.forget()
     yield
-    torch._dynamo.reset()
+    compiling.forget()
 
 
 def cache_of(lengths=(70, 33), device="cpu") -> PagedKVCache:
@@ -72,7 +72,7 @@ def test_a_decode_step_compiles_whole_and_not_again_as_the_cache_grows(policy):
     for pool, other in zip(tables(ours), tables(theirs), strict=True):
         other.copy_(pool)
     theirs.key_bounds.copy_(ours.key_bounds)
-    counter = CompileCounter()
+    counter = compiling.counter()
     compiled = torch.compile(lambda q, k, v: step(q, k, v, ours, POLICIES[policy]), fullgraph=True, backend=counter)
     for _ in range(3):
         ours.reserve(1), theirs.reserve(1)
@@ -129,9 +129,10 @@ def test_the_ops_compute_what_the_calls_compute():
 MASKS = {"window_left": 20, "softcap": 4.0, "sink": torch.tensor([0.5, -1.0, 2.0, 0.0])}
 
 
+@pytest.mark.slow
 def test_a_masked_step_compiles_whole_and_not_again_as_the_cache_grows():
     cache = cache_of()
-    counter = CompileCounter()
+    counter = compiling.counter()
 
     def step(q, sink):
         return flashcore.paged_attention(q, cache, return_lse=True, **{**MASKS, "sink": sink})
@@ -170,6 +171,7 @@ def test_out_lies_as_q_does():
     assert flashcore.paged_attention(q, cache).stride() == q.stride()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_sentence():
     k, v = (torch.randn(2, 2, 40, 64).half() for _ in range(2))
     cache, q = paginate(k, v, 16), torch.randn(2, 4, 1, 64).half()

@@ -69,7 +69,7 @@ def test_a_crew_of_this_machine_is_ended_afterwards(monkeypatch, function, given
         return made[0]
 
     owed = ({"kind": "attention_timing", "backend": "fa4", "problem": PROBLEM},)
-    task = Task("try", function, given, owed=owed, limit_s=0.5)
+    task = Task("try", function, given, owed=owed, limit_s=0.5 if function is nap else 600.0)
     monkeypatch.setattr(sharing, "WARM", "flashcore.records")  # these tasks need no torch
     monkeypatch.setattr(screening, "crew", crew)
     monkeypatch.setattr(screening, "Task", lambda *asked, **named: task)

@@ -55,11 +55,12 @@ def set_to(get, put, value):
 
 @contextlib.contextmanager
 def deterministic():
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """As ``torch.use_deterministic_algorithms(True, warn_only=True)``, which loads torch's compiler to tell it too."""
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 @contextlib.contextmanager
@@ -248,6 +249,7 @@ def test_several_settings_at_once(outer, inner):
     assert alike(plain(found), expected)
 
 
+@pytest.mark.slow
 def test_a_wrong_backend_is_wrong_and_a_right_one_right_whatever_is_set():
     for make in AMBIENT.values():
         with make():

@@ -146,6 +146,7 @@ def test_a_constant_is_the_number_that_it_was():
     assert plain.constant(64) == 64 and type(plain.constant(torch.tensor([0, 0]).numel())) is int
 
 
+@pytest.mark.slow
 def test_a_function_is_marked_as_torch_marks_it():
     """Without its decorator, which loads the compiler."""
 

@@ -15,8 +15,8 @@ FILE = HOME / "examples" / "parallel_attention.py"
 if not FILE.is_file():
     pytest.skip("this test reads the checkout, and FlashCore runs from an install here", allow_module_level=True)
 
-LIMIT = 100
-"""Seconds after which it is killed."""
+LIMIT = 600
+"""Seconds after which it is killed; for a busy machine, and nothing is judged by it."""
 
 
 @pytest.mark.slow

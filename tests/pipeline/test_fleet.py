@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from support import synthetic_fleet as synthetic
 
 from flashcore.measure import cards
@@ -19,6 +20,7 @@ class Pool:
     )
 
 
+@pytest.mark.slow
 def test_a_fleet_has_a_folder_with_records_the_cards_and_a_page_that_asks_for_nothing(tmp_path, monkeypatch):
     def measure(run, pool):
         return [run.append(trial) for trial in synthetic.cards(factors={"attention": 0.5})]

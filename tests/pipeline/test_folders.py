@@ -193,6 +193,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path, toys):
     (killed.parent / "notebooks" / busy.name.replace(str(os.getpid()), "4194999")).mkdir()
     page = partial_path(killed.parent / "report.html")
     page.with_name(page.name.replace(str(os.getpid()), "4194999")).write_text("half")
+    (toys / "02_second.ipynb").unlink()
     reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
     assert hidden(tmp_path / "runs") == [busy.name]
 
@@ -260,6 +261,7 @@ def test_a_notebook_that_prints_faster_than_anybody_reads_is_no_dead_kernel(tmp_
 
 @pytest.mark.notebook
 def test_a_notebook_need_not_say_its_language(tmp_path, toys):
+    (toys / "02_second.ipynb").unlink()
     for path in toys.glob("*.ipynb"):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "metadata": {}}))

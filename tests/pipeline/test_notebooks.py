@@ -22,6 +22,7 @@ assert "lark" not in sys.modules and "rfc3987_syntax" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_nbformat_is_loaded_without_grammars_and_they_can_be_loaded_later():
     subprocess.run([sys.executable, "-c", LOADS], check=True)
 

@@ -71,6 +71,7 @@ def test_a_failed_notebook_stops_neither_the_others_nor_the_page(tmp_path, toys)
 def test_the_pdf_lies_beside_the_page_and_a_missing_browser_is_a_sentence(tmp_path, toys, reported, monkeypatch):
     from flashcore.page import pdf
 
+    (toys / "02_second.ipynb").unlink()
     if pdf.browser() is not None:
         result = reporting.report(notebooks_dir=toys, out=tmp_path / "runs")
         assert result.pdf == result.run.path / "report.pdf" and result.no_pdf == ""
@@ -248,6 +249,7 @@ def test_what_was_saved_in_a_parameters_cell_goes_into_no_report(tmp_path, toys,
     saved = 'run_dir: str = ""  # the run\nfault: str = "F8"  # a bug that somebody saved here\n'
     cell = 'run.append(Trial(kind="ceiling", data={"value": fault}))'
     write_notebook(toys, "01_first", cell, final("01_first"), parameters=saved)
+    (toys / "02_second.ipynb").unlink()
     monkeypatch.setattr(reporting, "OWN", {"01_first": {"fault": ""}})
     run = reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False).run
     assert "F8" not in [t.data["value"] for t in run.trials(kind="ceiling")]

@@ -175,7 +175,7 @@ class HostKernel:
         return cls(program)
 
     def _lines(self, calls: list[str]) -> list[str]:
-        done = subprocess.run([self.program], input="\n".join(calls), capture_output=True, text=True, timeout=60)
+        done = subprocess.run([self.program], input="\n".join(calls), capture_output=True, text=True)
         assert done.returncode == 0
         return done.stdout.splitlines()
 

@@ -19,9 +19,9 @@ import torch
 
 from flashcore.problem import Problem
 
-LIMIT = 100
-"""Seconds after which the processes are killed."""
-PATIENCE = timedelta(seconds=60)
+LIMIT = 600
+"""Seconds after which the processes are killed; for a busy machine, and nothing is judged by it."""
+PATIENCE = timedelta(seconds=300)
 """How long a rank waits for another, so that one that died ends the others."""
 WORLD = 3
 GRADIENTS = ("square", "whole", "three", "rows without keys")

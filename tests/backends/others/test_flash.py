@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,6 +12,7 @@ from flashcore.backends.others import flash
 from flashcore.backends.others.masked import Masking
 
 
+@pytest.mark.slow
 def test_torchs_own_knows_the_arguments_by_its_description_of_what_comes_out():
     masking = Masking(window_left=3, window_right=2)
     with FakeTensorMode():

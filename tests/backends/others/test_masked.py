@@ -115,6 +115,7 @@ def test_results_come_in_the_dtype_of_q(dtype):
     torch.testing.assert_close(out.double(), row_by_row(*inputs, masking)[0], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_autocast_changes_nothing_and_a_compiled_call_is_whole():
     inputs, masking = three(dtype=torch.float32), Masking(causal=True, softcap=2.0, sink=torch.ones(4))
     expected = masked.attention(*inputs, masking)

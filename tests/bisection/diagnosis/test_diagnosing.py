@@ -65,6 +65,7 @@ def test_progress_says_what_is_done_and_never_more_than_there_is():
     assert list(dict.fromkeys(phases)) == ["comparing", "probe", "making"]
 
 
+@pytest.mark.slow
 def test_a_backend_is_diagnosed_by_its_id():
     assert flashcore.diagnose("cpu", SMALL).right
 

@@ -159,6 +159,7 @@ def tables_right() -> bool:
     return said == ["lse"] and set(clean["from own inputs"]) == {"PASS"}
 
 
+@pytest.mark.slow
 def test_f16_a_table_the_wrong_way_round_is_seen(monkeypatch):
     assert tables_right()
     words = tables._verdict

@@ -212,6 +212,7 @@ def test_one_hundred_clean_runs_raise_no_alarm(run):
     assert (trial.kind, trial.variant) == ("bisection", "clean-runs") and run.trials(kind="bisection") == [trial]
 
 
+@pytest.mark.slow
 def test_an_alarm_is_counted_and_can_be_run_again():
     """A backend that is off by a little at the last key of long rows only: some runs see it, and say which."""
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from flashcore.measure.sweep import sweep
 from flashcore.problem import PRESETS, square
 from flashcore.records import RunFolder
 
-pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="the extra 'cluster' is not installed"),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this takes two GPUs"),
 ]
 PROBLEMS = [square(1, 2, 256, d, dtype=t, causal=c) for d in (64, 128) for t in ("float16", "bfloat16")

@@ -52,6 +52,7 @@ def change(trials, test, **data) -> list[Trial]:
     return [t.model_copy(update={"data": {**t.data, **data}}) if test(t) else t for t in trials]
 
 
+@pytest.mark.slow
 def test_without_tensor_cores_the_answer_says_so():
     trials = change(synthetic.everything(), lambda t: t.kind == "gemm_candidate", tensor_core=False)
     trials = [
@@ -101,12 +102,14 @@ def test_planted_bugs_back_the_answer_on_nan(outcome, count):
     assert ("F2 at probs" in said) == bool(count)
 
 
+@pytest.mark.slow
 def test_a_failed_timing_answers_nothing():
     trials = [t.model_copy(update={"status": "failed"}) if t.kind == "attention_timing" else t
               for t in synthetic.everything()]  # fmt: skip
     assert "No cuBLASLt variant was timed" in of(trials)[6]
 
 
+@pytest.mark.slow
 def test_a_questions_text_cannot_leave_its_place():
     trials = change(synthetic.everything(), lambda t: t.backend == "cublas", kernel="<script>")
     assert "<script>" not in answers_html(answers(trials, environment=synthetic.ENVIRONMENT))

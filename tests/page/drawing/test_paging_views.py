@@ -81,6 +81,7 @@ def test_times_of_the_cpu_are_never_drawn():
     assert facts.decodes(slow) == []
 
 
+@pytest.mark.slow
 def test_wrong_results_have_no_speed_and_are_said():
     bad = {"status": "failed", "reason": "its result is wrong <b>"}
     ours = [t.data["what"] in ("decode", "tokens") and t.backend == "decode" for t in EVERYTHING]
@@ -116,6 +117,7 @@ def test_without_a_gpu_a_run_shows_its_own_where_any_machine_can_tell():
     assert "Measured live on this machine" not in both and "Not measured yet" not in both
 
 
+@pytest.mark.slow
 def test_a_real_recorded_run_is_shown_or_said_to_lack_paging(run):
     found = evidences.gather(run)
     assert found.recorded is not None

@@ -19,6 +19,7 @@ TRIALS = synthetic.gpu_trials()
 LATENCY = PRESETS["latency"]
 
 
+@pytest.mark.slow
 def test_the_alternative_text_carries_the_computed_numbers():
     text = label(svgs(plots.tflops_html(TRIALS))[0])
     lines = plots.panels(TRIALS)[64, False, "float16"]
@@ -71,6 +72,7 @@ def test_ours_and_peers_differ_by_more_than_colour():
     assert len({(marker, str(dashes)) for _, _, marker, dashes in looks.values()}) == len(looks)
 
 
+@pytest.mark.slow
 def test_a_backend_nobody_knew_gets_a_line():
     toy = [t.model_copy(update={"backend": "toy"}) for t in TRIALS if t.backend == "wmma"]
     assert ">toy " in svgs(plots.tflops_html([*TRIALS, *toy]))[0]
@@ -93,6 +95,7 @@ def test_the_latency_plot_names_the_target_only_where_it_was_set():
     assert re.search(r"wmma is fastest with \S+ µs, within the target of", ours), "and it is named once"
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
 def test_labels_never_overlap_and_stay_below_the_top(wanted):
@@ -102,6 +105,7 @@ def test_labels_never_overlap_and_stay_below_the_top(wanted):
     assert max(places) <= 100 + 1e-6
 
 
+@pytest.mark.slow
 def test_a_nan_timing_is_left_out():
     def broken(t):
         return t.kind == "attention_timing" and t.backend == "wmma"

@@ -19,6 +19,7 @@ VIEWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_views_draw_what_there_is():
     trials = synthetic.everything()
     pages = [view(trials) for view in VIEWS[:-1]] + [survey_views.limit_html(trials, l2_bytes=L2)]

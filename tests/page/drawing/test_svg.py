@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
+import pytest
 from matplotlib.figure import Figure
 from support import synthetic_records as synthetic
 from support.html_tools import svgs
@@ -38,6 +39,7 @@ def test_every_colour_is_unlike_the_others():
     assert len(set(svg.COLOURS.values())) == len(svg.COLOURS)
 
 
+@pytest.mark.slow
 def test_ids_differ_between_figures_and_every_reference_is_met():
     figures = svgs(plots.tflops_html(TRIALS))
     seen: set[str] = set()
@@ -103,6 +105,7 @@ def test_every_point_of_a_line_with_words_carries_its_own():
     assert "tips:" not in html
 
 
+@pytest.mark.slow
 def test_every_timing_in_a_plot_says_its_value_and_its_spread():
     titles = re.findall(r"<title>([^<]*)</title>", plots.tflops_html(TRIALS))
     panels = plots.panels([t for t in TRIALS if not plots._is_small(t)])

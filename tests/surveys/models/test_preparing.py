@@ -48,6 +48,7 @@ def test_a_process_that_is_told_of_one_step_has_the_model_and_caches_of_the_whol
     assert preparing.kept(PLAN, PLAN.works[0], 3) is None and preparing.kept(PLAN, PLAN.works[1], 3).pages is not None
 
 
+@pytest.mark.slow
 def test_steps_are_compiled_in_processes_that_may_die_and_only_what_died_is_barred(monkeypatch, tmp_path):
     pool, said = Told({"fa4": ("It exceeded 150 s and was ended.", True)}), []
     asked = {}
@@ -77,6 +78,7 @@ def test_nothing_is_compiled_ahead_without_processes_or_without_a_compiled_mode(
     assert preparing.compile_ahead(dataclasses.replace(ON_GPU, modes=("eager",)), ("flashcore",)) == {}
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_on_one_core_and_its_failure_is_told(monkeypatch):
     import torch._inductor.config as inductor
 

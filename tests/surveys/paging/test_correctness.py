@@ -170,6 +170,7 @@ class Wide(Paged):
         return super().run_paged(q, cache, problem)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("each_case_once")
 def test_what_is_not_supported_is_counted_and_neither_right_nor_wrong(run, monkeypatch):
     trials = {t.data["group"]: t for t in check_only(run, monkeypatch, Wide())}

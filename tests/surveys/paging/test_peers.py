@@ -39,6 +39,7 @@ def test_what_it_is_planned_with_is_the_same_attention(monkeypatch, variant, tok
         assert lse is None
 
 
+@pytest.mark.slow
 def test_only_the_variant_that_is_named_asks_for_tensor_cores(monkeypatch):
     stand_in_flashinfer.install(monkeypatch)
     made = []

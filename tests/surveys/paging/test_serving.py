@@ -22,6 +22,7 @@ def measured(plan=PLAN):
     return book.trials, said
 
 
+@pytest.mark.slow
 def test_every_way_is_right_or_says_why_it_is_not_there(monkeypatch):
     stand_in_flashinfer.install(monkeypatch)
     trials, said = measured(replace(PLAN, served_batches=(2,)))

@@ -34,6 +34,7 @@ def test_everything_is_right(trials):
     assert {t.data["case"] for t in trials} == {PLAIN, LENGTHS, TOKENS, PREFIX}
 
 
+@pytest.mark.slow
 def test_every_page_size_shares_its_rounds_with_the_same_dense_step(trials):
     found = of(trials, PLAIN)
     assert {DENSE, AS_ROWS, "page 16", "page 32", "FlashInfer, CUDA cores, page 16"} <= set(found) and len(found) == 8

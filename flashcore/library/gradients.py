@@ -47,7 +47,7 @@ attention_backward = define(
 def _refuse(ctx, *grads):
     raise InvalidProblem(
         "Second derivatives of attention were asked for, and FlashCore has first ones only; call "
-        "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.SDPBackend.MATH for them."
+        "torch.nn.functional.scaled_dot_product_attention inside of torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
     )
 
 

@@ -170,7 +170,7 @@ def test_what_it_does_not_do_is_said(model):
         model(PROMPTS[:1], **{ARGUMENT: cache_of(model)})
     with (
         torch.no_grad(),
-        pytest.raises(SequenceTooLong, match="hold 16; make the paged cache with a larger max_length"),
+        pytest.raises(SequenceTooLong, match="hold 16; make the paged cache with a larger max_len"),
     ):
         model(PROMPTS.repeat(1, 2), **{ARGUMENT: cache_of(model, max_length=16)})
 

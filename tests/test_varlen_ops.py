@@ -10,6 +10,7 @@ from support.exact_attention import near, ragged, starts
 
 import flashcore
 from flashcore import ops, varlen_ops
+from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.numerics import reference
 from flashcore.numerics.masking import MaskTensors
@@ -78,6 +79,43 @@ def test_many_sequences_as_the_reference_has_them(kind, kv_heads):
         out, lse = flashcore.varlen_attention(q, k, v, starts_q, starts_k, 37, 53, return_lse=True, **options)
         near(out, expected[0].transpose(0, 1), torch.float32)
         torch.testing.assert_close(lse.double(), expected_lse[0], rtol=1e-4, atol=1e-4)
+
+
+UNLIKE = [[1, 0, 2, 40, 3, 1, 2], [2, 3, 0, 37, 1, 1, 2]]
+"""One long sequence among short ones, and empty ones on either side."""
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("name", MASKS)
+def test_one_long_sequence_among_short_ones_is_as_if_each_came_alone(name, backend):
+    q, k, v, *bounds = batch(*UNLIKE)
+    options = dict(MASKS[name])
+    wanted = [tensor.requires_grad_() for tensor in (q, k, v)]
+    found = flashcore.varlen_attention(q, k, v, *bounds, return_lse=True, backend=backend, **options)
+    true = ragged(q, k, v, *UNLIKE, **options)
+    for one, other in zip(found, true, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    seen = true[1] > -math.inf
+    grads, expected = (
+        torch.autograd.grad((out * out).sum() + lse[seen].sum(), wanted) for out, lse in (found, true)
+    )  # fmt: skip
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_on_a_cpu_short_sequences_are_not_padded_to_the_longest(monkeypatch):
+    """32 sequences of which one is long would otherwise take as many times as much work and memory."""
+    loop, scores = CpuBackend._loop, []
+
+    def counted(self, q, k, v, problem, *more):
+        scores.append(q.shape[0] * q.shape[2] * k.shape[2])
+        return loop(self, q, k, v, problem, *more)
+
+    monkeypatch.setattr(CpuBackend, "_loop", counted)
+    lengths = [2] * 31 + [100]
+    q, k, v, *bounds = batch(lengths, lengths)
+    flashcore.varlen_attention(q, k, v, *bounds, causal=True, backend="cpu")
+    assert scores == [31 * 2 * 2, 100 * 100]
 
 
 def test_longest_lengths_may_be_longer_and_nothing_may_be_there():

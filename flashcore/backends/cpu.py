@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashcore.backends._contract import Backend
@@ -186,9 +187,25 @@ class CpuBackend(Backend):
         return self._loop(q, k, v, problem, kept, masks)
 
     def run(self, q, k, v, problem, masks=None):
+        if problem.lengths == "ragged":
+            masking.check_call(masks, problem, q, k)
+            groups = masking.alike(masks.cu_seqlens_q, masks.cu_seqlens_k)
+            if len(groups) > 1:
+                return self._in_groups(q, k, v, problem, masks, groups)
         backend, tiled = self.for_problem(problem)
         out, lse = backend._masked_loop(q, k, v, tiled, None, masks)
         return masking.put_back(out, lse, q, problem, masks)
+
+    def _in_groups(self, q, k, v, problem: Problem, masks, groups: list[list[int]]):
+        """`run` of a ragged batch, some of its sequences at a time."""
+        out, lse = q.new_zeros(q.shape), q.float().new_full(q.shape[:3], -math.inf)
+        for group in groups:
+            rows, starts_q, seqlen_q = masking.some_sequences(masks.cu_seqlens_q, group)
+            keys, starts_k, seqlen_k = masking.some_sequences(masks.cu_seqlens_k, group)
+            part = problem.with_(batch=len(group), seqlen_q=max(seqlen_q, 1), seqlen_k=max(seqlen_k, 1))
+            of_part = replace(masks, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+            out[:, :, rows], lse[:, :, rows] = self.run(q[:, :, rows], k[:, :, keys], v[:, :, keys], part, of_part)
+        return out, lse
 
     def why_not_paged(self, problem, *, selected=False):
         if not problem.batch_invariant:

@@ -124,9 +124,19 @@ def why_torch(
         return "a last dimension is not contiguous"
     if transforms.traces_derivative() if torch.compiler.is_compiling() else transforms.carries_derivatives(*tensors):
         return "torch.func or forward mode takes a derivative"
+    if _math_alone():
+        return "sdpa_kernel allows torch's math alone"
     if backend != "auto":
         return None
     return _why_not_ours(query.device.type, query.device.index or 0, query.dtype, plain.constant(query.shape[-1]))
+
+
+@transforms.constant_when_traced
+def _math_alone() -> bool:
+    """Whether ``torch.nn.attention.sdpa_kernel`` rules out every fused kernel: whoever asks for that wants what only
+    torch's math has, such as second derivatives."""
+    allowed = torch.backends.cuda
+    return not (allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled())
 
 
 def _heads_fit(query, key, enable_gqa) -> bool:
@@ -159,6 +169,9 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801  (it is used as a function 
     those inside `torch.nn.MultiheadAttention` and the layers made of it, which torch shows to a mode as one call only.
     Other functions of torch cost about a microsecond more meanwhile. A model that `torch.compile` compiled is compiled
     once more inside of the context, whole as before.
+
+    Inside of ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` calls go on to torch, which has second derivatives
+    there. Other choices of that context are among torch's own kernels, and change nothing here.
 
     DTensors go on to torch, which attends over ranks: inside torch's `context_parallel` every call does.
     `flashcore.parallel.in_context_parallel` is the context that computes those.

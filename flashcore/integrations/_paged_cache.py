@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flashcore.errors import InvalidProblem, PagingError
+from flashcore.errors import InvalidProblem, PagingError, SequenceTooLong
 from flashcore.integrations.pages import InPages
 from flashcore.library import traced
 from flashcore.numerics import plain
@@ -54,6 +54,8 @@ class PagedLayer(CacheLayerMixin):
                 "num_return_sequences into it. It takes no beams."
             )
         if self.index == 0:
+            if (needed := self.length + tokens) > (room := self.get_max_length()):
+                raise SequenceTooLong(0, needed, room, "make the paged cache with a larger max_length")
             self.books.reserve(tokens)
         self.books.write(self.index, key_states, value_states)
         before, self.length = self.length, self.length + tokens

@@ -22,7 +22,7 @@ import torch
 
 from flashcore.errors import InvalidProblem
 from flashcore.library._namespace import define, differentiate, implement
-from flashcore.numerics import ambient, seen
+from flashcore.numerics import ambient, masking, seen
 
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Scores held at once, in float32 and about four times over: 64 MB on a CPU, 2 GB on a GPU."""
@@ -47,7 +47,7 @@ attention_backward = define(
 def _refuse(ctx, *grads):
     raise InvalidProblem(
         "Second derivatives of attention were asked for, and FlashCore has first ones only; call "
-        "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.SDPBackend.MATH for them."
+        "torch.nn.functional.scaled_dot_product_attention inside of torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
     )
 
 
@@ -375,21 +375,8 @@ def _varlen_backward(
             for grad, ends in zip(found, (starts[0], starts[1], starts[1]), strict=True)
         )
     else:
-        of_q, of_k = starts
-        rows, keys = sizes
-
-        def padded(tensor, begins, longest):  # [B, H, longest, ...]
-            return None if tensor is None else seen.padded(tensor, begins, longest).transpose(1, 2)
-
-        found = by_products(
-            padded(grad_out, of_q, rows), padded(None if grad_lse is None else grad_lse.mT, of_q, rows),
-            padded(q, of_q, rows), padded(k, of_k, keys), padded(v, of_k, keys), padded(out, of_q, rows),
-            padded(lse.mT, of_q, rows), causal, scale, window=window, softcap=softcap, lengths_q=of_q.diff(),
-            lengths_k=of_k.diff(),
-        )  # fmt: skip
-        found = tuple(
-            seen.packed(grad.transpose(1, 2), begins, tensor.shape[0])
-            for grad, begins, tensor in zip(found, (of_q, of_k, of_k), (q, k, v), strict=True)
+        found = _ragged_by_products(
+            grad_out, grad_lse, q, k, v, out, lse, starts, sizes, causal, scale, window=window, softcap=softcap
         )
     grad_sink = _sink_gradient(
         sink, None if grad_out is None else grad_out.transpose(0, 1), grad_lse, out.transpose(0, 1), lse
@@ -398,6 +385,38 @@ def _varlen_backward(
 
 
 implement(varlen_attention_backward, _varlen_backward)
+
+
+def _ragged_by_products(grad_out, grad_lse, q, k, v, out, lse, starts, sizes, causal: bool, scale: float, **options):
+    """`by_products` of a ragged batch, as a padded one; on a CPU some sequences of like length at a time."""
+    of_q, of_k = starts
+    groups = masking.alike(of_q, of_k) if q.device.type == "cpu" else []
+    if len(groups) > 1:
+        grads = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (q, k, v)]
+        for group in groups:
+            rows, starts_q, longest_q = masking.some_sequences(of_q, group)
+            keys, starts_k, longest_k = masking.some_sequences(of_k, group)
+            if longest_q and longest_k:
+                grads[0][rows], grads[1][keys], grads[2][keys] = _ragged_by_products(
+                    None if grad_out is None else grad_out[rows], None if grad_lse is None else grad_lse[:, rows],
+                    q[rows], k[keys], v[keys], out[rows], lse[:, rows], (starts_q, starts_k), (longest_q, longest_k),
+                    causal, scale, **options,
+                )  # fmt: skip
+        return grads
+    rows, keys = sizes
+
+    def padded(tensor, begins, longest):  # [B, H, longest, ...]
+        return None if tensor is None else seen.padded(tensor, begins, longest).transpose(1, 2)
+
+    found = by_products(
+        padded(grad_out, of_q, rows), padded(None if grad_lse is None else grad_lse.mT, of_q, rows),
+        padded(q, of_q, rows), padded(k, of_k, keys), padded(v, of_k, keys), padded(out, of_q, rows),
+        padded(lse.mT, of_q, rows), causal, scale, lengths_q=of_q.diff(), lengths_k=of_k.diff(), **options,
+    )  # fmt: skip
+    return [
+        seen.packed(grad.transpose(1, 2), begins, tensor.shape[0])
+        for grad, begins, tensor in zip(found, (of_q, of_k, of_k), (q, k, v), strict=True)
+    ]
 
 
 def _past(starts: torch.Tensor, tokens: int) -> torch.Tensor:

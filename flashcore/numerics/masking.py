@@ -314,3 +314,41 @@ def real_rows(like: torch.Tensor, problem: Problem, masks: MaskTensors | None, n
     row = torch.arange(like.shape[2], device=like.device)
     inside = (row >= rows.first[:, None]) & (row < (rows.first + rows.count)[:, None])
     return inside.any(0, keepdim=True) if problem.lengths == "ragged" else inside
+
+
+WORTH = 2
+"""How many times as many scores a ragged batch padded as a whole has to have, so that parts of it are padded apart."""
+
+
+def alike(starts_q: torch.Tensor, starts_k: torch.Tensor) -> list[list[int]]:
+    """Sequences of a ragged batch by like lengths, each list to be padded by itself; one list where that saves little.
+
+    One long sequence among many short ones would otherwise have them all padded to its length. It reads the numbers, so
+    it is for tensors in the host's memory.
+
+    Parameters
+    ----------
+    starts_q, starts_k
+        ``[batch + 1]`` integers: where each sequence begins, and the end.
+    """
+    sizes = list(zip(starts_q.diff().tolist(), starts_k.diff().tolist(), strict=True))
+    found: dict[tuple[int, int], list[int]] = {}
+    for nth, (rows, keys) in enumerate(sizes):
+        found.setdefault((rows.bit_length(), keys.bit_length()), []).append(nth)
+
+    def scores(group: list[int]) -> int:
+        return len(group) * max(sizes[nth][0] for nth in group) * max(sizes[nth][1] for nth in group)
+
+    everything = list(range(len(sizes)))
+    apart = sum(map(scores, found.values()))
+    return list(found.values()) if scores(everything) > WORTH * apart else [everything]
+
+
+def some_sequences(starts: torch.Tensor, group: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Of some sequences of a ragged batch: the rows that they own, where each begins among these, and the longest."""
+    import torch
+
+    bounds = starts.tolist()
+    rows = torch.cat([torch.arange(bounds[nth], bounds[nth + 1]) for nth in group])
+    lengths = [bounds[nth + 1] - bounds[nth] for nth in group]
+    return rows, torch.tensor([0, *lengths]).cumsum(0).to(starts.dtype), max(lengths)

@@ -87,6 +87,41 @@ def check_new(k, v, kv: Pages, num_sequences: int) -> None:
             )
 
 
+def rows_given(rows, batch: int) -> int:
+    """Rows of new keys that `rows` asks for: all `batch` of them when it is None. `check_rows` checks the rest."""
+    if rows is None:
+        return batch
+    if not isinstance(rows, torch.Tensor) or rows.dim() != 1:
+        raise InvalidProblem(f"rows is {plain.shown(rows)}; it has to be an integer tensor [rows].")
+    return rows.shape[0]
+
+
+def check_rows(rows, counts, num_rows: int, device: torch.device) -> None:
+    """Raise `InvalidProblem` unless each is None or an integer tensor ``[num_rows]`` on `device`; nothing is read."""
+    for name, tensor in (("rows", rows), ("counts", counts)):
+        if tensor is None:
+            continue
+        whole = isinstance(tensor, torch.Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
+        if not whole or tensor.dtype == torch.bool or tuple(tensor.shape) != (num_rows,):
+            raise InvalidProblem(f"{name} is {plain.shown(tensor)}; it has to be an integer tensor [{num_rows}].")
+        if tensor.device != device:
+            raise InvalidProblem(f"{name} lies on {tensor.device}, and the pools on {device}; move it there.")
+
+
+def check_row_numbers(rows: torch.Tensor | None, counts: torch.Tensor | None, batch: int, tokens: int) -> None:
+    """Raise `InvalidProblem` for a row that is there twice, or for more tokens of a row than there are. Reads them.
+
+    A row that is not in the table is passed over by whatever writes, and may be there any number of times.
+    """
+    given = [] if rows is None else [row for row in rows.tolist() if 0 <= row < batch]
+    if len(set(given)) < len(given):
+        twice = next(row for row in given if given.count(row) > 1)
+        raise InvalidProblem(f"rows has {twice} twice; each sequence can have one row of k and v.")
+    for nth, count in enumerate([] if counts is None else counts.tolist()):
+        if not 0 <= count <= tokens:
+            raise InvalidProblem(f"counts[{nth}] is {count}; it has to be from 0 to the {tokens} tokens of k and v.")
+
+
 def check_query(q, kv: Pages) -> None:
     """Raise `InvalidProblem` unless `q` is ``[batch, num_heads_q, q_tokens, head_dim]`` for these tables."""
     if not isinstance(q, torch.Tensor) or q.dim() != 4 or 0 in q.shape:

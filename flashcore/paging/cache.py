@@ -9,13 +9,22 @@ import torch
 
 from flashcore.errors import InvalidProblem, PageTableError, PagingError
 from flashcore.numerics import ambient, plain
-from flashcore.paging.arguments import check_new, checked_device, checked_sizes, counts_of, listed, whole
+from flashcore.paging.arguments import (
+    check_new,
+    check_rows,
+    checked_device,
+    checked_sizes,
+    counts_of,
+    listed,
+    rows_given,
+    whole,
+)
 from flashcore.paging.bounds import empty_bounds
 from flashcore.paging.checks import can_read_back, debugging
 from flashcore.paging.ledger import DROPPED, Changes, PageLedger, Row, SequenceHandle
 from flashcore.paging.stats import CacheStats, stats_of
 from flashcore.paging.tables import PagedKV
-from flashcore.paging.writing import append_tokens, copy_pages
+from flashcore.paging.writing import copy_pages, write_tokens
 
 
 class PagedKVCache(PagedKV):
@@ -242,8 +251,10 @@ class PagedKVCache(PagedKV):
             Integer tensors on the device, which a captured graph goes on reading: whose rows they are (None for all
             `batch` of them; one without a sequence is passed over), and how many tokens of each are real (None: all).
         """
-        check_new(k, v, self, self.batch if rows is None else len(rows))
-        append_tokens(k, v, self.k_pool, self.v_pool, self.page_table, self.lengths,
+        num_rows = rows_given(rows, self.batch)
+        check_new(k, v, self, num_rows)
+        check_rows(rows, counts, num_rows, self.device)
+        write_tokens(k, v, self.k_pool, self.v_pool, self.page_table, self.lengths,
                       rows=rows, counts=counts, key_bounds=self.key_bounds)  # fmt: skip
 
     def advance(self, tokens: int | Sequence[int], sequences: Sequence[SequenceHandle] | None = None) -> None:

@@ -9,11 +9,11 @@ import torch
 
 from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.numerics import ambient
-from flashcore.paging.arguments import check_new, whole
+from flashcore.paging.arguments import check_new, check_rows, rows_given, whole
 from flashcore.paging.cache import PagedKVCache
 from flashcore.paging.ledger import SequenceHandle
 from flashcore.paging.tables import PagedKV
-from flashcore.paging.writing import append_tokens
+from flashcore.paging.writing import write_tokens
 
 
 class _Books(PagedKVCache):
@@ -138,8 +138,10 @@ class LayeredKVCache:
         if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.layers):
             raise InvalidProblem(f"layer is {layer!r}; it has to be a whole number from 0 to {len(self.layers) - 1}.")
         pages = self.layers[layer]
-        check_new(k, v, pages, self.batch if rows is None else len(rows))
-        append_tokens(k, v, pages.k_pool, pages.v_pool, pages.page_table, pages.lengths, rows=rows, counts=counts)
+        num_rows = rows_given(rows, self.batch)
+        check_new(k, v, pages, num_rows)
+        check_rows(rows, counts, num_rows, self.device)
+        write_tokens(k, v, pages.k_pool, pages.v_pool, pages.page_table, pages.lengths, rows=rows, counts=counts)
 
     def advance(self, tokens: int | Sequence[int], sequences: Sequence[SequenceHandle] | None = None) -> None:
         """As `PagedKVCache.advance`, after every layer wrote the tokens."""

@@ -11,9 +11,9 @@ import torch
 
 from flashcore.library import paged, traced
 from flashcore.numerics import ambient
-from flashcore.paging import _appending
+from flashcore.paging import _appending, arguments
 from flashcore.paging.bounds import widen_bounds
-from flashcore.paging.checks import check_tables, debugging
+from flashcore.paging.checks import can_read_back, check_tables, debugging
 from flashcore.paging.tables import PagedKV
 
 
@@ -55,7 +55,26 @@ def append_tokens(
         ``[rows]`` integer: how many of the tokens are real, the rest being padding; None for all of them.
     key_bounds
         ``[num_pages, num_heads_kv, 2, head_dim]``, kept up to date when given.
+
+    Raises
+    ------
+    InvalidProblem, PageTableError
+        Tensors that do not fit together. Numbers in `rows` and `counts` are checked on a CPU, and on a GPU with
+        FLASHCORE_DEBUG=1.
     """
+    arguments.check_pools(k_pool, v_pool)
+    arguments.check_table(page_table, lengths, k_pool.device)
+    tables = PagedKV(k_pool, v_pool, page_table, lengths)
+    num_rows = arguments.rows_given(rows, tables.batch)
+    arguments.check_new(k_new, v_new, tables, num_rows)
+    arguments.check_rows(rows, counts, num_rows, k_pool.device)
+    write_tokens(k_new, v_new, k_pool, v_pool, page_table, lengths, rows=rows, counts=counts, key_bounds=key_bounds)
+
+
+def write_tokens(
+    k_new, v_new, k_pool, v_pool, page_table, lengths, *, rows=None, counts=None, key_bounds=None
+) -> None:  # fmt: skip
+    """`append_tokens` for whoever has checked what it is given, as a cache of ours does."""
     compute = paged.append_tokens if traced() else _append
     with torch.no_grad():
         compute(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds)
@@ -67,6 +86,8 @@ def _append(
     k_new, v_new, k_pool, v_pool, page_table, lengths, rows=None, counts=None, key_bounds=None
 ) -> None:  # fmt: skip
     """`append_tokens` of tensors that lie in memory."""
+    if (not k_new.is_cuda or debugging()) and can_read_back(lengths.device):
+        arguments.check_row_numbers(rows, counts, page_table.shape[0], k_new.shape[2])
     if debugging():
         wanted = torch.full(k_new.shape[:1], k_new.shape[2], device=lengths.device) if counts is None else counts.long()
         if rows is not None:

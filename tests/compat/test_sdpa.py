@@ -182,6 +182,24 @@ def test_a_tangent_goes_where_torch_has_a_rule_for_it():
         assert torch.equal(forward_ad.unpack_dual(found).tangent, forward_ad.unpack_dual(TORCHS(dual, k, v)).tangent)
 
 
+def test_whoever_allows_torchs_math_alone_gets_it_and_its_second_derivatives():
+    """As our own sentence advises, which refuses them."""
+    q, k, v = (tensor.requires_grad_() for tensor in three(1, 2, 3, 4))
+
+    def second(call):
+        (first,) = torch.autograd.grad(call(q, k, v).square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), q)[0]
+
+    with flashcore.replace_sdpa(backend="cpu") as calls:
+        with pytest.raises(InvalidProblem, match=r"torch.nn.attention.sdpa_kernel"):
+            second(torch.nn.functional.scaled_dot_product_attention)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            found = second(torch.nn.functional.scaled_dot_product_attention)
+    assert calls.ours == 1 and dict(calls.torchs) == {"sdpa_kernel allows torch's math alone": 1}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.equal(found, second(TORCHS))
+
+
 def test_gradients_are_torchs():
     inputs, options = OURS["causal, more keys"]
     inputs = [t.clone().requires_grad_() for t in inputs]

@@ -38,7 +38,9 @@ def test_one_wrong_check_fails_the_gate_and_says_where():
     assert gate(decision, "report-320").state == "INCONCLUSIVE"  # the speed of a wrong kernel counts for nothing
 
 
-@pytest.mark.parametrize("changes", [{"num_bad": 3}, {"passed": False}, {"max_abs_error": math.nan}])
+@pytest.mark.parametrize(
+    "changes", [{"num_bad": 3}, {"passed": False}, {"max_abs_error": math.nan}, {"max_abs_error": 9.0}]
+)
 def test_an_ok_that_contradicts_its_figures_is_wrong(changes):
     def wanted(t):
         return t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT
@@ -144,6 +146,32 @@ def test_a_ratio_needs_the_same_round_and_every_peer_that_was_tried():
         assert gate(decision, "report-ahead").state == "INCONCLUSIVE", changes
     broken = replaced(GOOD, timing_at("sdpa-cudnn", REPORT), status="error", reason="it crashed")
     assert gate(decide(broken), "report-ahead").state == "INCONCLUSIVE"
+
+
+AHEAD = {**synthetic.FAST, "sdpa-cudnn": 620.0}
+"""One peer is faster than our kernel, and nothing else speaks against a GO."""
+HIDDEN = {
+    "its latency tripled": lambda t: t.model_copy(
+        update={"timing": t.timing.model_copy(update={"latency_us": 3 * t.timing.latency_us})}
+    ),
+    "its line deleted": lambda t: None,
+    "called unavailable": lambda t: t.model_copy(update={"status": "unavailable"}),
+    "called unsupported": lambda t: t.model_copy(update={"status": "unsupported"}),
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_faster_peer_that_is_edited_out_of_the_way_makes_no_go(how, planned):
+    trials, environment = synthetic.gpu_trials(AHEAD), synthetic.environment()
+    if planned:
+        peers = {"peers": ["sdpa-math", "sdpa-flash", "sdpa-cudnn"]}
+        environment = {**environment, "parameters": {**environment["parameters"], **peers}}
+    assert decide(trials, environment=environment).verdict == "NO-GO"
+    fastest = timing_at("sdpa-cudnn", REPORT)
+    edited = [HIDDEN[how](t) if fastest(t) else t for t in trials]
+    decision = decide([t for t in edited if t is not None], environment=environment)
+    assert decision.verdict == "INCONCLUSIVE" and gate(decision, "report-ahead").state == "INCONCLUSIVE"
 
 
 def test_the_ratio_is_paired_sample_by_sample():

@@ -95,6 +95,18 @@ def test_a_run_with_a_gpu_never_borrows():
     assert {g.evidence for g in decision.gates} == {"none"} and decision.verdict == "INCONCLUSIVE"
 
 
+@pytest.mark.parametrize("left", [("attention_timing", "ceiling"), ("correctness",)])
+def test_a_run_whose_gpu_was_struck_out_borrows_no_go_from_the_recorded_one(tmp_path, left):
+    """What was measured on it is still there: its timings, or the checks of its kernels."""
+    synthetic.write_run(tmp_path / "recorded" / "h200", GOOD, synthetic.environment())
+    missed = [t for t in synthetic.gpu_trials() if t.kind in (*left, "notebook")]
+    run = synthetic.write_run(tmp_path / "run", missed, synthetic.environment(None))
+    decision = verdict.judge(run, recorded_dir=tmp_path / "recorded")
+    assert decision.verdict == "INCONCLUSIVE" and "The run's environment names no GPU, and " in decision.reason
+    without = synthetic.write_run(tmp_path / "without", synthetic.cpu_trials(), synthetic.environment(None))
+    assert verdict.judge(without, recorded_dir=tmp_path / "recorded").verdict == "GO", "it is there to be borrowed"
+
+
 def test_a_cut_off_line_rules_out_go(tmp_path):
     run = synthetic.write_run(tmp_path / "run", GOOD, synthetic.environment())
     assert verdict.judge(run).verdict == "GO"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import compiling
@@ -14,6 +18,7 @@ from flashcore import ops
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.library import dense
 from flashcore.numerics import reference
+from flashcore.paths import data_dir
 from flashcore.problem import Problem
 
 OP = dense.attention
@@ -131,6 +136,26 @@ def test_export_keeps_the_op_and_free_lengths():
     assert [str(n.target) for n in exported.graph.nodes].count("flashcore.attention.default") == 1
     given = qkv(20, 31)
     torch.testing.assert_close(exported.module()(*given), block(*given))
+
+
+@pytest.mark.slow
+def test_an_exported_program_runs_in_a_process_that_imports_what_the_readme_says(tmp_path):
+    class Block(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flashcore.attention(q, k, v, causal=True), flashcore.attention(q, k, v, window_left=2)
+
+    given = qkv()
+    torch.export.save(torch.export.export(Block(), given), tmp_path / "block.pt2")
+    torch.save((given, Block()(*given)), tmp_path / "expected.pt")
+    readme = (data_dir("kernels").parent / "README.md").read_text()
+    modules = re.search(r"imports the modules whose ops are in it\s+first: ([^:]*?)\.\n", readme)[1].replace("`", "")
+    code = (
+        f"import {modules}\nimport torch\n"
+        "given, expected = torch.load('expected.pt')\n"
+        "torch.testing.assert_close(torch.export.load('block.pt2').module()(*given), expected)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

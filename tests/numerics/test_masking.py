@@ -116,3 +116,21 @@ def test_without_lengths_nothing_moves():
     assert masking.right_aligned(q, k, k, PROBLEM, None) == (q, k, k, PROBLEM, None)
     assert masking.put_back(q, q[..., 0], q, PROBLEM, None)[0] is q
     assert masking.real_rows(q, PROBLEM, None).all()
+
+
+def test_sequences_of_like_length_are_padded_together_where_that_saves_much():
+    def groups(rows, keys):
+        starts = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (rows, keys))
+        return masking.alike(*starts)
+
+    assert groups([5, 6, 7, 4], [5, 6, 7, 4]) == [[0, 1, 2, 3]] == groups([1, 2, 3, 4], [4, 4, 4, 4])
+    assert groups([2, 100, 2, 3], [2, 100, 2, 3]) == [[0, 2, 3], [1]]
+    assert groups([0, 90, 0, 1], [3, 90, 2, 0]) == [[0, 2], [1], [3]], "empty on either side"
+    assert groups([0, 0], [0, 0]) == [[0, 1]] and groups([3], [900]) == [[0]]
+
+
+def test_some_sequences_of_a_ragged_batch_lie_one_after_the_other():
+    starts = torch.tensor([0, 2, 2, 5, 9], dtype=torch.int32)
+    rows, begins, longest = masking.some_sequences(starts, [3, 0, 1])
+    assert rows.tolist() == [5, 6, 7, 8, 0, 1] and begins.tolist() == [0, 4, 6, 6] and longest == 4
+    assert begins.dtype == starts.dtype and rows.dtype == torch.int64

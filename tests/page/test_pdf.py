@@ -63,6 +63,21 @@ def test_a_browser_that_hangs_is_ended(written, monkeypatch, tmp_path):
         pdf.print_pdf(written.path / "report.html", written.path / "report.pdf")
 
 
+@pytest.mark.parametrize("root", [False, True])
+def test_the_browser_is_sandboxed_where_it_can_be(monkeypatch, tmp_path, root):
+    monkeypatch.setattr(pdf.os, "geteuid", lambda: 0 if root else 1000, raising=False)
+    given = []
+    monkeypatch.setattr(pdf.os, "chown", lambda path, user, group: given.append(user), raising=False)
+    first, *others = pdf._attempts(["chromium", "--headless"], tmp_path)
+    assert first["args"] == ["chromium", "--headless"], "the first way is in the sandbox"
+    if not root:
+        assert others == [] and "user" not in first
+        return
+    assert first["user"] == first["group"] == pdf.NOBODY and first["extra_groups"] == [] and given == [pdf.NOBODY]
+    (last,) = others
+    assert last == {"args": ["chromium", "--no-sandbox", "--headless"]}
+
+
 def test_playwrights_browser_is_found_where_the_system_has_none(monkeypatch, tmp_path):
     monkeypatch.delenv("FLASHCORE_CHROMIUM", raising=False)
     monkeypatch.setattr(pdf.shutil, "which", lambda name: None)

@@ -264,6 +264,16 @@ def test_too_long_for_the_table():
     (lambda c, k, v: c.reserve(True), "tokens is True; it has to be a whole number"),
     (lambda c, k, v: c.append(k, v, c.sequences[0].row), "sequences is 0; pass a list"),
     (lambda c, k, v: c.view(1), "sequences is 1; pass a list"),
+    (lambda c, k, v: c.write(k, v, rows=[0, 1]), r"rows is \[0, 1\]; it has to be an integer tensor"),
+    (lambda c, k, v: c.write(k, v, rows=torch.zeros(2)), r"rows is a torch.float32 tensor .* an integer tensor \[2\]"),
+    (lambda c, k, v: c.write(k, v, rows=torch.zeros(2, 1).int()), r"rows is a torch.int32 tensor \[2, 1\] on cpu"),
+    (lambda c, k, v: c.write(k, v, rows=torch.tensor([1, 1])), "rows has 1 twice"),
+    (lambda c, k, v: c.write(k, v, rows=torch.arange(2), counts=[1, 1]), r"counts is \[1, 1\]; it has to be an int"),
+    (lambda c, k, v: c.write(k, v, rows=torch.arange(2), counts=torch.ones(1).int()), r"an integer tensor \[2\]"),
+    (lambda c, k, v: c.write(k, v, rows=torch.arange(2), counts=torch.ones(2).bool()), "counts is a torch.bool tensor"),
+    (lambda c, k, v: c.write(k, v, rows=torch.arange(2), counts=torch.tensor([4, 1])), r"counts\[0\] is 4; .* 3 to"),
+    (lambda c, k, v: c.write(k, v, rows=torch.arange(2), counts=torch.tensor([1, -1])), r"counts\[1\] is -1; it has "),
+    (lambda c, k, v: c.write(k, v, rows=torch.arange(2, device="meta")), "rows lies on meta, and the pools on cpu"),
 ])  # fmt: skip
 def test_bad_calls_change_nothing(call, words):
     cache = make()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.paged_caches import DIM, HEADS
 
+from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.paging import PagedKV, append_tokens, copy_pages, gather
 
 
@@ -102,3 +103,21 @@ def test_whole_pages_are_copied_within_each_pool():
     copy_pages([first, second], torch.tensor([0, 3]), torch.tensor([2, 1]))
     for pool, before in zip((first, second), wanted, strict=True):
         assert torch.equal(pool, before[[0, 3, 0, 3]])
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [
+    ({"k_new": None}, InvalidProblem, "^k is NoneType, and the cache is torch.float16 on cpu"),
+    ({"v_new": torch.zeros(2, HEADS, 3, DIM)}, InvalidProblem, "^v is torch.float32 on cpu"),
+    ({"lengths": [20, 33]}, PageTableError, "^lengths is list"),
+    ({"k_pool": torch.zeros(6, HEADS, 16, DIM)}, PageTableError, "^k_pool is torch.float32"),
+    ({"rows": torch.tensor([0])}, InvalidProblem, r"^k is \[2, .*; it has to be \[1 sequences"),
+    ({"counts": torch.tensor([9, 1])}, InvalidProblem, r"^counts\[0\] is 9; it has to be from 0 to the 3 tokens"),
+])  # fmt: skip
+def test_what_does_not_fit_is_one_sentence_and_writes_nothing(tables, change, error, words):
+    new = torch.ones(2, HEADS, 3, DIM, dtype=torch.float16)
+    names = ("k_pool", "v_pool", "page_table", "lengths")
+    given = {"k_new": new, "v_new": new, **dict(zip(names, tables, strict=True)), **change}
+    before = [t.clone() for t in tables]
+    with pytest.raises(error, match=words):
+        append_tokens(**given)
+    assert all(torch.equal(a, b) for a, b in zip(before, tables, strict=True))

@@ -71,6 +71,20 @@ def test_a_part_that_fails_again_leaves_the_run_inconclusive(made, toys):
 
 
 @pytest.mark.notebook
+def test_a_part_that_is_killed_leaves_no_page_of_before(made, toys, monkeypatch):
+    def killed(*_, **__):
+        assert not (made.path / "report.html").exists(), "it is gone before anything is measured"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reporting, "measure", killed)
+    (made.path / "report.pdf").write_bytes(b"%PDF- of the page before")
+    assert (made.path / "report.html").exists()
+    with pytest.raises(KeyboardInterrupt):
+        redo(made, "sweep", notebooks_dir=toys, pdf=False)
+    assert not (made.path / "report.html").exists() and not (made.path / "report.pdf").exists()
+
+
+@pytest.mark.notebook
 def test_a_run_of_another_machine_is_refused_before_anything_is_touched(made, toys, monkeypatch):
     records, environment = made.records_path.read_bytes(), made.environment_path.read_bytes()
     snapshot = device.snapshot()

@@ -135,6 +135,13 @@ def test_a_template_that_breaks_is_a_notebook_that_failed_and_keeps_its_page(tmp
     assert (run.path / "report.html").read_text() == "older"
 
 
+def test_a_new_page_takes_the_pdf_of_an_older_one_away(run):
+    """A PDF that says GO beside a page that says NO-GO would be believed; a new one is made only where it is wanted."""
+    (run.path / "report.pdf").write_bytes(b"%PDF- of a page that said GO")
+    page = rendering.write_plain_page(run, verdict.judge(run), {})
+    assert "Verdict: INCONCLUSIVE" in page.read_text() and not (run.path / "report.pdf").exists()
+
+
 def test_an_older_page_is_removed_with_its_pdf_or_the_error_says_why(run, monkeypatch):
     for name in ("report.html", "report.pdf"):
         (run.path / name).write_text("older")

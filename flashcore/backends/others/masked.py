@@ -14,6 +14,7 @@ import torch
 from flashcore.errors import InvalidProblem
 from flashcore.library import traced
 from flashcore.numerics import ambient, plain, seen
+from flashcore.numerics.masking import alike, some_sequences
 from flashcore.problem import LARGEST
 
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -252,6 +253,9 @@ def ragged(
     out, lse
         ``[total_q, Hq, D]``, and ``[Hq, total_q]``: 0 and -inf in rows that see no key or belong to no sequence.
     """
+    groups = alike(starts_q, starts_k) if q.device.type == "cpu" and not traced() else []
+    if len(groups) > 1:
+        return _in_groups(q, k, v, starts_q, starts_k, masking, softmax_scale, block_table, groups)
     padded_q = seen.padded(q, starts_q, rows)
     if block_table is None:
         padded_k, padded_v = seen.padded(k, starts_k, keys), seen.padded(v, starts_k, keys)
@@ -261,6 +265,28 @@ def ragged(
     out, lse = attention(*(t.transpose(1, 2) for t in (padded_q, padded_k, padded_v)), masking, softmax_scale)
     out = seen.packed(out.transpose(1, 2), starts_q, q.shape[0])
     return out, seen.packed(lse.transpose(1, 2), starts_q, q.shape[0], -math.inf).T
+
+
+def _in_groups(q, k, v, starts_q, starts_k, masking: Masking, softmax_scale, block_table, groups: list[list[int]]):
+    """`ragged`, some sequences of like length at a time."""
+    places, outs, lses = [], [], []
+    for group in groups:
+        rows, of_q, longest_q = some_sequences(starts_q, group)
+        keys, of_k, longest_k = some_sequences(starts_k, group)
+        slopes = masking.slopes[group] if masking.slopes is not None and masking.slopes.dim() == 2 else masking.slopes
+        tensors = (k[keys], v[keys]) if block_table is None else (k, v)
+        table = None if block_table is None else block_table[group]
+        out, lse = ragged(
+            q[rows], *tensors, of_q, of_k, longest_q, longest_k, Masking(**{**vars(masking), "slopes": slopes}),
+            softmax_scale, table,
+        )  # fmt: skip
+        places.append(rows), outs.append(out), lses.append(lse)
+    place, out, lse = torch.cat(places), torch.cat(outs), torch.cat(lses, 1)
+    # What no sequence owns stays 0, and -inf.
+    return (
+        out.new_zeros(q.shape[0], *out.shape[1:]).index_copy(0, place, out),
+        lse.new_full((lse.shape[0], q.shape[0]), -math.inf).index_copy(1, place, lse),
+    )
 
 
 def of_pages(pool: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

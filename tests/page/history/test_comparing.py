@@ -52,6 +52,18 @@ def test_a_peer_that_slows_down_is_no_regression_of_ours():
     assert at_report(found, "sdpa-flash").role == "peer" and not found.regressions
 
 
+def test_evidence_of_a_kernel_that_vanished_is_a_regression():
+    hopper = [timing("hopper", OURS_US, 0.005, seed="then"), synthetic.correctness("hopper", REPORT)]
+    before = snapshot("before")
+    before = Snapshot("before", (*before.trials, *hopper, synthetic.correctness("wmma", REPORT)), before.environment)
+    assert not history.compare_runs(before, before).regressions
+    for kind, told in (("attention_timing", "timing"), ("correctness", "check")):
+        left = tuple(t for t in before.trials if not (t.kind == kind and t.backend == "hopper"))
+        found = history.compare_runs(before, Snapshot("now", left, before.environment))
+        (sentence_,) = found.regressions
+        assert found.judged and f"made none of the 1 {told} of hopper that were made then" in sentence_
+
+
 # --- junk ----------------------------------------------------------------------------------------------------------
 
 

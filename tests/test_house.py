@@ -30,7 +30,7 @@ if not (ROOT / "pyproject.toml").is_file():
     pytest.skip("these tests read the checkout, and FlashCore runs from an install here", allow_module_level=True)
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-RECORDED = sorted(path.parent for path in (ROOT / "reports" / "recorded").glob("*/records.jsonl"))
+RECORDED = sorted(path.parent for path in (ROOT / "reports" / "recorded").glob("*/report.html"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
 MOST_CELLS = 20  # two a section of the page
 DEFINES = {"your_kernel": {"attention"}}
@@ -291,6 +291,17 @@ def test_a_recorded_run_is_whole_or_says_that_it_is_not(folder):
     assert environment["gpu"] in page and (folder / "report.pdf").stat().st_size
     if unfinished:
         assert "INCONCLUSIVE" in page and all(f"no record that notebook {name} finished" in page for name in unfinished)
+
+
+def test_a_recorded_fleet_is_whole():
+    folders = sorted(path.parent for path in (ROOT / "reports" / "recorded").glob("*/fleet.html"))
+    assert folders
+    for folder in folders:
+        trials = read_trials(folder / "records.jsonl", on_damage="raise")
+        cards = json.loads((folder / "environment.json").read_text())["cards"]
+        assert {trial.kind for trial in trials} == {"fleet"} and len(trials) == len(cards) > 1
+        page = (folder / "fleet.html").read_text()
+        assert all(trial.status == "ok" and trial.card[:12] in page for trial in trials)
 
 
 # --- tests ---------------------------------------------------------------------------------------------------------

@@ -144,8 +144,8 @@ def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Pa
     return Evidence(trials, environment, source_hashes(), recorded, problems, sealed)
 
 
-OF_KERNELS = frozenset({"correctness", "attention_timing"})
-"""Kinds of records that say something of a kernel: a run without any, such as a fleet's, is no evidence of one."""
+FLEET = "fleet"
+"""The kind of records that compare cards: a run of these alone is no evidence of a kernel."""
 
 
 def recorded_runs(root: Path) -> tuple[list[Recorded], tuple[str, ...]]:
@@ -160,7 +160,7 @@ def recorded_runs(root: Path) -> tuple[list[Recorded], tuple[str, ...]]:
         except FlashCoreError as error:
             left_out.append(f"The recorded run in {folder.name} was left out: {error}")
             continue
-        if candidate.environment.get("gpu") and any(trial.kind in OF_KERNELS for trial in trials):
+        if candidate.environment.get("gpu") and any(trial.kind != FLEET for trial in trials):
             found.append(candidate)
     return sorted(found, key=lambda run: str(run.environment.get("date") or "")), tuple(left_out)
 

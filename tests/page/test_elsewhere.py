@@ -59,7 +59,7 @@ def test_figures_of_other_sources_are_not_shown(recorded):
 
 
 def test_what_the_shipped_runs_say_of_each_other_is_what_their_own_pages_say():
-    runs = [RunFolder(path.parent) for path in sorted((data_dir("reports") / "recorded").glob("*/records.jsonl"))]
+    runs = [RunFolder(path.parent) for path in sorted((data_dir("reports") / "recorded").glob("*/report.html"))]
     assert len(runs) > 1
     for one, other in itertools.permutations(runs, 2):
         decision = verdict.judge(other)

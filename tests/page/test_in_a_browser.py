@@ -114,7 +114,7 @@ def record_with_markup():
 @pytest.fixture(scope="module")
 def recorded(pages, shared_folder) -> str:
     """The page of a recorded run, drawn now, without what git does not keep."""
-    source = max((data_dir("reports") / "recorded").glob("*/records.jsonl")).parent
+    source = max((data_dir("reports") / "recorded").glob("*/report.html")).parent
 
     def copy_and_draw(folder: Path) -> None:
         for name in ("records.jsonl", "environment.json"):

@@ -51,7 +51,7 @@ def test_the_steps_begin_with_the_sources_and_name_the_run():
     assert steps[:2] == ["git clone https://example.invalid/flashcore flashcore && cd flashcore", "git checkout abc"]
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent for p in (data_dir("reports") / "recorded").glob("*/records.jsonl")))
+@pytest.mark.parametrize("folder", sorted(p.parent for p in (data_dir("reports") / "recorded").glob("*/report.html")))
 def test_the_commands_on_the_page_of_a_recorded_run_take_its_name(folder, tmp_path):
     """Whoever has the package finds the run by the name that the page prints, and no command would write into it."""
     run = RunFolder(folder)

@@ -24,7 +24,7 @@ from flashcore.backends.others.flash import HALVES
 from flashcore.backends.others.masked import Masking
 from flashcore.errors import InvalidProblem, Unsupported
 from flashcore.library import traced
-from flashcore.numerics import ambient, plain
+from flashcore.numerics import ambient, plain, transforms
 from flashcore.paging import PAGE_SIZES, PagedKV, append_tokens
 from flashcore.paging.checks import can_read_back, debugging
 
@@ -250,6 +250,8 @@ def flash_attn_with_kvcache(
             k = _rotated("k", k, rotary_cos, rotary_sin, cache.lengths, interleaved, moving=True)
             q = _rotated("q", q, rotary_cos, rotary_sin, cache.lengths, interleaved, moving=local)
         if k is not None:
+            if not traced() and transforms.under_way():
+                transforms.refuse("q, the cache or what is written to it", *given)
             cache.append(k, v)
         out, lse = cache.attend(q, masking, scale)
     return (out, lse) if with_lse else out
@@ -385,6 +387,8 @@ def _integers(name: str, tensor, shape: tuple[int, ...], device) -> torch.Tensor
         raise InvalidProblem(f"{name} is {plain.shown(tensor)}; it has to be an int32 tensor {list(shape)}.")
     if tensor.device != device:
         raise InvalidProblem(f"{name} lies on {tensor.device} and q on {device}; move it there.")
+    if not traced() and transforms.under_way():
+        transforms.refuse(name, tensor)
     return tensor
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from flashcore.library import paged, traced
-from flashcore.numerics import ambient
+from flashcore.numerics import ambient, transforms
 from flashcore.paging import _appending, arguments
 from flashcore.paging.bounds import widen_bounds
 from flashcore.paging.checks import can_read_back, check_tables, debugging
@@ -77,6 +77,8 @@ def write_tokens(
     """`append_tokens` for whoever has checked what it is given, as a cache of ours does."""
     compute = paged.append_tokens if traced() else _append
     with torch.no_grad():
+        if not traced() and transforms.under_way():
+            transforms.refuse("k or v", k_new, v_new)
         compute(k_new, v_new, k_pool, v_pool, page_table, lengths, rows, counts, key_bounds)
 
 

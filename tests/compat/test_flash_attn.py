@@ -587,6 +587,16 @@ def test_bad_input_is_one_sentence(call, words):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize(("call", "mapped", "words"), [
+    (lambda c: flash_attn_varlen_func(PACKED, PACKED, PACKED, c, c, 6, 6), starts([3, 6]), "^cu_seqlens_q is mapped"),
+    (lambda c: flash_attn_with_kvcache(Q, K, K, cache_seqlens=c), ints(3, 5), "^cache_seqlens is mapped by torch.vmap"),
+    (lambda new: flash_attn_with_kvcache(Q, K, K, new, new, cache_seqlens=2), NEW[0], "what is written to it is map"),
+])  # fmt: skip
+def test_what_vmap_cannot_map_is_one_sentence(call, mapped, words):
+    with pytest.raises(InvalidProblem, match=words):
+        torch.func.vmap(call)(mapped.expand(3, *mapped.shape))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("name", OPTIONS)

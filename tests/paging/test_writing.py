@@ -121,3 +121,9 @@ def test_what_does_not_fit_is_one_sentence_and_writes_nothing(tables, change, er
     with pytest.raises(error, match=words):
         append_tokens(**given)
     assert all(torch.equal(a, b) for a, b in zip(before, tables, strict=True))
+
+
+def test_a_mapped_axis_is_refused(tables):
+    new = torch.ones(3, 2, HEADS, 1, DIM, dtype=torch.float16)
+    with pytest.raises(InvalidProblem, match="^k or v is mapped by torch.vmap"):
+        torch.func.vmap(lambda one: append_tokens(one, one, *tables) or one)(new)

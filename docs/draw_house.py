@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,10 +88,10 @@ def _read(name: str, paths: Sequence[Path], package: Path, rooms: Mapping[str, S
     """The room of that name in a folder, which has these `.py` files; `rooms` are those that it may use."""
     uses, torch, purpose = set(), False, ""
     for path in paths:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        first_line, imports = _told(path)
         if path in (package / name / "__init__.py", package / name):
-            purpose = (ast.get_docstring(tree) or "").partition("\n")[0]
-        for imported in _imports(tree):
+            purpose = first_line
+        for imported in imports:
             head, _, rest = imported.partition(".")
             torch |= head in ("torch", "cupy", "cuda")
             place = rest.partition(".")[0]
@@ -105,6 +106,13 @@ def _read(name: str, paths: Sequence[Path], package: Path, rooms: Mapping[str, S
         uses=frozenset(uses - {name}),
         within=tuple(_read(p.name, sorted(p.rglob("*.py")), package / name, {}) for p in inner),
     )
+
+
+@functools.cache
+def _told(path: Path) -> tuple[str, tuple[str, ...]]:
+    """The first line of a file's docstring, and what it imports; asked for the room it lies in and the one around."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").partition("\n")[0], tuple(_imports(tree))
 
 
 def _lines(path: Path) -> int:

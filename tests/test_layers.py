@@ -9,7 +9,7 @@ import graphlib
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,30 +56,38 @@ def lies_in(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
-parsed = functools.cache(ast.parse)
-
-
-@functools.cache
-def nodes(text: str, typing_too: bool) -> list[ast.AST]:
+def nodes(tree: ast.AST, typing_too: bool) -> Iterator[ast.AST]:
     """All nodes of a source; without `typing_too` those that a type checker alone reads are left out."""
-    found, left = [], collections.deque([parsed(text)])
+    left = collections.deque([tree])
     while left:
         node = left.popleft()
         if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        found.append(node)
+        yield node
         left.extend(ast.iter_child_nodes(node))
-    return found
 
 
-@functools.cache
 def imports(text: str, *, typing_too: bool = False) -> list[tuple[str, str]]:
     """(module, name) of each import of ours in a source; the name is empty where a whole module is meant.
 
     What is imported inside a function counts. What only a type checker imports counts with `typing_too`.
     """
+    return _imports(text)[typing_too]
+
+
+@functools.cache
+def _imports(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """`imports` without and with what only a type checker imports.
+
+    The trees are not kept: they hold so many nodes that each search for garbage after this would take a second.
+    """
+    tree = ast.parse(text)
+    return _imported(nodes(tree, False)), _imported(nodes(tree, True))
+
+
+def _imported(found_nodes: Iterable[ast.AST]) -> list[tuple[str, str]]:
     found = []
-    for node in nodes(text, typing_too):
+    for node in found_nodes:
         if isinstance(node, ast.Import):
             found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "flashcore"]
         elif isinstance(node, ast.ImportFrom):

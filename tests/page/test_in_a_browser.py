@@ -447,12 +447,12 @@ def test_four_figures_stand_under_the_verdict_with_target_and_change(seen):
     assert "faster" in cards[0]
 
 
-def test_the_first_screen_says_verdict_reason_risk_and_next_step_with_a_command(opened):
-    tab, _ = opened("go", width=1280)
+def test_the_first_screen_says_verdict_reason_risk_and_next_step_with_a_command(seen):
+    tab, _ = seen("go")
     parts = [tab.locator(f".fc-banner .fc-{name}") for name in ("verdict", "reason", "risk", "todo")]
     assert all(part.bounding_box()["y"] + part.bounding_box()["height"] < 900 for part in parts)
     assert "flashcore verdict go" in parts[3].locator("code").first.inner_text(), "that run has no seal to verify"
-    tab, _ = opened("broken", width=1280)  # INCONCLUSIVE, the longest of the words
+    tab, _ = seen("broken")  # INCONCLUSIVE, the longest of the words
     assert tab.locator(".fc-verdict").bounding_box()["width"] < tab.locator(".fc-banner").bounding_box()["width"] / 4
 
 
@@ -597,9 +597,9 @@ def test_a_tap_on_a_plotted_point_says_its_value_and_a_tap_elsewhere_takes_it_aw
     assert tip.count() == 0 and heard == []
 
 
-def test_a_page_has_fewer_than_12_000_nodes(opened, recorded):
+def test_a_page_has_fewer_than_12_000_nodes(seen, recorded):
     for name in (recorded, "go", "cpu"):
-        tab, _ = opened(name)
+        tab, _ = seen(name)
         assert tab.evaluate("document.getElementsByTagName('*').length") < 12_000
 
 

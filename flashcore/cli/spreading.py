@@ -48,7 +48,7 @@ class Board:
         with self._lock:
             line = self._lines.setdefault(str(told["key"]), {"done": 0, "doing": "", "since": 0.0})
             doing = str(told.get("doing", ""))
-            line["done"] += doing == "" and line["doing"] not in ("", "ready")
+            line["done"] += bool(told.get("ended", doing == "" and line["doing"] not in ("", "ready")))
             line |= {"label": str(told.get("label", told["key"])), "doing": doing, "since": time.monotonic()}
 
     def rows(self) -> list[tuple[str, int, str, float]]:

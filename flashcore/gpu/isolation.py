@@ -61,10 +61,16 @@ class Worker:
         Name of a module to import as soon as the process starts, while the owner does other things.
     environment
         Environment variables that it gets, where this process has none of that name.
+    instead
+        Environment variables that it gets in place of this process's.
     """
 
-    def __init__(self, warm: str | None = None, *, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, warm: str | None = None, *, environment: Mapping[str, str] | None = None,
+        instead: Mapping[str, str] | None = None,
+    ):  # fmt: skip
         self._warm = warm
+        self._instead = dict(instead or {})
         self._environment = dict(environment or {})
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
@@ -91,7 +97,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(theirs.fileno()), *(p for p in sys.path if p)],
                 stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors, pass_fds=(theirs.fileno(),),
-                start_new_session=True, env={**self._environment, **os.environ},
+                start_new_session=True, env={**self._environment, **os.environ, **self._instead},
             )  # fmt: skip
         self._connection = Connection(mine.detach())
         if self._warm:

@@ -76,4 +76,4 @@ def test_a_crew_of_this_machine_is_ended_afterwards(monkeypatch, function, given
     barred = screening.screen([(backends.get("fa4"), PROBLEM)])
     assert list(barred) == ([("fa4", PROBLEM)] if said else [])
     assert said is None or said in barred["fa4", PROBLEM]
-    assert made[0]._hands[0].pid is None
+    assert made[0]._hands.pids == []

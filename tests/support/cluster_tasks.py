@@ -15,6 +15,11 @@ def count(number: int):
     yield Trial(kind="correctness", data={"number": number, "pid": os.getpid()})
 
 
+def threads_given():
+    """One trial that holds how many threads this process was given."""
+    yield Trial(kind="correctness", data={"number": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()})
+
+
 def nap(seconds: float):
     """One trial after a while."""
     time.sleep(seconds)

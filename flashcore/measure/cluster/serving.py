@@ -1,20 +1,26 @@
 """What runs inside a Dask worker: it hands each call to a clean process of its own, and says how that went.
 
-The process that measures holds the card's CUDA context and nothing of Dask. When a call crashes or hangs there, that
-process is replaced and the worker lives on to tell.
+The processes that measure hold the card's CUDA context and nothing of Dask. When a call crashes or hangs in one, that
+process is replaced and the worker lives on to tell. One of them is for what is timed. What times nothing goes to a crew
+of them, where the worker has one, and what computes on the host alone to a few more.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flashcore.gpu.isolation import Worker
+from flashcore.measure.cluster.sharing import HOST_THREADS, ONE_THREAD, Hands
 from flashcore.measure.cluster.tasks import carry_out
 
+By = Literal["one", "crew", "host"]
+"""Whose processes do a call: the one that also times, the crew of the card, or those of the host."""
 _one_at_a_time = threading.Lock()
-_worker = Worker(warm="flashcore.measure.cluster.tasks")
+_worker = Worker(warm=carry_out.__module__)
+_made = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,46 @@ class Answer:
     seconds: float = 0.0
 
 
-def answer(content: bytes, limit_s: float) -> Answer:
-    """Do what `tasks.packed` holds in the process that measures; never raises for what it does."""
-    with _one_at_a_time:
-        outcome = _worker.call(carry_out, content, timeout_s=limit_s)
+def answer(content: bytes, limit_s: float, by: By = "one", size: int = 1, alone: bool = False) -> Answer:
+    """Do what `tasks.packed` holds in a process that measures; never raises for what it does.
+
+    Parameters
+    ----------
+    by, size
+        Whose processes do it, and how many they are.
+    alone
+        End the other processes first, as for a timing: they have to be at rest, or to work for nobody any more.
+    """
+    if by == "one":
+        with _one_at_a_time:
+            if alone:
+                rest()
+            outcome = _worker.call(carry_out, content, timeout_s=limit_s)
+    else:
+        outcome = _hands(by, size).call(content, limit_s)
     return Answer(outcome.ok, outcome.value, outcome.how, outcome.reason, outcome.crashed, outcome.seconds)
+
+
+def rest() -> None:
+    """End the crew and the processes of the host, so that none has memory of the card; they start again when asked."""
+    with _made:
+        found = list(_all)
+    for hands in found:
+        hands.close()
+
+
+_all: list[Hands] = []
+
+
+def _hands(by: By, size: int) -> Hands:
+    """The processes of the crew or of the host, so many."""
+    with _made:
+        return _hired(by, size)
+
+
+@functools.cache
+def _hired(by: By, size: int) -> Hands:
+    # This process has threads for a timing in its environment, which would be too many for each of several.
+    found = Hands(size, warm=carry_out.__module__, instead=ONE_THREAD if by == "crew" else HOST_THREADS)
+    _all.append(found)
+    return found

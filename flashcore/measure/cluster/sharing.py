@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import queue
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,8 +31,19 @@ WARM = "flashcore.measure.check"
 """What each imports as soon as it starts: torch comes with it."""
 MANY = "FLASHCORE_CREW"
 """Environment variable with the number of processes, in place of what this machine has room for."""
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def num_threads(number: int) -> dict[str, str]:
+    """Environment variables that give a process so many threads for its work on the CPU."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(number))
+
+
+ONE_THREAD = num_threads(1)
 """For work on the CPU: as many threads in each as there are cores would only wait for each other."""
+HOST_SHARE = 4
+"""Cores of the machine for each process of the host, which computes on the CPU beside what the card does."""
+HOST_THREADS = num_threads(2)
+"""For those: few of them have to finish large problems, and the others leave them the time to."""
 
 
 @dataclass
@@ -45,6 +57,61 @@ class _Job:
     """The call, for another process."""
 
 
+class Hands:
+    """Processes that do calls for this one, each one at a time; as many callers at once as there are processes.
+
+    One that dies, hangs or loses its CUDA context is replaced. They end with this process.
+
+    Parameters
+    ----------
+    size
+        Processes. Each starts with its first call, or all of them by `start`.
+    warm
+        What each imports as soon as it starts; None for `WARM`.
+    environment, instead
+        As of `flashcore.gpu.isolation.Worker`.
+    """
+
+    def __init__(
+        self, size: int, *, warm: str | None = None, environment: Mapping[str, str] | None = None,
+        instead: Mapping[str, str] | None = None,
+    ):  # fmt: skip
+        self._all = [Worker(warm=warm or WARM, environment=environment, instead=instead) for _ in range(size)]
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # one that is warm comes first
+        for hand in self._all:
+            self._free.put(hand)
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return len(self._all)
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that there are now."""
+        return [hand.pid for hand in self._all if hand.pid is not None]
+
+    def start(self) -> None:
+        """Start all processes, which import torch while this process goes on."""
+        for hand in self._all:
+            hand.start()
+
+    def call(self, content: bytes, limit_s: float) -> Outcome:
+        """Do what `tasks.packed` holds, once a process is free; never raises for what it does."""
+        hand = self._free.get()
+        try:
+            return hand.call(carry_out, content, timeout_s=limit_s)
+        finally:
+            self._free.put(hand)
+
+    def close(self) -> None:
+        """End the processes, all at once: each has memory of the card to give back. One called again starts anew."""
+        there = [hand for hand in self._all if hand.pid is not None]
+        with ThreadPoolExecutor(max(1, len(there))) as threads:
+            for done in [threads.submit(hand.close) for hand in there]:
+                done.result()
+
+
 class Crew:
     """Processes that do what times nothing, a task each at a time; what is timed is done here, once they rest.
 
@@ -54,26 +121,28 @@ class Crew:
     Parameters
     ----------
     size
-        Processes. They start at once, and import torch while this process goes on.
+        Processes that share the card. They start at once, and import torch while this process goes on.
+    hosts
+        Further processes, for tasks of the host (`Task.host`); they start with these. Without any, those of the card
+        do them too.
     """
 
     places: tuple[Place, ...] = ()
 
-    def __init__(self, size: int):
-        self._hands = [Worker(warm=WARM, environment=ONE_THREAD) for _ in range(size)]
-        for hand in self._hands:
-            hand.start()
+    def __init__(self, size: int, hosts: int = 0):
+        self._hands = Hands(size, environment=ONE_THREAD)
+        self._hosts = Hands(hosts, environment=HOST_THREADS)
+        self._hands.start()
 
     @property
     def size(self) -> int:
-        """Processes."""
-        return len(self._hands)
+        """Processes that share the card."""
+        return self._hands.size
 
     def close(self) -> None:
-        """End the processes, all at once: each has memory of the card to give back. One asked again starts anew."""
-        with ThreadPoolExecutor(self.size) as threads:
-            for done in [threads.submit(hand.close) for hand in self._hands]:
-                done.result()
+        """End the processes. A crew that is asked again starts them anew."""
+        self._hands.close()
+        self._hosts.close()
 
     def perform(
         self, works: Sequence[Work], record: Callable[[Trial], Trial], progress: Callable[[str], None] | None = None
@@ -104,7 +173,7 @@ class Crew:
             found[job.work][job.slot] += [record(trial) for trial in _trials_of(job.task, outcome)]
 
         try:
-            with ThreadPoolExecutor(len(works) + self.size) as threads:
+            with ThreadPoolExecutor(len(works) + self.size + self._hosts.size) as threads:
                 # What comes before the tasks of one work, such as compiling, keeps no other work waiting.
                 preparing = {n: threads.submit(work.prepare, False) for n, work in enumerate(works) if work.prepare}
                 self._share(waiting, preparing, threads, settle, progress)
@@ -126,28 +195,30 @@ class Crew:
         settle: Callable[[_Job, Outcome], None],
         progress: Callable[[str], None] | None,
     ) -> None:
-        """Give each process that is free the first task that may begin, until all are done."""
-        free = list(self._hands)
-        busy: dict[Future, tuple[Worker, _Job]] = {}
+        """Give each process that is free the first task that may begin there, until all are done."""
+        busy: dict[Future, tuple[Hands, _Job]] = {}
         try:
             while waiting or busy or preparing:
                 for number in [n for n, done in preparing.items() if done.done()]:
                     preparing.pop(number).result()  # what it raises ends it all
-                for job in [job for job in waiting if job.work not in preparing][: len(free)]:
+                free = {some: some.size for some in (self._hands, self._hosts)}
+                for hands, _ in busy.values():
+                    free[hands] -= 1
+                for job in [job for job in waiting if job.work not in preparing]:
+                    hands = self._hosts if job.task.host and self._hosts.size else self._hands
+                    if not free[hands]:
+                        continue
+                    free[hands] -= 1
                     waiting.remove(job)
-                    hand = free.pop()
                     if progress:
                         progress(job.task.name)
-                    call = threads.submit(hand.call, carry_out, job.content, timeout_s=job.task.limit_s)
-                    busy[call] = (hand, job)
+                    busy[threads.submit(hands.call, job.content, job.task.limit_s)] = (hands, job)
                 done, _ = wait([*busy, *preparing.values()], return_when=FIRST_COMPLETED)
                 for call in done & busy.keys():
-                    hand, job = busy.pop(call)
-                    free.append(hand)
-                    settle(job, call.result())
+                    settle(busy.pop(call)[1], call.result())
         except BaseException:
-            for hand, _ in busy.values():  # so that no thread waits for an answer that nobody wants
-                hand.close()
+            if busy:  # so that no thread waits for an answer that nobody wants
+                self.close()
             raise
 
 
@@ -182,17 +253,37 @@ def crew(workers: Pool, *, least: int = 2, most: int = MOST) -> Pool:
     """
     if workers.places or not device.has_gpu() or not device.is_shared():
         return workers
+    cores = os.cpu_count() or 1
+    size = min(most, asked_size() or crew_size(cores, device.memory_bytes(), host_bytes()))
+    return Crew(size, host_size(cores)) if size >= least else workers
+
+
+def asked_size() -> int | None:
+    """Processes a card that FLASHCORE_CREW asks for; None where it says nothing.
+
+    Raises
+    ------
+    ClusterError
+        It is no number of processes.
+    """
     asked = os.environ.get(MANY, "")
     if asked and not (asked.isdecimal() and int(asked)):
         raise ClusterError(f"{MANY} is '{asked}'; give it a number of processes from 1 on, or leave it out.")
-    size = min(most, int(asked or crew_size(os.cpu_count() or 1, device.memory_bytes(), _host_bytes())))
-    return Crew(size) if size >= least else workers
+    return int(asked) if asked else None
 
 
-def crew_size(cores: int, card_bytes: int, host_bytes: int) -> int:
-    """Processes that a machine with so many cores, and so much memory on its card and beside it, has room for."""
-    return max(1, min(MOST, cores - SPARE_CORES, card_bytes // CARD_BYTES, host_bytes // HOST_BYTES))
+def crew_size(cores: int, card_bytes: int, host_bytes: int, cards: int = 1) -> int:
+    """Processes for each of some cards, for which a machine with so many cores, and so much memory on each card and
+    beside them, has room."""
+    each = (cores // cards - SPARE_CORES, card_bytes // CARD_BYTES, host_bytes // cards // HOST_BYTES)
+    return max(1, min(MOST, *each))
 
 
-def _host_bytes() -> int:
+def host_size(cores: int, cards: int = 1) -> int:
+    """Processes for work of the host alone, beside each of some cards."""
+    return max(1, cores // cards // HOST_SHARE)
+
+
+def host_bytes() -> int:
+    """Memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

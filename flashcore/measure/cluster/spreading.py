@@ -1,8 +1,8 @@
-"""Give tasks to Dask workers, one at a time each, and take care of those that die, hang or lose their card.
+"""Give tasks to Dask workers, and take care of those that die, hang or lose their card.
 
 Dask carries calls and answers, knows which workers there are, and starts new ones. Which worker gets which task is
 decided here, so that for each moment it is known what runs on which card: a timing runs alone, and what a dead worker
-was doing is done by another one.
+was doing is done by another one. A worker that has a crew does several tasks at a time, as long as none times anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from flashcore.errors import ClusterError, ClusterLost, FlashCoreError, ToolMissing
 from flashcore.gpu.isolation import START_S
 from flashcore.measure.cluster.places import Place, identify, place_of, refuse_foreign, refuse_mixed
-from flashcore.measure.cluster.serving import Answer, answer
+from flashcore.measure.cluster.serving import Answer, By, answer
 from flashcore.measure.cluster.tasks import Task, Work, packed
 from flashcore.records import Trial
 
@@ -29,6 +29,8 @@ TOPIC = "flashcore"
 """The topic of Dask's events that tells who watches what each worker does."""
 RESOURCES = ("GPU", "CPU")
 """What a worker offers one of: Dask then puts nothing else beside a task of ours."""
+CREW, HOST = "CREW", "HOST"
+"""What a worker may offer some of besides: processes that share its card, and such that compute on the host alone."""
 MOST_TRIES = 2
 """Workers that one task may take with it; then the task itself is at fault, and its record says so."""
 CONNECT_S = 10.0
@@ -44,6 +46,11 @@ FIX = "start one a card with 'CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --nthre
 Record = Callable[[Trial], Trial]
 
 
+def threads_of(offered: Mapping[str, float]) -> int:
+    """Threads that a worker with these resources needs: one for each call that it may have to wait for."""
+    return max(1, int(offered.get(CREW, 0)) + int(offered.get(HOST, 0)))
+
+
 @dataclass
 class _Seat:
     """One worker, and what it does."""
@@ -51,15 +58,49 @@ class _Seat:
     address: str
     name: str
     resource: str
+    crew: int = 0
+    """Processes that share its card; 0 where it has one process for everything."""
+    hosts: int = 0
+    """Processes that compute on the host alone."""
     place: Place | None = None
     """None until it has said what it is; asked again after a crash."""
     barred: str = ""
     """Why it gets nothing to do."""
-    token: int | None = None
-    """Of the call that it is answering."""
-    job: _Job | None = None
-    future: Any = None
-    since: float = 0.0
+    calls: dict[int, _Call] = field(default_factory=dict)
+    """Those that it is answering, by their tokens."""
+
+    @property
+    def jobs(self) -> list[_Job]:
+        """The tasks that it is doing."""
+        return [call.job for call in self.calls.values() if call.job is not None]
+
+    @property
+    def nodes(self) -> set[str]:
+        """Where its tasks run; empty where it does none."""
+        return {call.place.node for call in self.calls.values() if call.job is not None and call.place is not None}
+
+    @property
+    def timing(self) -> bool:
+        """Whether it times something."""
+        return any(job.task.timing for job in self.jobs)
+
+    def by(self, task: Task) -> By:
+        """Which of its processes do a task."""
+        if not self.crew or task.timing:
+            return "one"
+        return "host" if task.host and self.hosts else "crew"
+
+    def takes(self, task: Task) -> bool:
+        """Whether it has a process for a task now. What is timed waits until all else has ended, and keeps it off."""
+        by = self.by(task)
+        if by == "one":
+            return not self.calls
+        beside = [self.by(job.task) for job in self.jobs]
+        return "one" not in beside and beside.count(by) < self.size(by)
+
+    def size(self, by: By) -> int:
+        """How many processes there are of a kind."""
+        return {"one": 1, "crew": self.crew, "host": self.hosts}[by]
 
 
 @dataclass
@@ -71,6 +112,18 @@ class _Job:
     slot: int
     tried: set[str] = field(default_factory=set)
     deaths: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Call:
+    """What a worker was asked and has not answered yet."""
+
+    job: _Job | None
+    """None where it has to say what it is."""
+    place: Place | None
+    """Where it was when it was asked."""
+    since: float
+    future: Any = None
 
 
 class Spread:
@@ -209,8 +262,8 @@ class Spread:
             found[job.work][job.slot] += [record(trial) for trial in trials]
 
         while left:
-            for job, seat, how in self._look():
-                self._died(job, seat, how, waiting, record, settle)
+            for call, seat, how in self._look():
+                self._died(call, seat, how, waiting, record, settle)
             for name, sentence in self._refused:
                 record(Trial(kind="worker", status="unavailable", reason=sentence, data={"worker": name}))
             self._refused.clear()
@@ -220,17 +273,20 @@ class Spread:
             for number in [n for n, done in preparing.items() if done.done()]:
                 preparing.pop(number).result()  # what it raises ends it all
             self._assign(waiting, preparing, progress)
-            for seat, job, told in self._hear(LOOK_S):
+            for seat, call, told in self._hear(LOOK_S):
+                job = call.job
                 if told.ok:
-                    settle(job, [_stamped(trial, seat.place) for trial in told.value])
+                    settle(job, [_stamped(trial, call.place) for trial in told.value])
                 elif told.crashed:
-                    self._died(job, seat, told.how, waiting, record, settle, reason=told.reason)
-                    seat.place = None  # its process is a new one, and the card may be gone
-                    self._ask_who(seat)
+                    self._died(call, seat, told.how, waiting, record, settle, reason=told.reason)
+                    by = seat.by(job.task)
+                    if by != "host" and seat.place is not None and not seat.barred:
+                        seat.place = None  # its process is a new one, and the card may be gone
+                        self._ask_who(seat, by)
                 elif job.task.owed:
-                    settle(job, [_stamped(trial, seat.place) for trial in job.task.failed(told.reason)])
+                    settle(job, [_stamped(trial, call.place) for trial in job.task.failed(told.reason)])
                 else:
-                    raise ClusterError(f"'{job.task.name}' failed on {_where(seat)}: {told.reason}")
+                    raise ClusterError(f"'{job.task.name}' failed on {_where(seat, call.place)}: {told.reason}")
         for done in preparing.values():
             done.result()
         return [[trial for trials in work for trial in trials] for work in found]
@@ -238,18 +294,23 @@ class Spread:
     def _assign(
         self, waiting: list[_Job], preparing: Mapping[int, Future], progress: Callable[[str], None] | None
     ) -> None:
-        """Give each idle worker the first task that may run there now."""
-        for seat in self._idle():
-            job = next((job for job in waiting if job.work not in preparing and self._may(seat, job)), None)
-            if job is None:
-                continue
-            content = packed(job.task.function, job.task.arguments, job.task.keywords)  # or an error, and nothing begun
-            waiting.remove(job)
-            seat.job = job
-            if progress:
-                progress(job.task.name)
-            self._call(seat, content, job.task.limit_s, job.task.name)
-            self._tell(seat, job.task.name)
+        """Give each worker that can take one the first task that may run there now, and again, until none can."""
+        able = self._idle()
+        while able:
+            given = []
+            for seat in able:
+                job = next((job for job in waiting if job.work not in preparing and self._may(seat, job)), None)
+                if job is None:
+                    continue
+                task = job.task
+                content = packed(task.function, task.arguments, task.keywords)  # or an error, and nothing begun
+                waiting.remove(job)
+                if progress:
+                    progress(task.name)
+                self._call(seat, content, task.limit_s, task.name, seat.by(task), job)
+                self._tell(seat, _doing(seat))
+                given.append(seat)
+            able = [seat for seat in given if seat.crew]
 
     def _out_of_reach(self, waiting: Sequence[_Job]) -> list[_Job]:
         """Tasks that one place alone may do, which is gone."""
@@ -259,24 +320,31 @@ class Spread:
         return [job for job in waiting if job.task.only is not None and job.task.only not in there]
 
     def _idle(self) -> list[_Seat]:
-        idle = [s for s in self._seats.values() if s.token is None and s.place is not None and not s.barred]
+        """Workers that may have room for a task."""
+        idle = [
+            s for s in self._seats.values()
+            if s.place is not None and not s.barred and len(s.calls) < max(1, s.crew + s.hosts) and not s.timing
+        ]  # fmt: skip
         return sorted(idle, key=lambda seat: (seat.place.node, seat.name))
 
     def _may(self, seat: _Seat, job: _Job) -> bool:
         """Whether a task may begin on a worker now: not where it died, if others work, and no timing beside others."""
-        if job.task.only not in (None, seat.place.key):
+        if job.task.only not in (None, seat.place.key) or not seat.takes(job.task):
             return False
         others = [s for s in self._seats.values() if s is not seat and not s.barred]
         if seat.place.key in job.tried and any(s.place is None or s.place.key not in job.tried for s in others):
             return False  # one that still has to say what it is may be the one
-        if seat.place.card is not None:  # one worker a card
-            return True
-        beside = [s.job for s in others if s.job is not None and s.place.node == seat.place.node]
-        return not beside or not (job.task.timing or any(other.task.timing for other in beside))
+        near = [s for s in self._seats.values() if s is not seat and seat.place.node in s.nodes]
+        if seat.place.card is None:
+            return not near or not (job.task.timing or any(s.timing for s in near))
+        # One worker a card. Beside a timing another card of the node does one thing at a time: a crew takes all cores.
+        if job.task.timing:
+            return all(len(s.calls) == 1 for s in near)
+        return not seat.calls or not any(s.timing for s in near)
 
     def _died(
         self,
-        job: _Job | None,
+        call: _Call | None,
         seat: _Seat,
         how: str,
         waiting: list[_Job],
@@ -285,7 +353,9 @@ class Spread:
         *,
         reason: str = "",
     ) -> None:
-        """Record what became of a worker, and see that its task is done elsewhere, or given up."""
+        """Record what became of a worker, or of one process of it, and have its task done elsewhere, or give it up."""
+        job, place = (call.job, call.place) if call else (None, seat.place)
+        where = _where(seat, place)
         words = (reason[:1].lower() + reason[1:].rstrip(".")) or {
             "gone": "it left the scheduler, as a worker does that was killed",
             "hung": "it did not answer within the task's limit",
@@ -293,14 +363,15 @@ class Spread:
         doing = f" during '{job.task.name}'" if job else ""
         again = job is not None and len(job.deaths) + 1 < MOST_TRIES and job.task.only is None
         if job is not None:
-            job.tried.add(seat.place.key if seat.place else seat.name)
-            job.deaths.append(f"{_where(seat)}: {words}")
+            job.tried.add(place.key if place else seat.name)
+            job.deaths.append(f"{where}: {words}")
         fate = "" if job is None else "; it is done elsewhere" if again else "; it is given up"
         data = {"worker": seat.name, "ended": how, "task": job.task.name if job else None, "redone": again}
-        told = f"The worker {_where(seat)} was lost{doing}: {words}{fate}."
+        member = job is not None and how not in ("gone", "hung") and seat.by(job.task) != "one"
+        told = f"{'A process of the' if member else 'The'} worker {where} was lost{doing}: {words}{fate}."
         trial = Trial(kind="worker", status="error", reason=told, data={k: v for k, v in data.items() if v is not None})
-        record(_stamped(trial, seat.place))
-        self._tell(seat, f"lost: {words}")
+        record(_stamped(trial, place))
+        self._tell(seat, _doing(seat) if member and seat.jobs else f"lost: {words}")
         if job is None:
             return
         if again:
@@ -312,12 +383,12 @@ class Spread:
         trials = job.task.failed(told, ended=how)
         if not trials:
             raise ClusterError(f"'{job.task.name}' could not be done: {told}.")
-        settle(job, [_stamped(trial, seat.place) for trial in trials])
+        settle(job, [_stamped(trial, place) for trial in trials])
 
     # ---------------------------------------------------------------------------------------------- the workers
 
-    def _look(self, *, at_once: bool = False) -> list[tuple[_Job | None, _Seat, str]]:
-        """See which workers came, went or hang; gives those lost, each with what it was doing.
+    def _look(self, *, at_once: bool = False) -> list[tuple[_Call | None, _Seat, str]]:
+        """See which workers came, went or hang; gives those lost, once for each task that they were doing.
 
         Raises
         ------
@@ -329,24 +400,32 @@ class Spread:
             return []
         self._looked = now
         there = self._there()
-        lost: list[tuple[_Job | None, _Seat, str]] = []
+        lost: list[tuple[_Call | None, _Seat, str]] = []
         for address in [a for a in self._seats if a not in there]:
-            seat = self._seats.pop(address)
-            if not seat.barred:
-                lost.append((seat.job, seat, "gone"))
+            lost += self._emptied(self._seats.pop(address), "gone")
         for address, facts in there.items():
             if address not in self._seats:
                 self._seats[address] = self._seated(address, facts)
         for seat in self._seats.values():
-            limit = (seat.job.task.limit_s if seat.job else 0.0) + START_S * (seat.job is None) + self._grace_s
-            if seat.token is not None and not seat.barred and now - seat.since > limit:
-                seat.barred, job, seat.job, seat.token = "it hangs", seat.job, None, None
-                lost.append((job, seat, "hung"))
+            if any(now - call.since > self._limit(call) for call in seat.calls.values()):
+                lost += self._emptied(seat, "hung")
+                seat.barred = seat.barred or "it hangs"
         if any(not seat.barred for seat in self._seats.values()):
             self._last_seen = now
         elif self._last_seen and now - self._last_seen > self._empty_s:
             raise ClusterLost(f"No worker is left at {self.address}; what was measured is kept.")
         return lost
+
+    def _limit(self, call: _Call) -> float:
+        """Seconds after which a call that was not answered says that its worker hangs."""
+        return (call.job.task.limit_s if call.job else START_S) + self._grace_s
+
+    @staticmethod
+    def _emptied(seat: _Seat, how: str) -> list[tuple[_Call | None, _Seat, str]]:
+        """Take from a lost worker what it was doing; once nothing where it did nothing, and was no known loss."""
+        doing = [call for call in seat.calls.values() if call.job is not None]
+        seat.calls.clear()
+        return [(call, seat, how) for call in doing] or ([] if seat.barred else [(None, seat, how)])
 
     def _there(self) -> dict[str, Mapping[str, Any]]:
         """The workers that the scheduler has, by address."""
@@ -362,8 +441,9 @@ class Spread:
         """A place in the books for a worker, which is asked what it is."""
         offered = facts.get("resources") or {}
         resource = next((name for name in RESOURCES if offered.get(name, 0) >= 1), "")
-        seat = _Seat(address, str(facts.get("name", address)), resource)
-        if not resource or facts.get("nthreads") != 1:
+        crew, hosts = int(offered.get(CREW, 0)), int(offered.get(HOST, 0))
+        seat = _Seat(address, str(facts.get("name", address)), resource, crew, hosts if crew else 0)
+        if not resource or facts.get("nthreads") != threads_of(offered):
             self._bar(seat, f"The worker {seat.name} has {facts.get('nthreads')} threads and the resources "
                             f"{dict(offered) or 'none'}, so Dask could put other work beside a timing; "
                             f"{self._fix}.")  # fmt: skip
@@ -371,8 +451,8 @@ class Spread:
             self._ask_who(seat)
         return seat
 
-    def _ask_who(self, seat: _Seat) -> None:
-        self._call(seat, packed(identify), START_S, "who are you")
+    def _ask_who(self, seat: _Seat, by: By = "one") -> None:
+        self._call(seat, packed(identify), START_S, "who are you", by)
 
     def _met(self, seat: _Seat, told: Answer) -> None:
         """Take a worker in by what it says of itself, or refuse it."""
@@ -397,17 +477,21 @@ class Spread:
 
     # ---------------------------------------------------------------------------------------------- the wire
 
-    def _call(self, seat: _Seat, content: bytes, limit_s: float, name: str) -> None:
+    def _call(
+        self, seat: _Seat, content: bytes, limit_s: float, name: str, by: By = "one", job: _Job | None = None
+    ) -> None:
         """Let a worker answer one call, and no other worker."""
-        seat.token, seat.since = next(self._tokens), time.monotonic()
-        token = seat.token
-        seat.future = self.client.submit(
-            answer, content, limit_s, key=f"{name} ({os.getpid()}-{token})", workers=[seat.address],
-            allow_other_workers=False, resources={seat.resource: 1}, pure=False, retries=0,
+        token, call = next(self._tokens), _Call(job, seat.place, time.monotonic())
+        seat.calls[token] = call
+        alone = job is not None and job.task.timing and seat.crew > 0
+        call.future = self.client.submit(
+            answer, content, limit_s, by, seat.size(by), alone, key=f"{name} ({os.getpid()}-{token})",
+            workers=[seat.address], allow_other_workers=False, pure=False, retries=0,
+            resources={{"one": seat.resource, "crew": CREW, "host": HOST}[by]: 1},
         )  # fmt: skip
-        seat.future.add_done_callback(lambda future: self._answers.put((token, future)))
+        call.future.add_done_callback(lambda future: self._answers.put((token, future)))
 
-    def _hear(self, timeout_s: float) -> list[tuple[_Seat, _Job, Answer]]:
+    def _hear(self, timeout_s: float) -> list[tuple[_Seat, _Call, Answer]]:
         """The answers that came, at least one unless the time is up; what a worker says of itself is taken here."""
         heard = []
         try:
@@ -418,22 +502,22 @@ class Spread:
             pass
         found = []
         for token, future in heard:
-            seat = next((s for s in self._seats.values() if s.token == token), None)
+            seat = next((s for s in self._seats.values() if token in s.calls), None)
             if seat is None or future.status not in ("finished", "error"):  # given up, or the connection is lost
                 continue
             told = _read(future)
-            job, seat.job, seat.token, seat.future = seat.job, None, None, None
-            if job is None:
+            call = seat.calls.pop(token)
+            if call.job is None:
                 self._met(seat, told)
             else:
-                self._tell(seat, "")
-                found.append((seat, job, told))
+                self._tell(seat, _doing(seat), ended=True)
+                found.append((seat, call, told))
         return found
 
-    def _tell(self, seat: _Seat, doing: str) -> None:
-        """Let whoever watches know what a worker does now; nothing hangs on it."""
+    def _tell(self, seat: _Seat, doing: str, *, ended: bool = False) -> None:
+        """Let whoever watches know what a worker does now, and whether it ended a task; nothing hangs on it."""
         place = seat.place
-        event = {"key": place.key if place else seat.name, "doing": doing,
+        event = {"key": place.key if place else seat.name, "doing": doing, "ended": ended,
                  "label": place.label if place else f"worker {seat.name}"}  # fmt: skip
         try:
             self.client.sync(self.client.scheduler.log_event, topic=TOPIC, msg=event, callback_timeout=CONNECT_S)
@@ -443,10 +527,10 @@ class Spread:
     def _leave(self) -> None:
         """Forget what is still on its way; the workers finish it for nobody."""
         for seat in self._seats.values():
-            if seat.job is not None:
-                seat.job = seat.token = None
+            given_up = [token for token, call in seat.calls.items() if call.job is not None]
+            for call in [seat.calls.pop(token) for token in given_up]:
                 try:
-                    self.client.cancel([seat.future], force=True)
+                    self.client.cancel([call.future], force=True)
                 except Exception:  # the connection is lost
                     pass
                 seat.barred = seat.barred or "its last task was given up"
@@ -531,5 +615,11 @@ def _stamped(trial: Trial, place: Place | None) -> Trial:
     return trial if place is None else trial.model_copy(update={"card": place.key, "node": place.node})
 
 
-def _where(seat: _Seat) -> str:
-    return seat.place.label if seat.place else seat.name
+def _where(seat: _Seat, place: Place | None) -> str:
+    return place.label if place else seat.name
+
+
+def _doing(seat: _Seat) -> str:
+    """What a worker does, in words: its last task, and how many there are beside it; empty for nothing."""
+    names = [job.task.name for job in seat.jobs]
+    return f"{names[-1]}, and {len(names) - 1} beside it" if len(names) > 1 else "".join(names)

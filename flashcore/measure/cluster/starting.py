@@ -12,7 +12,8 @@ from flashcore.errors import ClusterError, ToolMissing
 from flashcore.gpu import device
 from flashcore.measure.cluster import slurm
 from flashcore.measure.cluster.pools import SCHEDULER
-from flashcore.measure.cluster.spreading import Spread
+from flashcore.measure.cluster.sharing import asked_size, crew_size, host_bytes, host_size, num_threads
+from flashcore.measure.cluster.spreading import CREW, HOST, Spread, threads_of
 
 START_S = 180.0
 """Seconds that workers of this box may take to start Python and torch, and to find their card."""
@@ -129,20 +130,28 @@ def _local(cards: list[str] | None, count: int) -> Any:
         from distributed import Nanny, Scheduler, SpecCluster
     except ImportError as error:
         raise ToolMissing("Dask", "pip install 'flashcore[cluster]'") from error
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    resource = "CPU" if cards is None else "GPU"
+    threads = num_threads(max(1, (os.cpu_count() or 1) // count))
+    offered = {"CPU": 1} if cards is None else {"GPU": 1, **_crew(count)}
     workers = {}
     for number in range(count):
         # Dask's nanny would set one thread for each of these.
-        env = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS",
-                                                                "OPENBLAS_NUM_THREADS")}  # fmt: skip
+        env = {name: os.environ.get(name, given) for name, given in threads.items()}
         env["CUDA_VISIBLE_DEVICES"] = "" if cards is None else cards[number]
-        options = {"nthreads": 1, "resources": {resource: 1}, "memory_limit": 0, "dashboard": False, "env": env,
-                   "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR"}  # fmt: skip
+        options = {"nthreads": threads_of(offered), "resources": offered, "memory_limit": 0, "dashboard": False,
+                   "env": env, "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR"}  # fmt: skip
         workers[number] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": True,
                                                "dashboard_address": "127.0.0.1:0"}}  # fmt: skip
     return SpecCluster(workers=workers, scheduler=scheduler, name="flashcore", silence_logs="ERROR")
+
+
+def _crew(cards: int) -> dict[str, int]:
+    """The processes that each of some cards of this box gets beside the one that times, as resources of its worker."""
+    if not device.is_shared():
+        return {}
+    cores = os.cpu_count() or 1
+    size = asked_size() or crew_size(cores, device.memory_bytes(), host_bytes(), cards)
+    return {CREW: size, HOST: host_size(cores, cards)} if size > 1 else {}
 
 
 def _dashboard(pool: Spread) -> str:

@@ -40,6 +40,8 @@ class Task:
     """Key of the one place that may do it (`Place.key`); None for any. This process does it whatever it says."""
     cost_s: float = 0.1
     """About how long it takes, in seconds; what takes longest begins first."""
+    host: bool = False
+    """Whether it computes on the host alone, so that it takes no process's place on a card and runs beside those."""
 
     def trials(self) -> Iterator[Trial]:
         """Compute them here, one by one."""

@@ -7,13 +7,13 @@ import os
 import sys
 
 import pytest
-from support.cluster_tasks import count, die, nap, refuse
+from support.cluster_tasks import count, die, nap, refuse, threads_given
 
 from flashcore.errors import ClusterError
 from flashcore.measure.cluster import sharing
 from flashcore.measure.cluster.pools import Here, perform
-from flashcore.measure.cluster.sharing import Crew, crew, crew_size
-from flashcore.measure.cluster.tasks import Task, Work
+from flashcore.measure.cluster.sharing import Crew, crew, crew_size, host_size
+from flashcore.measure.cluster.tasks import Task, Work, packed
 from flashcore.records import Trial
 
 GIB = 1 << 30
@@ -24,7 +24,7 @@ def two():
     """Their tasks need no torch, which each process would wait for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "WARM", "flashcore.records")
-        found = Crew(2)
+        found = Crew(2, 1)
     yield found
     found.close()
 
@@ -67,6 +67,44 @@ def test_what_cannot_travel_is_done_here_and_what_nobody_owes_for_is_an_error(tw
     assert perform([Task("one", count, (4,))], pool=two)[0][0].data["number"] == 4
 
 
+@pytest.mark.slow
+def test_what_the_host_computes_takes_no_place_on_the_card_and_has_processes_of_its_own(two, run, monkeypatch):
+    """Both processes of the card are busy for longer than the tasks of the host take."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    perform([Task("it starts", count, (1,), host=True)], pool=two)
+    card = [Task(f"card {i}", nap, (0.7,), cost_s=9.0) for i in range(2)]
+    host = [Task(f"host {i}", threads_given, host=True) for i in range(3)]
+    on_card, on_host = perform(card, host, run=run, pool=two)
+    assert [t.data["number"] for t in on_host] == ["2"] * 3, "the processes of the host have more threads"
+    pids = {t.data["pid"] for t in on_host}
+    assert len(pids) == 1 and pids.isdisjoint({t.data["pid"] for t in on_card})
+    assert all(t.kind == "correctness" for t in run.trials())
+    order = [t.data.get("number") for t in run.trials()]
+    assert order == ["2"] * 3 + [None] * 2, "no task of the host waited for the card"
+
+
+@pytest.mark.slow
+def test_without_processes_for_the_host_those_of_the_card_do_its_tasks(two):
+    alone = Crew(1)
+    try:
+        alone._hands = two._hands
+        [found] = perform([Task("host", threads_given, host=True)], pool=alone)
+        assert found[0].data["number"] == "1" and found[0].data["pid"] in two._hands.pids
+    finally:
+        alone._hands = sharing.Hands(0)
+
+
+def test_a_process_is_given_its_variables_in_place_of_those_that_are_there(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    monkeypatch.setattr(sharing, "WARM", None)
+    for given, number in (({"environment": sharing.ONE_THREAD}, "16"), ({"instead": sharing.ONE_THREAD}, "1")):
+        hands = sharing.Hands(1, **given)
+        outcome = hands.call(packed(threads_given), 60.0)
+        assert outcome.value[0].data["number"] == number and hands.pids == [outcome.value[0].data["pid"]]
+        hands.close()
+        assert hands.pids == []
+
+
 def test_what_preparing_raises_ends_it_all(two):
     def prepare(here: bool):
         raise ValueError("no compiler")
@@ -87,6 +125,12 @@ def test_its_size_leaves_cores_and_memory_to_others(cores, card, host, size):
     assert crew_size(cores, card, host) == size
 
 
+def test_several_cards_share_the_cores_and_the_memory_of_their_machine():
+    assert [crew_size(32, 140 * GIB, 256 * GIB, cards) for cards in (1, 2, 4, 8)] == [14, 14, 6, 2]
+    assert crew_size(64, 140 * GIB, 48 * GIB, 4) == 4 and crew_size(4, 140 * GIB, 256 * GIB, 4) == 1
+    assert [host_size(32, cards) for cards in (1, 2, 8)] == [8, 4, 1] and host_size(2) == 1
+
+
 def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
     here = Here()
     monkeypatch.setattr(sharing.device, "has_gpu", lambda: False)
@@ -97,7 +141,7 @@ def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
     assert crew(here) is here, "the card takes one process alone"
     monkeypatch.setattr(sharing.device, "is_shared", lambda: True)
-    monkeypatch.setattr(sharing, "_host_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(sharing, "host_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 2)
     assert crew(here) is here, "two cores are too few"
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)

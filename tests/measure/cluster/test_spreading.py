@@ -54,12 +54,15 @@ def deaths(kept):
     return [(t.data["task"], t.data["ended"], t.data["redone"]) for t in kept]
 
 
-def killing(path: Path, which: int):
-    """Kill one of the processes that a file names, once it is there: 0 the one that measures, 1 the Dask worker."""
+def killing(path: Path, which: int, *others: Path):
+    """Kill one of the processes that a file names, once it is there: 0 the one that measures, 1 the Dask worker.
+
+    Other files have to be there by then too.
+    """
 
     def kill():
         until = time.monotonic() + PATIENCE_S
-        while not (path.exists() and path.read_text()) and time.monotonic() < until:
+        while not all(p.exists() and p.read_text() for p in (path, *others)) and time.monotonic() < until:
             time.sleep(0.02)
         os.kill(int(path.read_text().split()[which]), signal.SIGKILL)
 
@@ -104,6 +107,116 @@ def test_work_that_is_being_prepared_keeps_no_worker_from_other_work(workers):
 
     with pytest.raises(ValueError, match="does not compile"):
         workers.perform([Work([Task("one", count, (1,))], fail)], record)
+
+
+@pytest.fixture(scope="module")
+def crews():
+    """Two workers as cards have them: each with one process that times, a crew of two, and one for the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starting, "_crew", lambda cards: {"CREW": 2, "HOST": 1})
+        cluster = starting._local(["", ""], 2)
+    pool = spreading.Spread(cluster.scheduler_address)
+    pool._grace_s = 3.0
+    try:
+        pool.await_workers(2, timeout_s=120.0)
+        yield pool
+    finally:
+        pool.close()
+        cluster.close()
+
+
+def test_a_crew_does_several_tasks_at_once_and_a_timing_has_its_card_alone(crews):
+    tasks = [Task(f"nap {i}", nap, (0.6,)) for i in range(4)]
+    tasks += [Task("host", nap, (0.6,), host=True) for _ in range(2)]
+    done(crews, *tasks)  # the processes start
+    found, lost = done(crews, *tasks)
+    begun = [t.data["ended"] - t.data["slept"] for t in found]
+    assert max(begun) < min(t.data["ended"] for t in found), "all six at once: two a crew, and one of each host"
+    pids = {card: {t.data["pid"] for t in found if t.card == card} for card in ("cpu-0", "cpu-1")}
+    assert [len(some) for some in pids.values()] == [3, 3] and lost == []
+    assert {t.node for t in found} == {crews.places[0].node}
+
+    timed = [Task(f"timed {i}", nap, (0.3,), timing=True, cost_s=9.0) for i in range(2)]
+    found, _ = done(crews, *timed, *tasks[:4])
+    spans = [(t.data["ended"] - t.data["slept"], t.data["ended"], t.data["pid"]) for t in found]
+    for begin, end, pid in spans[:2]:
+        assert not any(b < end and begin < e for b, e, other in spans if other != pid), "something ran beside it"
+    crew = pids["cpu-0"] | pids["cpu-1"]
+    assert crew.isdisjoint(pid for *_, pid in spans[:2]), "what is timed has a process for itself"
+    assert {t.card for t in found} == {"cpu-0", "cpu-1"}
+
+    assert any(Path(f"/proc/{pid}").exists() for pid in crew)
+    done(crews, *(Task("timed", count, (1,), timing=True, only=place.key) for place in crews.places))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in crew), "before a timing they give their memory back"
+
+
+def test_a_member_of_a_crew_that_dies_costs_its_own_task_alone(crews, tmp_path):
+    killing(tmp_path / "victim", 0)
+    beside = [Task(f"nap {i}", nap, (1.0,), owed=OWED) for i in range(3)]
+    found, lost = done(crews, Task("victim", nap_until, (str(tmp_path / "victim"), 60.0), cost_s=9.0), *beside)
+    assert found[0].data["first"] is False and [t.status for t in found] == ["ok"] * 4
+    assert deaths(lost) == [("victim", "signal", True)]
+    assert "A process of the worker CPU worker" in lost[0].reason and lost[0].card != found[0].card
+    assert {t.card for t in found} <= {"cpu-0", "cpu-1"} and all(t.node for t in found)
+    found, _ = done(crews, *(Task(f"count {i}", count, (i,)) for i in range(6)))
+    assert [t.data["number"] for t in found] == list(range(6)), "both workers said who they are, and go on"
+
+
+def test_a_worker_with_a_crew_that_is_killed_is_a_record_for_each_of_its_tasks(crews, tmp_path):
+    """The tasks go to the two workers in turn."""
+    killing(tmp_path / "victim", 1, tmp_path / "beside")
+    long = [Task(name, nap_until, (str(tmp_path / name), 60.0)) for name in ("victim", "beside")]
+    found, lost = done(crews, long[0], Task("one", count, (1,)), long[1], Task("two", count, (2,)))
+    assert [t.data.get("first") for t in found] == [False, None] * 2
+    assert sorted(deaths(lost)) == [("beside", "gone", True), ("victim", "gone", True)]
+    crews.await_workers(2, timeout_s=60.0)
+
+
+H200 = Place("box", "GPU-0", "NVIDIA H200", "1.0", "aa", {}, 141 << 30)
+
+
+def seat(number: int, *tasks: Task, node: str = "box", crew: int = 2, hosts: int = 1):
+    place = replace(H200, card=f"GPU-{number}", node=node)
+    found = spreading._Seat(f"tcp://{number}", str(number), "GPU", crew, hosts, place)
+    for token, task in enumerate(tasks):
+        found.calls[token] = spreading._Call(spreading._Job(task, 0, 0), place, 0.0)
+    return found
+
+
+UNTIMED, TIMED, OF_HOST = Task("check", count), Task("time", count, timing=True), Task("cpu", count, host=True)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "task", "may"),
+    [
+        ([], [], TIMED, True),
+        ([UNTIMED], [], TIMED, False),
+        ([OF_HOST], [], TIMED, False),
+        ([TIMED], [], UNTIMED, False),
+        ([TIMED], [], OF_HOST, False),
+        ([UNTIMED], [], UNTIMED, True),
+        ([UNTIMED, UNTIMED], [], UNTIMED, False),
+        ([UNTIMED, UNTIMED], [], OF_HOST, True),
+        ([UNTIMED, OF_HOST], [], OF_HOST, False),
+        ([], [TIMED], TIMED, True),
+        ([], [TIMED], UNTIMED, True),  # one thing beside a timing on another card, and no crew
+        ([UNTIMED], [TIMED], UNTIMED, False),
+        ([], [UNTIMED], TIMED, True),
+        ([], [UNTIMED, UNTIMED], TIMED, False),
+    ],
+)
+def test_what_may_begin_on_a_card_that_has_a_crew(mine, other, task, may):
+    pool = spreading.Spread.__new__(spreading.Spread)
+    asked, beside = seat(0, *mine), seat(1, *other)
+    pool._seats = {"tcp://0": asked, "tcp://1": beside}
+    assert pool._may(asked, spreading._Job(task, 0, 0)) is may
+    pool._seats["tcp://1"] = seat(1, *other, node="elsewhere")
+    assert pool._may(asked, spreading._Job(task, 0, 0)) is asked.takes(task), "another node disturbs nothing"
+
+
+def test_a_worker_without_a_crew_does_one_task_at_a_time():
+    assert seat(0, crew=0).takes(OF_HOST) and not seat(0, UNTIMED, crew=0).takes(OF_HOST)
+    assert seat(0, crew=0).by(OF_HOST) == "one" and seat(0).by(TIMED) == "one"
 
 
 def test_a_task_for_one_place_is_done_there_or_not_at_all(workers):

@@ -11,7 +11,7 @@ import pytest
 
 from flashcore.errors import ClusterError
 from flashcore.gpu import device
-from flashcore.measure.cluster import pools, starting
+from flashcore.measure.cluster import pools, sharing, starting
 
 
 @pytest.fixture
@@ -31,6 +31,25 @@ def test_each_worker_gets_a_card_of_its_own(three_cards, monkeypatch):
     assert starting._cards("all") == ["0", "1", "2"] and starting._cards("2") == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-aa,7")
     assert starting._cards("all") == ["5", "GPU-aa", "7"] and starting._cards(1) == ["5"]
+
+
+def test_each_card_gets_a_crew_that_the_machine_has_room_for(three_cards, monkeypatch):
+    monkeypatch.setattr(device, "memory_bytes", lambda: 140 << 30)
+    monkeypatch.setattr(device, "is_shared", lambda: True)
+    monkeypatch.setattr(starting, "host_bytes", lambda: 256 << 30)
+    monkeypatch.setattr(starting.os, "cpu_count", lambda: 32)
+    monkeypatch.delenv(sharing.MANY, raising=False)
+    assert starting._crew(2) == {"CREW": 14, "HOST": 4} and starting._crew(4) == {"CREW": 6, "HOST": 2}
+    monkeypatch.setenv(sharing.MANY, "3")
+    assert starting._crew(4) == {"CREW": 3, "HOST": 2}
+    monkeypatch.setenv(sharing.MANY, "1")
+    assert starting._crew(4) == {}, "one process does everything"
+    monkeypatch.setenv(sharing.MANY, "none")
+    with pytest.raises(ClusterError, match="FLASHCORE_CREW is 'none'"):
+        starting._crew(4)
+    monkeypatch.delenv(sharing.MANY)
+    monkeypatch.setattr(device, "is_shared", lambda: False)
+    assert starting._crew(2) == {}, "the card takes one process alone"
 
 
 @pytest.mark.parametrize(

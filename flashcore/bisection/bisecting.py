@@ -19,7 +19,7 @@ from flashcore import backends
 from flashcore.bisection.stagewise import Judgement, Judges
 from flashcore.bisection.zoom import tile, zoom
 from flashcore.errors import FlashCoreError, InvalidProblem, Unsupported
-from flashcore.measure.check import device_of, guarded, hash_of
+from flashcore.measure.check import device_of, guarded, hash_of, on_host
 from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient, masking, reference
 from flashcore.numerics.inputs import make_inputs, make_masks
@@ -242,7 +242,8 @@ def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> 
     for one, wanted in pairs:
         problem = one.suits(wanted)
         owed = {"kind": "bisection", "backend": one.id, "problem": problem, "source_hash": hash_of(one, problem)}
-        found.append(Task(f"bisect {one.id} on {problem.label()}", _bisected, (one, problem), options, (owed,)))
+        name = f"bisect {one.id} on {problem.label()}"
+        found.append(Task(name, _bisected, (one, problem), options, (owed,), host=on_host(one)))
     return found
 
 

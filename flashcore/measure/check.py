@@ -139,6 +139,11 @@ def device_of(backend: backends.Backend) -> str:
     return backend.device
 
 
+def on_host(backend: backends.Backend) -> bool:
+    """Whether a check of a backend leaves the GPU alone (`cluster.Task.host`)."""
+    return device_of(backend) == "cpu"
+
+
 @ambient.judging
 def check_attention(
     backend: str | backends.Backend,
@@ -502,7 +507,7 @@ FOREIGN_LIMIT_S = 90.0
 
 
 def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, pattern: str = "normal") -> list[Task]:
-    """The checks of `pairs` as tasks for `cluster.perform`: one a problem, since its reference is shared.
+    """The checks of `pairs` as tasks for `cluster.perform`: one a problem and device, since its reference is shared.
 
     A package of somebody else's (`Backend.foreign`) has a task of its own, so that its crash costs no other check.
     """
@@ -510,13 +515,17 @@ def tasks(wanted: Sequence[tuple[Problem, backends.Backend]], *, seed: int = 0, 
     for problem, group in groupby(wanted, key=lambda pair: pair[0]):
         chosen = [one for _, one in group]
         foreign = [[one] for one in chosen if one.foreign]
-        for some in filter(None, [[one for one in chosen if not one.foreign], *foreign]):
-            own = some[0].foreign
+        rest = [one for one in chosen if not one.foreign]
+        at_home = [[one for one in rest if on_host(one)], [one for one in rest if not on_host(one)]]
+        for some in filter(None, [*at_home, *foreign]):
+            own, host = some[0].foreign, on_host(some[0])
             owed = tuple(owed_check(one, problem, seed=seed, pattern=pattern) for one in some)
-            name = f"check {some[0].id} on {problem.label()}" if own else f"check {problem.label()}"
+            name = (
+                f"check {some[0].id} on {problem.label()}" if own else f"check {problem.label()}{' on the CPU' * host}"
+            )
             cost_s = max(1.0, problem.flops() / CPU_FLOPS)  # a backend on the CPU takes most of the time
             more = {"limit_s": FOREIGN_LIMIT_S, "cost_s": 5.0} if own else {"cost_s": cost_s}
-            found.append(Task(name, _checks, (problem, some, seed, pattern), owed=owed, **more))
+            found.append(Task(name, _checks, (problem, some, seed, pattern), owed=owed, host=host, **more))
     return found
 
 

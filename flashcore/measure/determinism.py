@@ -13,7 +13,7 @@ import torch
 
 from flashcore import backends
 from flashcore.errors import InvalidProblem
-from flashcore.measure.check import device_of, guarded, hash_of
+from flashcore.measure.check import device_of, guarded, hash_of, on_host
 from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient
 from flashcore.numerics.inputs import make_inputs, make_masks
@@ -111,7 +111,8 @@ def tasks(pairs: Sequence[tuple[backends.Backend, Problem]], **options: Any) -> 
         problem = one.suits(wanted)
         owed = {"kind": "bisection", "backend": one.id, "variant": "determinism", "problem": problem,
                 "source_hash": hash_of(one, problem)}  # fmt: skip
-        found.append(Task(f"repeat {one.id} on {problem.label()}", _repeated, (one, problem), options, (owed,)))
+        name = f"repeat {one.id} on {problem.label()}"
+        found.append(Task(name, _repeated, (one, problem), options, (owed,), host=on_host(one)))
     return found
 
 

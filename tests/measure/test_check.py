@@ -339,3 +339,18 @@ def test_a_package_of_somebody_elses_is_checked_in_a_task_of_its_own():
     assert [fields["backend"] for fields in both.owed] == ["cpu", "sdpa-math"]
     assert [fields["backend"] for fields in alone.owed] == ["fa4"] and "fa4" in alone.name
     assert alone.limit_s < both.limit_s and alone.cost_s > both.cost_s, "it begins first, and may not hold up the rest"
+
+
+def test_what_the_cpu_checks_is_a_task_that_leaves_the_card_to_others():
+    problem, other = square(1, 2, 16, 64), square(1, 2, 32, 64)
+    some = [backends.get(name) for name in ("cpu", "hopper", "wmma", "fa4")]
+    found = check.tasks([(problem, one) for one in some] + [(other, some[0]), (other, some[1])])
+    told = [([fields["backend"] for fields in task.owed], task.host) for task in found]
+    assert told == [
+        (["cpu"], True),
+        (["hopper", "wmma"], False),
+        (["fa4"], False),
+        (["cpu"], True),
+        (["hopper"], False),
+    ]
+    assert len({task.name for task in found}) == 5

@@ -7,7 +7,7 @@ from support.cluster_tasks import die, nap, refuse
 
 from flashcore import backends
 from flashcore.measure import screening
-from flashcore.measure.cluster import Here, Task, sharing
+from flashcore.measure.cluster import Here, Task, hands, sharing
 from flashcore.problem import square
 
 PROBLEM = square(1, 1, 16, 64)
@@ -70,7 +70,7 @@ def test_a_crew_of_this_machine_is_ended_afterwards(monkeypatch, function, given
 
     owed = ({"kind": "attention_timing", "backend": "fa4", "problem": PROBLEM},)
     task = Task("try", function, given, owed=owed, limit_s=0.5 if function is nap else 600.0)
-    monkeypatch.setattr(sharing, "WARM", "flashcore.records")  # these tasks need no torch
+    monkeypatch.setattr(hands, "WARM", "flashcore.records")  # these tasks need no torch
     monkeypatch.setattr(screening, "crew", crew)
     monkeypatch.setattr(screening, "Task", lambda *asked, **named: task)
     barred = screening.screen([(backends.get("fa4"), PROBLEM)])

@@ -23,6 +23,7 @@ from flashcore.bisection.diagnosis.screening import Inputs, find_home
 from flashcore.bisection.diagnosis.shrinking import smaller
 from flashcore.errors import BackendUnavailable, FlashCoreError
 from flashcore.gpu.isolation import START_S, Outcome, Worker
+from flashcore.measure.check import on_host
 from flashcore.measure.cluster import Task
 from flashcore.numerics import ambient
 from flashcore.problem import Problem, parse_problem
@@ -437,7 +438,7 @@ def conform_tasks(places: Sequence[str]) -> list[Task]:
     """
     return [
         Task(f"the promises of {place}", _conformed, (place,), limit_s=ALL_LIMIT_S + START_S,
-             cost_s=60.0 if _foreign(place) else 10.0,
+             cost_s=60.0 if _foreign(place) else 10.0, host=":" not in place and on_host(registry.get(place)),
              owed=({"kind": "diagnosis", "backend": place, "variant": f"{tables.CONFORM}{PROMISES[0].id}"},))
         for place in places
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from flashcore.bisection.faults.planting import Source
 from flashcore.bisection.faults.proving import compile_planted, expendable
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.gpu.isolation import START_S, Worker, isolated_trial
-from flashcore.measure.check import device_of
+from flashcore.measure.check import device_of, on_host
 from flashcore.measure.cluster import Here, Task, Work, crew, perform
 from flashcore.numerics.inputs import PATTERNS, make_inputs
 from flashcore.problem import Problem
@@ -286,6 +286,7 @@ def tasks(
         owed = {**fields, "data": {**fields["data"], "outcome": "elsewhere"}}
         found.append(Task(f"diagnose {fault_id} in {backend_id}", _proved, (fault_id, backend_id, *others),
                           owed=(owed,), limit_s=LIMIT_S * (1 + len(others)) + START_S,
+                          host=all(on_host(registry.get(one)) for one in (backend_id, *others)),
                           cost_s=3.0 if get(fault_id).may_crash else 1.4))  # fmt: skip
     for backend in clean:
         for first in range(0, cases, AT_ONCE):
@@ -294,6 +295,7 @@ def tasks(
                     "data": {"cases": 0, "wanted": wanted, "seed": seed + first}}  # fmt: skip
             found.append(Task(f"{wanted} clean cases of {backend.id}, seed {seed + first}", _asked_clean,
                               (backend.id, wanted, seed + first), owed=(owed,), limit_s=CLEAN_LIMIT_S,
+                              host=on_host(backend),
                               cost_s=30.0 if backend.foreign else 4.0))  # fmt: skip
     return found
 

@@ -21,7 +21,7 @@ from flashcore.bisection.faults.planting import Fault, Source
 from flashcore.errors import BackendUnavailable, FlashCoreError, Unsupported
 from flashcore.gpu.build import compile_kernel, source_hash
 from flashcore.gpu.isolation import Worker, isolated_trial
-from flashcore.measure.check import guarded, hash_of
+from flashcore.measure.check import guarded, hash_of, on_host
 from flashcore.measure.cluster import Task, Work, perform
 from flashcore.measure.determinism import check_determinism
 from flashcore.numerics.inputs import LAYOUTS, PATTERNS, make_inputs
@@ -246,7 +246,8 @@ def fault_work(
             owed = _fields(fault, name, hashed)
             owed["data"] = owed["data"] | {"outcome": "crashed", "crashed": True}
             found.append(Task(f"{fault.id} in {name}: {fault.title}", _planted, (known, host), owed=(owed,),
-                              cost_s=0.5 if fault.may_crash else 0.1))  # fmt: skip
+                              cost_s=0.5 if fault.may_crash else 0.1,
+                              host=isinstance(host, Backend) and on_host(host)))  # fmt: skip
 
     def prepare(here: bool) -> None:
         if here and any(_isolated(fault, backend) for fault in faults for backend in ready):
@@ -479,7 +480,7 @@ def clean_runs(
 def clean_tasks(backends: Sequence[Backend] | None = None, *, n: int = 100, seed: int = 0) -> list[Task]:
     """What `clean_runs` does, as tasks for `measure.cluster.perform`: one a backend."""
     return [
-        Task(f"{n} clean runs of {backend.id}", _clean, (backend, n, seed), cost_s=5.0,
+        Task(f"{n} clean runs of {backend.id}", _clean, (backend, n, seed), cost_s=5.0, host=on_host(backend),
              owed=({"kind": "bisection", "backend": backend.id, "variant": "clean-runs",
                     "source_hash": hash_of(backend), "data": {"runs": 0, "wanted": n}},))
         for backend in provable(backends)

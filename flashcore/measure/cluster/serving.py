@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flashcore.gpu.isolation import Worker
-from flashcore.measure.cluster.sharing import HOST_THREADS, ONE_THREAD, Hands
+from flashcore.measure.cluster.hands import HOST_THREADS, ONE_THREAD, Hands
 from flashcore.measure.cluster.tasks import carry_out
 
 By = Literal["one", "crew", "host"]

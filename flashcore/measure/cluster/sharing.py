@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashcore.errors import ClusterError
 from flashcore.gpu import device
-from flashcore.gpu.isolation import Outcome, Worker
-from flashcore.measure.cluster.tasks import Task, Work, carry_out, packed
+from flashcore.gpu.isolation import Outcome
+from flashcore.measure.cluster.hands import HOST_THREADS, ONE_THREAD, Hands
+from flashcore.measure.cluster.tasks import Task, Work, packed
 
 if TYPE_CHECKING:
     from flashcore.measure.cluster.places import Place
@@ -27,23 +27,10 @@ CARD_BYTES = 6 << 30
 """Memory of the card that one process may need: a float64 reference of a large problem has some arrays of 512 MiB."""
 HOST_BYTES = 3 << 30
 """Memory of the host for torch and its libraries in one process."""
-WARM = "flashcore.measure.check"
-"""What each imports as soon as it starts: torch comes with it."""
 MANY = "FLASHCORE_CREW"
 """Environment variable with the number of processes, in place of what this machine has room for."""
-
-
-def num_threads(number: int) -> dict[str, str]:
-    """Environment variables that give a process so many threads for its work on the CPU."""
-    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(number))
-
-
-ONE_THREAD = num_threads(1)
-"""For work on the CPU: as many threads in each as there are cores would only wait for each other."""
 HOST_SHARE = 4
 """Cores of the machine for each process of the host, which computes on the CPU beside what the card does."""
-HOST_THREADS = num_threads(2)
-"""For those: few of them have to finish large problems, and the others leave them the time to."""
 
 
 @dataclass
@@ -55,61 +42,6 @@ class _Job:
     slot: int
     content: bytes
     """The call, for another process."""
-
-
-class Hands:
-    """Processes that do calls for this one, each one at a time; as many callers at once as there are processes.
-
-    One that dies, hangs or loses its CUDA context is replaced. They end with this process.
-
-    Parameters
-    ----------
-    size
-        Processes. Each starts with its first call, or all of them by `start`.
-    warm
-        What each imports as soon as it starts; None for `WARM`.
-    environment, instead
-        As of `flashcore.gpu.isolation.Worker`.
-    """
-
-    def __init__(
-        self, size: int, *, warm: str | None = None, environment: Mapping[str, str] | None = None,
-        instead: Mapping[str, str] | None = None,
-    ):  # fmt: skip
-        self._all = [Worker(warm=warm or WARM, environment=environment, instead=instead) for _ in range(size)]
-        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # one that is warm comes first
-        for hand in self._all:
-            self._free.put(hand)
-
-    @property
-    def size(self) -> int:
-        """Processes."""
-        return len(self._all)
-
-    @property
-    def pids(self) -> list[int]:
-        """Ids of the processes that there are now."""
-        return [hand.pid for hand in self._all if hand.pid is not None]
-
-    def start(self) -> None:
-        """Start all processes, which import torch while this process goes on."""
-        for hand in self._all:
-            hand.start()
-
-    def call(self, content: bytes, limit_s: float) -> Outcome:
-        """Do what `tasks.packed` holds, once a process is free; never raises for what it does."""
-        hand = self._free.get()
-        try:
-            return hand.call(carry_out, content, timeout_s=limit_s)
-        finally:
-            self._free.put(hand)
-
-    def close(self) -> None:
-        """End the processes, all at once: each has memory of the card to give back. One called again starts anew."""
-        there = [hand for hand in self._all if hand.pid is not None]
-        with ThreadPoolExecutor(max(1, len(there))) as threads:
-            for done in [threads.submit(hand.close) for hand in there]:
-                done.result()
 
 
 class Crew:

@@ -11,8 +11,9 @@ from typing import Any
 from flashcore.errors import ClusterError, ToolMissing
 from flashcore.gpu import device
 from flashcore.measure.cluster import slurm
+from flashcore.measure.cluster.hands import num_threads
 from flashcore.measure.cluster.pools import SCHEDULER
-from flashcore.measure.cluster.sharing import asked_size, crew_size, host_bytes, host_size, num_threads
+from flashcore.measure.cluster.sharing import asked_size, crew_size, host_bytes, host_size
 from flashcore.measure.cluster.spreading import CREW, HOST, Spread, threads_of
 
 START_S = 180.0

@@ -32,8 +32,8 @@ CASES = {"quick": {"cpu": 300, "cuda": 500}, "full": {"cpu": 1000, "cuda": 10_00
 LIMIT_S = {"cpu": 60.0, "cuda": 300.0}
 """Seconds after which no further setting is drawn; most of them go to compilers, where a kernel is compiled on demand.
 """
-PEER_LIMIT_S = 60.0
-"""The same for a peer, which promises nothing."""
+PEER_LIMIT_S = 20.0
+"""The same for a peer, which promises nothing; most have been asked every case by then."""
 SLACK_S = 60.0
 """Seconds beyond its limit that a process gets until it is ended."""
 MOST_BREAKS = 3
@@ -377,7 +377,7 @@ def tasks(chosen: Sequence[str], profile: str, *, seed: int = 0) -> list[Task]:
     kept = [name for name in chosen if profile == "full" or not _on_gpu(name) or registry.get(name).role == "ours"]
     return [
         Task(f"the bits of {name}, {mode} mode", _measured, (name, mode, profile, seed),
-             limit_s=LIMIT_S["cuda"] + 2 * SLACK_S, cost_s=20.0,
+             limit_s=LIMIT_S["cuda"] + 2 * SLACK_S, cost_s=20.0, host=not _on_gpu(name),
              owed=({"kind": "invariance", "backend": name, "variant": mode, "data": {"mode": mode}},))
         for name, mode in plan(kept, MODES)
     ]  # fmt: skip

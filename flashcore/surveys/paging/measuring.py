@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flashcore.errors import UnknownName
-from flashcore.measure.cluster import Pool, Task, perform
+from flashcore.measure.cluster import Here, Pool, Task, crew, perform
 from flashcore.numerics import ambient
 from flashcore.records import Ledger, RunFolder, Trial
 from flashcore.surveys.paging.accuracy import measure_accuracy
@@ -70,7 +70,8 @@ def measure(
     what
         Names from `WHATS` separated by commas; ``all`` leaves out what says nothing without a GPU.
     pool
-        The workers, each of which takes a shape, a batch or a group of cases; None for this process alone.
+        The workers, each of which takes a shape, a batch or a group of cases; None for this process alone, beside which
+        several share the GPU while nothing is timed, where this machine has room for them (`cluster.crew`).
     progress
         Called with a line for each thing measured, or that a worker begins.
 
@@ -83,11 +84,20 @@ def measure(
     if pool is not None and pool.places:
         return _spread(run, plan, names, seed, pool, progress)
     say = progress or (lambda line: None)
+    shared = [name for name in names if name not in TIMED]
+    workers = crew(Here(), most=sum(len(list(parts(name, plan))) for name in shared)) if plan.gpu else Here()
+    found: list[Trial] = []
+    if not isinstance(workers, Here):
+        try:
+            found = _spread(run, plan, shared, seed, workers, progress)
+        finally:
+            workers.close()
+        names = [name for name in names if name in TIMED]
     book = Book(run, say)
     for name in names:
         book.say = lambda line, name=name: say(f"{name}: {line}")
         _one(book, name, plan, {} if name == "memory" else {"seed": seed})
-    return book.trials
+    return [*found, *book.trials]
 
 
 def _one(book: Book, name: str, plan: Plan, options: dict[str, Any]) -> None:

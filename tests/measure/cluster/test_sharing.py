@@ -10,10 +10,10 @@ import pytest
 from support.cluster_tasks import count, die, nap, refuse, threads_given
 
 from flashcore.errors import ClusterError
-from flashcore.measure.cluster import sharing
+from flashcore.measure.cluster import hands, sharing
 from flashcore.measure.cluster.pools import Here, perform
 from flashcore.measure.cluster.sharing import Crew, crew, crew_size, host_size
-from flashcore.measure.cluster.tasks import Task, Work, packed
+from flashcore.measure.cluster.tasks import Task, Work
 from flashcore.records import Trial
 
 GIB = 1 << 30
@@ -23,14 +23,14 @@ GIB = 1 << 30
 def two():
     """Their tasks need no torch, which each process would wait for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "WARM", "flashcore.records")
+        patch.setattr(hands, "WARM", "flashcore.records")
         found = Crew(2, 1)
     yield found
     found.close()
 
 
 def test_what_each_process_imports_at_once_is_what_measures():
-    assert importlib.import_module(sharing.WARM).check_attention and "torch" in sys.modules
+    assert importlib.import_module(hands.WARM).check_attention and "torch" in sys.modules
 
 
 @pytest.mark.slow
@@ -91,18 +91,7 @@ def test_without_processes_for_the_host_those_of_the_card_do_its_tasks(two):
         [found] = perform([Task("host", threads_given, host=True)], pool=alone)
         assert found[0].data["number"] == "1" and found[0].data["pid"] in two._hands.pids
     finally:
-        alone._hands = sharing.Hands(0)
-
-
-def test_a_process_is_given_its_variables_in_place_of_those_that_are_there(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "16")
-    monkeypatch.setattr(sharing, "WARM", None)
-    for given, number in (({"environment": sharing.ONE_THREAD}, "16"), ({"instead": sharing.ONE_THREAD}, "1")):
-        hands = sharing.Hands(1, **given)
-        outcome = hands.call(packed(threads_given), 60.0)
-        assert outcome.value[0].data["number"] == number and hands.pids == [outcome.value[0].data["pid"]]
-        hands.close()
-        assert hands.pids == []
+        alone._hands = hands.Hands(0)
 
 
 def test_what_preparing_raises_ends_it_all(two):
@@ -145,7 +134,7 @@ def test_there_is_one_only_where_one_process_would_be_slower(monkeypatch):
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 2)
     assert crew(here) is here, "two cores are too few"
     monkeypatch.setattr(sharing.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(sharing.Worker, "start", lambda self: None)
+    monkeypatch.setattr(hands.Worker, "start", lambda self: None)
     assert crew(here).size == 13 and crew(here, most=5).size == 5
     monkeypatch.setenv(sharing.MANY, "3")
     assert crew(here).size == 3 and crew(here, most=2).size == 2

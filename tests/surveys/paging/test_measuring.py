@@ -6,6 +6,7 @@ import pytest
 from support.paging_surveys import PLAN, records
 
 from flashcore.errors import UnknownName
+from flashcore.measure.cluster import Here
 from flashcore.surveys.paging import append as appending
 from flashcore.surveys.paging import facts, measuring
 from flashcore.surveys.paging.measuring import ON_CPU, WHATS, measure
@@ -69,6 +70,33 @@ def test_what_is_missing_or_breaks_is_a_record_and_the_rest_goes_on(run, monkeyp
     assert of["prefill"][0].status == "unavailable"
     assert of["append"][0].status == "error" and of["append"][0].reason == "RuntimeError: out of memory"
     assert len(of["memory"]) == 3
+
+
+def test_beside_a_gpu_what_times_nothing_goes_to_a_crew_which_ends_before_anything_is_timed(run, monkeypatch):
+    from dataclasses import replace
+
+    order, asked = [], []
+
+    class Crew:
+        places = ()
+
+        def perform(self, works, record, progress=None):
+            order.extend(task.name for work in works for task in work.tasks)
+            assert not any(task.timing for work in works for task in work.tasks)
+            return Here().perform(works, record, progress)
+
+        def close(self):
+            order.append("closed")
+
+    monkeypatch.setattr(measuring, "crew", lambda here, most: asked.append(most) or (Crew() if most else here))
+    seen = {name: (lambda book, plan, name=name, **_: order.append(name)) for name in ("decode", "append")}
+    monkeypatch.setattr(measuring, "WHATS", measuring.WHATS | seen)
+    trials = measure(run, replace(PLAN, gpu=True), what="decode,append,memory")
+    assert order == ["memory", "closed", "decode", "append"]
+    assert len(trials) == 3 and run.trials(kind="paging") == trials
+    order.clear()
+    measure(run, replace(PLAN, gpu=True), what="append")
+    assert order == ["append"] and asked == [1, 0], "as many processes as there are tasks, and none for nothing"
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

@@ -64,6 +64,18 @@ def is_closed(folder: Path) -> bool:
     return True
 
 
+def keeping_kernels() -> dict[str, str]:
+    """Environment variables that make FlashAttention-4 keep the kernels that it compiled, for the next processes.
+
+    It compiles one for each kind of problem, in seconds, and a report has some 60 kinds and several processes.
+    """
+    folder = cache_dir() / "flash-attention-4"
+    if not is_closed(folder):  # what lies in it is code that will run
+        return {}
+    switch = "FLASH_ATTENTION_CUTE_DSL_CACHE"
+    return {f"{switch}_ENABLED": "1", f"{switch}_DIR": str(folder)}
+
+
 def _is_own(state: os.stat_result) -> bool:
     return not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
 

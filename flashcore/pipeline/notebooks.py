@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
-from flashcore.gpu.cache import cache_dir, is_closed
+from flashcore.gpu.cache import keeping_kernels
 from flashcore.paths import HOME, absolute, absolute_variables, partial_path, set_home, sweep
 from flashcore.records import RunFolder, Trial
 
@@ -331,20 +331,8 @@ def _kernel_environment() -> dict[str, str]:
     variables = absolute_variables()
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), variables.get("PYTHONPATH")]))
     variables |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    variables |= {name: value for name, value in _keeping_kernels().items() if name not in os.environ}
+    variables |= {name: value for name, value in keeping_kernels().items() if name not in os.environ}
     return {name: text.replace("$", "$$") for name, text in variables.items()}  # jupyter_client fills in ${NAME}
-
-
-def _keeping_kernels() -> dict[str, str]:
-    """What makes FlashAttention-4 keep the kernels that it compiled, for the processes that come after.
-
-    It compiles one for each kind of problem, in seconds, and a report has some 60 kinds and several processes.
-    """
-    folder = cache_dir() / "flash-attention-4"
-    if not is_closed(folder):  # what lies in it is code that will run
-        return {}
-    switch = "FLASH_ATTENTION_CUTE_DSL_CACHE"
-    return {f"{switch}_ENABLED": "1", f"{switch}_DIR": str(folder)}
 
 
 def _kernel_manager(started: list, connection: Path) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashcore.errors import ClusterError, ToolMissing
 from flashcore.gpu import device
+from flashcore.gpu.cache import keeping_kernels
 from flashcore.measure.cluster import slurm
 from flashcore.measure.cluster.hands import num_threads
 from flashcore.measure.cluster.pools import SCHEDULER
@@ -137,6 +138,7 @@ def _local(cards: list[str] | None, count: int) -> Any:
     for number in range(count):
         # Dask's nanny would set one thread for each of these.
         env = {name: os.environ.get(name, given) for name, given in threads.items()}
+        env |= {name: value for name, value in keeping_kernels().items() if name not in os.environ}
         env["CUDA_VISIBLE_DEVICES"] = "" if cards is None else cards[number]
         options = {"nthreads": threads_of(offered), "resources": offered, "memory_limit": 0, "dashboard": False,
                    "env": env, "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR"}  # fmt: skip

@@ -52,6 +52,24 @@ def test_each_card_gets_a_crew_that_the_machine_has_room_for(three_cards, monkey
     assert starting._crew(2) == {}, "the card takes one process alone"
 
 
+def test_workers_keep_what_a_package_of_others_compiled_and_have_their_card_and_their_threads(monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    monkeypatch.setattr(distributed, "SpecCluster", lambda workers, **_: [one["options"] for one in workers.values()])
+    monkeypatch.setattr(starting, "_crew", lambda cards: {"CREW": 3, "HOST": 1})
+    monkeypatch.setattr(starting, "keeping_kernels", lambda: {"KEEP_ENABLED": "1", "KEEP_DIR": "/ours"})
+    monkeypatch.setenv("KEEP_DIR", "/mine")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(starting.os, "cpu_count", lambda: 8)
+    found = starting._local(["0", "GPU-aa"], 2)
+    assert [one["env"]["CUDA_VISIBLE_DEVICES"] for one in found] == ["0", "GPU-aa"]
+    for one in found:
+        assert one["env"]["KEEP_ENABLED"] == "1" and "KEEP_DIR" not in one["env"], "the user's own folder stays"
+        assert one["env"]["OMP_NUM_THREADS"] == "4"
+        assert one["resources"] == {"GPU": 1, "CREW": 3, "HOST": 1} and one["nthreads"] == 4
+    [one] = starting._local(None, 1)
+    assert (one["resources"], one["nthreads"]) == ({"CPU": 1}, 1)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

@@ -3,8 +3,8 @@
 A `Task` says which trials to compute and what is owed if they never come; `perform` does lists of them on a pool and
 writes the records in this one process. `Here` is the pool without any other process, `spread` starts or joins Dask
 workers, one a card, and `pool` gives a notebook the workers that its report has. A worker measures in a process of its
-own that knows nothing of Dask, so that none of Dask's threads stands beside a timing. `crew` gives a notebook that
-times nothing several processes on the one card.
+own that knows nothing of Dask, so that none of Dask's threads stands beside a timing. Where nothing is timed, several
+processes share a card: those of `crew` beside a notebook, and those that each worker of `spread` has.
 """
 
 from __future__ import annotations

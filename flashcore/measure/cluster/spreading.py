@@ -407,7 +407,7 @@ class Spread:
             if address not in self._seats:
                 self._seats[address] = self._seated(address, facts)
         for seat in self._seats.values():
-            if any(now - call.since > self._limit(call) for call in seat.calls.values()):
+            if any(now - call.since > self._limit(seat, call) for call in seat.calls.values()):
                 lost += self._emptied(seat, "hung")
                 seat.barred = seat.barred or "it hangs"
         if any(not seat.barred for seat in self._seats.values()):
@@ -416,9 +416,13 @@ class Spread:
             raise ClusterLost(f"No worker is left at {self.address}; what was measured is kept.")
         return lost
 
-    def _limit(self, call: _Call) -> float:
-        """Seconds after which a call that was not answered says that its worker hangs."""
-        return (call.job.task.limit_s if call.job else START_S) + self._grace_s
+    def _limit(self, seat: _Seat, call: _Call) -> float:
+        """Seconds after which a call that was not answered says that its worker hangs.
+
+        A process of a crew may have to start first, beside many others.
+        """
+        start_s = START_S if seat.crew or call.job is None else 0.0
+        return start_s + (call.job.task.limit_s if call.job else 0.0) + self._grace_s
 
     @staticmethod
     def _emptied(seat: _Seat, how: str) -> list[tuple[_Call | None, _Seat, str]]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from support.cluster_tasks import hang, lose_card, nap_until
+from support.cluster_tasks import hang, lose_card, nap, nap_until
 
 from flashcore import backends
 from flashcore.decision import fleet
@@ -62,6 +62,21 @@ def test_checks_on_several_cards_are_those_of_one(workers, run):
     assert len({t.card for t in spread}) == len(workers.places) and lost(run) == []
 
 
+def test_each_card_has_a_crew_and_what_is_timed_has_the_card_alone(workers, run):
+    cards_ = len(workers.places)
+    naps = [Task(f"nap {i}", nap, (1.0,), cost_s=2.0) for i in range(2 * cards_)]
+    perform(naps, pool=workers)  # the processes start
+    timed = [Task(f"timed {i}", nap, (0.5,), timing=True) for i in range(cards_)]
+    [beside, alone] = perform(naps, timed, run=run, pool=workers)
+    spans = {t.id: (t.data["ended"] - t.data["slept"], t.data["ended"]) for t in [*beside, *alone]}
+    assert max(spans[t.id][0] for t in beside) < min(spans[t.id][1] for t in beside), "two at once on each card"
+    for one in alone:
+        begin, end = spans[one.id]
+        with_it = [t for t in [*beside, *alone] if t is not one and t.card == one.card]
+        assert not any(spans[t.id][0] < end and begin < spans[t.id][1] for t in with_it)
+    assert {t.data["pid"] for t in alone}.isdisjoint({t.data["pid"] for t in beside}) and lost(run) == []
+
+
 def test_a_round_of_timings_stays_on_one_card(workers, run):
     trials = sweep(run, [PRESETS["latency"], *PROBLEMS[:3]], backends.select("hopper,sdpa-cudnn"), pool=workers)
     rounds: dict[str, set] = {}
@@ -95,7 +110,12 @@ def test_what_a_killed_card_was_doing_is_done_on_another(workers, run, tmp_path,
         *check.tasks(check.pairs(PROBLEMS, [backends.get("hopper")])),
     ]
     [found] = perform(todo, run=run, pool=workers)
-    assert [t.status for t in found] == ["ok"] * len(todo) and lost(run) == [("victim", ended, True)]
+    assert [t.status for t in found] == ["ok"] * len(todo)
+    gone = lost(run)
+    assert ("victim", ended, True) in gone and {(how, again) for _, how, again in gone} == {(ended, True)}
+    assert len(gone) == 1 or ended == "gone", (
+        "a process of a crew costs its own task alone, and a worker all of its tasks"
+    )
     workers.await_workers(torch.cuda.device_count(), timeout_s=120.0)
 
 

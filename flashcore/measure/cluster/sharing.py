@@ -136,8 +136,10 @@ class Crew:
                 free = {some: some.size for some in (self._hands, self._hosts)}
                 for hands, _ in busy.values():
                     free[hands] -= 1
-                for job in [job for job in waiting if job.work not in preparing]:
-                    hands = self._hosts if job.task.host and self._hosts.size else self._hands
+                ready = [job for job in waiting if job.work not in preparing]
+                # Once nothing is left for the card, its processes do what is the host's.
+                for job in sorted(ready, key=lambda job: job.task.host):
+                    hands = self._hosts if job.task.host and free[self._hosts] else self._hands
                     if not free[hands]:
                         continue
                     free[hands] -= 1

@@ -84,19 +84,17 @@ class _Seat:
         """Whether it times something."""
         return any(job.task.timing for job in self.jobs)
 
-    def by(self, task: Task) -> By:
-        """Which of its processes do a task."""
-        if not self.crew or task.timing:
-            return "one"
-        return "host" if task.host and self.hosts else "crew"
+    def room(self, task: Task, *, spare: bool = False) -> By | None:
+        """Which of its processes can do a task now; None while there is no room for it.
 
-    def takes(self, task: Task) -> bool:
-        """Whether it has a process for a task now. What is timed waits until all else has ended, and keeps it off."""
-        by = self.by(task)
-        if by == "one":
-            return not self.calls
-        beside = [self.by(job.task) for job in self.jobs]
-        return "one" not in beside and beside.count(by) < self.size(by)
+        What is timed waits until all else has ended, and keeps it off. With `spare` the crew helps the host out.
+        """
+        if not self.crew or task.timing:
+            return None if self.calls else "one"
+        beside = [call.by for call in self.calls.values()]
+        kinds: list[By] = ["host"] if task.host and self.hosts else ["crew"]
+        kinds += ["crew"] * (spare and kinds == ["host"])
+        return None if "one" in beside else next((by for by in kinds if beside.count(by) < self.size(by)), None)
 
     def size(self, by: By) -> int:
         """How many processes there are of a kind."""
@@ -122,6 +120,8 @@ class _Call:
     """None where it has to say what it is."""
     place: Place | None
     """Where it was when it was asked."""
+    by: By
+    """Whose processes do it."""
     since: float
     future: Any = None
 
@@ -279,10 +279,9 @@ class Spread:
                     settle(job, [_stamped(trial, call.place) for trial in told.value])
                 elif told.crashed:
                     self._died(call, seat, told.how, waiting, record, settle, reason=told.reason)
-                    by = seat.by(job.task)
-                    if by != "host" and seat.place is not None and not seat.barred:
+                    if call.by != "host" and seat.place is not None and not seat.barred:
                         seat.place = None  # its process is a new one, and the card may be gone
-                        self._ask_who(seat, by)
+                        self._ask_who(seat, call.by)
                 elif job.task.owed:
                     settle(job, [_stamped(trial, call.place) for trial in job.task.failed(told.reason)])
                 else:
@@ -295,22 +294,25 @@ class Spread:
         self, waiting: list[_Job], preparing: Mapping[int, Future], progress: Callable[[str], None] | None
     ) -> None:
         """Give each worker that can take one the first task that may run there now, and again, until none can."""
-        able = self._idle()
-        while able:
-            given = []
-            for seat in able:
-                job = next((job for job in waiting if job.work not in preparing and self._may(seat, job)), None)
-                if job is None:
-                    continue
-                task = job.task
-                content = packed(task.function, task.arguments, task.keywords)  # or an error, and nothing begun
-                waiting.remove(job)
-                if progress:
-                    progress(task.name)
-                self._call(seat, content, task.limit_s, task.name, seat.by(task), job)
-                self._tell(seat, _doing(seat))
-                given.append(seat)
-            able = [seat for seat in given if seat.crew]
+        for spare in (False, True):  # a crew does what is the host's once nothing is left for its card
+            able = self._idle()
+            while able:
+                given = []
+                for seat in able:
+                    job = next(
+                        (j for j in waiting if j.work not in preparing and self._may(seat, j, spare=spare)), None
+                    )
+                    if job is None:
+                        continue
+                    task = job.task
+                    content = packed(task.function, task.arguments, task.keywords)  # or an error, and nothing begun
+                    waiting.remove(job)
+                    if progress:
+                        progress(task.name)
+                    self._call(seat, content, task.limit_s, task.name, seat.room(task, spare=spare), job)
+                    self._tell(seat, _doing(seat))
+                    given.append(seat)
+                able = [seat for seat in given if seat.crew]
 
     def _out_of_reach(self, waiting: Sequence[_Job]) -> list[_Job]:
         """Tasks that one place alone may do, which is gone."""
@@ -327,9 +329,9 @@ class Spread:
         ]  # fmt: skip
         return sorted(idle, key=lambda seat: (seat.place.node, seat.name))
 
-    def _may(self, seat: _Seat, job: _Job) -> bool:
+    def _may(self, seat: _Seat, job: _Job, *, spare: bool = False) -> bool:
         """Whether a task may begin on a worker now: not where it died, if others work, and no timing beside others."""
-        if job.task.only not in (None, seat.place.key) or not seat.takes(job.task):
+        if job.task.only not in (None, seat.place.key) or seat.room(job.task, spare=spare) is None:
             return False
         others = [s for s in self._seats.values() if s is not seat and not s.barred]
         if seat.place.key in job.tried and any(s.place is None or s.place.key not in job.tried for s in others):
@@ -367,7 +369,7 @@ class Spread:
             job.deaths.append(f"{where}: {words}")
         fate = "" if job is None else "; it is done elsewhere" if again else "; it is given up"
         data = {"worker": seat.name, "ended": how, "task": job.task.name if job else None, "redone": again}
-        member = job is not None and how not in ("gone", "hung") and seat.by(job.task) != "one"
+        member = call is not None and how not in ("gone", "hung") and call.by != "one"
         told = f"{'A process of the' if member else 'The'} worker {where} was lost{doing}: {words}{fate}."
         trial = Trial(kind="worker", status="error", reason=told, data={k: v for k, v in data.items() if v is not None})
         record(_stamped(trial, place))
@@ -485,7 +487,7 @@ class Spread:
         self, seat: _Seat, content: bytes, limit_s: float, name: str, by: By = "one", job: _Job | None = None
     ) -> None:
         """Let a worker answer one call, and no other worker."""
-        token, call = next(self._tokens), _Call(job, seat.place, time.monotonic())
+        token, call = next(self._tokens), _Call(job, seat.place, by, time.monotonic())
         seat.calls[token] = call
         alone = job is not None and job.task.timing and seat.crew > 0
         call.future = self.client.submit(

@@ -81,6 +81,8 @@ def test_what_the_host_computes_takes_no_place_on_the_card_and_has_processes_of_
     assert all(t.kind == "correctness" for t in run.trials())
     order = [t.data.get("number") for t in run.trials()]
     assert order == ["2"] * 3 + [None] * 2, "no task of the host waited for the card"
+    [helped] = perform([Task(f"host {i}", nap, (0.4,), host=True) for i in range(3)], pool=two)
+    assert len({t.data["pid"] for t in helped}) == 3, "where nothing is left for the card its processes help"
 
 
 @pytest.mark.slow

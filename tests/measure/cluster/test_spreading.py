@@ -136,6 +136,10 @@ def test_a_crew_does_several_tasks_at_once_and_a_timing_has_its_card_alone(crews
     assert [len(some) for some in pids.values()] == [3, 3] and lost == []
     assert {t.node for t in found} == {crews.places[0].node}
 
+    found, _ = done(crews, *(Task(f"host {i}", nap, (0.4,), host=True) for i in range(6)))
+    begun = [t.data["ended"] - t.data["slept"] for t in found]
+    assert max(begun) < min(t.data["ended"] for t in found), "where nothing is left for the cards their crews help"
+
     timed = [Task(f"timed {i}", nap, (0.3,), timing=True, cost_s=9.0) for i in range(2)]
     found, _ = done(crews, *timed, *tasks[:4])
     spans = [(t.data["ended"] - t.data["slept"], t.data["ended"], t.data["pid"]) for t in found]
@@ -179,7 +183,8 @@ def seat(number: int, *tasks: Task, node: str = "box", crew: int = 2, hosts: int
     place = replace(H200, card=f"GPU-{number}", node=node)
     found = spreading._Seat(f"tcp://{number}", str(number), "GPU", crew, hosts, place)
     for token, task in enumerate(tasks):
-        found.calls[token] = spreading._Call(spreading._Job(task, 0, 0), place, 0.0)
+        by = "one" if task.timing else "host" if task.host else "crew"
+        found.calls[token] = spreading._Call(spreading._Job(task, 0, 0), place, by, 0.0)
     return found
 
 
@@ -211,12 +216,18 @@ def test_what_may_begin_on_a_card_that_has_a_crew(mine, other, task, may):
     pool._seats = {"tcp://0": asked, "tcp://1": beside}
     assert pool._may(asked, spreading._Job(task, 0, 0)) is may
     pool._seats["tcp://1"] = seat(1, *other, node="elsewhere")
-    assert pool._may(asked, spreading._Job(task, 0, 0)) is asked.takes(task), "another node disturbs nothing"
+    assert pool._may(asked, spreading._Job(task, 0, 0)) is (asked.room(task) is not None), (
+        "another node disturbs nothing"
+    )
 
 
-def test_a_worker_without_a_crew_does_one_task_at_a_time():
-    assert seat(0, crew=0).takes(OF_HOST) and not seat(0, UNTIMED, crew=0).takes(OF_HOST)
-    assert seat(0, crew=0).by(OF_HOST) == "one" and seat(0).by(TIMED) == "one"
+def test_which_process_does_a_task():
+    assert seat(0, crew=0).room(OF_HOST) == "one" and seat(0, UNTIMED, crew=0).room(OF_HOST) is None
+    assert (seat(0).room(TIMED), seat(0).room(UNTIMED), seat(0).room(OF_HOST)) == ("one", "crew", "host")
+    assert seat(0, OF_HOST).room(OF_HOST) is None and seat(0, OF_HOST).room(OF_HOST, spare=True) == "crew"
+    assert seat(0, UNTIMED, UNTIMED, OF_HOST).room(OF_HOST, spare=True) is None
+    assert seat(0, UNTIMED, UNTIMED).room(UNTIMED, spare=True) is None, "the host does nothing of the card's"
+    assert seat(0, hosts=0).room(OF_HOST) == "crew"
 
 
 def test_a_task_for_one_place_is_done_there_or_not_at_all(workers):

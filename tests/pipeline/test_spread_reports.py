@@ -11,13 +11,14 @@ import pytest
 from support import notebook_tools as tools
 
 from flashcore import backends, bisection
+from flashcore.backends import hopper
 from flashcore.bisection import diagnosis
 from flashcore.bisection.faults import proving
 from flashcore.bisection.faults.catalogue import FAULTS
 from flashcore.bisection.faults.sanitizer import sanitizing
 from flashcore.decision import verdict
 from flashcore.gpu import device
-from flashcore.measure import check, determinism
+from flashcore.measure import check, compiling, determinism
 from flashcore.measure.cluster import Task, starting
 from flashcore.measure.cluster.tasks import packed
 from flashcore.measure.exploits import proving as judging
@@ -60,11 +61,15 @@ def everywhere(monkeypatch):
     return backends.all_backends()
 
 
-def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(everywhere, run):
+def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(everywhere, run, monkeypatch):
+    monkeypatch.setattr(compiling.device, "has_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda number: 132)
     pool, ours = Packs(), [one for one in everywhere if one.role == "ours"]
     problems = check.named_problems("default", "full", gpu=True)[0]
     pairs = [(one, square(1, 2, 256, 64)) for one in ours]
     lists = (
+        compiling.tasks(check.pairs(problems, everywhere)),
         check.tasks(check.pairs(problems, everywhere)), bisection.tasks(pairs, seed=0, pattern="normal"),
         determinism.tasks(pairs, runs=5), proving.clean_tasks(ours), judging.tasks(("cpu", "records")),
         diagnosis.conform_tasks([one.id for one in everywhere]),
@@ -80,7 +85,7 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
     roofs = surveying.Roofs({"float16": 700.0}, 4.1)
     assert packed(surveying.surveyed, (survey_grid("full"), roofs))
     words = " ".join(pool.packed)
-    for name in ("check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
+    for name in ("compile attention_hopper D=64", "check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
                  "the bits of hopper, invariant mode",
                  "1 of ", "memcheck on hopper", "decode: B=64", "tokens: model, batch 256",
                  "correctness: heads", "serving: Qwen3-30B-A3B, batch 64", "shapes: plain, B=256",

@@ -85,7 +85,8 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
     roofs = surveying.Roofs({"float16": 700.0}, 4.1)
     assert packed(surveying.surveyed, (survey_grid("full"), roofs))
     words = " ".join(pool.packed)
-    for name in ("compile attention_hopper D=64", "check B=", "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
+    for name in ("compile attention_hopper D=64", "check B=",
+                 "bisect hopper", "repeat hopper", "clean runs of decode", "promises of sdpa-cudnn",
                  "the bits of hopper, invariant mode",
                  "1 of ", "memcheck on hopper", "decode: B=64", "tokens: model, batch 256",
                  "correctness: heads", "serving: Qwen3-30B-A3B, batch 64", "shapes: plain, B=256",

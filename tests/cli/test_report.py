@@ -114,6 +114,7 @@ def test_a_run_without_a_part_is_refused_since_a_report_makes_a_new_one(made, mo
     assert done.exit_code == 2 and "--run names the run that --only PART does again" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_its_name_or_as_the_one_begun_last(monkeypatch, made, tmp_path):
     asked = []
 

@@ -140,6 +140,7 @@ def test_a_scale_that_no_kernel_of_ours_has_is_torchs(scale):
     torch.testing.assert_close(out, TORCHS(*inputs, scale=scale), equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_tensors_without_numbers_are_torchs(backend):
     """Of meta tensors, by which a model's shapes are found out, torch knows no autocast either."""
@@ -161,6 +162,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of its own attention under vmap
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_what_torch_func_asks_of_it_is_torchs(name):

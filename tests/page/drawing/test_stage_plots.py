@@ -46,6 +46,7 @@ def test_a_map_says_fail_where_the_bug_was_made_and_where_it_went(planted):
     assert words_of(overall).count("FAIL") == 4 * 4 + 2 and "accum (4 of 4 cells)" in overall
 
 
+@pytest.mark.slow
 def test_many_pages_share_cells_and_none_is_lost():
     found = bisect(get("F15").plant("cpu"), square(1, 1, 40 * 16, 16, page_size=16))
     grid = recorded(found).data["grid"]

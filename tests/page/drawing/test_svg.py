@@ -28,6 +28,7 @@ def test_an_svg_is_well_formed_named_and_asks_for_nothing():
         assert "<text" in figure  # words stay words, so that they can be searched and read
 
 
+@pytest.mark.slow
 def test_colours_are_variables_of_the_page():
     figure = svgs(plots.tflops_html(TRIALS))[0]
     bare = re.sub(r"var\(--fc-[a-z0-9]+,\s*#[0-9a-f]{6}\)", "", figure)

@@ -42,6 +42,7 @@ def test_a_figure_that_only_one_run_has_is_left_out():
     assert since(run(), run(trials=[]), gates=GATES).deltas == {}
 
 
+@pytest.mark.slow
 def test_without_gates_there_is_no_headline_figure_and_still_a_comparison():
     found = since(run(), run("before"), gates=[])
     assert found.deltas == {} and found.before.name == "before" and found.comparison.rows

@@ -14,6 +14,7 @@ from flashcore.page.history.trend import FIRST, trend
 from flashcore.problem import square
 
 
+@pytest.mark.slow
 def test_a_trend_by_date_with_a_figure_that_says_its_message():
     runs = [
         Snapshot(name, snapshot(name, faster=faster).trials, synthetic.environment(date=f"2001-02-0{day}T00:00:00"))

@@ -45,6 +45,7 @@ def test_every_page_size_shares_its_rounds_with_the_same_dense_step(trials):
         assert data["over_dense"] > 0 and data["dense"] in (DENSE, AS_ROWS)
 
 
+@pytest.mark.slow
 def test_lengths_are_drawn_and_their_bytes_counted(trials):
     found = of(trials, LENGTHS)[OURS]
     assert 5 <= found.data["shortest"] < found.problem.seqlen_k <= 200
@@ -52,6 +53,7 @@ def test_lengths_are_drawn_and_their_bytes_counted(trials):
     assert found.data["over_flashinfer"] > 0
 
 
+@pytest.mark.slow
 def test_query_tokens_stand_beside_one_and_a_shared_prefix_beside_none(trials):
     tokens = of(trials, TOKENS)
     two = tokens["2 query tokens"]

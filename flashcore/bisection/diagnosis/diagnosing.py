@@ -93,9 +93,9 @@ class Diagnosis:
         return self.peeled.explained / self.peeled.wrong
 
     @property
-    def _by_rounding(self) -> bool:
-        """Whether a bug of precision was found, whose errors no model predicts to the element."""
-        return any(h.by_rounding for h in self.hypotheses)
+    def _unpredicted(self) -> bool:
+        """Whether a bug of precision, or of what calls leave behind, was found: no model predicts it to the element."""
+        return any(h.by_rounding or h.of_calls for h in self.hypotheses)
 
     def __str__(self) -> str:
         return "\n".join(self.sentences())
@@ -117,7 +117,7 @@ class Diagnosis:
             return f"{self.name} takes none of the ordinary problems; it raised {refused.refused}"
         if self.hypotheses:
             words = "; and ".join(h.sentence for h in self.hypotheses)
-            if self.explained is not None and self.explained < STANDS and not self._by_rounding:
+            if self.explained is not None and self.explained < STANDS and not self._unpredicted:
                 return f"{self.name} is wrong, and no hypothesis explains it all; the nearest: {words}"
             return f"{self.name} is wrong: {words}"
         if self.peeled and self.peeled.suspicions:
@@ -151,6 +151,8 @@ class Diagnosis:
         peeled = self.peeled
         if not self.hypotheses:
             return []
+        if any(h.of_calls for h in self.hypotheses):
+            return ["What it computes depends on the calls before, so no call is predicted to the element."]
         if not peeled.wrong:
             blunt = [s for s in self.screened if s.out_wrong]
             words = (
@@ -370,7 +372,7 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, sm
     for _ in range(2):  # what is left may be another bug, which shows on other problems alone
         known = peeled.behaviour.without_tables()
         left = [s for s in failing if not s.inputs.problem == home and not _told(candidate, peeled, known, s)]
-        if not left or peeled.suspicions:
+        if not left or peeled.suspicions or any(h.by_rounding or h.of_calls for h in peeled.hypotheses):
             break
         focus = _readable(candidate, max(left, key=_telling))
         home = focus.inputs.problem

@@ -36,10 +36,22 @@ def test_each_probe_says_what_it_cost():
     assert found.hypotheses[0].changes["loop"].page_size == 64
 
 
-def test_what_nothing_explains_is_a_suspicion_with_its_place():
+def test_one_score_is_named_with_its_place_and_what_is_added_to_it():
     found = peel(zoo.one_score)
-    assert found.hypotheses == () and found.suspicions[0].stages == ("scores", "probs", "accum")
-    assert found.suspicions[0].place == {"batch": 1, "head": 3, "row": 69, "column": 149}
+    assert [h.name for h in found.hypotheses] == ["scores shifted"] and found.explained == found.wrong > 0
+    assert "0.25 is added to the score of key 149 in row 69 of batch 1, head 3" in found.hypotheses[0].sentence
+    assert found.hypotheses[0].place == {"batch": 1, "head": 3, "row": 69, "column": 149}
+
+
+def test_what_nothing_explains_is_a_suspicion_with_its_place():
+    def roots(q, k, v):
+        a, b, c, scale = zoo.parts(q, k, v)
+        scores = a @ b.mT * scale
+        return zoo.finish(scores.sign() * scores.abs().sqrt(), c, q.dtype)
+
+    found = peel(roots)
+    assert found.hypotheses == () and found.suspicions[0].stages == ("scores", "probs")
+    assert set(found.suspicions[0].place) == {"batch", "head", "row", "column"}
 
 
 def test_a_race_is_called_one_and_nothing_else():

@@ -73,10 +73,14 @@ def test_the_factor_of_the_scores_is_fitted(function, factor):
     assert abs(found.factor / factor - 1) < 2e-3
 
 
+def metric(function, problem=PROBLEM):
+    return reading.metric_of(reading.read_small(of(function), problem), problem)
+
+
 def test_the_matrix_of_the_scores_is_read_in_full():
     scale = PROBLEM.scale
-    found = reading.read_metric(of(zoo.two_pass), PROBLEM)
+    found = metric(zoo.two_pass)
     assert torch.allclose(found, torch.eye(32).double() * scale, atol=0.05 * scale)
-    found = reading.read_metric(of(zoo.swizzled), PROBLEM)
+    found = metric(zoo.swizzled)
     assert torch.allclose(found, torch.eye(32).double().roll(8, 0) * scale, atol=0.05 * scale)
-    assert reading.read_metric(of(zoo.two_pass), PROBLEM.with_(seqlen_q=20)) is None
+    assert metric(zoo.two_pass, PROBLEM.with_(seqlen_q=20)) is None

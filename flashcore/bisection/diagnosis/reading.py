@@ -119,7 +119,7 @@ def _weights(out_of: Callable[[torch.Tensor], torch.Tensor], k: torch.Tensor, *,
 
 @ambient.judging
 def read_marks(candidate: Candidate, problem: Problem) -> Marks:
-    """Which head of Q, K and V each query head reads, by one call each.
+    """Which head of Q, K and V each query head reads, by one call for V and two for K and Q.
 
     The row that is looked at is the last one: it sees the most keys. A mark needs as many columns, and for K and Q as
     many keys, as there are heads.
@@ -137,27 +137,30 @@ def read_marks(candidate: Candidate, problem: Problem) -> Marks:
     strong = _strong(problem)
     if strong is None:
         return Marks(**found)
-    if heads_kv <= min(width, problem.seqlen_k):
-        # The keys are cut into as many parts as there are heads. K head h has its large scores in part h, whose V says
-        # h; neighbours in another order stay within their part.
-        marked, v = torch.zeros_like(k), torch.zeros_like(k)
-        keys = torch.arange(problem.seqlen_k, device=device)
-        part = keys * heads_kv // problem.seqlen_k
-        marked.view(heads_kv, problem.seqlen_k, width)[part, keys, 0] = strong
-        v[:, :, keys, part] = 1.0
-        ones = torch.zeros_like(q)
-        ones[..., 0] = 1.0
-        found["k"] = _clearest(candidate(ones, marked, v, problem).out[:, :, -1], heads_kv)
-    if heads_q <= min(width, problem.seqlen_k):
-        # Query head h points at column h, along which the keys of part h alone are large, in every K head.
-        each = torch.arange(heads_q, device=device)
-        pointing, marked, v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)
-        pointing.view(heads_q, problem.seqlen_q, width)[each, :, each] = 1.0
-        keys = torch.arange(problem.seqlen_k, device=device)
-        part = keys * heads_q // problem.seqlen_k
-        marked[:, :, keys, part] = strong
-        v[:, :, keys, part] = 1.0
-        found["q"] = _clearest(candidate(pointing, marked, v, problem).out[:, :, -1], heads_q)
+    keys = torch.arange(problem.seqlen_k, device=device)
+
+    def marked(what: str, heads: int, at: torch.Tensor) -> torch.Tensor | None:
+        """The table that large scores of key j for head at[j] show, whose V says which head; -1: of no head."""
+        strong_k, v, ones = torch.zeros_like(k), torch.zeros_like(k), torch.zeros_like(q)
+        used, part = keys[at >= 0], at[at >= 0]
+        v[:, :, used, part] = 1.0
+        if what == "k":  # K head h is large at its own keys alone
+            strong_k.view(heads, problem.seqlen_k, width)[part, used, 0] = strong
+            ones[..., 0] = 1.0
+        else:  # query head h points at column h, along which the keys of head h alone are large, in every K head
+            each = torch.arange(heads, device=device)
+            ones.view(heads, problem.seqlen_q, width)[each, :, each] = 1.0
+            strong_k[:, :, used, part] = strong
+        return _clearest(candidate(ones, strong_k, v, problem).out[:, :, -1], heads)
+
+    for what, heads in (("k", heads_kv), ("q", heads_q)):
+        if heads > min(width, problem.seqlen_k):
+            continue
+        # By one key a head, and by a part of the keys a head: keys or pages in another order would show in one of them
+        # as another head, and in the other not.
+        one = marked(what, heads, torch.where(keys < heads, keys, -1))
+        parts = marked(what, heads, keys * heads // problem.seqlen_k)
+        found[what] = one if one is not None and parts is not None and torch.equal(one, parts) else None
     return Marks(**found)
 
 

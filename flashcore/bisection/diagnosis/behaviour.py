@@ -22,9 +22,10 @@ LseKind = Literal[
     "log2", "log2 of the sum", "row_max alone", "row_sum alone", "without row_max", "negative", "scaled",
     "row_max plus row_sum", "row_max unscaled", "log1p",
 ]  # fmt: skip
-Scrambled = tuple[
-    str, Literal["tile transposed", "reshaped", "heads and rows confused", "rows and heads confused", "rotated"]
-]
+Scrambled = tuple[str, Literal[
+    "tile transposed", "reshaped", "heads and rows confused", "rows and heads confused", "group packed",
+    "group unpacked", "rotated",
+]]  # fmt: skip
 """One of ``q``, ``k``, ``v`` or ``out``, and how its elements are taken for those at other places."""
 EXP_LIMIT = {"float32": 88.722839, "float16": 11.089866, "bfloat16": 88.722839}
 """The largest x whose exp(x) the dtype holds (log of its largest number)."""
@@ -97,6 +98,12 @@ class Behaviour:
     """What is added to row_sum before the output is divided by it."""
     carried: tuple[Literal["row_sum", "all"], int] | None = None
     """Each tile of so many rows goes on from the state in which the one before it ended."""
+    sum_of: int = 0
+    """Each row is divided by the row_sum of the row that lies so many before it."""
+    max_of: int = 0
+    """The maximum of the row so many before is subtracted for the output, and the row's own for row_sum."""
+    divided_twice: bool = False
+    """The output is divided by row_sum twice."""
     normalised: bool = True
     """Whether the output is divided by row_sum."""
     columns: torch.Tensor | None = None
@@ -146,7 +153,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     if b.strides_ignored:
         q, k, v = (_as_contiguous(t) for t in (q, k, v))
     for name, how in b.scrambled:
-        q, k, v = (_scrambled(t, how) if name == own else t for own, t in zip("qkv", (q, k, v), strict=True))
+        q, k, v = (_scrambled(t, how, problem) if name == own else t for own, t in zip("qkv", (q, k, v), strict=True))
     kv = reference.kv_head_index(problem, q.device)
     q, k, v = (t.reshape(-1, *t.shape[2:]).double() for t in (q, k, v))
     q = q if b.q_heads is None else q[b.q_heads]
@@ -190,7 +197,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     lse = _other_lse(lse, shared, row_sum, b.lse, problem) if b.lse else lse
     out = out.view(*shape[:3], v.shape[-1])
     for name, how in b.scrambled:
-        out = _scrambled(out, how) if name == "out" else out
+        out = _scrambled(out, how, problem) if name == "out" else out
     return out, lse.view(shape[:3])
 
 
@@ -233,7 +240,10 @@ def _softmax(scores, counts, v, b: Behaviour, scale: float) -> tuple[torch.Tenso
         row_sum = (scores - base[..., None]).exp().sum(dim=-1)
     if b.carried is not None:
         accum, row_sum, base = _carried(accum, row_sum, base, *b.carried)
-    divisor = row_sum + b.epsilon
+    divisor = (row_sum.roll(b.sum_of, dims=-1) if b.sum_of else row_sum) + b.epsilon
+    divisor = divisor**2 if b.divided_twice else divisor
+    if b.max_of:
+        accum = accum * (base - base.roll(b.max_of, dims=-1)).exp()[..., None]
     out = accum / divisor.masked_fill(divisor == 0, 1.0)[..., None] if b.normalised else accum
     return out, row_sum, torch.where(shared == -math.inf, shared, base)
 
@@ -381,7 +391,7 @@ def _bent(scores: torch.Tensor, how: str, limit: float) -> torch.Tensor:
     return scores.abs()
 
 
-def _scrambled(t: torch.Tensor, how: str) -> torch.Tensor:
+def _scrambled(t: torch.Tensor, how: str, problem: Problem) -> torch.Tensor:
     """A tensor ``[B, H, S, D]`` whose elements were taken for those at other places."""
     batch, heads, rows, width = t.shape
     t = t.contiguous()
@@ -395,6 +405,10 @@ def _scrambled(t: torch.Tensor, how: str) -> torch.Tensor:
             return t.view(batch, heads, width, rows).mT.contiguous()
         case "heads and rows confused":
             return t.view(batch, rows, heads, width).transpose(1, 2).contiguous()
+        case "group packed" | "group unpacked":
+            group = problem.num_heads_q // problem.num_heads_kv
+            apart = (group, rows) if how == "group packed" else (rows, group)
+            return t.view(batch, -1, *apart, width).transpose(2, 3).reshape(t.shape)
         case "rows and heads confused":
             return t.transpose(1, 2).contiguous().view(t.shape)
     return _rotated(t)

@@ -16,7 +16,8 @@ from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of, refuse_masks
 from flashcore.bisection.diagnosis.conditions import condition
 from flashcore.bisection.diagnosis.naming import Hypothesis
-from flashcore.bisection.diagnosis.peeling import EXPLAINED, Peeled, explains, look_closer, peel
+from flashcore.bisection.diagnosis.peeling import Peeled, look_closer, peel
+from flashcore.bisection.diagnosis.predicting import EXPLAINED, explains
 from flashcore.bisection.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one
 from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.numerics import ambient

@@ -11,33 +11,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from flashcore.bisection.diagnosis import logsumexp, naming, reading
-from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, LoopFault, mask_of, simulate
+from flashcore.bisection.diagnosis import keeping, logsumexp, loops, naming, reading, rounding
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, mask_of, simulate
 from flashcore.bisection.diagnosis.calling import Broken, Candidate, Refusal
 from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt, share_of
 from flashcore.bisection.diagnosis.screening import Inputs, Screened
 from flashcore.measure import check
 from flashcore.numerics import ambient, reference
 from flashcore.problem import Problem
 
-LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
 LANES = tuple(("mod", n) for n in (2, 4, 8, 16, 32, 64)) + tuple(("block", n) for n in (2, 8, 16, 32, 64))
-PART_FAULTS: tuple[LoopFault, ...] = (
-    "pages averaged", "parts not weighed", "parts weighed in base 2", "parts weighed by log2",
-    "parts weighed by their maximum",
-)  # fmt: skip
-"""Faults where parts of a row's keys are added up; they may be as long as a split of the keys leaves them."""
-PAGE_FAULTS: tuple[LoopFault, ...] = (
-    "accum not rescaled", "row_sum not rescaled", "neither rescaled", "neighbour's factor", "inverse factor",
-    "accum overwritten", "row_sum overwritten", "factor of base 2",
-)  # fmt: skip
-"""Faults that may happen on one page alone."""
-MOST_PAGES = 80
-"""Pages of a loop that is simulated."""
 ROW_TILES = (64, 128, 32, 16)
 LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
 """What is added to all scores of a row, which may change nothing."""
@@ -52,12 +40,6 @@ LADDERS = (
     *((top - 10.0, top) for top in (30.0, 40.0, 50.0, 60.0, 70.0, 80.0, -30.0, -60.0)),
 )
 """Least and largest of the scores that are compared with each other; what is 10 below the largest can still be read."""
-FAR_OFF = 0.1
-"""Share of the largest number in V that no rounding puts a result off by, with ordinary inputs."""
-ROUNDED_SUM = 0.03
-"""By how much a row_sum of 16 bits is off at most."""
-BLUNT = 0.25
-"""Where the bound of a call is wider than this share of its output's spread, no hypothesis is judged by that call."""
 SCRAMBLES = (
     ("out", "heads and rows confused"), ("out", "rows and heads confused"), ("q", "heads and rows confused"),
     ("k", "heads and rows confused"), ("v", "heads and rows confused"), ("out", "group packed"),
@@ -65,8 +47,6 @@ SCRAMBLES = (
     ("v", "reshaped"), ("v", "tile transposed"), ("k", "tile transposed"), ("q", "tile transposed"), ("qk", "rotated"),
 )  # fmt: skip
 """What is tried of elements that are taken for those at other places, and of which tensor."""
-EXPLAINED = 0.98
-"""Share of the wrong elements that a hypothesis has to predict to stand."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +112,6 @@ def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int
     return Peeled(
         problem, tuple(peeling.found), peeling.state, tuple(peeling.suspicions), tuple(peeling.probes), 0, 0, 0
     )
-
-
-def explains(candidate: Candidate, behaviour: Behaviour, one: Screened) -> bool:
-    """Whether a behaviour without tables of its own shapes predicts a failing call."""
-    if one.answer is None or not one.out_wrong:
-        return not one.out_wrong
-    predicted = simulate(*_given(one, candidate), one.inputs.problem, behaviour)[0]
-    return share_of(one.answer.out, predicted, one, candidate)[0] >= EXPLAINED
 
 
 class _Peeling:
@@ -242,7 +214,9 @@ class _Peeling:
 
     def columns(self) -> str | None:
         """All keys have the same V, so the output is that row, whatever the weights are."""
-        rounded = self._output_rounded() or self._values_rounded()
+        rounded = rounding.rounded_output(self.candidate, self.failing) or (
+            rounding.rounded_values(self.candidate, self.problem)
+        )
         if rounded:
             return self.add(rounded)
         nothing, got, row = reading.read_columns(self.candidate, self.problem)
@@ -324,7 +298,7 @@ class _Peeling:
         if not left:
             return None
         one = min(left, key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
-        given, problem = _given(one, self.candidate), one.inputs.problem
+        given, problem = given_to(one, self.candidate), one.inputs.problem
         for how, times in (("the scale", 1.0), ("the scale and log2(e)", 1 / math.log(2))):
             predicted = simulate(*given, problem, self.state.with_(q_rounded=times))[0]
             if problem.dtype != "float32" and share_of(one.answer.out, predicted, one, self.candidate)[0] >= EXPLAINED:
@@ -506,7 +480,7 @@ class _Peeling:
             self.found.extend(best[1])
             self.state = best[2]
             return "; ".join(h.sentence for h in best[1])
-        rounded = self._rounded_weights(found)
+        rounded = rounding.rounded_weights(found, self.problem, self.state)
         if rounded:
             return self.add(rounded)
         before = len(self.suspicions)
@@ -728,7 +702,8 @@ class _Peeling:
         if self.suspicions:
             return None
         problem = self.problem
-        if self._far_off() or any(h.by_rounding for h in self.found):
+        fitting = [s for s in self.failing if self._fits_shape(s.inputs.problem)]
+        if rounding.far_off(self.candidate, fitting, self.state) or any(h.by_rounding for h in self.found):
             return None
         said = []
         if problem.seqlen_k >= 32 and self._sums_wrong(4096.0) and not self._sums_wrong(16.0):
@@ -744,103 +719,11 @@ class _Peeling:
                                       "2049 times the scale become the same", ("scores",),
                                       {"scores_rounded": True}))  # fmt: skip
         if not said and not any(h.by_rounding for h in self.found) and self.failing:
-            rounded = self._rounded_weights(self._scores) if self._scores is not None else None
-            rounded = rounded or self._sums_rounded()
+            rounded = None if self._scores is None else rounding.rounded_weights(self._scores, self.problem, self.state)
+            rounded = rounded or rounding.rounded_sums(self.candidate, self.problem)
             if rounded:
                 said.append(self.add(rounded))
         return "; ".join(said) or None
-
-    def _rounded_weights(self, found: reading.Scores) -> Hypothesis | None:
-        """Weights that are off by as much as fewer bits leave, up and down alike, and by more than their own dtype."""
-        wanted = reading.simulated_weights(found.q, found.k, self.problem, self.state)
-        off = (found.weights / wanted - 1)[wanted > 1e-4]
-        if off.numel() < 64 or not bool(off.isfinite().all()):
-            return None
-        worst, middle, spread = float(off.abs().max()), float(off.median()), float(off.std())
-        most = float(off.abs().flatten()[:: max(1, off.numel() // 100_000)].quantile(0.99))
-        usual = torch.finfo(reading.dtype_of(self.problem)).eps / 4
-        ahead = (found.weights / wanted - 1).masked_fill(~(wanted > 1e-4), math.nan)
-        level = ahead.nanmedian(dim=-1, keepdim=True).values
-        pairs = (ahead - level)[..., 1:] * (ahead - level)[..., :-1]
-        alike = float(pairs.nanmean() / (ahead - level).square().nanmean().clamp_min(1e-30))
-        if alike > 0.3:  # roundings of one key and the next have nothing to do with each other
-            return None
-        if not 2 * usual < spread or most > 0.08 or worst > 0.5 or abs(middle) > 0.5 * spread:
-            return None
-        beside = (ahead - level)[wanted > 1e-4]
-        if float(beside.std()) < 0.6 * spread:
-            if float(level.abs().nan_to_num(0.0).max()) > ROUNDED_SUM:
-                return None
-            worst = float(level.abs().nan_to_num(0.0).max())
-            words = f"row_sum is off by up to {worst:.1e}: it has fewer bits than it should"
-            return Hypothesis("row_sum in fewer bits", words, ("row_sum",), by_rounding=True)
-        words = f"weights are off by up to {most:.1e}: probabilities or products have fewer bits than they should"
-        return Hypothesis("probabilities in fewer bits", words, ("probs", "scores"), by_rounding=True)
-
-    def _sums_rounded(self) -> Hypothesis | None:
-        """Rows whose weights are right beside each other, and add up to a little more or less than 1."""
-        _, got, row = reading.read_columns(self.candidate, self.problem)
-        rows = mask_of(self.problem, got.device).sum(dim=-1) > 0
-        sums = (got[:, rows] / row).mean(dim=-1) - 1  # of D columns, so that the rounding of each counts for little
-        slack = max(torch.finfo(reading.dtype_of(self.problem)).eps / 3, 1e-4)
-        if not bool(sums.isfinite().all()) or float(sums.abs().max()) > ROUNDED_SUM or float(sums.std()) < slack:
-            return None
-        words = f"row_sum is off by up to {float(sums.abs().max()):.1e}: it has fewer bits than it should"
-        return Hypothesis("row_sum in fewer bits", words, ("row_sum",), by_rounding=True)
-
-    def _far_off(self) -> bool:
-        """Whether ordinary inputs give results that are further off than any rounding leaves them."""
-        for one in self.failing:
-            if one.answer is None or not one.out_wrong or one.inputs.pattern != "normal":
-                continue
-            case = one.inputs.case(self.candidate, again=True)
-            predicted = simulate(case.q, case.k, case.v, one.inputs.problem, self.state)[0]
-            same_shape = self._fits_shape(one.inputs.problem)
-            off = (one.answer.out.double() - predicted).abs().nan_to_num(nan=math.inf)
-            if same_shape and float(off.max()) > FAR_OFF * float(case.v.abs().max()):
-                return True
-        return False
-
-    def _output_rounded(self) -> Hypothesis | None:
-        """Outputs that are all numbers of a narrower dtype than their own, and no further off than its rounding."""
-        one = next(
-            (s for s in self.failing if s.out_wrong and s.answer is not None and s.inputs.pattern == "normal"), None
-        )
-        if one is None:
-            return None
-        case, out = one.inputs.case(self.candidate, again=True), one.answer.out
-        for narrow, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
-            if torch.finfo(narrow).eps <= torch.finfo(out.dtype).eps or not bool(out.isfinite().all()):
-                continue
-            near = (out.double() - case.out).abs() <= 2.0 ** (2 - bits) * float(case.v.abs().max())
-            if bool((out == out.to(narrow).to(out.dtype)).all()) and float(near.double().mean()) > EXPLAINED:
-                word = str(narrow).removeprefix("torch.")
-                words = (
-                    f"the output has no more bits than {word}: it is rounded to that, or all of it is computed in that"
-                )
-                return Hypothesis("output in fewer bits", words, ("out",), by_rounding=True)
-        return None
-
-    def _values_rounded(self) -> Hypothesis | None:
-        """V of which every key has the same row comes out as that row; in fewer bits, if V was rounded."""
-        problem, device = self.problem, self.candidate.device
-        q, k, v = Inputs(problem).make(device)
-        row = v[0, 0, 0].clone()
-        out = self.candidate(torch.zeros_like(q), k, row.expand(v.shape).contiguous(), problem).out
-        rows = mask_of(problem, device).sum(dim=-1) > 0
-        out, row = out[:, :, rows].double(), row.double()
-        slack = 4 * torch.finfo(v.dtype).eps
-        if not bool(out.isfinite().all()) or bool(((out / row - 1).abs() <= slack).all()):
-            return None
-        for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
-            narrow = getattr(torch, name, None)
-            if narrow is None or torch.finfo(narrow).eps <= torch.finfo(v.dtype).eps:
-                continue
-            rounded = row.float().to(narrow).double()
-            if bool(((out - rounded).abs() <= slack * row.abs() + 1e-7).all()):
-                return Hypothesis("V in fewer bits", f"V is rounded to {name} before it is summed", ("accum",),
-                                  by_rounding=True)  # fmt: skip
-        return None
 
     def _sums_wrong(self, large: float) -> bool:
         """Whether the last row's sum of V is wrong where `large` and its negative stand beside a few ones."""
@@ -933,75 +816,9 @@ class _Peeling:
         return self.add(Hypothesis("uninitialised memory", words, ("out",), changes, place))
 
     def earlier(self) -> str | None:
-        """Other inputs of one shape one after another, in new memory and in the same: is anything kept of the first?"""
-        problem, device = self.problem, self.candidate.device
-        first, second, third = (
-            [t.clone() for t in Inputs(problem, seed=seed).make(device)] for seed in (101, 102, 103)
-        )
-        begun = self._first_of_a_shape()
-        if begun:
-            return begun
-        before = self.candidate(*first, problem).out.double()
-        kept = [("the first call with this shape", Inputs(problem).make(device)), ("the call before", first)]
-        found = self._kept(self.candidate(*second, problem).out, second, kept, before)
-        if found:
-            return found
-        then = [t.clone() for t in second]
-        before = self.candidate(*second, problem).out.double()
-        for tensor, new in zip(second, third, strict=True):
-            tensor.copy_(new)
-        kept = [("an earlier call that had its tensors in the same memory", then)]
-        return self._kept(self.candidate(*second, problem).out, second, kept, before)
-
-    def _first_of_a_shape(self) -> str | None:
-        """Whether the first call of a shape gives something else than the next ones."""
-        for more in (7, 64):
-            asked = self.problem.with_(seqlen_q=self.problem.seqlen_q + more, seqlen_k=self.problem.seqlen_k + more)
-            given = Inputs(asked, seed=104).make(self.candidate.device)
-            try:
-                once, again, still = (self.candidate(*given, asked).out.clone() for _ in range(3))
-            except Refusal:
-                continue
-            if not bool(((again - still).abs().nan_to_num(0.0) <= 0.01).all()):
-                return None  # it changes with every call
-            off = (once - again).abs().nan_to_num(nan=math.inf) > 0.01 * max(
-                float(again.nan_to_num(0).abs().max()), 1e-6
-            )
-            if not bool(off.any()) or bool((once.isnan() & again.isnan()).any()):
-                return None
-            self.varies = True
-            words = (
-                f"the first call with new lengths gives another result than the next, in {int(off.sum()):,} elements"
-            )
-            place = dict(zip(("batch", "head", "row", "column"), off.nonzero()[0].tolist(), strict=True))
-            return self.add(Hypothesis("first call differs", words, ("out",), {}, place, of_calls=True))
-        return None
-
-    def _kept(self, got, given, kept: list[tuple[str, list[torch.Tensor]]], before: torch.Tensor) -> str | None:
-        """Whether a result is that of other inputs, or has the result of the call before in it."""
-        problem, got = self.problem, got.double()
-
-        def alike(wanted: torch.Tensor) -> bool:
-            near = (got - wanted).abs() <= 0.02 + 0.02 * wanted.abs()
-            return float(near.double().mean()) >= EXPLAINED
-
-        right = simulate(*given, problem, self.state)[0]
-        if not bool(got.isfinite().all()) or alike(right):
-            return None
-        for whose, other in kept:
-            for names in ("k", "v", "kv", "q", "qkv"):
-                mixed = [old if name in names else new for name, old, new in zip("qkv", other, given, strict=True)]
-                if alike(simulate(*mixed, problem, self.state)[0]):
-                    self.varies = True
-                    what = " and ".join(name.upper() for name in names)
-                    words = f"{what} of {whose} {'is' if len(names) == 1 else 'are'} used again in place of its own"
-                    stages = ("accum",) if names == "v" else ("scores",)
-                    return self.add(Hypothesis("inputs of an earlier call", words, stages, of_calls=True))
-        if alike(right + before):
-            self.varies = True
-            words = "the result of the call before is still in the output: what was computed is added to it"
-            return self.add(Hypothesis("result of an earlier call", words, ("out", "accum"), of_calls=True))
-        return None
+        found = keeping.kept_between_calls(self.candidate, self.problem, self.state)
+        self.varies = self.varies or found is not None
+        return self.add(found) if found else None
 
     def _unwritten_lse(self, seen: list[torch.Tensor | None]) -> str | None:
         """The same of lse: NaN where memory is full of it, each time, and no NaN otherwise."""
@@ -1059,7 +876,7 @@ class _Peeling:
         """Faults of the page loop, tried on a failing call that nothing explains so far."""
         if any(not s.stages or not s.place for s in self.suspicions) or any(h.by_rounding for h in self.found):
             return None  # nothing that pages could explain
-        left = [s for s in self._unexplained() if s.inputs.problem.seqlen_k > min(LOOP_SIZES)]
+        left = [s for s in self._unexplained() if s.inputs.problem.seqlen_k > min(loops.LOOP_SIZES)]
         if not left:
             return None
         sharp = [s for s in left if not is_blunt(s, self.candidate)]
@@ -1067,11 +884,11 @@ class _Peeling:
             return self._unnamed_loop(left[0])
         left = sharp
         one = min(left, key=lambda s: (s.inputs.pattern not in ("rising", "normal"), s.inputs.problem.seqlen_k))
-        q, k, v = _given(one, self.candidate)
+        q, k, v = given_to(one, self.candidate)
         problem = one.inputs.problem
         small = self._first_group(problem, q, k, v, one)
         best: tuple[float, Loop] | None = None
-        for together in _loops(problem):
+        for together in loops.loops_of(problem):
             for loop in together:
                 share = share_of(*small(loop), one, self.candidate)[0]
                 if share > (best[0] if best else 0.5):
@@ -1085,7 +902,7 @@ class _Peeling:
         elif self.suspicions:
             return None
         loop = best[1]
-        words, stages = _loop_words(loop)
+        words, stages = loops.words_of(loop)
         return self.add(Hypothesis(loop.kind, words, stages, {"loop": loop},
                                    {"page": loop.page} if loop.page is not None else {}))  # fmt: skip
 
@@ -1195,7 +1012,7 @@ class _Peeling:
                 continue
             if is_blunt(one, self.candidate):
                 continue
-            predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
+            predicted = simulate(*given_to(one, self.candidate), one.inputs.problem, self.state)[0]
             _, mine, all_wrong, bad = share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)
             explained, wrong, spoiled = explained + mine, wrong + all_wrong, spoiled + bad
         return explained, wrong, spoiled
@@ -1230,7 +1047,7 @@ class _Peeling:
                 if not self.found:
                     left.append(one)
                 continue
-            predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
+            predicted = simulate(*given_to(one, self.candidate), one.inputs.problem, self.state)[0]
             if share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)[0] < EXPLAINED:
                 left.append(one)
         return left
@@ -1265,49 +1082,6 @@ class _Peeling:
         return {**self._head(head), "row": row, "column": column}
 
 
-def _given(one: Screened, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Q, K and V of a call, for a prediction; whoever calls the candidate makes them anew (`Inputs.make`)."""
-    case = one.inputs.case(candidate, again=True)
-    return case.q, case.k, case.v
-
-
-def is_blunt(one: Screened, candidate: Candidate) -> bool:
-    """Whether the bound of a call is so wide beside its output that any prediction would seem to fit."""
-    case = one.inputs.case(candidate, again=True)
-    return float(case.out_atol) > BLUNT * float(case.out.std(correction=0))
-
-
-@ambient.judging
-def share_of(
-    got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
-) -> tuple[float, int, int, int]:
-    """How much of a wrong output a prediction explains.
-
-    Returns
-    -------
-    share, explained, wrong, spoiled
-        The share of the wrong elements that are predicted, less the share of right ones that are not; the counts.
-    """
-    case = one.inputs.case(candidate, again=True)
-    truth = case.out
-    if got.shape != truth.shape:  # one group of heads stands for all
-        truth = truth[-got.shape[0] :, -got.shape[1] :]
-    got, predicted = got.double(), predicted.double()
-    bad = ~((got - truth).abs() <= case.out_atol + case.out_rtol * truth.abs())
-    most = case.v.abs().max().double()  # stays on its device: a GPU that several processes share answers late
-    bound = 4 * case.out_atol + 4 * case.out_rtol * predicted.abs() + 4 * case.out_rtol * most / 8
-    off = (got - predicted).abs()
-    same = (off <= bound) | (~got.isfinite() & ~predicted.isfinite())
-    # What lies as near to the truth is not explained by a prediction, however wide the bound is.
-    nearer = (off <= 0.5 * (got - truth).abs()) | (off <= case.out_atol + case.out_rtol * predicted.abs())
-    same_bad = same & (nearer | ~got.isfinite())
-    if unwritten:  # what lies in memory that nobody wrote may be anything
-        same[:, :, list(unwritten)] = same_bad[:, :, list(unwritten)] = True
-    wrong, explained, spoiled = torch.stack([bad.sum(), (bad & same_bad).sum(), (~bad & ~same).sum()]).tolist()
-    share = explained / wrong if wrong else 0.0
-    return share - spoiled / max(1, bad.numel() - wrong), explained, wrong, spoiled
-
-
 @contextlib.contextmanager
 def full_of_nan(value: bool = True) -> Iterator[None]:
     """Inside, memory that torch hands out uninitialised is full of NaN; with `value` False it is as it comes."""
@@ -1328,58 +1102,6 @@ def full_of_nan(value: bool = True) -> Iterator[None]:
 def _lane_words(lanes: tuple[str, int]) -> str:
     how, count = lanes
     return f"{count} lanes, key j in lane j % {count}" if how == "mod" else f"{count} keys a lane"
-
-
-def _loops(problem: Problem) -> Iterator[list[Loop]]:
-    """Faults of the page loop that may explain a call: those that fit together, the plainest first."""
-    keys = problem.seqlen_k
-    sizes = list(dict.fromkeys(s for s in (problem.page_size, *LOOP_SIZES) if keys / MOST_PAGES <= s < keys))
-    cut = [-(-keys // parts) for parts in range(2, 9)]
-    whole = [kind for kind in get_args(LoopFault) if kind not in PART_FAULTS]
-    yield [Loop(kind, size, None, backwards) for size in sizes for backwards in (False, True) for kind in whole]
-    yield [Loop(kind, size) for size in dict.fromkeys([*sizes, *cut]) for kind in PART_FAULTS]
-    for size in sizes:
-        last = -(-keys // size) - 1
-        yield [Loop(kind, size, page, backwards) for page in sorted({1, 2, 3, 4, last}) if 0 < page <= last
-               for backwards in (False, True) for kind in PAGE_FAULTS]  # fmt: skip
-
-
-def _loop_words(loop: Loop) -> tuple[str, tuple[str, ...]]:
-    if loop.kind in PART_FAULTS:
-        what = {
-            "pages averaged": "each part is normalised by itself and the results are averaged",
-            "parts not weighed": "sums of parts are added up, each taken against the maximum of its own part",
-            "parts weighed in base 2": "parts are weighed by 2 to the power of their lse, where base e is meant",
-            "parts weighed by log2": "parts are weighed by exp of an lse of base 2",
-            "parts weighed by their maximum": "parts are weighed by their maxima alone, without their sums",
-        }[loop.kind]
-        return f"{what}, where a part is {loop.page_size} keys", ("rescale", "out")
-    where = "on every page" if loop.page is None else f"on page {loop.page}"
-    order = ", last page first" if loop.backwards else ""
-    pages = f"{where} of {loop.page_size} keys{order}"
-    both, accum, row_sum = ("rescale",), ("accum",), ("row_sum",)
-    warps = "the accumulator is rescaled only where {} rows in a row all need it"
-    words = {
-        "accum not rescaled": ("the accumulator is not rescaled when the maximum moves", accum),
-        "row_sum not rescaled": ("row_sum is not rescaled when the maximum moves", row_sum),
-        "neither rescaled": ("neither the accumulator nor row_sum is rescaled when the maximum moves", both),
-        "neighbour's factor": ("the accumulator is rescaled by the factor of the row before", accum),
-        "inverse factor": ("the rescale factor is exp(new - old) where exp(old - new) is meant", both),
-        "accum overwritten": ("the accumulator is overwritten instead of added to", accum),
-        "row_sum overwritten": ("row_sum is overwritten instead of added to", row_sum),
-        "factor of base 2": ("the rescale factor is of base 2 where base e is meant", both),
-        "accum factor twice": ("the accumulator is multiplied by the rescale factor twice", accum),
-        "factor twice": ("the rescale factor is applied twice", both),
-        "factor without the scale": ("the rescale factor is made of maxima that lack the scale", both),
-        "factor scaled twice": ("the scale is applied twice within the rescale factor", both),
-        "accum rescaled late": ("the accumulator is rescaled after the page was added to it, and not before", accum),
-        "rescaled late": ("accumulator and row_sum are rescaled after the page was added, and not before", both),
-        "factor of a column": ("the accumulator's factors are laid along its columns, where each is a row's", accum),
-        "rescaled by warps of 8": (warps.format(8), accum),
-        "rescaled by warps of 16": (warps.format(16), accum),
-        "rescaled by warps of 32": (warps.format(32), accum),
-    }[loop.kind]
-    return f"{words[0]}, {pages}", words[1]
 
 
 def _layout_words(name: str, how: str, problem: Problem) -> tuple[str, tuple[str, ...]]:

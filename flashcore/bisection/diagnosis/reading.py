@@ -160,7 +160,8 @@ def read_marks(candidate: Candidate, problem: Problem) -> Marks:
         # as another head, and in the other not.
         one = marked(what, heads, torch.where(keys < heads, keys, -1))
         parts = marked(what, heads, keys * heads // problem.seqlen_k)
-        found[what] = one if one is not None and parts is not None and torch.equal(one, parts) else None
+        agree = one is None or parts is None or torch.equal(one, parts)
+        found[what] = (one if one is not None else parts) if agree else None
     return Marks(**found)
 
 

@@ -114,21 +114,33 @@ class Behaviour:
     """float64 ``[N, Sq, D]``: what is added to the output, whatever V is."""
     zeroed: torch.Tensor | None = None
     """bool ``[N, Sq]``: rows of the output that are 0."""
-    unwritten: tuple[int, ...] = ()
-    """Rows of `out` that are not written (NaN in the prediction)."""
+    unwritten: torch.Tensor | None = None
+    """bool ``[N, Sq, D]``: elements of `out` that are not written (NaN in the prediction)."""
     lse: LseKind | None = None
 
     def with_(self, **changes: Any) -> Behaviour:
         return replace(self, **changes)
 
+    @property
+    def tells_heads_apart(self) -> bool:
+        """Whether a table of it has an entry for each head, so that it says nothing of some of them alone."""
+        tables = (self.counts, self.factors, self.bias, self.added, self.zeroed)
+        heads = (self.q_heads, self.k_heads, self.v_heads, self.zeroed, self.unwritten)
+        return any(t is not None for t in heads) or any(t is not None and t.dim() == 3 for t in tables)
+
+    @property
+    def is_of_one_shape(self) -> bool:
+        """Whether it has tables that say something of one shape alone."""
+        return any(getattr(self, name) is not None for name in TABLES)
+
     def without_tables(self) -> Behaviour:
         """The same without what says something of one shape alone: tables of heads, keys and columns."""
-        return replace(self, q_heads=None, q_rows=None, k_heads=None, v_heads=None, counts=None, extra=None,
-                       k_of=None, v_of=None, metric=None, factors=None, bias=None, columns=None, added=None,
-                       zeroed=None,
-                       unwritten=())  # fmt: skip
+        return replace(self, **{name: getattr(RIGHT, name) for name in TABLES})
 
 
+TABLES = ("q_heads", "q_rows", "k_heads", "v_heads", "counts", "extra", "k_of", "v_of", "metric", "factors", "bias",
+          "columns", "added", "zeroed", "unwritten")  # fmt: skip
+"""Fields of a `Behaviour` that say something of one shape alone."""
 RIGHT = Behaviour()
 
 
@@ -192,8 +204,10 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     out = out * b.out_factor
     if b.added is not None and b.added.shape[-1] == out.shape[-1]:
         out = out + b.added
-    if b.unwritten:
-        out[:, list(b.unwritten)] = math.nan
+    if b.unwritten is not None:
+        # A reader of weights has columns of its own: to it rows are unwritten that are so in all columns.
+        same = b.unwritten.shape[-1] == out.shape[-1]
+        out = out.masked_fill(b.unwritten if same else b.unwritten.all(dim=-1, keepdim=True), math.nan)
     lse = _other_lse(lse, shared, row_sum, b.lse, problem) if b.lse else lse
     out = out.view(*shape[:3], v.shape[-1])
     for name, how in b.scrambled:

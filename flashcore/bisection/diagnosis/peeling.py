@@ -132,9 +132,9 @@ class _Peeling:
 
     def all(self) -> Peeled:
         self.probe("the same again", "races", self.races)
-        if not self.varies:
-            self.probe("other calls before", "what is kept between calls", self.earlier)
         self.probe("memory full of NaN", "elements that are never written", self.unwritten)
+        if not self.varies and not self.found:  # memory that nobody wrote changes from call to call
+            self.probe("other calls before", "what is kept between calls", self.earlier)
         if not self.varies:
             for name, looks_at, run in (
                 ("strides", "layout of memory", self.strides),
@@ -811,8 +811,13 @@ class _Peeling:
         place = dict(zip(("batch", "head", "row", "column"), fresh.nonzero()[0].tolist(), strict=True))
         words = (f"{int(fresh.sum())} elements of the output come from memory that was never written: rows "
                  f"{naming._ranges(rows)}")  # fmt: skip
-        whole = bool(fresh[:, :, rows].all())
-        changes = {"unwritten": tuple(rows)} if whole else {}
+        columns = fresh.flatten(0, 2).any(dim=0).nonzero().flatten().tolist()
+        heads = fresh.flatten(0, 1).flatten(1).any(dim=-1)
+        if len(columns) < fresh.shape[-1]:
+            words += f", columns {naming._ranges(columns)}"
+        if not bool(heads.all()):
+            words += f", of {int(heads.sum())} of {len(heads)} heads"
+        changes = {"unwritten": fresh.flatten(0, 1)}
         return self.add(Hypothesis("uninitialised memory", words, ("out",), changes, place))
 
     def earlier(self) -> str | None:
@@ -927,10 +932,8 @@ class _Peeling:
 
     def _first_group(self, problem: Problem, q, k, v, one: Screened):
         """A function that gives ``got, predicted`` of one group of heads: enough to tell loops apart, and quick."""
-        whole = any(t is not None for t in (self.state.q_heads, self.state.k_heads, self.state.v_heads))
         group = problem.num_heads_q // problem.num_heads_kv
-        counts = self.state.counts
-        if whole or (counts is not None and counts.dim() == 3):
+        if self.state.tells_heads_apart:
             return lambda loop: (one.answer.out, simulate(q, k, v, problem, self.state.with_(loop=loop))[0])
         part = problem.with_(batch=1, num_heads_q=group, num_heads_kv=1)
         pieces = q[-1:, -group:], k[-1:, -1:], v[-1:, -1:]
@@ -1054,12 +1057,10 @@ class _Peeling:
 
     def _fits_shape(self, problem: Problem) -> bool:
         """Whether what was read at the probed shapes says something of this problem."""
-        shaped = (self.state.counts, self.state.extra, self.state.k_of, self.state.v_of, self.state.q_heads,
-                  self.state.k_heads, self.state.v_heads, self.state.q_rows, self.state.unwritten or None)  # fmt: skip
         same = all(getattr(problem, name) == getattr(self.problem, name)
                    for name in ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "head_dim",
                                 "causal"))  # fmt: skip
-        return same or all(t is None for t in shaped)
+        return same or not self.state.is_of_one_shape
 
     def agrees(self, found: reading.Scores, behaviour: Behaviour) -> bool:
         return self.disagreement(found, behaviour) == 0.0

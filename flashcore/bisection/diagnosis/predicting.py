@@ -37,7 +37,7 @@ def is_blunt(one: Screened, candidate: Candidate) -> bool:
 
 @ambient.judging
 def share_of(
-    got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
+    got, predicted, one: Screened, candidate: Candidate, unwritten: torch.Tensor | None = None
 ) -> tuple[float, int, int, int]:
     """How much of a wrong output a prediction explains.
 
@@ -59,8 +59,8 @@ def share_of(
     # What lies as near to the truth is not explained by a prediction, however wide the bound is.
     nearer = (off <= 0.5 * (got - truth).abs()) | (off <= case.out_atol + case.out_rtol * predicted.abs())
     same_bad = same & (nearer | ~got.isfinite())
-    if unwritten:  # what lies in memory that nobody wrote may be anything
-        same[:, :, list(unwritten)] = same_bad[:, :, list(unwritten)] = True
+    if unwritten is not None and unwritten.numel() == got.numel():  # what nobody wrote may be anything
+        same, same_bad = (t | unwritten.view(got.shape) for t in (same, same_bad))
     wrong, explained, spoiled = torch.stack([bad.sum(), (bad & same_bad).sum(), (~bad & ~same).sum()]).tolist()
     share = explained / wrong if wrong else 0.0
     return share - spoiled / max(1, bad.numel() - wrong), explained, wrong, spoiled

@@ -101,9 +101,22 @@ def test_kinds_of_lse(kind, other):
 
 def test_what_depends_on_one_shape_is_not_carried_to_another():
     told = Behaviour(
-        scale_factor=2.0, k_of=torch.arange(3), counts=torch.ones(1, 1), unwritten=(3,), metric=torch.eye(2)
+        scale_factor=2.0, k_of=torch.arange(3), counts=torch.ones(1, 1), unwritten=torch.ones(1, 1, 1).bool()
     )
-    assert told.without_tables() == RIGHT.with_(scale_factor=2.0)
+    assert told.is_of_one_shape and told.tells_heads_apart
+    assert told.without_tables() == RIGHT.with_(scale_factor=2.0) and not told.without_tables().is_of_one_shape
+    assert RIGHT.with_(factors=torch.ones(8, 1, 1)).tells_heads_apart
+    assert not RIGHT.with_(factors=torch.ones(9), counts=torch.ones(4, 9)).tells_heads_apart
+
+
+def test_what_is_not_written_is_nan_in_the_prediction_and_in_weights_where_whole_rows_are():
+    q, k, v = make_inputs(PROBLEM)
+    mask = torch.zeros(8, 60, 16, dtype=torch.bool)
+    mask[3, 5], mask[2, 7, 4] = True, True
+    out = simulate(q, k, v, PROBLEM, Behaviour(unwritten=mask))[0]
+    assert torch.equal(out.flatten(0, 1).isnan(), mask)
+    wide = simulate(q, k, v.repeat(1, 1, 1, 2), PROBLEM, Behaviour(unwritten=mask))[0].flatten(0, 1).isnan()
+    assert bool(wide[3, 5].all()) and not bool(wide[2, 7].any())
 
 
 def test_mask_of_counts_each_visible_key_once():

@@ -798,6 +798,9 @@ class _Peeling:
             lse_of.append(None if answer.lse is None else answer.lse.isnan())
             for _ in range(3):  # what lies in memory that is handed out next is no NaN then
                 primed = [torch.full_like(q, 0.5) for _ in range(4)]
+                primed += [
+                    q.new_full((q.numel() * n,), 0.5, dtype=torch.float32) for n in (1, 2, 3, 4, 8)
+                ]  # workspaces
                 del primed
             answer = self.candidate(q, k, v, inputs.problem)
             plain.append(answer.out.isnan())

@@ -651,14 +651,16 @@ def of_ladder(read: list[tuple[torch.Tensor, torch.Tensor]]) -> Hypothesis | Non
     if fits(torch.abs):
         return Hypothesis("sign of the scores lost", "scores lose their sign: a score of -5 counts like one of 5",
                           ("scores",), {"bend": ("abs", 0.0)})  # fmt: skip
-    grid = torch.logspace(-0.5, 2.3, 1400, base=10.0, dtype=torch.float64).tolist()
+    grid = torch.logspace(-0.5, 2.3, 141, base=10.0, dtype=torch.float64).tolist()
     kinds: dict[str, Callable[[float], Callable[[torch.Tensor], torch.Tensor]]] = {
         "tanh": lambda c: lambda x: c * torch.tanh(x / c),
         "clip above": lambda c: lambda x: x.clamp(max=c),
         "clip": lambda c: lambda x: x.clamp(-c, c),
     }
     for kind, of in kinds.items():
-        best = min(grid, key=lambda c, of=of: float(offs(of(c)).nan_to_num(0.0).square().sum()))
+        miss = lambda c, of=of: float(offs(of(c)).nan_to_num(0.0).square().sum())  # noqa: E731
+        coarse = min(grid, key=miss)
+        best = min(torch.linspace(0.95 * coarse, 1.05 * coarse, 81, dtype=torch.float64).tolist(), key=miss)
         best = best if not fits(of(float(round(best)))) else float(round(best))
         if not fits(of(best)):
             continue

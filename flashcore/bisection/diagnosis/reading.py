@@ -156,12 +156,11 @@ def read_marks(candidate: Candidate, problem: Problem) -> Marks:
     for what, heads in (("k", heads_kv), ("q", heads_q)):
         if heads > min(width, problem.seqlen_k):
             continue
-        # By one key a head, and by a part of the keys a head: keys or pages in another order would show in one of them
-        # as another head, and in the other not.
+        # By one key a head; and by a part of the keys a head, which only has a veto: keys in another order would show
+        # as another head in the first and not in the second. A part that is hidden leaves the rest to look clear.
         one = marked(what, heads, torch.where(keys < heads, keys, -1))
         parts = marked(what, heads, keys * heads // problem.seqlen_k)
-        agree = one is None or parts is None or torch.equal(one, parts)
-        found[what] = (one if one is not None else parts) if agree else None
+        found[what] = one if one is None or parts is None or torch.equal(one, parts) else None
     return Marks(**found)
 
 

@@ -374,12 +374,268 @@ def a_race(q, k, v):
     return out
 
 
-@_wrong("", "scores")
+@_wrong("scores shifted", "scores")
 def one_score(q, k, v):
     a, b, c, scale = parts(q, k, v)
     scores = a @ b.mT * scale
     scores[-1, -1, -1, -1] += 0.25
     return finish(scores, c, q.dtype)
+
+
+# --- masks, by tiles and by their values ---
+
+
+@_wrong("tiles skipped", "scores")
+def a_tile_too_few(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    if causal:
+        offset = k.shape[2] - q.shape[2]
+        row, key = positions(scores)
+        last = ((row // TILE * TILE + TILE + offset) // TILE * TILE - TILE).clamp_min(TILE)
+        scores = masked(scores, offset).masked_fill(key >= last, -math.inf)
+    return finish(scores, c, q.dtype)
+
+
+@_wrong("mask within tiles", "scores")
+def places_within_tiles(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    row, key = positions(scores)
+    if causal:
+        scores = scores.masked_fill((key % TILE > row % TILE) | (key // TILE > row // TILE), -math.inf)
+    return finish(scores, c, q.dtype)
+
+
+@_wrong("window not asked for", "scores")
+def window_on_both_sides(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    row, key = positions(scores)
+    return finish(scores.masked_fill((key - row - k.shape[2] + q.shape[2]).abs() > 40, -math.inf), c, q.dtype)
+
+
+@_wrong("hidden keys in row_sum", "row_sum")
+def masked_after_the_softmax(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    probs = torch.softmax(a @ b.mT * scale, dim=-1)
+    if causal:
+        probs = probs * (masked(torch.zeros_like(probs), k.shape[2] - q.shape[2]) == 0)
+    return (probs @ c).to(q.dtype)
+
+
+@_wrong("mask too small", "scores")
+def masked_by_a_small_number(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    if causal:
+        scores = scores.masked_fill(masked(torch.zeros_like(scores), k.shape[2] - q.shape[2]) < 0, -100.0)
+    return finish(scores, c, q.dtype)
+
+
+# --- scores that are bent, shifted, or multiplied in places ---
+
+
+@_wrong("softcap not asked for", "scores")
+def capped(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish(30.0 * torch.tanh(a @ b.mT * scale / 30.0), c, q.dtype)
+
+
+@_wrong("scores cut off", "scores")
+def cut_off(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish((a @ b.mT * scale).clamp(-8, 8), c, q.dtype)
+
+
+@_wrong("bias by distance", "scores")
+def biased_by_distance(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    row, key = positions(scores)
+    return finish(scores - 0.02 * (row + k.shape[2] - q.shape[2] - key).abs(), c, q.dtype)
+
+
+@_wrong("scale of some keys", "scores")
+def scaled_on_the_first_page(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT
+    scores[..., :TILE] *= scale
+    return finish(scores, c, q.dtype)
+
+
+@_wrong("scale of some heads", "scores")
+def last_head_not_scaled(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    scores[:, -1] /= scale
+    return finish(scores, c, q.dtype)
+
+
+@_wrong("scaled Q in 16 bits", "scores")
+def scaled_before_the_products(q, k, v):
+    _, b, c, scale = parts(q, k, v)
+    log2 = (q * (scale / math.log(2))).float() @ b.mT
+    return finish(log2 * math.log(2), c, q.dtype)
+
+
+@_wrong("a constant in few digits", "scores")
+def few_digits(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish(a @ b.mT * scale * 1.44 * math.log(2), c, q.dtype)
+
+
+@_wrong("overflow set to 0", "scores")
+def overflow_hidden(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = (a @ b.mT).half().float()
+    return finish(torch.where(scores.isfinite(), scores, 0.0) * scale, c, q.dtype)
+
+
+@_wrong("elements at other places", "scores")
+def k_reshaped(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish(a @ b.contiguous().view(*b.shape[:2], b.shape[3], b.shape[2]) * scale, c, q.dtype)
+
+
+@_wrong("elements at other places", "accum")
+def tiles_of_v_transposed(q, k, v):
+    v = v.clone()
+    for first in range(0, v.shape[2] - v.shape[3] + 1, v.shape[3]):
+        v[:, :, first : first + v.shape[3]] = v[:, :, first : first + v.shape[3]].mT.clone()
+    return two_pass(q, k, v)
+
+
+@_wrong("elements at other places", "out")
+def written_as_bshd(q, k, v):
+    return two_pass(q, k, v).transpose(1, 2).contiguous().view(q.shape)
+
+
+# --- the loop, its factors, and parts that are added up ---
+
+
+@_wrong("factor twice", "rescale")
+def factors_squared(q, k, v):
+    return online(q, k, v, accum=lambda right, j: right**2, row_sum=lambda right, j: right**2)
+
+
+@_wrong("accum factor twice", "accum")
+def accum_factor_squared(q, k, v):
+    return online(q, k, v, accum=lambda right, j: right**2)
+
+
+def _in_parts(q, k, v, weigh, size=50):
+    """Attention over parts of the keys; `weigh` gets the sums, row sums and maxima of all parts."""
+    a, b, c, scale = parts(q, k, v)
+    found = []
+    for start in range(0, k.shape[2], size):
+        scores = a @ b[:, :, start : start + size].mT * scale
+        maximum = scores.amax(-1, keepdim=True)
+        probs = (scores - maximum).exp()
+        found.append((probs @ c[:, :, start : start + size], probs.sum(-1, keepdim=True), maximum))
+    return weigh(*(torch.stack(each) for each in zip(*found, strict=True))).to(q.dtype)
+
+
+@_wrong("parts not weighed", "out")
+def parts_added_as_they_are(q, k, v):
+    return _in_parts(q, k, v, lambda sums, totals, maxima: sums.sum(0) / totals.sum(0))
+
+
+@_wrong("parts weighed by their maximum", "out")
+def parts_without_their_sums(q, k, v):
+    return _in_parts(q, k, v, lambda sums, totals, maxima: (torch.softmax(maxima, 0) * sums / totals).sum(0))
+
+
+@_wrong("state carried over", "row_sum")
+def sums_carried_over(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    out, maximum, total = torch.zeros_like(a), None, None
+    for first in range(0, q.shape[2], TILE):
+        scores = a[:, :, first : first + TILE] @ b.mT * scale
+        now, rows = scores.amax(-1), scores.shape[2]
+        if maximum is None:
+            maximum, total = torch.full_like(now, -math.inf), torch.zeros_like(now)
+        new = torch.maximum(maximum[:, :, :rows], now)
+        probs = (scores - new[..., None]).exp()
+        total = total[:, :, :rows] * (maximum[:, :, :rows] - new).exp() + probs.sum(-1)
+        out[:, :, first : first + TILE] = probs @ c / total[..., None]
+        maximum = new
+    return out.to(q.dtype)
+
+
+# --- the output ---
+
+
+@_wrong("columns left 0", "out")
+def last_columns_left(q, k, v):
+    out = two_pass(q, k, v)
+    out[..., -8:] = 0
+    return out
+
+
+@_wrong("columns of V in another order", "accum")
+def halves_of_v_swapped(q, k, v):
+    return two_pass(q, k, v.roll(v.shape[-1] // 2, -1))
+
+
+@_wrong("rows left 0", "out")
+def last_row_left(q, k, v):
+    out = two_pass(q, k, v)
+    out[:, :, -1] = 0
+    return out
+
+
+@_wrong("output multiplied", "out")
+def a_tenth_too_much(q, k, v):
+    return two_pass(q, k, v) * 1.1
+
+
+@_wrong("a number added to the output", "out")
+def one_element(q, k, v):
+    out = two_pass(q, k, v)
+    out[-1, -1, -1, -1] += 0.125
+    return out
+
+
+@_wrong("a constant in row_sum", "row_sum")
+def a_large_epsilon(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    probs = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (probs @ c / (probs.sum(-1, keepdim=True) + 0.5)).to(q.dtype)
+
+
+@_wrong("output in fewer bits", "out")
+def through_bfloat16(q, k, v):
+    return two_pass(q, k, v).bfloat16().to(q.dtype)
+
+
+@_wrong("V in fewer bits", "accum")
+def v_in_8_bits(q, k, v):
+    return two_pass(q, k, v.to(torch.float8_e4m3fn).to(v.dtype))
+
+
+@_wrong("row_sum in fewer bits", "row_sum")
+def row_sum_in_bfloat16(q, k, v):
+    return online(q, k, v, row_sum=lambda right, j: right.bfloat16().float())
+
+
+# --- what is kept between calls ---
+
+
+def keeps_k(q, k, v, kept={}):  # noqa: B006
+    return two_pass(q, kept.setdefault((k.shape, k.dtype), k.clone()), v)
+
+
+def adds_to_the_last(q, k, v, kept={}):  # noqa: B006
+    total = kept.setdefault((q.shape, q.dtype), torch.zeros(q.shape, device=q.device))
+    return total.add_(two_pass(q, k, v).float()).to(q.dtype)
+
+
+def first_call_halved(q, k, v, kept=set()):  # noqa: B006
+    new = (q.shape, q.dtype) not in kept
+    kept.add((q.shape, q.dtype))
+    return two_pass(q, k, v) * (0.5 if new else 1.0)
 
 
 # --- no answer at all ---

@@ -68,7 +68,7 @@ def _simple(first) -> Iterator[Condition]:
         ("with as many rows as keys", lambda p: p.seqlen_q == p.seqlen_k),
         ("with fewer rows than keys", lambda p: p.seqlen_q < p.seqlen_k),
         ("with more rows than keys", lambda p: p.seqlen_q > p.seqlen_k),
-        ("with other numbers of rows and keys", lambda p: p.seqlen_q != p.seqlen_k),
+        ("with unequal numbers of rows and keys", lambda p: p.seqlen_q != p.seqlen_k),
         ("with one sequence", lambda p: p.batch == 1),
         ("with more than one sequence", lambda p: p.batch > 1),
         ("with an odd number of sequences", lambda p: p.batch % 2 == 1),

@@ -16,7 +16,8 @@ from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of, refuse_masks
 from flashcore.bisection.diagnosis.conditions import condition
 from flashcore.bisection.diagnosis.naming import Hypothesis
-from flashcore.bisection.diagnosis.peeling import EXPLAINED, Peeled, explains, look_closer, peel
+from flashcore.bisection.diagnosis.peeling import Peeled, look_closer, peel
+from flashcore.bisection.diagnosis.predicting import EXPLAINED, explains
 from flashcore.bisection.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one
 from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.numerics import ambient
@@ -93,9 +94,9 @@ class Diagnosis:
         return self.peeled.explained / self.peeled.wrong
 
     @property
-    def _by_rounding(self) -> bool:
-        """Whether a bug of precision was found, whose errors no model predicts to the element."""
-        return any(h.by_rounding for h in self.hypotheses)
+    def _unpredicted(self) -> bool:
+        """Whether a bug of precision, or of what calls leave behind, was found: no model predicts it to the element."""
+        return any(h.by_rounding or h.of_calls for h in self.hypotheses)
 
     def __str__(self) -> str:
         return "\n".join(self.sentences())
@@ -117,7 +118,7 @@ class Diagnosis:
             return f"{self.name} takes none of the ordinary problems; it raised {refused.refused}"
         if self.hypotheses:
             words = "; and ".join(h.sentence for h in self.hypotheses)
-            if self.explained is not None and self.explained < STANDS and not self._by_rounding:
+            if self.explained is not None and self.explained < STANDS and not self._unpredicted:
                 return f"{self.name} is wrong, and no hypothesis explains it all; the nearest: {words}"
             return f"{self.name} is wrong: {words}"
         if self.peeled and self.peeled.suspicions:
@@ -151,6 +152,8 @@ class Diagnosis:
         peeled = self.peeled
         if not self.hypotheses:
             return []
+        if any(h.of_calls for h in self.hypotheses):
+            return ["What it computes depends on the calls before, so no call is predicted to the element."]
         if not peeled.wrong:
             blunt = [s for s in self.screened if s.out_wrong]
             words = (
@@ -370,7 +373,7 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, sm
     for _ in range(2):  # what is left may be another bug, which shows on other problems alone
         known = peeled.behaviour.without_tables()
         left = [s for s in failing if not s.inputs.problem == home and not _told(candidate, peeled, known, s)]
-        if not left or peeled.suspicions:
+        if not left or peeled.suspicions or any(h.by_rounding or h.of_calls for h in peeled.hypotheses):
             break
         focus = _readable(candidate, max(left, key=_telling))
         home = focus.inputs.problem

@@ -11,32 +11,42 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from flashcore.bisection.diagnosis import naming, reading
-from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, LoopFault, LseKind, mask_of, simulate
+from flashcore.bisection.diagnosis import keeping, logsumexp, loops, naming, reading, rounding
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, mask_of, simulate
 from flashcore.bisection.diagnosis.calling import Broken, Candidate, Refusal
 from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt, share_of
 from flashcore.bisection.diagnosis.screening import Inputs, Screened
 from flashcore.measure import check
 from flashcore.numerics import ambient, reference
 from flashcore.problem import Problem
 
-LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
 LANES = tuple(("mod", n) for n in (2, 4, 8, 16, 32, 64)) + tuple(("block", n) for n in (2, 8, 16, 32, 64))
+ROW_TILES = (64, 128, 32, 16)
 LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
 """What is added to all scores of a row, which may change nothing."""
-PROBES = 13
+PROBES = 18
 """How many there are."""
 HELD, NOT_HELD = 30_000.0, 80_000.0
 """Products of Q and K that float16 holds, and does not hold."""
 FLOAT16_MAX = 65_504
-BLUNT = 0.25
-"""Where the bound of a call is wider than this share of its output's spread, no hypothesis is judged by that call."""
-EXPLAINED = 0.98
-"""Share of the wrong elements that a hypothesis has to predict to stand."""
+LADDERS = (
+    (0.0, 20.0),
+    (-20.0, 0.0),
+    *((top - 10.0, top) for top in (30.0, 40.0, 50.0, 60.0, 70.0, 80.0, -30.0, -60.0)),
+)
+"""Least and largest of the scores that are compared with each other; what is 10 below the largest can still be read."""
+SCRAMBLES = (
+    ("out", "heads and rows confused"), ("out", "rows and heads confused"), ("q", "heads and rows confused"),
+    ("k", "heads and rows confused"), ("v", "heads and rows confused"), ("out", "group packed"),
+    ("out", "group unpacked"), ("q", "group packed"), ("q", "group unpacked"), ("k", "reshaped"), ("q", "reshaped"),
+    ("v", "reshaped"), ("v", "tile transposed"), ("k", "tile transposed"), ("q", "tile transposed"), ("qk", "rotated"),
+)  # fmt: skip
+"""What is tried of elements that are taken for those at other places, and of which tensor."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ def peel(
 def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int, int], None] | None = None) -> Peeled:
     """Probe a function whose outputs are all within their bounds: for what bounds of ordinary inputs let pass."""
     peeling = _Peeling(candidate, problem, [], RIGHT, told)
+    peeling.probe("other calls before", "what is kept between calls", peeling.earlier)
     peeling.probe("equal keys", "mask and list of keys", peeling.counts)
     peeling.probe("keys that do not exist", "padding", peeling.phantoms)
     peeling.probe("lifted scores", "subtraction of the maximum", peeling.lifted)
@@ -101,14 +112,6 @@ def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int
     return Peeled(
         problem, tuple(peeling.found), peeling.state, tuple(peeling.suspicions), tuple(peeling.probes), 0, 0, 0
     )
-
-
-def explains(candidate: Candidate, behaviour: Behaviour, one: Screened) -> bool:
-    """Whether a behaviour without tables of its own shapes predicts a failing call."""
-    if one.answer is None or not one.out_wrong:
-        return not one.out_wrong
-    predicted = simulate(*_given(one, candidate), one.inputs.problem, behaviour)[0]
-    return share_of(one.answer.out, predicted, one, candidate)[0] >= EXPLAINED
 
 
 class _Peeling:
@@ -122,19 +125,27 @@ class _Peeling:
         self.suspicions: list[Suspicion] = []
         self.probes: list[ProbeResult] = []
         self._scores: reading.Scores | None = None
+        self._bendable: Suspicion | None = None
+        """What is left of wrong scores that a bend may explain."""
 
     # --- the order of the probes ---
 
     def all(self) -> Peeled:
         self.probe("the same again", "races", self.races)
         self.probe("memory full of NaN", "elements that are never written", self.unwritten)
+        if not self.varies and not self.found:  # memory that nobody wrote changes from call to call
+            self.probe("other calls before", "what is kept between calls", self.earlier)
         if not self.varies:
             for name, looks_at, run in (
                 ("strides", "layout of memory", self.strides),
                 ("marks", "heads of Q, K and V", self.marks),
+                ("equal values", "columns, rows that are left out", self.columns),
                 ("equal keys", "mask and list of keys", self.counts),
                 ("keys that do not exist", "padding", self.phantoms),
+                ("scores far below 0", "what the mask sets", self.mask_value),
                 ("anchored scores", "scale, products, order of keys", self.scores),
+                ("a ladder of scores", "caps and other bends", self.ladder),
+                ("layouts", "order of elements in memory", self.layouts),
                 ("lifted scores", "subtraction of the maximum", self.lifted),
                 ("products past float16", "the range of scores", self.far),
                 ("a small number beside a large one", "precision of scores and sums", self.precision),
@@ -144,7 +155,8 @@ class _Peeling:
                 if self.found and not self.suspicions and not self._unexplained():
                     break  # what was found predicts every wrong element: no other bug shows
                 self.probe(name, looks_at, run)
-        self.probe("lse", "the log-sum-exp", self.lse)
+        if not any(h.stages == ("lse",) for h in self.found):
+            self.probe("lse", "the log-sum-exp", self.lse)
         self._prune()
         explained, wrong, spoiled = self.verify()
         return Peeled(
@@ -200,8 +212,112 @@ class _Peeling:
                 said.append(self.add(hypothesis))
         return "; ".join(said) or None
 
+    def columns(self) -> str | None:
+        """All keys have the same V, so the output is that row, whatever the weights are."""
+        rounded = rounding.rounded_output(self.candidate, self.failing) or (
+            rounding.rounded_values(self.candidate, self.problem)
+        )
+        if rounded:
+            return self.add(rounded)
+        nothing, got, row = reading.read_columns(self.candidate, self.problem)
+        added = naming.of_nothing(nothing, self.problem)
+        if added:
+            return self.add(added)
+        seen = mask_of(self.problem, got.device).sum(dim=-1) > 0
+        named = naming.of_columns(got, row, seen, self.problem)
+        if named:
+            return "; ".join([self.add(one) for one in named])
+        return self._sums(got / row, seen)
+
+    def _sums(self, ratio: torch.Tensor, seen: torch.Tensor) -> str | None:
+        """Weights that add up to another number in each row: by what is in row_sum besides."""
+        by_row = ratio[:, seen].median(dim=-1).values
+        slack = 4.0 * torch.finfo(reading.dtype_of(self.problem)).eps
+        if not bool(by_row.isfinite().all()) or bool(((by_row - 1).abs() <= slack).all()):
+            return None
+        q, k, v = Inputs(self.problem).make(self.candidate.device)
+        tried = (
+            [
+                Hypothesis(
+                    "hidden keys in row_sum",
+                    "the mask is applied after the softmax: keys that it hides still count in row_sum",
+                    ("row_sum", "probs"),
+                    {"hidden_in_sum": True},
+                )
+            ]
+            if self.problem.causal
+            else []
+        )
+        scores = reference_scores(q, k, self.problem)
+        row_sum = (scores - scores.amax(dim=-1, keepdim=True)).exp().sum(dim=-1)[:, seen]
+        added = ((1 / by_row - 1) * row_sum).median()
+        if math.isfinite(added) and float(added) > 1e-3:
+            words = f"{float(added):.3g} is added to row_sum before the output is divided by it"
+            told = {"epsilon": float(added)}
+            tried.append(Hypothesis("a constant in row_sum", words, ("row_sum", "out"), told))
+        twice = "the output is divided by row_sum twice"
+        tried.append(Hypothesis("divided twice", twice, ("out", "row_sum"), {"divided_twice": True}))
+        for by in (1, -1, 2, -2, 8, -8, 16, -16, 32, -32, 64, -64):
+            which = f"the row {abs(by)} {'before' if by > 0 else 'after'} it"
+            words = f"each row is divided by the row_sum of {which}"
+            tried.append(Hypothesis("row_sum of another row", words, ("row_sum", "out"), {"sum_of": by}))
+            words = f"the maximum of {which} is subtracted from each row, and its own for row_sum"
+            tried.append(Hypothesis("row_max of another row", words, ("probs", "row_max"), {"max_of": by}))
+        for one in tried:
+            state = self.state.with_(**one.changes)
+            wanted = simulate(q, k, torch.ones_like(v), self.problem, state)[0][..., 0].flatten(0, 1)[:, seen]
+            if bool(((by_row - wanted).abs() <= slack * (1 + wanted)).all()):
+                return self.add(one)
+        return None
+
+    def ladder(self) -> str | None:
+        """Scores from -20 to 20, in the last row: what they become beside each other."""
+        if self.suspicions and not self._bendable:
+            return None
+        read = []
+        for low, high in LADDERS:
+            levels = torch.linspace(low, high, 11, dtype=torch.float64)
+            found = reading.read_ladder(self.candidate, self.problem, levels)
+            if found is None:
+                continue
+            logs = found.masked_fill(~(found > 3e-5), math.nan).log()
+            if self.state.q_heads is None and float((logs - logs[:1]).abs().nan_to_num(0.0).max()) > 0.1:
+                return None  # heads differ, which is another bug
+            read.append((levels, logs.nanmedian(dim=0).values.cpu() / self.state.scale_factor))
+        bent = naming.of_ladder(read) if read else None
+        if bent is None:
+            return None
+        if self._bendable is not None:
+            self.suspicions.remove(self._bendable)
+            self._bendable = None
+        return self.add(bent)
+
+    def layouts(self) -> str | None:
+        """Elements of Q, K, V or the output that are taken for those at other places: tried by simulation."""
+        left = [s for s in self._unexplained() if not is_blunt(s, self.candidate)]
+        if not left:
+            return None
+        one = min(left, key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
+        given, problem = given_to(one, self.candidate), one.inputs.problem
+        for how, times in (("the scale", 1.0), ("the scale and log2(e)", 1 / math.log(2))):
+            predicted = simulate(*given, problem, self.state.with_(q_rounded=times))[0]
+            if problem.dtype != "float32" and share_of(one.answer.out, predicted, one, self.candidate)[0] >= EXPLAINED:
+                words = f"Q is multiplied by {how} and rounded to {problem.dtype} before the products"
+                return self.add(Hypothesis("scaled Q in 16 bits", words, ("scores",), {"q_rounded": times}))
+        for name, how in SCRAMBLES:
+            told = Behaviour(scrambled=(("q", how), ("k", how)) if name == "qk" else ((name, how),))
+            predicted = simulate(*given, problem, told)[0]
+            if share_of(one.answer.out, predicted, one, self.candidate)[0] < EXPLAINED:
+                continue
+            self.found.clear()  # pieces of it that were seen one by one
+            self.suspicions.clear()
+            self.state = RIGHT
+            words, stages = _layout_words(name, how, problem)
+            return self.add(Hypothesis("elements at other places", words, stages, {"scrambled": told.scrambled}))
+        return None
+
     def counts(self) -> str | None:
-        found = reading.read_counts(self.candidate, self.problem)
+        found = reading.read_counts(self.candidate, self.problem, self.state.columns)
         wanted = mask_of(self.problem, self.candidate.device)
         rows = wanted.sum(dim=-1) > 0
         total = found.total[:, rows]
@@ -219,6 +335,9 @@ class _Peeling:
                 "-inf minus -inf, or 0 / 0", {"row": int((~rows).nonzero()[0])},
             ))  # fmt: skip
         if not found.clear:
+            biased = naming.of_bias(found.counts.log(), self.problem)
+            if self._weighs_so(biased):
+                return self.add(biased)
             self.suspicions.append(self._unclear(found.counts, wanted))
             return self.suspicions[-1].sentence
         if not bool(found.total[:, rows].any()):
@@ -228,6 +347,10 @@ class _Peeling:
         said = []
         self.alternatives = naming.of_counts(found.counts[:, rows], self.problem) if rows.all() else naming.of_counts(
             found.counts.masked_fill(~rows[:, None], 0.0), self.problem)  # fmt: skip
+        gone = naming.of_values_gone(found.counts, found.extra, self.problem)
+        if gone:
+            self.alternatives = []
+            return self.add(gone)
         if self.alternatives:
             said.append(self.add(self.alternatives[0]))
         extra = naming.of_extra(found.extra, self.problem)
@@ -245,6 +368,11 @@ class _Peeling:
                                              f"are 0: {float(total.flatten()[worst]):.4g}", place))  # fmt: skip
             said.append(self.suspicions[-1].sentence)
         return "; ".join(said) or None
+
+    def _weighs_so(self, hypothesis: Hypothesis) -> bool:
+        """Whether it predicts weights of anchored inputs too, and not those alone that it was read from."""
+        found = reading.read_scores(self.candidate, self.problem, self.state.k_heads, self.state.columns)
+        return found is not None and self.disagreement(found, self.state.with_(**hypothesis.changes)) <= 0.02
 
     def _unclear(self, counts, wanted) -> Suspicion:
         """Weights that are no multiple of a unit, though all scores are 0: beside the usual weight of their row."""
@@ -267,12 +395,37 @@ class _Peeling:
         hypothesis = naming.of_extra(torch.where(median.abs() > 0.5, median, 0.0), self.problem)
         return self.add(hypothesis) if hypothesis else None
 
+    def mask_value(self) -> str | None:
+        """What a hidden key scores: keys that are seen are taken far below it, until hidden ones outweigh them."""
+        problem = self.problem
+        if not problem.causal or self.state.counts is not None or self.candidate.rounds_scores:
+            return None
+        depths = (20.0, 60.0, 200.0, 2e3, 2e4, 2e5)
+        found = [reading.read_hidden(self.candidate, problem, depth) for depth in depths]
+        above = next((depth for depth, weight in zip(depths, found, strict=True) if weight and weight > 0.5), None)
+        if above is None:
+            return None
+        low, high = max((d for d in depths if d < above), default=0.0), above
+        for _ in range(24):  # half of the weight is where hidden and seen keys score alike, up to their numbers
+            middle = (low + high) / 2
+            weight = reading.read_hidden(self.candidate, problem, middle) or 0.0
+            low, high = (low, middle) if weight > 0.5 else (middle, high)
+            if high - low < 1e-3 * high:
+                break
+        seen = mask_of(problem, self.candidate.device)[0]
+        level = -(low + high) / 2 - math.log(float((seen == 0).sum() / seen.sum()))
+        near = next((n for n in (-1e4, -1e5, -1e3, -100.0, -50.0, -30.0, -20.0) if abs(level / n - 1) < 0.01), level)
+        words = f"hidden keys get a score of {near:g} where -inf is meant, and outweigh keys whose scores lie below it"
+        return self.add(Hypothesis("mask too small", words, ("scores",), {"masked_score": near}))
+
     def scores(self) -> str | None:
-        found = self._scores = reading.read_scores(self.candidate, self.problem, self.state.k_heads)
+        found = self._scores = reading.read_scores(self.candidate, self.problem, self.state.k_heads, self.state.columns)
         if found is None:
             return None
         if self.agrees(found, self.state):
-            return None
+            # A constant in few digits leaves each weight within what its own rounding may be.
+            factor = naming.of_factor(found.factor, self.problem) if self.failing else None
+            return self.add(factor) if factor and self._explain_most(factor) else None
         tried: list[tuple[float, list[Hypothesis], Behaviour]] = []
 
         def consider(hypotheses: list[Hypothesis], base: Behaviour) -> None:
@@ -302,10 +455,18 @@ class _Peeling:
                           f"({_lane_words(lanes)}) and their sums are added as they are", ("probs", "row_max"),
                           {"lanes": lanes})], base)  # fmt: skip
         if min(t[0] for t in tried) > 0.02:
-            metric = reading.read_metric(self.candidate, self.problem)
+            small = reading.read_small(self.candidate, self.problem, self.state.columns)
+            order = reading.order_of(small)
+            if order is not None and bool((order != torch.arange(len(order), device=order.device)).any()):
+                rest = torch.arange(len(order), self.problem.seqlen_k, device=order.device)
+                consider([naming.of_order(torch.cat([order, rest]), self.problem, "K")], self.state)
+            metric = reading.metric_of(small, self.problem)
             hypothesis = None if metric is None else naming.of_metric(metric, self.problem)
             if hypothesis:
                 consider([hypothesis], self.state)
+        if min(t[0] for t in tried) > 0.02:
+            for one in naming.of_slopes(reading.slopes(found, self.problem, self.state.k_heads), self.problem):
+                consider([one], self.state)
         best = min(tried, key=lambda t: (t[0] > 0.02, len(t[1]) if t[0] <= 0.02 else 0, t[0]))
         if best[0] <= 0.02 and best[1]:
             if (
@@ -319,7 +480,13 @@ class _Peeling:
             self.found.extend(best[1])
             self.state = best[2]
             return "; ".join(h.sentence for h in best[1])
-        return self._unnamed_scores(found)
+        rounded = rounding.rounded_weights(found, self.problem, self.state)
+        if rounded:
+            return self.add(rounded)
+        before = len(self.suspicions)
+        words = self._unnamed_scores(found)
+        self._bendable = self.suspicions[before] if len(self.suspicions) > before else None
+        return words
 
     def _without_counts(self) -> Behaviour:
         return self.state.with_(counts=None)
@@ -414,7 +581,10 @@ class _Peeling:
             )
         elif bool(even.all()):
             stages, why = ("row_sum",), "the weights of a row are right beside each other, and do not add up to 1"
-        elif _even_by_page(ratio, self.problem):
+        elif bool(((found == 0) & bad).sum() > 0.9 * bad.sum()) and not bool((found[bad & (wanted < 0.5)] > 0).any()):
+            level = float((wanted / wanted.amax(dim=-1, keepdim=True))[bad].max())
+            stages, why = ("probs",), f"weights below about {level:.2g} of the largest of their row become 0"
+        elif _even_by_page(ratio, bad, self.problem):
             stages = ("rescale", "probs", "accum") if sums else ("rescale", "probs", "out")
             why = "weights are off by one factor a page: pages, or chains of pages, are weighed by another reference"
         else:
@@ -490,11 +660,12 @@ class _Peeling:
         if not bool(rows.any()):
             return None
         if not bool(((near[:, rows, 0] - 1).abs() <= 0.01).all()):
-            if problem.scale < 0 and bool((~near[:, rows].isfinite()).any()):
-                return self.add(Hypothesis(
-                    "maximum before a negative scale", "the maximum is taken before a negative scale turns the order "
-                    "of the scores round, so that exp overflows", ("row_max", "probs"), {"smallest": True},
-                ))  # fmt: skip
+            smallest = Hypothesis(
+                "maximum before a negative scale", "the maximum is taken before a negative scale turns the order of "
+                "the scores round, so that exp overflows", ("row_max", "probs"), {"smallest": True},
+            )  # fmt: skip
+            if problem.scale < 0 and bool((~near[:, rows].isfinite()).any()) and self._explain_most(smallest):
+                return self.add(smallest)
             return None  # it is wrong without an overflow too, which other probes look into
         even, odd = found[:, rows, 0], found[:, rows, 1]
         if bool(((even - 1).abs() <= 0.01).all()):
@@ -504,6 +675,10 @@ class _Peeling:
             return self.add(Hypothesis(
                 "scores in 16 bits", f"products of Q and K past {FLOAT16_MAX} become infinite: scores are kept in "
                 "float16 before they are scaled", ("scores",), {"scores_rounded": True}, place))  # fmt: skip
+        if bool(((even == 0) & (odd == 0)).any()):
+            words = (f"rows with products of Q and K past {FLOAT16_MAX} become 0: scores are kept in float16 before "
+                     "they are scaled, and the NaN of an overflow is hidden")  # fmt: skip
+            return self.add(Hypothesis("scores in 16 bits", words, ("scores",), {"scores_rounded": True}, place))
         if bool((odd > 0.01).any()):
             words = (f"scores that float16 does not hold (products of Q and K past {FLOAT16_MAX}) are set to 0, so "
                      "that the largest keys of a row count like any other")  # fmt: skip
@@ -511,6 +686,13 @@ class _Peeling:
         words = f"keys whose products with Q are past {FLOAT16_MAX} lose their weight"
         self.suspicions.append(Suspicion(("scores", "probs"), words, place))
         return words
+
+    def _explain_most(self, hypothesis: Hypothesis) -> bool:
+        """Whether it predicts most of the wrong elements, where there are calls to judge by."""
+        before, self.state = self.state, self.state.with_(**hypothesis.changes)
+        explained, wrong, _ = self.verify()
+        self.state = before
+        return explained > 0.5 * wrong
 
     def precision(self) -> str | None:
         """Sums and scores that need more than 16 bits, made so that 32 bits hold them exactly.
@@ -520,23 +702,27 @@ class _Peeling:
         if self.suspicions:
             return None
         problem = self.problem
-        dtype = reading.dtype_of(problem)
+        fitting = [s for s in self.failing if self._fits_shape(s.inputs.problem)]
+        if rounding.far_off(self.candidate, fitting, self.state) or any(h.by_rounding for h in self.found):
+            return None
         said = []
         if problem.seqlen_k >= 32 and self._sums_wrong(4096.0) and not self._sums_wrong(16.0):
             said.append(self._precise("accumulation in 16 bits", "sums of P V are kept in 16 bits (or in less than "
                                       "float32): 4096 + 1 loses the 1", ("accum",)))  # fmt: skip
         plain = problem.scale != 0 and problem.head_dim >= 2 and self.state.no_max is None
         if plain and not self.candidate.rounds_scores and self._scores_wrong(2048.0) and not self._scores_wrong(16.0):
+            rounded = Hypothesis("scores in 16 bits", "", ("scores",), {"scores_rounded": True})
+            sharp = [s for s in self.failing if s.out_wrong and not is_blunt(s, self.candidate)]
+            if sharp and not self._explain_most(rounded):
+                return "; ".join(said) or None
             said.append(self._precise("scores in 16 bits", "scores are rounded to 16 bits before the softmax: 2048 and "
                                       "2049 times the scale become the same", ("scores",),
                                       {"scores_rounded": True}))  # fmt: skip
-        if dtype == torch.float32 and self._scores is not None:
-            wanted = reading.simulated_weights(self._scores.q, self._scores.k, problem, self.state)
-            off = (self._scores.weights / wanted - 1).abs().masked_fill(wanted == 0, 0.0)
-            if 2.0**-15 < float(off.max()) < 2.0**-6:
-                said.append(self._precise("probabilities in 16 bits", "weights are off by up to "
-                                          f"{float(off.max()):.1e}: probabilities or products have fewer than 32 "
-                                          "bits", ("probs", "scores")))  # fmt: skip
+        if not said and not any(h.by_rounding for h in self.found) and self.failing:
+            rounded = None if self._scores is None else rounding.rounded_weights(self._scores, self.problem, self.state)
+            rounded = rounded or rounding.rounded_sums(self.candidate, self.problem)
+            if rounded:
+                said.append(self.add(rounded))
         return "; ".join(said) or None
 
     def _sums_wrong(self, large: float) -> bool:
@@ -562,7 +748,7 @@ class _Peeling:
         q[..., 0] = q[..., 1] = 1.0
         k[..., 0] = large
         k[:, :, 1::2, 1] = 1.0
-        found = reading.weights(self.candidate, q, k, problem)
+        found = reading.weights(self.candidate, q, k, problem, self.state.columns)
         wanted = reading.simulated_weights(q, k, problem, self.state)
         slack = (0.2 * min(step, 1.0) + reading.tolerance(problem)) * wanted
         return not bool(((found - wanted).abs() <= slack).all())
@@ -604,24 +790,56 @@ class _Peeling:
     def unwritten(self) -> str | None:
         inputs = self.failing[0].inputs if self.failing else Inputs(self.problem)
         q, k, v = inputs.make(self.candidate.device)
-        filled, plain = [], []
+        filled, plain, lse_of = [], [], []
         for _ in range(2):
             with full_of_nan():
-                filled.append(self.candidate(q, k, v, inputs.problem).out.isnan())
+                answer = self.candidate(q, k, v, inputs.problem)
+            filled.append(answer.out.isnan())
+            lse_of.append(None if answer.lse is None else answer.lse.isnan())
             for _ in range(3):  # what lies in memory that is handed out next is no NaN then
                 primed = [torch.full_like(q, 0.5) for _ in range(4)]
+                primed += [
+                    q.new_full((q.numel() * n,), 0.5, dtype=torch.float32) for n in (1, 2, 3, 4, 8)
+                ]  # workspaces
                 del primed
-            plain.append(self.candidate(q, k, v, inputs.problem).out.isnan())
+            answer = self.candidate(q, k, v, inputs.problem)
+            plain.append(answer.out.isnan())
+            lse_of.append(None if answer.lse is None else answer.lse.isnan())
         fresh = filled[0] & ~plain[0]
-        if not bool(fresh.any()) or bool((filled[0] != filled[1]).any()):  # the second: a race, not this
+        if bool((filled[0] != filled[1]).any()):  # a race, not this
             return None
+        if not bool(fresh.any()):
+            return self._unwritten_lse(lse_of)
         rows = fresh.any(dim=-1).flatten(0, 1).any(dim=0).nonzero().flatten().tolist()
         place = dict(zip(("batch", "head", "row", "column"), fresh.nonzero()[0].tolist(), strict=True))
         words = (f"{int(fresh.sum())} elements of the output come from memory that was never written: rows "
                  f"{naming._ranges(rows)}")  # fmt: skip
-        whole = bool(fresh[:, :, rows].all())
-        changes = {"unwritten": tuple(rows)} if whole else {}
+        columns = fresh.flatten(0, 2).any(dim=0).nonzero().flatten().tolist()
+        heads = fresh.flatten(0, 1).flatten(1).any(dim=-1)
+        if len(columns) < fresh.shape[-1]:
+            words += f", columns {naming._ranges(columns)}"
+        if not bool(heads.all()):
+            words += f", of {int(heads.sum())} of {len(heads)} heads"
+        changes = {"unwritten": fresh.flatten(0, 1)}
         return self.add(Hypothesis("uninitialised memory", words, ("out",), changes, place))
+
+    def earlier(self) -> str | None:
+        found = keeping.kept_between_calls(self.candidate, self.problem, self.state)
+        self.varies = self.varies or found is not None
+        return self.add(found) if found else None
+
+    def _unwritten_lse(self, seen: list[torch.Tensor | None]) -> str | None:
+        """The same of lse: NaN where memory is full of it, each time, and no NaN otherwise."""
+        if any(one is None for one in seen):
+            return None
+        fresh = seen[0] & seen[2] & ~seen[1]
+        if not bool(fresh.any()):
+            return None
+        rows = fresh.flatten(0, 1).any(dim=0).nonzero().flatten().tolist()
+        place = dict(zip(("batch", "head", "row"), fresh.nonzero()[0].tolist(), strict=True))
+        words = (f"{int(fresh.sum())} elements of lse come from memory that was never written: rows "
+                 f"{naming._ranges(rows)}")  # fmt: skip
+        return self.add(Hypothesis("uninitialised memory", words, ("lse",), {}, place))
 
     def races(self) -> str | None:
         if all(s.repeats for s in self.failing) and not self._varies():
@@ -664,9 +882,9 @@ class _Peeling:
 
     def loop(self) -> str | None:
         """Faults of the page loop, tried on a failing call that nothing explains so far."""
-        if self.suspicions:
-            return None  # where the maximum does not move something is wrong already that no model predicts
-        left = [s for s in self._unexplained() if s.inputs.problem.seqlen_k > min(LOOP_SIZES)]
+        if any(not s.stages or not s.place for s in self.suspicions) or any(h.by_rounding for h in self.found):
+            return None  # nothing that pages could explain
+        left = [s for s in self._unexplained() if s.inputs.problem.seqlen_k > min(loops.LOOP_SIZES)]
         if not left:
             return None
         sharp = [s for s in left if not is_blunt(s, self.candidate)]
@@ -674,37 +892,51 @@ class _Peeling:
             return self._unnamed_loop(left[0])
         left = sharp
         one = min(left, key=lambda s: (s.inputs.pattern not in ("rising", "normal"), s.inputs.problem.seqlen_k))
-        q, k, v = _given(one, self.candidate)
+        q, k, v = given_to(one, self.candidate)
         problem = one.inputs.problem
         small = self._first_group(problem, q, k, v, one)
         best: tuple[float, Loop] | None = None
-        sizes = dict.fromkeys([s for s in (problem.page_size, *LOOP_SIZES) if s < problem.seqlen_k])
-        for page in (None, *range(1, 5), -1):
-            for size in sizes:
-                for backwards in (False, True):
-                    for kind in get_args(LoopFault):
-                        at = -(-problem.seqlen_k // size) - 1 if page == -1 else page
-                        if at is not None and (at * size >= problem.seqlen_k or kind == "pages averaged"):
-                            continue
-                        loop = Loop(kind, size, at, backwards)
-                        share = share_of(*small(loop), one, self.candidate)[0]
-                        if share > (best[0] if best else 0.5):
-                            best = (share, loop)
+        for together in loops.loops_of(problem):
+            for loop in together:
+                share = share_of(*small(loop), one, self.candidate)[0]
+                if share > (best[0] if best else 0.5):
+                    best = (share, loop)
             if best and best[0] >= EXPLAINED:
                 break
         if best is None or best[0] < 0.9:
-            return self._unnamed_loop(one)
+            return self._carried(one, q, k, v) or self._unnamed_loop(one)
+        if best[0] >= EXPLAINED:
+            self.suspicions.clear()  # what was seen of it in the weights
+        elif self.suspicions:
+            return None
         loop = best[1]
-        words, stages = _loop_words(loop)
+        words, stages = loops.words_of(loop)
         return self.add(Hypothesis(loop.kind, words, stages, {"loop": loop},
                                    {"page": loop.page} if loop.page is not None else {}))  # fmt: skip
 
+    def _carried(self, one: Screened, q, k, v) -> str | None:
+        """Rows that go on from the state in which the rows of the tile before ended."""
+        problem = one.inputs.problem
+        for what in ("row_sum", "all"):
+            for tile in (s for s in ROW_TILES if s < problem.seqlen_q):
+                told = {"carried": (what, tile)}
+                predicted = simulate(q, k, v, problem, RIGHT.with_(**told))[0]
+                if share_of(one.answer.out, predicted, one, self.candidate)[0] >= EXPLAINED:
+                    self.suspicions.clear()
+                    self.found.clear()
+                    self.state = RIGHT
+                    parts = "row_max and row_sum are" if what == "row_sum" else "row_max, row_sum and accum are"
+                    words = (
+                        f"{parts} not reset between tiles of {tile} rows: each goes on where the one before it ended"
+                    )
+                    stages = ("row_sum",) if what == "row_sum" else ("row_sum", "accum")
+                    return self.add(Hypothesis("state carried over", words, stages, told, {"row": tile}))
+        return None
+
     def _first_group(self, problem: Problem, q, k, v, one: Screened):
         """A function that gives ``got, predicted`` of one group of heads: enough to tell loops apart, and quick."""
-        whole = any(t is not None for t in (self.state.q_heads, self.state.k_heads, self.state.v_heads))
         group = problem.num_heads_q // problem.num_heads_kv
-        counts = self.state.counts
-        if whole or (counts is not None and counts.dim() == 3):
+        if self.state.tells_heads_apart:
             return lambda loop: (one.answer.out, simulate(q, k, v, problem, self.state.with_(loop=loop))[0])
         part = problem.with_(batch=1, num_heads_q=group, num_heads_kv=1)
         pieces = q[-1:, -group:], k[-1:, -1:], v[-1:, -1:]
@@ -730,7 +962,7 @@ class _Peeling:
             stages = ("scores", "row_max", "rescale", "probs", "row_sum", "accum", "out")
             self.suspicions.append(Suspicion(stages, words, dict(one.out.first_bad or {})))
             return words
-        found = reading.weights(self.candidate, case.q, case.k, self.problem)
+        found = reading.weights(self.candidate, case.q, case.k, self.problem, self.state.columns)
         wanted = reading.simulated_weights(case.q, case.k, self.problem, self.state)
         if not bool(self._bad_weights(found, wanted).any()):
             return None
@@ -744,7 +976,7 @@ class _Peeling:
             return None
         one = left[0]
         q, k, v = one.inputs.make(self.candidate.device)
-        found = reading.weights(self.candidate, q, k, one.inputs.problem)
+        found = reading.weights(self.candidate, q, k, one.inputs.problem, self.state.columns)
         heads = reference.kv_head_index(self.problem, q.device)
         values = v.reshape(-1, *v.shape[2:]).double()[heads if self.state.v_heads is None else self.state.v_heads]
         made = (found @ values).view(one.answer.out.shape)
@@ -760,26 +992,14 @@ class _Peeling:
 
     def lse(self) -> str | None:
         wrong = [s for s in self.failing if s.lse is not None and not s.lse.passed and s.answer is not None]
-        for one in wrong:
-            got = one.answer.lse
-            case = one.inputs.case(self.candidate, again=True)
-            q, k, v = case.q, case.k, case.v
-
-            bad = ~((got - case.lse).abs() <= case.lse_atol + case.lse_rtol * case.lse.abs()) & (got != case.lse)
-
-            def fits(behaviour: Behaviour, one=one, q=q, k=k, v=v, got=got, case=case, bad=bad) -> bool:
-                wanted = simulate(q, k, v, one.inputs.problem, behaviour)[1]
-                same = ((got - wanted).abs() <= 4 * case.lse_atol + 1e-5 * wanted.abs()) | (got == wanted)
-                same |= got.isnan() & wanted.isnan()
-                return float(same[bad].double().mean()) >= EXPLAINED
-
-            if fits(self.state):
+        for one in sorted(wrong, key=lambda s: s.inputs.pattern != "normal"):
+            case, problem = one.inputs.case(self.candidate, again=True), one.inputs.problem
+            if logsumexp.follows(one.answer.lse, case, problem, self.state):
                 continue
-            for kind in get_args(LseKind):
-                if fits(self.state.with_(lse=kind)):
-                    return self.add(
-                        Hypothesis(f"lse of another kind: {kind}", _LSE_WORDS[kind], ("lse",), {"lse": kind})
-                    )
+            if one.lse_alone or self._fits_shape(problem):
+                named = logsumexp.name_lse(one.answer.lse, case, problem, self.state)
+                if named:
+                    return self.add(named)
             if one.lse_alone or not (self.suspicions or self.found):
                 words = f"lse is wrong: {one.lse.sentence()}"
                 self.suspicions.append(Suspicion(("lse",) if one.lse_alone else ("row_sum", "lse"), words,
@@ -798,7 +1018,7 @@ class _Peeling:
                 continue
             if is_blunt(one, self.candidate):
                 continue
-            predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
+            predicted = simulate(*given_to(one, self.candidate), one.inputs.problem, self.state)[0]
             _, mine, all_wrong, bad = share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)
             explained, wrong, spoiled = explained + mine, wrong + all_wrong, spoiled + bad
         return explained, wrong, spoiled
@@ -812,6 +1032,7 @@ class _Peeling:
             if (
                 not rest
                 or hypothesis.by_rounding
+                or hypothesis.stages == ("lse",)  # what it explains is not in the output
                 or any(name in other.changes for other in self.found if other is not hypothesis for name in rest)
             ):
                 continue
@@ -832,19 +1053,17 @@ class _Peeling:
                 if not self.found:
                     left.append(one)
                 continue
-            predicted = simulate(*_given(one, self.candidate), one.inputs.problem, self.state)[0]
+            predicted = simulate(*given_to(one, self.candidate), one.inputs.problem, self.state)[0]
             if share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)[0] < EXPLAINED:
                 left.append(one)
         return left
 
     def _fits_shape(self, problem: Problem) -> bool:
         """Whether what was read at the probed shapes says something of this problem."""
-        shaped = (self.state.counts, self.state.extra, self.state.k_of, self.state.v_of, self.state.q_heads,
-                  self.state.k_heads, self.state.v_heads, self.state.q_rows, self.state.unwritten or None)  # fmt: skip
         same = all(getattr(problem, name) == getattr(self.problem, name)
                    for name in ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "head_dim",
                                 "causal"))  # fmt: skip
-        return same or all(t is None for t in shaped)
+        return same or not self.state.is_of_one_shape
 
     def agrees(self, found: reading.Scores, behaviour: Behaviour) -> bool:
         return self.disagreement(found, behaviour) == 0.0
@@ -865,60 +1084,6 @@ class _Peeling:
         head, rest = divmod(index, shape[1] * shape[2])
         row, column = divmod(rest, shape[2])
         return {**self._head(head), "row": row, "column": column}
-
-
-_LSE_WORDS: dict[str, str] = {
-    "log2": "lse is a logarithm of base 2 where the natural one is meant",
-    "log2 of the sum": "the logarithm in lse is of base 2 where the natural one is meant",
-    "row_max alone": "lse is the row's maximum alone: the logarithm of the sum is missing",
-    "row_sum alone": "lse is the sum itself: its logarithm and the maximum are missing",
-    "without row_max": "lse is the logarithm of the sum alone: the maximum is not added back",
-    "negative": "lse has the wrong sign",
-    "scaled": "lse is multiplied by the scale once more",
-}
-
-
-def _given(one: Screened, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Q, K and V of a call, for a prediction; whoever calls the candidate makes them anew (`Inputs.make`)."""
-    case = one.inputs.case(candidate, again=True)
-    return case.q, case.k, case.v
-
-
-def is_blunt(one: Screened, candidate: Candidate) -> bool:
-    """Whether the bound of a call is so wide beside its output that any prediction would seem to fit."""
-    case = one.inputs.case(candidate, again=True)
-    return float(case.out_atol) > BLUNT * float(case.out.std(correction=0))
-
-
-@ambient.judging
-def share_of(
-    got, predicted, one: Screened, candidate: Candidate, unwritten: tuple[int, ...] = ()
-) -> tuple[float, int, int, int]:
-    """How much of a wrong output a prediction explains.
-
-    Returns
-    -------
-    share, explained, wrong, spoiled
-        The share of the wrong elements that are predicted, less the share of right ones that are not; the counts.
-    """
-    case = one.inputs.case(candidate, again=True)
-    truth = case.out
-    if got.shape != truth.shape:  # one group of heads stands for all
-        truth = truth[-got.shape[0] :, -got.shape[1] :]
-    got, predicted = got.double(), predicted.double()
-    bad = ~((got - truth).abs() <= case.out_atol + case.out_rtol * truth.abs())
-    most = case.v.abs().max().double()  # stays on its device: a GPU that several processes share answers late
-    bound = 4 * case.out_atol + 4 * case.out_rtol * predicted.abs() + 4 * case.out_rtol * most / 8
-    off = (got - predicted).abs()
-    same = (off <= bound) | (~got.isfinite() & ~predicted.isfinite())
-    # What lies as near to the truth is not explained by a prediction, however wide the bound is.
-    nearer = (off <= 0.5 * (got - truth).abs()) | (off <= case.out_atol + case.out_rtol * predicted.abs())
-    same_bad = same & (nearer | ~got.isfinite())
-    if unwritten:  # what lies in memory that nobody wrote may be anything
-        same[:, :, list(unwritten)] = same_bad[:, :, list(unwritten)] = True
-    wrong, explained, spoiled = torch.stack([bad.sum(), (bad & same_bad).sum(), (~bad & ~same).sum()]).tolist()
-    share = explained / wrong if wrong else 0.0
-    return share - spoiled / max(1, bad.numel() - wrong), explained, wrong, spoiled
 
 
 @contextlib.contextmanager
@@ -943,31 +1108,38 @@ def _lane_words(lanes: tuple[str, int]) -> str:
     return f"{count} lanes, key j in lane j % {count}" if how == "mod" else f"{count} keys a lane"
 
 
-def _loop_words(loop: Loop) -> tuple[str, tuple[str, ...]]:
-    where = "on every page" if loop.page is None else f"on page {loop.page}"
-    order = ", last page first" if loop.backwards else ""
-    pages = f"{where} of {loop.page_size} keys{order}"
+def _layout_words(name: str, how: str, problem: Problem) -> tuple[str, tuple[str, ...]]:
+    width = problem.head_dim
+    stages = {"out": ("out",), "v": ("accum",)}.get(name, ("scores",))
+    what = "the output" if name == "out" else "Q and K" if name == "qk" else name.upper()
     words = {
-        "accum not rescaled": ("the accumulator is not rescaled when the maximum moves", ("accum",)),
-        "row_sum not rescaled": ("row_sum is not rescaled when the maximum moves", ("row_sum",)),
-        "neither rescaled": ("neither the accumulator nor row_sum is rescaled when the maximum moves", ("rescale",)),
-        "neighbour's factor": ("the accumulator is rescaled by the factor of the row before", ("accum",)),
-        "inverse factor": ("the rescale factor is exp(new - old) where exp(old - new) is meant", ("rescale",)),
-        "accum overwritten": ("the accumulator is overwritten instead of added to", ("accum",)),
-        "row_sum overwritten": ("row_sum is overwritten instead of added to", ("row_sum",)),
-        "pages averaged": ("each page is normalised by itself and the results are averaged", ("rescale", "out")),
-        "factor of base 2": ("the rescale factor is of base 2 where base e is meant", ("rescale",)),
-    }[loop.kind]
-    return f"{words[0]}, {pages}", words[1]
+        "heads and rows confused": f"{what} lies in memory as [B, S, H, D] and is taken for [B, H, S, D], or "
+        "the other way round: heads and rows are confused",
+        "rows and heads confused": f"{what} is written as [B, S, H, D] into memory that is read as [B, H, S, D]",
+        "group packed": f"the heads of a group and their rows are packed as [S, G] and read as [G, S] in {what}",
+        "group unpacked": f"the heads of a group and their rows are packed as [G, S] and read as [S, G] in {what}",
+        "reshaped": f"{what} is reshaped where it should be transposed",
+        "tile transposed": f"whole tiles of {what} ({width} rows and {width} columns) are read transposed",
+        "rotated": "a rotary embedding is applied to Q and K that nobody asked for",
+    }[how]
+    return words, stages
 
 
-def _even_by_page(ratio: torch.Tensor, problem: Problem) -> bool:
-    """Whether the ratio is one number within every page of 16 keys of a row."""
+def reference_scores(q, k, problem: Problem) -> torch.Tensor:
+    """float64 ``[N, Sq, Sk]``: the right scores, -inf behind the mask."""
+    flat_q, flat_k, _ = reference.flat_inputs(q, k, k, problem, slice(None))
+    scores = flat_q @ flat_k.mT * problem.scale
+    return scores.masked_fill(mask_of(problem, q.device) == 0, -math.inf)
+
+
+def _even_by_page(ratio: torch.Tensor, bad: torch.Tensor, problem: Problem) -> bool:
+    """Whether the ratio is one number within every page of 16 keys of a row that has a wrong weight in it."""
     keys = ratio.shape[-1] // 16 * 16
     pages = ratio[..., :keys].unflatten(-1, (-1, 16))
     middle = pages.nanmedian(dim=-1, keepdim=True).values
     even = ((pages / middle - 1).abs() <= 2 * reading.tolerance(problem)) | pages.isnan()
-    return bool(even.double().mean() > 0.98)
+    touched = bad[..., :keys].unflatten(-1, (-1, 16)).any(dim=-1)
+    return bool(touched.any()) and bool(even[touched].double().mean() > 0.98)
 
 
 def _carry_anchors(k_of: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:

@@ -78,14 +78,29 @@ def dtype_of(problem: Problem) -> torch.dtype:
 
 
 @ambient.judging
-def weights(candidate: Candidate, q, k, problem: Problem) -> torch.Tensor:
-    """float64 ``[B*Hq, Sq, Sk]``: the weight of each key in each row, by ``ceil(Sk / D)`` calls."""
-    return _weights(lambda v: candidate(q, k, v, problem).out, k, width=problem.head_dim)
+def weights(candidate: Candidate, q, k, problem: Problem, columns: torch.Tensor | None = None) -> torch.Tensor:
+    """float64 ``[B*Hq, Sq, Sk]``: the weight of each key in each row, by ``ceil(Sk / D)`` calls.
+
+    `columns` says which column of V stands in each column of the output, where another is known to; -1 for none.
+    """
+    if columns is None:
+        return _weights(lambda v: candidate(q, k, v, problem).out, k, width=problem.head_dim)
+    # Column c of V stands first at column places[c] of the output; of columns that stand nowhere none is used.
+    there = [c for c in range(problem.head_dim) if bool((columns == c).any())]
+    places = torch.tensor([int((columns == c).nonzero()[0]) for c in there], device=k.device)
+
+    def out_of(v: torch.Tensor) -> torch.Tensor:
+        spread = torch.zeros(*v.shape[:3], problem.head_dim, dtype=v.dtype, device=v.device)
+        spread[..., there] = v
+        return candidate(q, k, spread, problem).out[..., places]
+
+    return _weights(out_of, k, width=len(there))
 
 
 @ambient.judging
 def simulated_weights(q, k, problem: Problem, behaviour: Behaviour = RIGHT) -> torch.Tensor:
     """What `weights` would read of a function that behaves so; rows that see no key have zeros."""
+    behaviour = behaviour.with_(columns=None)  # `weights` allows for them
     # A simulation takes a V of any width, so that its softmax is computed once and not for each group of keys.
     return _weights(lambda v: simulate(q, k, v, problem, behaviour)[0], k, width=problem.seqlen_k)
 
@@ -104,7 +119,7 @@ def _weights(out_of: Callable[[torch.Tensor], torch.Tensor], k: torch.Tensor, *,
 
 @ambient.judging
 def read_marks(candidate: Candidate, problem: Problem) -> Marks:
-    """Which head of Q, K and V each query head reads, by one call each.
+    """Which head of Q, K and V each query head reads, by one call for V and two for K and Q.
 
     The row that is looked at is the last one: it sees the most keys. A mark needs as many columns, and for K and Q as
     many keys, as there are heads.
@@ -122,22 +137,30 @@ def read_marks(candidate: Candidate, problem: Problem) -> Marks:
     strong = _strong(problem)
     if strong is None:
         return Marks(**found)
-    if heads_kv <= min(width, problem.seqlen_k):
-        # K head h has its large score at key h, whose V says h.
-        marked, v = torch.zeros_like(k), torch.zeros_like(k)
-        marked.view(heads_kv, problem.seqlen_k, width)[flat, flat, 0] = strong
-        v[:, :, flat, flat] = 1.0
-        ones = torch.zeros_like(q)
-        ones[..., 0] = 1.0
-        found["k"] = _clearest(candidate(ones, marked, v, problem).out[:, :, -1], heads_kv)
-    if heads_q <= min(width, problem.seqlen_k):
-        # Query head h points at column h, along which key h alone is large, in every K head.
-        each = torch.arange(heads_q, device=device)
-        pointing, marked, v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)
-        pointing.view(heads_q, problem.seqlen_q, width)[each, :, each] = 1.0
-        marked[:, :, each, each] = strong
-        v[:, :, each, each] = 1.0
-        found["q"] = _clearest(candidate(pointing, marked, v, problem).out[:, :, -1], heads_q)
+    keys = torch.arange(problem.seqlen_k, device=device)
+
+    def marked(what: str, heads: int, at: torch.Tensor) -> torch.Tensor | None:
+        """The table that large scores of key j for head at[j] show, whose V says which head; -1: of no head."""
+        strong_k, v, ones = torch.zeros_like(k), torch.zeros_like(k), torch.zeros_like(q)
+        used, part = keys[at >= 0], at[at >= 0]
+        v[:, :, used, part] = 1.0
+        if what == "k":  # K head h is large at its own keys alone
+            strong_k.view(heads, problem.seqlen_k, width)[part, used, 0] = strong
+            ones[..., 0] = 1.0
+        else:  # query head h points at column h, along which the keys of head h alone are large, in every K head
+            each = torch.arange(heads, device=device)
+            ones.view(heads, problem.seqlen_q, width)[each, :, each] = 1.0
+            strong_k[:, :, used, part] = strong
+        return _clearest(candidate(ones, strong_k, v, problem).out[:, :, -1], heads)
+
+    for what, heads in (("k", heads_kv), ("q", heads_q)):
+        if heads > min(width, problem.seqlen_k):
+            continue
+        # By one key a head; and by a part of the keys a head, which only has a veto: keys in another order would show
+        # as another head in the first and not in the second. A part that is hidden leaves the rest to look clear.
+        one = marked(what, heads, torch.where(keys < heads, keys, -1))
+        parts = marked(what, heads, keys * heads // problem.seqlen_k)
+        found[what] = one if one is None or parts is None or torch.equal(one, parts) else None
     return Marks(**found)
 
 
@@ -158,12 +181,70 @@ def _clearest(rows: torch.Tensor, count: int) -> torch.Tensor | None:
 
 
 @ambient.judging
-def read_counts(candidate: Candidate, problem: Problem) -> Counts:
+def read_columns(candidate: Candidate, problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output for a V of zeros, for keys whose V is all the same row, ``1, 2, ..., D``, and that row.
+
+    float64, twice ``[N, Sq, D]``, and ``[D]``. Weights that add up to 1 give that very row, whatever Q and K are.
+    """
+    q, k, v = _ordinary(problem, candidate.device)
+    row = torch.arange(1, problem.head_dim + 1, device=v.device, dtype=torch.float64)
+    nothing = candidate(q, k, torch.zeros_like(v), problem).out.double().flatten(0, 1)
+    v = row.to(v.dtype).expand(v.shape).contiguous()
+    return nothing, candidate(q, k, v, problem).out.double().flatten(0, 1), v[0, 0, 0].double()
+
+
+@ambient.judging
+def read_ladder(candidate: Candidate, problem: Problem, levels: torch.Tensor) -> torch.Tensor | None:
+    """float64 ``[N, L]``: in the last row, the weight of a key at each of these scores beside one at the last of them.
+
+    Key j has score ``levels[j % L]``. None where there are fewer keys than levels, or K would not fit its dtype.
+    """
+    count = len(levels)
+    if problem.scale == 0 or problem.seqlen_k < count or problem.head_dim < max(count, 2):
+        return None
+    size = 16.0  # of Q, so that neither has to be large
+    if float(levels.abs().max()) / abs(problem.scale) / size > 3e4:
+        return None
+    q, k, v = (torch.zeros_like(t) for t in _ordinary(problem, candidate.device))
+    which = torch.arange(problem.seqlen_k, device=q.device) % count
+    q[..., :2] = size
+    wanted = (levels.to(q.device) / problem.scale / size)[which]
+    k[..., 0] = wanted.to(k.dtype)
+    k[..., 1] = (wanted - wanted.to(k.dtype).double()).to(k.dtype)  # what 16 bits leave of it
+    v[:, :, torch.arange(problem.seqlen_k, device=q.device), which] = 1.0
+    seen = mask_of(problem, q.device)[-1] > 0
+    keys = torch.stack([(seen & (which == one)).sum() for one in range(count)]).double()
+    found = candidate(q, k, v, problem).out[:, :, -1, :count].double().flatten(0, 1) / keys
+    return found / found[:, -1:]
+
+
+@ambient.judging
+def slopes(found: Scores, problem: Problem, k_heads: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """What the scores of each head, row and 16 keys are multiplied by: float64 by ``heads``, ``rows`` and ``keys``.
+
+    Within 16 keys that follow each other, so that what the weights of a page or of a row are multiplied by counts for
+    nothing. NaN where nothing could be read.
+    """
+    logs = found.weights.masked_fill(~(found.weights > 1e-6), math.nan).log()
+    wanted = right_scores(found.q, found.k, problem, k_heads)
+    more = (0, -problem.seqlen_k % ANCHOR_EVERY)
+    known = logs.isfinite() & (mask_of(problem, logs.device) > 0)
+    x, y, known = (torch.nn.functional.pad(t, more).unflatten(-1, (-1, ANCHOR_EVERY))
+                   for t in (wanted, logs.nan_to_num(0.0), known))  # fmt: skip
+    number = known.sum(dim=-1, keepdim=True).clamp_min(1)
+    dx, dy = ((t - (t * known).sum(dim=-1, keepdim=True) / number) * known for t in (x, y))
+    up, down = (dx * dy).sum(dim=-1), (dx * dx).sum(dim=-1)
+    return {name: up.sum(dim=dims) / down.sum(dim=dims) for name, dims in
+            (("heads", (1, 2)), ("rows", (0, 2)), ("keys", (0, 1)))}  # fmt: skip
+
+
+@ambient.judging
+def read_counts(candidate: Candidate, problem: Problem, columns: torch.Tensor | None = None) -> Counts:
     """Which keys each row counts, how often, and what else it counts, from Q = 0."""
     device, dtype = candidate.device, dtype_of(problem)
     q = torch.zeros(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim, dtype=dtype, device=device)
     k = _ordinary(problem, device)[1]
-    found = weights(candidate, q, k, problem)
+    found = weights(candidate, q, k, problem, columns)
     total = found.sum(dim=-1)
     # The unit is the weight of a key that is counted once: the smallest there is in the row.
     unit = found.masked_fill(~(found > 1e-12), math.inf).amin(dim=-1)
@@ -197,6 +278,23 @@ def read_phantoms(candidate: Candidate, problem: Problem) -> torch.Tensor | None
     keys = mask_of(problem, device).sum(dim=-1)
     counted = keys * math.exp(score) * (1.0 / total - 1.0)
     return counted.masked_fill((total - 1.0).abs() < 4 * torch.finfo(dtype).eps, 0.0).masked_fill(keys == 0, 0.0)
+
+
+@ambient.judging
+def read_hidden(candidate: Candidate, problem: Problem, depth: float) -> float | None:
+    """The weight in row 0 of all keys behind the mask, where every key scores ``-depth``; 0 for a right function.
+
+    None where row 0 sees all keys or none, or K would not fit its dtype.
+    """
+    seen = mask_of(problem, candidate.device)[0] > 0
+    size = 64.0
+    if problem.scale == 0 or bool(seen.all()) or not bool(seen.any()) or depth / abs(problem.scale) / size > 6e4:
+        return None
+    q, k, v = (torch.zeros_like(t) for t in _ordinary(problem, candidate.device))
+    q[..., 0] = size
+    k[..., 0] = -depth / problem.scale / size
+    v[:, :, ~seen] = 1.0
+    return float(candidate(q, k, v, problem).out[0, 0, 0, 0])
 
 
 @ambient.judging
@@ -242,7 +340,9 @@ def anchored(problem: Problem, device: str, amplitude: float = 1.0, seed: int = 
 
 
 @ambient.judging
-def read_scores(candidate: Candidate, problem: Problem, k_heads: torch.Tensor | None = None) -> Scores | None:
+def read_scores(
+    candidate: Candidate, problem: Problem, k_heads: torch.Tensor | None = None, columns: torch.Tensor | None = None,
+) -> Scores | None:  # fmt: skip
     """The function's scores, read beside the anchors'; first gently, so that a wrong scale drives no weight to 0.
 
     `k_heads` says which flat K head each query head is known to read; None for its own.
@@ -251,15 +351,22 @@ def read_scores(candidate: Candidate, problem: Problem, k_heads: torch.Tensor | 
     """
     if problem.scale == 0 or abs(ANCHOR / problem.scale) > 3e4:
         return None
-    gentle = _scores(candidate, problem, GENTLE, k_heads)
+    gentle = _scores(candidate, problem, GENTLE, k_heads, columns)
     if not math.isfinite(gentle.factor) or not 0.02 < abs(gentle.factor) < 50:
         return gentle
-    return _scores(candidate, problem, min(1.0, 1.0 / abs(gentle.factor)), k_heads)
+    by_part = torch.cat([t for t in slopes(gentle, problem, k_heads).values()])
+    steepest = float(by_part.abs().nan_to_num(0.0).max()) if len(by_part) else 0.0
+    if steepest > 1.5 * abs(gentle.factor) and steepest < 50:  # of some scores alone: they would drive others to 0
+        return gentle
+    return _scores(candidate, problem, min(1.0, 1.0 / abs(gentle.factor)), k_heads, columns)
 
 
-def _scores(candidate: Candidate, problem: Problem, amplitude: float, k_heads: torch.Tensor | None) -> Scores:
+def _scores(
+    candidate: Candidate, problem: Problem, amplitude: float, k_heads: torch.Tensor | None,
+    columns: torch.Tensor | None = None,
+) -> Scores:  # fmt: skip
     q, k = anchored(problem, candidate.device, amplitude)
-    found = weights(candidate, q, k, problem)
+    found = weights(candidate, q, k, problem, columns)
     logs = found.masked_fill(~(found > 0), math.nan).log()
     anchors = logs[..., ::ANCHOR_EVERY]
     relative = logs - anchors.nanmean(dim=-1, keepdim=True)
@@ -279,13 +386,22 @@ def right_scores(q, k, problem: Problem, k_heads: torch.Tensor | None = None) ->
     return scores - scores[..., :1]
 
 
-@ambient.judging
-def read_metric(candidate: Candidate, problem: Problem) -> torch.Tensor | None:
-    """float64 ``[D, D]``: the matrix A for which the scores are q A k, by least squares over small random scores.
+@dataclass(frozen=True)
+class Small:
+    """Weights of random scores so small that no maximum matters, beside those scores, where rows see all keys."""
 
-    ``scale`` times the identity for a right function. Logarithms of weights are scores up to a constant of the row, so
-    keys are taken from their mean. None where fewer than D rows and D + 1 keys see each other, or weights vanish.
-    """
+    q: torch.Tensor
+    """float64 ``[N, R, D]`` and ``[N, S, D]``: what the scores are made of."""
+    k: torch.Tensor
+    logs: torch.Tensor
+    """float64 ``[N, R, S]``: logarithms of the weights, less the mean of their row."""
+    scores: torch.Tensor
+    """The same of the right scores."""
+
+
+@ambient.judging
+def read_small(candidate: Candidate, problem: Problem, columns: torch.Tensor | None = None) -> Small | None:
+    """None where no row sees half of the keys, or weights vanish."""
     if problem.scale == 0:
         return None
     q, k, _ = _ordinary(problem, candidate.device, seed=3)
@@ -294,15 +410,38 @@ def read_metric(candidate: Candidate, problem: Problem) -> torch.Tensor | None:
     seen = mask_of(problem, q.device) > 0
     keys = problem.seqlen_k if bool(seen.all()) else problem.seqlen_k // 2
     rows = seen[:, :keys].all(dim=-1)
-    width = problem.head_dim
-    if int(rows.sum()) < width or keys < width + 1:
+    if not bool(rows.any()) or keys < 2:
         return None
-    found = weights(candidate, q, k, problem)[:, rows, :keys]
+    found = weights(candidate, q, k, problem, columns)[:, rows, :keys]
     if not bool((found > 0).all()):
         return None
-    logs = found.log()
     flat_q, flat_k, _ = reference.flat_inputs(q, k, k, problem, slice(None))
     flat_q, flat_k = flat_q[:, rows], flat_k[:, :keys]
-    flat_k = flat_k - flat_k.mean(dim=1, keepdim=True)
-    logs = logs - logs.mean(dim=-1, keepdim=True)
-    return (torch.linalg.pinv(flat_q) @ logs @ torch.linalg.pinv(flat_k).mT).mean(dim=0)
+    scores = flat_q @ flat_k.mT * problem.scale
+    logs = found.log()
+    return Small(flat_q, flat_k, *(t - t.mean(dim=-1, keepdim=True) for t in (logs, scores)))
+
+
+@ambient.judging
+def metric_of(small: Small | None, problem: Problem) -> torch.Tensor | None:
+    """float64 ``[D, D]``: the matrix A for which the scores are q A k, by least squares over small random scores.
+
+    ``scale`` times the identity for a right function. Logarithms of weights are scores up to a constant of the row, so
+    keys are taken from their mean. None where fewer than D rows and D + 1 keys see each other.
+    """
+    width = problem.head_dim
+    if small is None or small.q.shape[1] < width or small.k.shape[1] < width + 1:
+        return None
+    k = small.k - small.k.mean(dim=1, keepdim=True)
+    return (torch.linalg.pinv(small.q) @ small.logs @ torch.linalg.pinv(k).mT).mean(dim=0)
+
+
+@ambient.judging
+def order_of(small: Small | None) -> torch.Tensor | None:
+    """int64 ``[S]``: the key whose scores each key's weights follow; None where they follow none clearly."""
+    if small is None or small.q.shape[0] * small.q.shape[1] < 16:
+        return None
+    mine, theirs = (t.permute(2, 0, 1).flatten(1) for t in (small.logs, small.scores))
+    mine, theirs = (t / t.norm(dim=-1, keepdim=True).clamp_min(1e-12) for t in (mine, theirs))
+    best = (mine @ theirs.mT).max(dim=-1)
+    return best.indices if bool((best.values > 0.9).all()) else None

@@ -45,6 +45,20 @@ def test_the_right_behaviour_is_the_reference_to_the_bit_of_float64(causal):
         (zoo.heads_written_backwards, Behaviour(q_heads=torch.tensor([3, 2, 1, 0, 7, 6, 5, 4]),
                                                 k_heads=torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]),
                                                 v_heads=torch.tensor([1, 1, 0, 0, 3, 3, 2, 2]))),
+        (zoo.k_reshaped, Behaviour(scrambled=(("k", "reshaped"),))),
+        (zoo.tiles_of_v_transposed, Behaviour(scrambled=(("v", "tile transposed"),))),
+        (zoo.written_as_bshd, Behaviour(scrambled=(("out", "rows and heads confused"),))),
+        (zoo.factors_squared, Behaviour(loop=Loop("factor twice", 64))),
+        (zoo.accum_factor_squared, Behaviour(loop=Loop("accum factor twice", 64))),
+        (zoo.parts_added_as_they_are, Behaviour(loop=Loop("parts not weighed", 50))),
+        (zoo.parts_without_their_sums, Behaviour(loop=Loop("parts weighed by their maximum", 50))),
+        (zoo.halves_of_v_swapped, Behaviour(columns=torch.arange(16).roll(8))),
+        (zoo.last_columns_left, Behaviour(columns=torch.arange(16).masked_fill(torch.arange(16) >= 8, -1))),
+        (zoo.last_row_left, Behaviour(zeroed=(torch.arange(60) == 59).expand(8, 60))),
+        (zoo.a_tenth_too_much, Behaviour(out_factor=1.1)),
+        (zoo.a_large_epsilon, Behaviour(epsilon=0.5)),
+        (zoo.scaled_on_the_first_page, Behaviour(factors=torch.where(torch.arange(150) < 64, 1.0, 4.0).double())),
+        (zoo.biased_by_distance, Behaviour(bias=-0.02 * (torch.arange(60)[:, None] + 90 - torch.arange(150)).abs())),
     ],
 )  # fmt: skip
 def test_a_behaviour_is_the_function_that_behaves_so(function, behaviour):
@@ -87,11 +101,65 @@ def test_kinds_of_lse(kind, other):
 
 def test_what_depends_on_one_shape_is_not_carried_to_another():
     told = Behaviour(
-        scale_factor=2.0, k_of=torch.arange(3), counts=torch.ones(1, 1), unwritten=(3,), metric=torch.eye(2)
+        scale_factor=2.0, k_of=torch.arange(3), counts=torch.ones(1, 1), unwritten=torch.ones(1, 1, 1).bool()
     )
-    assert told.without_tables() == RIGHT.with_(scale_factor=2.0)
+    assert told.is_of_one_shape and told.tells_heads_apart
+    assert told.without_tables() == RIGHT.with_(scale_factor=2.0) and not told.without_tables().is_of_one_shape
+    assert RIGHT.with_(factors=torch.ones(8, 1, 1)).tells_heads_apart
+    assert not RIGHT.with_(factors=torch.ones(9), counts=torch.ones(4, 9)).tells_heads_apart
+
+
+def test_what_is_not_written_is_nan_in_the_prediction_and_in_weights_where_whole_rows_are():
+    q, k, v = make_inputs(PROBLEM)
+    mask = torch.zeros(8, 60, 16, dtype=torch.bool)
+    mask[3, 5], mask[2, 7, 4] = True, True
+    out = simulate(q, k, v, PROBLEM, Behaviour(unwritten=mask))[0]
+    assert torch.equal(out.flatten(0, 1).isnan(), mask)
+    wide = simulate(q, k, v.repeat(1, 1, 1, 2), PROBLEM, Behaviour(unwritten=mask))[0].flatten(0, 1).isnan()
+    assert bool(wide[3, 5].all()) and not bool(wide[2, 7].any())
 
 
 def test_mask_of_counts_each_visible_key_once():
     problem = PROBLEM.with_(causal=True, seqlen_q=2, seqlen_k=3)
     assert mask_of(problem, "cpu").tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_states_that_are_carried_and_parts_of_rows_of_others():
+    problem = PROBLEM.with_(seqlen_q=150)
+    q, k, v = make_inputs(problem)
+    predicted = simulate(q, k, v, problem, Behaviour(carried=("row_sum", 64)))[0]
+    assert torch.allclose(zoo.sums_carried_over(q, k, v).double(), predicted, atol=2e-4, rtol=2e-3)
+    whole = simulate(q, k, v, problem, Behaviour(carried=("all", 64)))[0]
+    assert torch.allclose(whole[:, :, :64], predicted[:, :, :64]) and not torch.allclose(whole, predicted)
+    right, lse = simulate(q, k, v, problem)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT * problem.scale
+    row_sum = (scores - scores.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+    other = simulate(q, k, v, problem, Behaviour(sum_of=1))[0]
+    assert torch.allclose(other, right * row_sum / row_sum.roll(1, 2))
+    assert torch.allclose(simulate(q, k, v, problem, Behaviour(divided_twice=True))[0], right / row_sum)
+    top = scores.amax(-1, keepdim=True)
+    other = simulate(q, k, v, problem, Behaviour(max_of=1))[0]
+    assert torch.allclose(other, right * (top - top.roll(1, 2)).exp())
+
+
+def test_scores_that_are_bent_or_hidden():
+    q, k, v = make_inputs(PROBLEM, pattern="outlier")
+    for function, behaviour in (
+        (zoo.capped, Behaviour(bend=("tanh", 30.0))), (zoo.cut_off, Behaviour(bend=("clip", 8.0))),
+        (zoo.overflow_hidden, Behaviour(overflow=0.0, scores_rounded=True)),
+    ):  # fmt: skip
+        predicted = simulate(q, k, v, PROBLEM, behaviour)[0]
+        assert torch.allclose(function(q, k, v).double(), predicted, atol=2e-2, rtol=2e-2)
+    causal = PROBLEM.with_(causal=True)
+    q, k, v = make_inputs(causal)
+    predicted = simulate(q, k, v, causal, Behaviour(hidden_in_sum=True))[0]
+    assert torch.allclose(zoo.masked_after_the_softmax(q, k, v, causal=True).double(), predicted, atol=1e-5)
+
+
+def test_a_group_that_is_packed_the_other_way_and_back_is_as_it_was():
+    q, k, v = make_inputs(PROBLEM)
+    out = simulate(q, k, v, PROBLEM)[0]
+    packed = simulate(q, k, v, PROBLEM, Behaviour(scrambled=(("out", "group packed"),)))[0]
+    assert torch.equal(packed[:, 0, 1], out[:, 1, 0]) and torch.equal(packed[:, 0, 2], out[:, 0, 1])
+    both = Behaviour(scrambled=(("out", "group packed"), ("out", "group unpacked")))
+    assert torch.equal(simulate(q, k, v, PROBLEM, both)[0], out) and not torch.equal(packed, out)

@@ -22,7 +22,9 @@ SHOWN_BY = {"top_left": "B=2,H=4,Hkv=2,Sq=90,Sk=200,D=64,causal", "scale_not_tak
 
 
 def asked(name: str) -> str:
-    masks = ("one_key_too_many", "itself_hidden", "mask_forgotten", "mask_that_multiplies", "mask_of_tiles")
+    masks = ("one_key_too_many", "itself_hidden", "mask_forgotten", "mask_that_multiplies", "mask_of_tiles",
+             "a_tile_too_few", "places_within_tiles", "masked_after_the_softmax",
+             "masked_by_a_small_number")  # fmt: skip
     return SHOWN_BY.get(name, SMALL + ",causal" if name in masks else SMALL)
 
 
@@ -68,6 +70,20 @@ def test_progress_says_what_is_done_and_never_more_than_there_is():
 @pytest.mark.slow
 def test_a_backend_is_diagnosed_by_its_id():
     assert flashcore.diagnose("cpu", SMALL).right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (zoo.keeps_k, "inputs of an earlier call"), (zoo.adds_to_the_last, "result of an earlier call"),
+        (zoo.first_call_halved, "first call differs"),
+    ],
+)  # fmt: skip
+def test_what_is_kept_between_calls_is_told_from_a_race(function, name):
+    found = diagnose(lambda q, k, v: function(q, k, v), SMALL, device="cpu")
+    assert [h.name for h in found.hypotheses] == [name], str(found)
+    assert "depends on the calls before" in str(found) and "no hypothesis" not in str(found)
 
 
 @pytest.mark.slow

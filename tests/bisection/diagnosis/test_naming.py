@@ -136,3 +136,117 @@ def test_orders_of_keys():
     assert naming.of_order(stale, PROBLEM, "V").name == "V of another page"
     assert naming.of_order(torch.where(place < 90, place, -1), PROBLEM, "V").name == "V of a page missing"
     assert naming.of_order(place.flip(0), PROBLEM, "K").name == "keys in another order"
+
+
+def test_tiles_and_rows_whose_mask_is_another():
+    problem = CAUSAL.with_(seqlen_q=200, seqlen_k=200)
+    right = mask_of(problem, "cpu")
+    row, key = torch.arange(200)[:, None], torch.arange(200)[None]
+
+    def said(counts, asked=problem):
+        found = naming.of_counts(counts.double().expand(8, -1, -1), asked)[0]
+        return found.name, found.sentence
+
+    skipped = right * ~((row // 64 == key // 64) & (row >= 64))
+    words = (
+        "3 tiles of 64 rows and 64 keys, the first rows 64 to 127 by keys 64 to 127, are not seen, though they should"
+    )
+    assert said(skipped) == ("tiles skipped", f"{words} be")
+    name, words = said(torch.maximum(right, ((row // 64 == 1) & (key // 64 == 1)).double()))
+    assert name == "mask missing in tiles" and "rows 64 to 127 by keys 64 to 127" in words
+    local = (key % 64 <= row % 64) & (key // 64 <= row // 64)
+    assert said(local)[0] == "mask within tiles"
+    late = torch.where(row >= 190, key <= row - 1, key <= row)
+    assert said(late)[1].startswith("in rows 190 to 199 alone the diagonal is off by one: each misses the last key")
+    both = (key <= row + 1) & (key < 192)
+    name, words = said(both)
+    assert name == "diagonal off by one" and "the last, partial page is dropped: keys 192 to 199" in words
+    sides = (key - row).abs() <= 30
+    whole = PROBLEM.with_(seqlen_q=200, seqlen_k=200)
+    assert "only keys from 30 before to 30 after each row are seen" in said(sides, whole)[1]
+    odd = right.clone()
+    odd[5, 3], odd[150, 170] = 0, 1
+    assert said(odd)[1] == "row 5 misses key 3 that it should see and row 150 sees key 170 that it may not see"
+
+
+ROW = torch.arange(1, 65).double()
+SEEN = torch.ones(40, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda got: got * 1.1, "the output is 1.1 times what it should be"),
+        (lambda got: got.roll(1, -1), "column 0 holds column 63"),
+        (lambda got: got * (torch.arange(64) < 56), "columns 56 to 63 of the output are 0"),
+        (lambda got: got * (torch.arange(40)[:, None] < 38), "rows 38 to 39 of the output are 0"),
+        (lambda got: got * (torch.arange(8)[:, None, None] < 6), "the results of 2 of 8 heads are 0"),
+    ],
+)
+def test_columns_of_the_output(change, words):
+    got = ROW.expand(8, 40, 64)
+    assert naming.of_columns(got, ROW, SEEN, PROBLEM) == []
+    assert words in "; ".join(h.sentence for h in naming.of_columns(change(got), ROW, SEEN, PROBLEM))
+
+
+def test_rows_that_add_up_to_another_number_are_no_matter_of_columns():
+    got = ROW * torch.linspace(0.5, 1.0, 40)[:, None].double()
+    assert naming.of_columns(got.expand(8, 40, 64), ROW, SEEN, PROBLEM) == []
+    added = torch.zeros(8, 40, 64).double()
+    assert naming.of_nothing(added, PROBLEM) is None
+    added[5, 7, 9] = 0.5
+    found = naming.of_nothing(added, PROBLEM)
+    assert "0.5 stands at batch 1, head 1, row 7, column 9" in found.sentence
+
+
+def test_slopes_that_differ():
+    even = {"heads": torch.ones(8), "rows": torch.ones(40), "keys": torch.ones(7)}
+    assert list(naming.of_slopes(even, PROBLEM)) == []
+    keys = torch.ones(7)
+    keys[4:] = 8.0
+    found = next(naming.of_slopes({**even, "keys": keys}, PROBLEM))
+    assert "the scores of keys 64 to 99 are 8 times the right ones: the scale is missing" in found.sentence
+    assert found.changes["factors"].tolist() == [1.0] * 64 + [8.0] * 36
+    found = next(naming.of_slopes({**even, "heads": keys.new_tensor([1, 1, 1, 2, 1, 1, 1, 2])}, PROBLEM))
+    assert "of 2 of 8 heads (the first: batch 0, head 3) are 2 times" in found.sentence
+
+
+def ladders(of):
+    return [(at, of(at) - of(at[-1])) for low in (0.0, -10.0, 40.0, 70.0)
+            for at in [torch.linspace(low, low + 10, 11, dtype=torch.float64)]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of", "bend"),
+    [
+        (lambda x: x, None),
+        (lambda x: 50 * torch.tanh(x / 50), ("tanh", 50.0)),
+        (lambda x: x.clamp(-5, 5), ("clip", 5.0)),
+        (lambda x: x.clamp(max=47), ("clip above", 47.0)),
+        (torch.abs, ("abs", 0.0)),
+    ],
+)
+def test_bent_scores(of, bend):
+    found = naming.of_ladder(ladders(of))
+    assert (found is None) if bend is None else (found.changes["bend"] == bend)
+    assert naming.of_ladder(ladders(lambda x: x.sign() * x.abs().sqrt())) is None
+
+
+def test_what_is_added_to_scores():
+    row, key = torch.arange(40)[:, None] + 60, torch.arange(100)[None]
+    far = (row - key).abs().double()
+    found = naming.of_bias((-0.1 * far).expand(8, -1, -1), PROBLEM)
+    assert found.name == "bias by distance" and "-0.1 for each key" in found.sentence
+    per_head = -far * torch.linspace(0.1, 0.8, 8)[:, None, None].double()
+    assert "-0.1 in the first head, -0.8 in the last" in naming.of_bias(per_head, PROBLEM).sentence
+    one = torch.zeros(8, 40, 100).double()
+    one[7, 39, 99] = 0.25
+    assert "0.25 is added to the score of key 99 in row 39 of batch 1, head 3" in naming.of_bias(one, PROBLEM).sentence
+
+
+def test_constants_in_few_digits():
+    assert "log2(e) is taken for 1.44" in naming.of_factor(1.44 * math.log(2), PROBLEM).sentence
+    other = PROBLEM.with_(softmax_scale=0.3)
+    rounded = float(torch.tensor(0.3, dtype=torch.bfloat16))
+    assert "the scale is rounded to bfloat16" in naming.of_factor(rounded / 0.3, other).sentence
+    assert naming.of_factor(1.0005, PROBLEM) is None

@@ -1,0 +1,119 @@
+"""Name what is kept in fewer bits than it should be: weights, sums of a row, V, or the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from flashcore.bisection.diagnosis import reading
+from flashcore.bisection.diagnosis.behaviour import Behaviour, mask_of, simulate
+from flashcore.bisection.diagnosis.calling import Candidate
+from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.predicting import EXPLAINED
+from flashcore.bisection.diagnosis.screening import Inputs, Screened
+from flashcore.numerics import ambient
+from flashcore.problem import Problem
+
+FAR_OFF = 0.1
+"""Share of the largest number in V that no rounding puts a result off by, with ordinary inputs."""
+ROUNDED_SUM = 0.03
+"""By how much a row_sum of 16 bits is off at most."""
+
+
+@ambient.judging
+def rounded_weights(found: reading.Scores, problem: Problem, state: Behaviour) -> Hypothesis | None:
+    """Weights that are off by as much as fewer bits leave, up and down alike, and by more than their own dtype."""
+    wanted = reading.simulated_weights(found.q, found.k, problem, state)
+    off = (found.weights / wanted - 1)[wanted > 1e-4]
+    if off.numel() < 64 or not bool(off.isfinite().all()):
+        return None
+    worst, middle, spread = float(off.abs().max()), float(off.median()), float(off.std())
+    most = float(off.abs().flatten()[:: max(1, off.numel() // 100_000)].quantile(0.99))
+    usual = torch.finfo(reading.dtype_of(problem)).eps / 4
+    ahead = (found.weights / wanted - 1).masked_fill(~(wanted > 1e-4), math.nan)
+    level = ahead.nanmedian(dim=-1, keepdim=True).values
+    pairs = (ahead - level)[..., 1:] * (ahead - level)[..., :-1]
+    alike = float(pairs.nanmean() / (ahead - level).square().nanmean().clamp_min(1e-30))
+    if alike > 0.3:  # roundings of one key and the next have nothing to do with each other
+        return None
+    if not 2 * usual < spread or most > 0.08 or worst > 0.5 or abs(middle) > 0.5 * spread:
+        return None
+    beside = (ahead - level)[wanted > 1e-4]
+    if float(beside.std()) < 0.6 * spread:
+        if float(level.abs().nan_to_num(0.0).max()) > ROUNDED_SUM:
+            return None
+        worst = float(level.abs().nan_to_num(0.0).max())
+        words = f"row_sum is off by up to {worst:.1e}: it has fewer bits than it should"
+        return Hypothesis("row_sum in fewer bits", words, ("row_sum",), by_rounding=True)
+    words = f"weights are off by up to {most:.1e}: probabilities or products have fewer bits than they should"
+    return Hypothesis("probabilities in fewer bits", words, ("probs", "scores"), by_rounding=True)
+
+
+@ambient.judging
+def rounded_sums(candidate: Candidate, problem: Problem) -> Hypothesis | None:
+    """Rows whose weights are right beside each other, and add up to a little more or less than 1."""
+    _, got, row = reading.read_columns(candidate, problem)
+    rows = mask_of(problem, got.device).sum(dim=-1) > 0
+    sums = (got[:, rows] / row).mean(dim=-1) - 1  # of D columns, so that the rounding of each counts for little
+    slack = max(torch.finfo(reading.dtype_of(problem)).eps / 3, 1e-4)
+    if not bool(sums.isfinite().all()) or float(sums.abs().max()) > ROUNDED_SUM or float(sums.std()) < slack:
+        return None
+    words = f"row_sum is off by up to {float(sums.abs().max()):.1e}: it has fewer bits than it should"
+    return Hypothesis("row_sum in fewer bits", words, ("row_sum",), by_rounding=True)
+
+
+@ambient.judging
+def far_off(candidate: Candidate, failing: Sequence[Screened], state: Behaviour) -> bool:
+    """Whether ordinary inputs give results that are further off than any rounding leaves them."""
+    for one in failing:
+        if one.answer is None or not one.out_wrong or one.inputs.pattern != "normal":
+            continue
+        case = one.inputs.case(candidate, again=True)
+        predicted = simulate(case.q, case.k, case.v, one.inputs.problem, state)[0]
+        off = (one.answer.out.double() - predicted).abs().nan_to_num(nan=math.inf)
+        if float(off.max()) > FAR_OFF * float(case.v.abs().max()):
+            return True
+    return False
+
+
+@ambient.judging
+def rounded_output(candidate: Candidate, failing: Sequence[Screened]) -> Hypothesis | None:
+    """Outputs that are all numbers of a narrower dtype than their own, and no further off than its rounding."""
+    one = next((s for s in failing if s.out_wrong and s.answer is not None and s.inputs.pattern == "normal"), None)
+    if one is None:
+        return None
+    case, out = one.inputs.case(candidate, again=True), one.answer.out
+    for narrow, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
+        if torch.finfo(narrow).eps <= torch.finfo(out.dtype).eps or not bool(out.isfinite().all()):
+            continue
+        near = (out.double() - case.out).abs() <= 2.0 ** (2 - bits) * float(case.v.abs().max())
+        if bool((out == out.to(narrow).to(out.dtype)).all()) and float(near.double().mean()) > EXPLAINED:
+            word = str(narrow).removeprefix("torch.")
+            words = f"the output has no more bits than {word}: it is rounded to that, or all of it is computed in that"
+            return Hypothesis("output in fewer bits", words, ("out",), by_rounding=True)
+    return None
+
+
+@ambient.judging
+def rounded_values(candidate: Candidate, problem: Problem) -> Hypothesis | None:
+    """V of which every key has the same row comes out as that row; in fewer bits, if V was rounded."""
+    device = candidate.device
+    q, k, v = Inputs(problem).make(device)
+    row = v[0, 0, 0].clone()
+    out = candidate(torch.zeros_like(q), k, row.expand(v.shape).contiguous(), problem).out
+    rows = mask_of(problem, device).sum(dim=-1) > 0
+    out, row = out[:, :, rows].double(), row.double()
+    slack = 4 * torch.finfo(v.dtype).eps
+    if not bool(out.isfinite().all()) or bool(((out / row - 1).abs() <= slack).all()):
+        return None
+    for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
+        narrow = getattr(torch, name, None)
+        if narrow is None or torch.finfo(narrow).eps <= torch.finfo(v.dtype).eps:
+            continue
+        rounded = row.float().to(narrow).double()
+        if bool(((out - rounded).abs() <= slack * row.abs() + 1e-7).all()):
+            return Hypothesis("V in fewer bits", f"V is rounded to {name} before it is summed", ("accum",),
+                              by_rounding=True)  # fmt: skip
+    return None

@@ -10,7 +10,6 @@ import pytest
 
 from flashcore.errors import CompileError, UnknownName
 from flashcore.gpu import build
-from flashcore.page.history import runs as history
 from flashcore.paths import data_dir
 from flashcore.records import Trial
 
@@ -430,7 +429,7 @@ def test_a_cubin_has_the_hash_of_what_was_compiled_into_it(tiny):
 
 def test_the_newest_run_recorded_the_hopper_kernel_as_it_is_without_options():
     """Masks were added to it since, and edited: what was measured of it without them still holds."""
-    newest = history.newest(data_dir("reports") / "recorded", 1)[0]
+    newest = recorded_runs(data_dir("reports") / "recorded")[0][-1]
     hashes = {
         trial.source_hash for trial in newest.trials if trial.backend == "hopper" and trial.kind == "attention_timing"
     }

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from flashcore.decision.evidence import recorded_runs
 from flashcore.errors import CompileError, UnknownName
 from flashcore.gpu import build
 from flashcore.paths import data_dir

@@ -103,6 +103,8 @@ def peel(
 def look_closer(candidate: Candidate, problem: Problem, told: Callable[[str, int, int], None] | None = None) -> Peeled:
     """Probe a function whose outputs are all within their bounds: for what bounds of ordinary inputs let pass."""
     peeling = _Peeling(candidate, problem, [], RIGHT, told)
+    # What was never written may hold the right values of a call before.
+    peeling.probe("memory full of NaN", "elements that are never written", peeling.unwritten)
     peeling.probe("other calls before", "what is kept between calls", peeling.earlier)
     peeling.probe("equal keys", "mask and list of keys", peeling.counts)
     peeling.probe("keys that do not exist", "padding", peeling.phantoms)

@@ -86,8 +86,15 @@ def test_an_lse_that_is_never_written_is_told_from_a_wrong_one_and_two_bugs_are_
         room[:, :, :-3] = lse[:, :, :-3]
         return out, room
 
-    found = diagnose(last_rows_not_written, "B=2,H=2,S=40,D=32", device="cpu", lse="natural")
-    assert "elements of lse come from memory that was never written: rows 37 to 39" in str(found)
+    def lucky(q, k, v, return_lse=True):
+        """Memory holds what the call before left there, which is right, until somebody fills it."""
+        out, lse = zoo.with_lse(q, k, v, return_lse=True)
+        room = torch.empty_like(lse)
+        return (out, last_rows_not_written(q, k, v)[1]) if room.isnan().all() else (out, lse)
+
+    for function in (last_rows_not_written, lucky):
+        found = diagnose(function, "B=2,H=2,S=40,D=32", device="cpu", lse="natural")
+        assert "elements of lse come from memory that was never written: rows 37 to 39" in str(found)
 
     def in_base_2_and_unscaled(q, k, v, return_lse=True):
         return zoo.with_lse(q * math.sqrt(q.shape[-1]), k, v, return_lse=True, base=2.0)

@@ -82,9 +82,9 @@ report: $(RUN_STAMP) ## Measure, judge, render: ends with the verdict and where 
 	@$(FLASHCORE) report $(if $(PROFILE),--profile $(PROFILE)) $(if $(BACKEND),--backend '$(BACKEND)') \
 		$(if $(PROBLEM),--problem '$(PROBLEM)') $(if $(OUT),--out '$(OUT)')
 
-# Four workers, of which one takes over what another has not begun: on two cores, since many tests wait for a process to start
+# Three workers, of which one takes over what another has not begun: on two cores, since many tests wait for a process to start
 # or to end. More by PYTEST_ARGS='-n 8'.
-WORKERS = $$($(PYTHON) -c 'from importlib.util import find_spec as f; print("-n 4 --dist worksteal" if f("xdist") else "")')
+WORKERS = $$($(PYTHON) -c 'from importlib.util import find_spec as f; print("-n 3 --dist worksteal" if f("xdist") else "")')
 
 .PHONY: test
 test: $(DEV_STAMP) ## Run the tests; those that need a GPU are skipped where there is none
@@ -92,7 +92,7 @@ test: $(DEV_STAMP) ## Run the tests; those that need a GPU are skipped where the
 
 .PHONY: test-fast
 test-fast: $(DEV_STAMP) ## Run the tests that start no compiler, browser or notebook: what to run while typing
-	@$(PYTHON) -m pytest $(subst -n 4,-n 2,$(WORKERS)) -m 'not (compiler or browser or notebook or slow or gpu)' $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest $(subst -n 3,-n 2,$(WORKERS)) -m 'not (compiler or browser or notebook or slow or gpu)' $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) ## Run the tests and the complete form of those that are sampled

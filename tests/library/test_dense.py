@@ -138,6 +138,7 @@ def test_export_keeps_the_op_and_free_lengths():
     torch.testing.assert_close(exported.module()(*given), block(*given))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_exported_program_runs_in_a_process_that_imports_what_the_readme_says(tmp_path):
     class Block(torch.nn.Module):

@@ -212,6 +212,7 @@ def test_sweeping_leaves_what_is_not_ours(tmp_path):
 # -------------------------------------------------------------------------------------------------------- homes
 
 
+@pytest.mark.exhaustive
 @pytest.mark.notebook
 def test_a_user_without_a_home_gets_one(tmp_path):
     """As in a container that runs under a user id which nobody told it of."""

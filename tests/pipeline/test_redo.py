@@ -58,6 +58,7 @@ def test_a_part_is_measured_again_and_nothing_is_lost(made, toys):
     assert values(superseding.superseded_path(made).read_text().splitlines()) == [4, 44]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.notebook
 def test_a_part_that_fails_again_leaves_the_run_inconclusive(made, toys):
     finishing_notebook(toys, "04_tflops_sweep", measure(44), "1 / 0")

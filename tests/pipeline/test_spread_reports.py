@@ -96,6 +96,7 @@ def test_every_list_of_a_full_report_on_a_gpu_can_travel_to_another_process(ever
     assert planted == {fault.id for fault in FAULTS if fault.why_not("hopper") is None and not fault.held_by}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.notebook
 @pytest.mark.skipif(device.has_gpu(), reason="CPU workers stand for cards where there are none")

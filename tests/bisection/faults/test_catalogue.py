@@ -86,9 +86,9 @@ def patched() -> dict[tuple, list[tuple[str, str]]]:
 
 
 def group_of(variant: tuple) -> tuple[str, bool]:
-    """The kernel of a variant, and whether it is compiled with masks."""
+    """The kernel of a variant, both that decode for one, and whether it is compiled with masks."""
     kernel, defines, _ = variant
-    return kernel, build.MASKS in dict(defines)
+    return kernel.removesuffix("_paired"), build.MASKS in dict(defines)
 
 
 def sampled(variants: dict[tuple, list]) -> list:

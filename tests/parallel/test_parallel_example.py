@@ -19,6 +19,7 @@ LIMIT = 600
 """Seconds after which it is killed; for a busy machine, and nothing is judged by it."""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_gives_on_two_processes_what_one_gives_and_times_both(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FILE)]

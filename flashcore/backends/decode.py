@@ -12,7 +12,7 @@ from flashcore.backends._masks import OVER_PAGES, TANH_ERROR, mask_defines
 from flashcore.backends._paged import PagedBackend
 from flashcore.backends._registry import register
 from flashcore.gpu.launching import LoadedKernel, multiprocessors
-from flashcore.gpu.rooms import room_for
+from flashcore.gpu.rooms import FLOAT_BYTES, Room, room_for
 from flashcore.numerics.masking import MaskTensors
 from flashcore.paging import PagedKV, PageSelection
 from flashcore.problem import Problem
@@ -23,7 +23,6 @@ MOST_TOKENS = 8
 """Query tokens of a sequence; for more there is `hopper-paged`."""
 MOST_ROOM = 1 << 28
 """Bytes that parts of a launch in the batch-invariant mode take, where sequences can be shared out over several."""
-FLOAT_BYTES = 4
 
 
 @register
@@ -39,6 +38,9 @@ class Decode(PagedBackend):
     batch_invariant = True
     most_heads = 6144
     """K/V heads of all sequences in one launch, each with its tiles of query rows: the kernel lays them out on chip."""
+    blocks_a_multiprocessor = 1
+    besides_o = 2
+    """Floats that a part has of a row besides O: its reference and its sum."""
 
     def defines(self, problem: Problem, device: int) -> tuple[tuple[str, int], ...]:
         return (*mask_defines(problem), *invariant_defines(problem))
@@ -79,7 +81,7 @@ class Decode(PagedBackend):
         """Bytes of the parts that one sequence may have, whatever its length, in the batch-invariant mode."""
         heads_a_tile, tiles = self.tiling(problem)
         rows = problem.num_heads_kv * tiles * heads_a_tile * problem.seqlen_q
-        return rows * most_chunks(table_keys(cache)) * row_bytes(problem)
+        return rows * most_chunks(table_keys(cache)) * self.row_bytes(problem)
 
     def tiling(self, problem: Problem) -> tuple[int, int]:
         """Query heads of a tile of 64 rows, and tiles that the heads of a group take."""
@@ -113,7 +115,8 @@ class Decode(PagedBackend):
     def paged_arguments(self, q, cache: PagedKV, problem: Problem, selection, out, lse, loaded, stream, traced):
         heads_a_tile, tiles = self.tiling(problem)
         heads = problem.batch * problem.num_heads_kv * tiles
-        rows, blocks = heads_a_tile * problem.seqlen_q, multiprocessors(q.device.index or 0)
+        rows = heads_a_tile * problem.seqlen_q
+        blocks = self.blocks_a_multiprocessor * multiprocessors(q.device.index or 0)
         if problem.batch_invariant:
             parts = heads * most_chunks(table_keys(cache))
         else:
@@ -122,22 +125,25 @@ class Decode(PagedBackend):
             parts = heads + blocks  # a part is numbered by its head and its block, one added to the other
         rows_of_parts = parts * rows
         room = room_for(
-            rows_of_parts * row_bytes(problem), q.device, stream, counters=heads, own=self.source is not None
+            rows_of_parts * self.row_bytes(problem), q.device, stream, counters=heads, own=self.source is not None
         )
-        softmax = room.address + rows_of_parts * problem.head_dim * FLOAT_BYTES
         arguments = [
             self.params(q, cache.k_pool, cache.v_pool, out, lse, problem),
             self.pool_map("k", cache.k_pool, loaded.tile_n, problem.dtype, promote=False),
             self.pool_map("v", cache.v_pool, loaded.tile_n, problem.dtype, promote=False),
             self.paged_params(cache, selection),
-            DECODE.pack(room.address, softmax, room.counters, heads_a_tile, tiles),
+            self.decode_params(room, rows_of_parts, problem, heads_a_tile, tiles),
         ]
         return arguments, blocks, room
 
+    def row_bytes(self, problem: Problem) -> int:
+        """What a part has of a row, all in float32."""
+        return (problem.head_dim + self.besides_o) * FLOAT_BYTES
 
-def row_bytes(problem: Problem) -> int:
-    """What a part has of a row: O, its reference and its sum, all in float32."""
-    return (problem.head_dim + 2) * FLOAT_BYTES
+    def decode_params(self, room: Room, rows_of_parts: int, problem: Problem, heads_a_tile: int, tiles: int) -> bytes:
+        """`DecodeParams`, packed."""
+        softmax = room.address + rows_of_parts * problem.head_dim * FLOAT_BYTES
+        return DECODE.pack(room.address, softmax, room.counters, heads_a_tile, tiles)
 
 
 def rows_apart(cache: PagedKV) -> PagedKV:

@@ -20,7 +20,7 @@ from flashcore.gpu.launching import (
     load_kernel,
     multiprocessors,
 )
-from flashcore.gpu.rooms import Room, room_for
+from flashcore.gpu.rooms import FLOAT_BYTES, Room, room_for
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
 
@@ -40,7 +40,6 @@ CLEARING_BLOCKS = 64
 """Blocks of `PLAN` that clear padding, which may be most of a tensor."""
 PLANNED_AT_ONCE = 256
 """Tiles that a block of `PLAN` lists."""
-FLOAT_BYTES = 4
 
 
 @register

@@ -18,7 +18,7 @@ import torch
 
 from flashcore.gpu.launching import capture_id
 
-INT_BYTES = 4
+INT_BYTES = FLOAT_BYTES = 4
 LEAST_BYTES = 1 << 20
 """Of a stream's room: smaller ones would only be outgrown."""
 LEAST_COUNTERS = 1 << 13

@@ -10,6 +10,7 @@ from support.paged_tables import queries
 
 import flashcore
 from flashcore import backends, paged_ops
+from flashcore.backends import decode
 from flashcore.backends import decode_paired as module
 from flashcore.gpu import rooms
 from flashcore.paging import PagedKV, TopK, paged_reference, paginate
@@ -60,8 +61,8 @@ def test_its_kernel_is_told_of_parts_for_two_blocks_a_multiprocessor(paired, mon
         asked.append((size, counters, own))
         return rooms.Room(4096, 8192)
 
-    monkeypatch.setattr(module, "room_for", room)
-    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(decode, "room_for", room)
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 132)
     for name in ("params", "pool_map", "paged_params"):
         monkeypatch.setattr(type(paired), name, lambda *arguments, **options: b"")
     problem = SHAPES[4]  # 256 sequences of 8 K/V heads with 8 query heads each

@@ -21,7 +21,7 @@ from support.recorded_driver import RecordedDriver, function_at, loaded
 import flashcore
 from flashcore import backends
 from flashcore.backends import _cuda, _paged, decode, hopper
-from flashcore.backends.decode import DECODE, row_bytes, table_keys
+from flashcore.backends.decode import DECODE, table_keys
 from flashcore.gpu import launching, rooms
 from flashcore.gpu.launching import PreparedLaunch
 from flashcore.ops import problem_of
@@ -101,7 +101,7 @@ class Call:
             parts = len(lengths) * 2 + MULTIPROCESSORS
             if invariant:
                 parts = len(lengths) * 2 * -(-table_keys(self.cache) // 2048)
-            self.size = parts * 2 * tokens * row_bytes(self.problem)
+            self.size = parts * 2 * tokens * backends.get("decode").row_bytes(self.problem)
         self.out, self.lse = torch.empty_like(self.q), torch.empty(self.q.shape[:3])
 
     def __call__(self) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flashcore import backends
 from flashcore.errors import UnknownName
+from flashcore.paged_ops import AUTO_ORDER
 from flashcore.problem import PRESETS, Problem, square
 
 PROFILES = ("quick", "full")
@@ -132,7 +133,7 @@ SHAPES = (
 
 def decoder() -> str:
     """What ``paged_attention`` takes of its own accord for a decode step on the GPU at hand."""
-    return next(name for name in ("decode-paired", "decode") if backends.get(name).pays(SHAPES[0]))
+    return next(name for name in AUTO_ORDER["cuda"] if backends.get(name).pays(SHAPES[0]))
 
 
 def plan_for(profile: str, gpu: bool, *, report_layers: int = 1, decode_backend: str = "decode") -> Plan:

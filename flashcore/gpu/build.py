@@ -370,6 +370,11 @@ def source_hash(kernel: str, *, options: bool = False) -> str:
     return snapshot.hash_with_options if options else snapshot.hash
 
 
+def variant_hash(kernel: str, macros: Collection[str]) -> str:
+    """`source_hash` of what is compiled with these macros: of all of it where one of `OPTIONS` is among them."""
+    return source_hash(kernel, options=any(option in macros for option in OPTIONS))
+
+
 def source_hashes() -> dict[str, str]:
     """`source_hash` of every kernel; of one that has options also the hash with them, as ``<kernel> with options``."""
     hashes = {kernel: source_hash(kernel) for kernel in kernel_names()}
@@ -506,7 +511,7 @@ def compile_kernel(
         macros["FLASHCORE_TRACE"] = 1
     text = kernel_source(kernel) if source is None else source
 
-    return _built(kernel, path, text, macros, source_hash(kernel, options=any(macro in macros for macro in OPTIONS)))
+    return _built(kernel, path, text, macros, variant_hash(kernel, macros))
 
 
 def compile_text(name: str, text: str) -> Cubin:

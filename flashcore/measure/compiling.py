@@ -14,7 +14,7 @@ import torch
 from flashcore.backends import Backend, CudaBackend
 from flashcore.errors import FlashCoreError
 from flashcore.gpu import device
-from flashcore.gpu.build import ARCH, OPTIONS, compile_kernel, source_hash
+from flashcore.gpu.build import ARCH, compile_kernel, variant_hash
 from flashcore.measure.cluster import Task
 from flashcore.problem import Problem
 from flashcore.records import Trial
@@ -55,7 +55,7 @@ def _owed(kernel: str, head_dim: int, dtype: str, defines: tuple) -> dict[str, A
             "defines": dict(defines)}  # fmt: skip
     return {
         "kind": "build",
-        "source_hash": source_hash(kernel, options=any(name in OPTIONS for name, _ in defines)),
+        "source_hash": variant_hash(kernel, dict(defines)),
         "data": data,
     }
 

@@ -278,7 +278,7 @@ def _page_loop(seen, counts, v, loop: Loop, scale: float) -> tuple[torch.Tensor,
     columns = [slice(j, min(j + size, keys)) for j in range(0, keys, size)]
     if loop.backwards:
         columns.reverse()
-    if loop.kind in _PARTS:
+    if loop.kind in PART_FAULTS:
         return _parts(seen, counts, v, columns, loop.kind)
     row_max = seen.new_full(seen.shape[:-1], -math.inf)
     row_sum, accum = seen.new_zeros(seen.shape[:-1]), seen.new_zeros(*seen.shape[:-1], v.shape[-1])
@@ -351,8 +351,11 @@ def _by_warps(right: torch.Tensor, moved: torch.Tensor, rows: int) -> torch.Tens
     return torch.where((whole > 0) | (moved == -math.inf), right, 1.0)
 
 
-_PARTS = ("pages averaged", "parts not weighed", "parts weighed in base 2", "parts weighed by log2",
-          "parts weighed by their maximum")  # fmt: skip
+PART_FAULTS: tuple[LoopFault, ...] = (
+    "pages averaged", "parts not weighed", "parts weighed in base 2", "parts weighed by log2",
+    "parts weighed by their maximum",
+)  # fmt: skip
+"""Faults where parts of a row's keys are added up; they may be as long as a split of the keys leaves them."""
 
 
 def _parts(seen, counts, v, columns: list[slice], kind: LoopFault) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import get_args
 
-from flashcore.bisection.diagnosis.behaviour import Loop, LoopFault
+from flashcore.bisection.diagnosis.behaviour import PART_FAULTS, Loop, LoopFault
 from flashcore.problem import Problem
 
 LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
-PART_FAULTS: tuple[LoopFault, ...] = (
-    "pages averaged", "parts not weighed", "parts weighed in base 2", "parts weighed by log2",
-    "parts weighed by their maximum",
-)  # fmt: skip
-"""Faults where parts of a row's keys are added up; they may be as long as a split of the keys leaves them."""
 PAGE_FAULTS: tuple[LoopFault, ...] = (
     "accum not rescaled", "row_sum not rescaled", "neither rescaled", "neighbour's factor", "inverse factor",
     "accum overwritten", "row_sum overwritten", "factor of base 2",

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import tempfile
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -400,6 +401,20 @@ def read_trials(path: str | os.PathLike[str], *, on_damage: Literal["warn", "rai
     return list(found.trials)
 
 
+def readable_trials(path: str | os.PathLike[str]) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
+    """The trials of a records file that can be read, and a sentence on what cannot, if anything.
+
+    Raises
+    ------
+    RecordsError, RecordsTooNew
+        As `read_trials`.
+    """
+    try:
+        return tuple(read_trials(path, on_damage="raise")), ()
+    except RecordsDamaged as error:
+        return tuple(error.trials), (str(error),)
+
+
 @dataclass
 class _Found:
     """What a records file holds."""
@@ -416,10 +431,12 @@ MANY = 10_000
 """Trials of one file beyond which the garbage collector is told of them."""
 SETTLED_NS = 100_000_000
 """A file that was changed less than this before it was read might change again without a new time: it is not kept."""
+_one_at_a_time = threading.Lock()
+"""Held while a file is read: whoever wants the same one meanwhile finds it kept."""
 
 
 def _read_once(path: Path) -> _Found:
-    with open(path, "rb") as file:
+    with _one_at_a_time, open(path, "rb") as file:
         state = os.fstat(file.fileno())
         key = (str(path), state.st_ino, state.st_dev, state.st_size, state.st_mtime_ns)
         if key in _kept:
@@ -433,15 +450,15 @@ def _read_once(path: Path) -> _Found:
         finally:
             if collects:
                 gc.enable()
-    if len(found.trials) > MANY:
-        gc.freeze()  # they hold no circles, and each later search for some would walk through all of them
-    for old in [old for old in _kept if old[0] == key[0]]:
-        del _kept[old]
-    if settled:
-        _kept[key] = found
-        while len(_kept) > MOST_KEPT:
-            _kept.popitem(last=False)
-    return found
+        if len(found.trials) > MANY:
+            gc.freeze()  # they hold no circles, and each later search for some would walk through all of them
+        for old in [old for old in _kept if old[0] == key[0]]:
+            del _kept[old]
+        if settled:
+            _kept[key] = found
+            while len(_kept) > MOST_KEPT:
+                _kept.popitem(last=False)
+        return found
 
 
 def _read(file: Iterable[bytes], name: str) -> _Found:

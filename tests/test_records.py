@@ -6,13 +6,25 @@ import json
 import math
 import multiprocessing
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flashcore.errors import RecordsDamaged, RecordsError, RecordsTooNew
 from flashcore.paths import data_dir
 from flashcore.problem import PRESETS, Problem, square
-from flashcore.records import SCHEMA_VERSION, Correctness, Ledger, RunFolder, Timing, Trial, append_trials, read_trials
+from flashcore.records import (
+    SCHEMA_VERSION,
+    Correctness,
+    Ledger,
+    RunFolder,
+    Timing,
+    Trial,
+    append_trials,
+    read_trials,
+    readable_trials,
+)
 
 needs_modes = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so a mode keeps nobody out")
 
@@ -197,3 +209,41 @@ def test_a_record_names_its_card_and_node_only_where_several_share_a_run(run):
     first, second = run.records_path.read_text().splitlines()
     assert "card" not in first and "node" not in first and '"card":"GPU-1a2b","node":"box"' in second
     assert [(t.card, t.node) for t in run.trials()] == [(None, None), ("GPU-1a2b", "box")]
+
+
+@pytest.fixture
+def threads_take_turns():
+    """Switch threads as often as Python can, so that two meet in the middle of anything."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_several_threads_may_read_at_once(tmp_path, threads_take_turns):
+    """More files than are kept, so that each reading also forgets one; all settled, so that each is kept."""
+    paths = []
+    for number in range(8):
+        run = RunFolder.create(tmp_path / str(number))
+        run.append(timing(f"backend-{number}"))
+        os.utime(run.records_path, ns=(1, 1))
+        paths.append(run.records_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read_trials, paths * 100))
+    assert [[t.backend for t in trials] for trials in found] == [[f"backend-{n}"] for n in range(8)] * 100
+
+
+def test_each_of_several_threads_is_told_of_its_own_damage(tmp_path, threads_take_turns):
+    """Warnings are of the whole process: a page drawn beside another could have lost its own."""
+    paths = []
+    for number in range(4):
+        run = RunFolder.create(tmp_path / str(number))
+        run.append(timing())
+        with open(run.records_path, "a") as file:
+            file.write("{" * (number % 2))
+        paths.append(run.records_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(readable_trials, paths * 100))
+    for path, (trials, damage) in zip(paths * 100, found, strict=True):
+        assert [trial.backend for trial in trials] == ["wmma"]
+        assert [str(path) in said for said in damage] == [True] * (int(path.parent.name) % 2)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import threading
 from pathlib import Path
 
 from flashcore.backends._contract import COMPUTES, REGISTERED, Backend
@@ -19,6 +20,8 @@ from flashcore.paths import plugin_folders
 
 _REGISTRY = REGISTERED
 _discovered: set[str] = set()
+_discovering = threading.RLock()
+"""Held while modules and plug-ins are imported, so that no other thread misses one. A plug-in may ask for a backend."""
 
 
 def register(cls: type[Backend]) -> type[Backend]:
@@ -55,9 +58,10 @@ def _discover() -> None:
 
 def all_backends() -> list[Backend]:
     """Every backend known here, whether or not it can run: ours from slow to fast, then peers."""
-    _discover()
     order = {"reference": 0, "ours": 1, "peer": 2}
-    return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
+    with _discovering:
+        _discover()
+        return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
 
 
 def get(backend_id: str) -> Backend:

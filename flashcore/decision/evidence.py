@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from flashcore.decision import seal
 from flashcore.decision.gates import Gates
 from flashcore.decision.seal import State
 from flashcore.errors import FlashCoreError
-from flashcore.records import RunFolder, Trial
+from flashcore.records import RunFolder, Trial, readable_trials
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def gather(run: RunFolder, *, gates: Gates | None = None, recorded_dir: str | Pa
     from flashcore.gpu.build import source_hashes
     from flashcore.paths import data_dir
 
-    trials, problems = _read(run)
+    trials, problems = readable_trials(run.records_path)
     environment = run.environment()
     sealed = seal.check(run, gates, sealed_before=_says_sealed(trials))
     problems += tuple(sealed.of((*seal.EVIDENCE, "gates")))
@@ -154,7 +153,7 @@ def recorded_runs(root: Path) -> tuple[list[Recorded], tuple[str, ...]]:
     for folder in sorted(root.glob("*/")) if root.is_dir() else []:
         try:
             other = RunFolder(folder)
-            trials, damage = _read(other)
+            trials, damage = readable_trials(other.records_path)
             damage += tuple(seal.check(other, sealed_before=_says_sealed(trials)).of(seal.EVIDENCE))
             candidate = Recorded(trials, other.environment(), folder.name, damage)
         except FlashCoreError as error:
@@ -178,10 +177,3 @@ def _needed_a_gpu(trials: Sequence[Trial]) -> str:
         if trial.kind == "correctness" and trial.status in ("ok", "failed") and trial.source_hash is not None:
             return f"{trial.backend}, a kernel, was run and checked in it"
     return ""
-
-
-def _read(run: RunFolder) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trials = run.trials()
-    return tuple(trials), tuple(str(w.message) for w in caught if issubclass(w.category, RuntimeWarning))

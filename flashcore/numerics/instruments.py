@@ -91,12 +91,16 @@ def remember() -> None:
 
 def changed() -> list[str]:
     """The names, in words, that do not stand for what they stood for."""
-    return [words for (_, name), (owner, words, value) in _kept.items() if vars(owner).get(name, _NOTHING) is not value]
+    return [
+        words
+        for (_, name), (owner, words, value) in list(_kept.items())
+        if vars(owner).get(name, _NOTHING) is not value
+    ]
 
 
 def put_back() -> None:
     """Let every name stand for what it stood for again."""
-    for (_, name), (owner, _, value) in _kept.items():
+    for (_, name), (owner, _, value) in list(_kept.items()):
         if vars(owner).get(name, _NOTHING) is value:
             continue
         if value is _NOTHING:

@@ -1,5 +1,7 @@
 """The registry: which backends there are, and how they are found, chosen and added."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from flashcore import backends
@@ -52,3 +54,24 @@ def test_a_plugin_folder_adds_a_backend(tmp_path, monkeypatch):
         assert backends.get("toy-mean").title == "the mean of V"
     finally:
         _registry._REGISTRY.pop("toy-mean", None)
+
+
+def test_a_thread_that_asks_while_another_imports_a_plugin_waits_for_it(tmp_path, monkeypatch):
+    (tmp_path / "slowly.py").write_text(
+        "import time\n"
+        "from flashcore.backends import Backend, get, register\n"
+        "time.sleep(0.3)\n"
+        "assert get('cpu')  # a plug-in may ask for what there is\n"
+        "@register\n"
+        "class Slowly(Backend):\n"
+        "    id, title, role, device = 'toy-slowly', 'imported slowly', 'ours', 'cpu'\n"
+        "    def run(self, q, k, v, problem):\n"
+        "        return q, None\n"
+    )
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(backends.get, ["toy-slowly"] * 2))
+        assert found[0] is found[1] and found[0].title == "imported slowly"
+    finally:
+        _registry._REGISTRY.pop("toy-slowly", None)

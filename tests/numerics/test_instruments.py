@@ -156,3 +156,20 @@ def test_a_plug_in_finds_everything_remembered_already(tmp_path):
     assert done.stdout.split() == ["flashcore.numerics.tolerance.compare", "time.perf_counter", "torch.allclose"], (
         done.stderr
     )
+
+
+def test_a_name_may_be_trusted_while_others_are_looked_at(monkeypatch):
+    """Another thread that imports a backend trusts names of it: what is being looked through grows meanwhile."""
+
+    class Trusts:
+        """Compares as anything does, and is followed by another trusted name whenever it is looked at."""
+
+        def __getattribute__(self, name):
+            if name == "__dict__":
+                instruments.trust(type("Other", (), {}), ("run",))
+            return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(instruments, "_kept", dict(instruments._kept))
+    instruments.trust(Trusts(), ("run",), "Trusts")
+    assert instruments.changed() == []
+    instruments.put_back()

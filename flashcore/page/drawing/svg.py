@@ -7,6 +7,7 @@ import io
 import json
 import re
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import quote, unquote
@@ -39,9 +40,13 @@ FONT_SIZE = 13.0
 """Points in a figure 480 units wide; the page shows it between 0.7 and 1.1 of that."""
 
 
+_pen = threading.RLock()
+"""Held while a plot is drawn: matplotlib's settings are the process's, and two pages may be drawn at once."""
+
+
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of every plot: no box, light grid, text as text."""
+    """The look of every plot: no box, light grid, text as text. One thread at a time is inside."""
     import seaborn
 
     rc = {
@@ -72,7 +77,7 @@ def style() -> Iterator[None]:
         "figure.facecolor": "none",
         "savefig.facecolor": "none",
     }
-    with matplotlib.rc_context(rc):
+    with _pen, matplotlib.rc_context(rc):
         yield
 
 
@@ -131,7 +136,7 @@ def figure_html(figure: Figure, alt: str, *, caption: str | None = None) -> str:
         Shown under the plot; without one the SVG comes without a ``<figure>`` around it.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
+    with _pen, matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     view_box = re.search(r'viewBox="([^"]+)"', text)[1]

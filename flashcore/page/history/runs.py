@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import Any
 from flashcore.decision.verdict import unfinished
 from flashcore.errors import RecordsError
 from flashcore.paths import absolute
-from flashcore.records import RunFolder, Trial, read_trials
+from flashcore.records import RunFolder, Trial, readable_trials
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def read(run: RunFolder | str | os.PathLike[str]) -> Snapshot:
     """
     path = run.path if isinstance(run, RunFolder) else absolute(run)
     if path.is_file() and path.name != "records.jsonl":
-        trials, problems = _trials(path)
+        trials, problems = readable_trials(path)
         return Snapshot(path.stem, trials, {}, problems)
     folder = RunFolder(path.parent if path.is_file() else path)
-    trials, problems = _trials(folder.records_path)
+    trials, problems = readable_trials(folder.records_path)
     return Snapshot(folder.path.resolve().name, trials, folder.environment(), problems)
 
 
@@ -150,13 +149,6 @@ def _run_paths(folder: Path) -> list[Path]:
     except OSError:
         return []
     return [path for path in inside if os.path.isfile(path / "records.jsonl") and not path.is_symlink()]
-
-
-def _trials(path: Path) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trials = read_trials(path)
-    return tuple(trials), tuple(str(w.message) for w in caught if issubclass(w.category, RuntimeWarning))
 
 
 def _utc(text: str) -> str:

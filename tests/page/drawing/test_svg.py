@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import pytest
@@ -114,3 +116,20 @@ def test_every_timing_in_a_plot_says_its_value_and_its_spread():
     assert all(re.search(r": [\d.,]+ µs, [\d.,]+ TFLOPS, the median within .* to .*; n 30$", t) for t in titles)
     dots = re.findall(r"<title>([^<]*)</title>", plots.latency_html(TRIALS))
     assert len(dots) == len(plots.small_trials(TRIALS))
+
+
+def test_two_threads_that_draw_at_once_leave_each_other_s_look_and_everybody_else_s():
+    """Matplotlib's settings are of the process: who came second would put back what the first had set."""
+    before = dict(matplotlib.rcParams)
+
+    def draw(wait):
+        with svg.style():
+            time.sleep(wait)
+            inside = matplotlib.rcParams["axes.grid"], matplotlib.rcParams["axes.edgecolor"]
+            time.sleep(0.05)
+        return inside
+
+    with ThreadPoolExecutor(2) as pool:
+        inside = list(pool.map(draw, (0.05, 0.15)))
+    assert inside == [(True, svg.COLOURS["muted"])] * 2
+    assert dict(matplotlib.rcParams) == before

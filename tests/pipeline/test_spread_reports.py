@@ -106,9 +106,9 @@ def test_when_the_scheduler_goes_the_notebook_fails_and_what_was_measured_stays(
     tools.finishing_notebook(
         folder, "01_spread",
         f"import sys\nsys.path.append({str(Path(tools.__file__).parents[1])!r})\n"
-        "from flashcore.measure.cluster import Task, perform, pool, spreading\n"
+        "from flashcore.measure.cluster import Task, connecting, perform, pool\n"
         "from support.cluster_tasks import count, nap\n"
-        "spreading.CONNECT_S = 1.0",
+        "connecting.CONNECT_S = 1.0",
         'tasks = [Task("first", count, (1,), cost_s=9.0), Task("long", nap, (600.0,))]\n'
         "perform(tasks, run=run, pool=pool())",
     )  # fmt: skip

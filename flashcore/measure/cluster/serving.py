@@ -7,7 +7,6 @@ of them, where the worker has one, and what computes on the host alone to a few 
 
 from __future__ import annotations
 
-import functools
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,9 @@ By = Literal["one", "crew", "host"]
 """Whose processes do a call: the one that also times, the crew of the card, or those of the host."""
 _one_at_a_time = threading.Lock()
 _worker = Worker(warm=carry_out.__module__)
+_several: dict[tuple[By, int], Hands] = {}
 _made = threading.Lock()
+"""Held while `_several` is read or written: Dask asks from several threads."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,16 @@ def answer(content: bytes, limit_s: float, by: By = "one", size: int = 1, alone:
 def rest() -> None:
     """End the crew and the processes of the host, so that none has memory of the card; they start again when asked."""
     with _made:
-        found = list(_all)
+        found = list(_several.values())
     for hands in found:
         hands.close()
-
-
-_all: list[Hands] = []
 
 
 def _hands(by: By, size: int) -> Hands:
     """The processes of the crew or of the host, so many."""
     with _made:
-        return _hired(by, size)
-
-
-@functools.cache
-def _hired(by: By, size: int) -> Hands:
-    # This process has threads for a timing in its environment, which would be too many for each of several.
-    found = Hands(size, warm=carry_out.__module__, instead=ONE_THREAD if by == "crew" else HOST_THREADS)
-    _all.append(found)
-    return found
+        if (by, size) not in _several:
+            # This process has threads for a timing in its environment, which would be too many for each of several.
+            instead = ONE_THREAD if by == "crew" else HOST_THREADS
+            _several[by, size] = Hands(size, warm=carry_out.__module__, instead=instead)
+        return _several[by, size]

@@ -7,34 +7,27 @@ was doing is done by another one. A worker that has a crew does several tasks at
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import queue
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
-from flashcore.errors import ClusterError, ClusterLost, FlashCoreError, ToolMissing
+from flashcore.errors import ClusterError, ClusterLost
 from flashcore.gpu.isolation import START_S
+from flashcore.measure.cluster import connecting
 from flashcore.measure.cluster.places import Place, identify, place_of, refuse_foreign, refuse_mixed
+from flashcore.measure.cluster.seats import CREW, HOST, RESOURCES, Call, Job, Seat, threads_of
 from flashcore.measure.cluster.serving import Answer, By, answer
 from flashcore.measure.cluster.tasks import Task, Work, packed
 from flashcore.records import Trial
 
 TOPIC = "flashcore"
 """The topic of Dask's events that tells who watches what each worker does."""
-RESOURCES = ("GPU", "CPU")
-"""What a worker offers one of: Dask then puts nothing else beside a task of ours."""
-CREW, HOST = "CREW", "HOST"
-"""What a worker may offer some of besides: processes that share its card, and such that compute on the host alone."""
 MOST_TRIES = 2
 """Workers that one task may take with it; then the task itself is at fault, and its record says so."""
-CONNECT_S = 10.0
-"""Seconds that a scheduler may take to answer."""
 EMPTY_S = 120.0
 """Seconds without a worker until those that are left to do are given up; a worker that died comes back by then."""
 GRACE_S = 60.0
@@ -44,86 +37,6 @@ LOOK_S = 0.5
 FIX = "start one a card with 'CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --nthreads 1 --nworkers 1 --resources GPU=1'"
 
 Record = Callable[[Trial], Trial]
-
-
-def threads_of(offered: Mapping[str, float]) -> int:
-    """Threads that a worker with these resources needs: one for each call that it may have to wait for."""
-    return max(1, int(offered.get(CREW, 0)) + int(offered.get(HOST, 0)))
-
-
-@dataclass
-class _Seat:
-    """One worker, and what it does."""
-
-    address: str
-    name: str
-    resource: str
-    crew: int = 0
-    """Processes that share its card; 0 where it has one process for everything."""
-    hosts: int = 0
-    """Processes that compute on the host alone."""
-    place: Place | None = None
-    """None until it has said what it is; asked again after a crash."""
-    barred: str = ""
-    """Why it gets nothing to do."""
-    calls: dict[int, _Call] = field(default_factory=dict)
-    """Those that it is answering, by their tokens."""
-
-    @property
-    def jobs(self) -> list[_Job]:
-        """The tasks that it is doing."""
-        return [call.job for call in self.calls.values() if call.job is not None]
-
-    @property
-    def nodes(self) -> set[str]:
-        """Where its tasks run; empty where it does none."""
-        return {call.place.node for call in self.calls.values() if call.job is not None and call.place is not None}
-
-    @property
-    def timing(self) -> bool:
-        """Whether it times something."""
-        return any(job.task.timing for job in self.jobs)
-
-    def room(self, task: Task, *, spare: bool = False) -> By | None:
-        """Which of its processes can do a task now; None while there is no room for it.
-
-        What is timed waits until all else has ended, and keeps it off. With `spare` the crew helps the host out.
-        """
-        if not self.crew or task.timing:
-            return None if self.calls else "one"
-        beside = [call.by for call in self.calls.values()]
-        kinds: list[By] = ["host"] if task.host and self.hosts else ["crew"]
-        kinds += ["crew"] * (spare and kinds == ["host"])
-        return None if "one" in beside else next((by for by in kinds if beside.count(by) < self.size(by)), None)
-
-    def size(self, by: By) -> int:
-        """How many processes there are of a kind."""
-        return {"one": 1, "crew": self.crew, "host": self.hosts}[by]
-
-
-@dataclass
-class _Job:
-    """One task on its way."""
-
-    task: Task
-    work: int
-    slot: int
-    tried: set[str] = field(default_factory=set)
-    deaths: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Call:
-    """What a worker was asked and has not answered yet."""
-
-    job: _Job | None
-    """None where it has to say what it is."""
-    place: Place | None
-    """Where it was when it was asked."""
-    by: By
-    """Whose processes do it."""
-    since: float
-    future: Any = None
 
 
 class Spread:
@@ -148,10 +61,10 @@ class Spread:
 
     def __init__(self, address: str, *, mixed: bool = False, grace_s: float = GRACE_S, empty_s: float = EMPTY_S):
         self.address, self.mixed = address, mixed
-        self.client = _connected(address)
+        self.client = connecting.connected(address)
         self._mine = place_of(identify(), "this process")
         self._grace_s, self._empty_s = grace_s, empty_s
-        self._seats: dict[str, _Seat] = {}
+        self._seats: dict[str, Seat] = {}
         self._answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._tokens = itertools.count(1)
         self._looked = self._last_seen = 0.0
@@ -169,7 +82,12 @@ class Spread:
 
     def close(self) -> None:
         """Leave the scheduler; the workers stay."""
-        self.client.close(timeout=CONNECT_S)
+        self.client.close(timeout=connecting.CONNECT_S)
+
+    def _asked(self, what: str, **arguments: Any) -> Any:
+        """What the scheduler answers to one of its calls; an error of whatever kind where it does not in time."""
+        call = getattr(self.client.scheduler, what)
+        return self.client.sync(call, **arguments, callback_timeout=connecting.CONNECT_S)
 
     # ---------------------------------------------------------------------------------------------- at the start
 
@@ -245,18 +163,18 @@ class Spread:
         progress: Callable[[str], None] | None,
     ) -> list[list[Trial]]:
         found: list[list[list[Trial]]] = [[[] for _ in work.tasks] for work in works]
-        waiting: list[_Job] = []
+        waiting: list[Job] = []
         for number, work in enumerate(works):
             for slot, task in enumerate(work.tasks):
                 if isinstance(task, Task):
-                    waiting.append(_Job(task, number, slot))
+                    waiting.append(Job(task, number, slot))
                 else:
                     found[number][slot].append(record(task))
         waiting.sort(key=lambda job: -job.task.cost_s)  # stable: what takes longest begins first
         left = len(waiting)
         self._last_seen = time.monotonic()
 
-        def settle(job: _Job, trials: list[Trial]) -> None:
+        def settle(job: Job, trials: list[Trial]) -> None:
             nonlocal left
             left -= 1
             found[job.work][job.slot] += [record(trial) for trial in trials]
@@ -285,13 +203,13 @@ class Spread:
                 elif job.task.owed:
                     settle(job, [_stamped(trial, call.place) for trial in job.task.failed(told.reason)])
                 else:
-                    raise ClusterError(f"'{job.task.name}' failed on {_where(seat, call.place)}: {told.reason}")
+                    raise ClusterError(f"'{job.task.name}' failed on {call.place.label}: {told.reason}")
         for done in preparing.values():
             done.result()
         return [[trial for trials in work for trial in trials] for work in found]
 
     def _assign(
-        self, waiting: list[_Job], preparing: Mapping[int, Future], progress: Callable[[str], None] | None
+        self, waiting: list[Job], preparing: Mapping[int, Future], progress: Callable[[str], None] | None
     ) -> None:
         """Give each worker that can take one the first task that may run there now, and again, until none can."""
         for spare in (False, True):  # a crew does what is the host's once nothing is left for its card
@@ -310,18 +228,18 @@ class Spread:
                     if progress:
                         progress(task.name)
                     self._call(seat, content, task.limit_s, task.name, seat.room(task, spare=spare), job)
-                    self._tell(seat, _doing(seat))
+                    self._tell(seat, seat.doing)
                     given.append(seat)
                 able = [seat for seat in given if seat.crew]
 
-    def _out_of_reach(self, waiting: Sequence[_Job]) -> list[_Job]:
+    def _out_of_reach(self, waiting: Sequence[Job]) -> list[Job]:
         """Tasks that one place alone may do, which is gone."""
         if any(seat.place is None and not seat.barred for seat in self._seats.values()):
             return []  # it may be the one that still has to say what it is
         there = {place.key for place in self.places}
         return [job for job in waiting if job.task.only is not None and job.task.only not in there]
 
-    def _idle(self) -> list[_Seat]:
+    def _idle(self) -> list[Seat]:
         """Workers that may have room for a task."""
         idle = [
             s for s in self._seats.values()
@@ -329,7 +247,7 @@ class Spread:
         ]  # fmt: skip
         return sorted(idle, key=lambda seat: (seat.place.node, seat.name))
 
-    def _may(self, seat: _Seat, job: _Job, *, spare: bool = False) -> bool:
+    def _may(self, seat: Seat, job: Job, *, spare: bool = False) -> bool:
         """Whether a task may begin on a worker now: not where it died, if others work, and no timing beside others."""
         if job.task.only not in (None, seat.place.key) or seat.room(job.task, spare=spare) is None:
             return False
@@ -346,18 +264,18 @@ class Spread:
 
     def _died(
         self,
-        call: _Call | None,
-        seat: _Seat,
+        call: Call | None,
+        seat: Seat,
         how: str,
-        waiting: list[_Job],
+        waiting: list[Job],
         record: Record,
-        settle: Callable[[_Job, list[Trial]], None],
+        settle: Callable[[Job, list[Trial]], None],
         *,
         reason: str = "",
     ) -> None:
         """Record what became of a worker, or of one process of it, and have its task done elsewhere, or give it up."""
         job, place = (call.job, call.place) if call else (None, seat.place)
-        where = _where(seat, place)
+        where = place.label if place else seat.name
         words = (reason[:1].lower() + reason[1:].rstrip(".")) or {
             "gone": "it left the scheduler, as a worker does that was killed",
             "hung": "it did not answer within the task's limit",
@@ -373,7 +291,7 @@ class Spread:
         told = f"{'A process of the' if member else 'The'} worker {where} was lost{doing}: {words}{fate}."
         trial = Trial(kind="worker", status="error", reason=told, data={k: v for k, v in data.items() if v is not None})
         record(_stamped(trial, place))
-        self._tell(seat, _doing(seat) if member and seat.jobs else f"lost: {words}")
+        self._tell(seat, seat.doing if member and seat.jobs else f"lost: {words}")
         if job is None:
             return
         if again:
@@ -389,7 +307,7 @@ class Spread:
 
     # ---------------------------------------------------------------------------------------------- the workers
 
-    def _look(self, *, at_once: bool = False) -> list[tuple[_Call | None, _Seat, str]]:
+    def _look(self, *, at_once: bool = False) -> list[tuple[Call | None, Seat, str]]:
         """See which workers came, went or hang; gives those lost, once for each task that they were doing.
 
         Raises
@@ -402,7 +320,7 @@ class Spread:
             return []
         self._looked = now
         there = self._there()
-        lost: list[tuple[_Call | None, _Seat, str]] = []
+        lost: list[tuple[Call | None, Seat, str]] = []
         for address in [a for a in self._seats if a not in there]:
             lost += self._emptied(self._seats.pop(address), "gone")
         for address, facts in there.items():
@@ -418,7 +336,7 @@ class Spread:
             raise ClusterLost(f"No worker is left at {self.address}; what was measured is kept.")
         return lost
 
-    def _limit(self, seat: _Seat, call: _Call) -> float:
+    def _limit(self, seat: Seat, call: Call) -> float:
         """Seconds after which a call that was not answered says that its worker hangs.
 
         A process of a crew may have to start first, beside many others.
@@ -427,7 +345,7 @@ class Spread:
         return start_s + (call.job.task.limit_s if call.job else 0.0) + self._grace_s
 
     @staticmethod
-    def _emptied(seat: _Seat, how: str) -> list[tuple[_Call | None, _Seat, str]]:
+    def _emptied(seat: Seat, how: str) -> list[tuple[Call | None, Seat, str]]:
         """Take from a lost worker what it was doing; once nothing where it did nothing, and was no known loss."""
         doing = [call for call in seat.calls.values() if call.job is not None]
         seat.calls.clear()
@@ -436,19 +354,18 @@ class Spread:
     def _there(self) -> dict[str, Mapping[str, Any]]:
         """The workers that the scheduler has, by address."""
         try:
-            found = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=CONNECT_S)
-            return found["workers"]
+            return self._asked("identity", n_workers=-1)["workers"]
         except Exception as error:  # whatever the connection dies of
             raise ClusterLost(
                 f"The scheduler at {self.address} answers no more ({type(error).__name__}); what was measured is kept."
             ) from error
 
-    def _seated(self, address: str, facts: Mapping[str, Any]) -> _Seat:
+    def _seated(self, address: str, facts: Mapping[str, Any]) -> Seat:
         """A place in the books for a worker, which is asked what it is."""
         offered = facts.get("resources") or {}
         resource = next((name for name in RESOURCES if offered.get(name, 0) >= 1), "")
         crew, hosts = int(offered.get(CREW, 0)), int(offered.get(HOST, 0))
-        seat = _Seat(address, str(facts.get("name", address)), resource, crew, hosts if crew else 0)
+        seat = Seat(address, str(facts.get("name", address)), resource, crew, hosts if crew else 0)
         if not resource or facts.get("nthreads") != threads_of(offered):
             self._bar(seat, f"The worker {seat.name} has {facts.get('nthreads')} threads and the resources "
                             f"{dict(offered) or 'none'}, so Dask could put other work beside a timing; "
@@ -457,10 +374,10 @@ class Spread:
             self._ask_who(seat)
         return seat
 
-    def _ask_who(self, seat: _Seat, by: By = "one") -> None:
+    def _ask_who(self, seat: Seat, by: By = "one") -> None:
         self._call(seat, packed(identify), START_S, "who are you", by)
 
-    def _met(self, seat: _Seat, told: Answer) -> None:
+    def _met(self, seat: Seat, told: Answer) -> None:
         """Take a worker in by what it says of itself, or refuse it."""
         if not told.ok:
             self._bar(seat, f"The worker {seat.name} cannot say what it is: {told.reason.rstrip('.')}; see that "
@@ -477,17 +394,17 @@ class Spread:
         seat.place = place
         self._tell(seat, "ready")
 
-    def _bar(self, seat: _Seat, sentence: str) -> None:
+    def _bar(self, seat: Seat, sentence: str) -> None:
         seat.barred = sentence
         self._refused.append((seat.name, sentence))
 
     # ---------------------------------------------------------------------------------------------- the wire
 
     def _call(
-        self, seat: _Seat, content: bytes, limit_s: float, name: str, by: By = "one", job: _Job | None = None
+        self, seat: Seat, content: bytes, limit_s: float, name: str, by: By = "one", job: Job | None = None
     ) -> None:
         """Let a worker answer one call, and no other worker."""
-        token, call = next(self._tokens), _Call(job, seat.place, by, time.monotonic())
+        token, call = next(self._tokens), Call(job, seat.place, by, time.monotonic())
         seat.calls[token] = call
         alone = job is not None and job.task.timing and seat.crew > 0
         call.future = self.client.submit(
@@ -497,7 +414,7 @@ class Spread:
         )  # fmt: skip
         call.future.add_done_callback(lambda future: self._answers.put((token, future)))
 
-    def _hear(self, timeout_s: float) -> list[tuple[_Seat, _Call, Answer]]:
+    def _hear(self, timeout_s: float) -> list[tuple[Seat, Call, Answer]]:
         """The answers that came, at least one unless the time is up; what a worker says of itself is taken here."""
         heard = []
         try:
@@ -516,17 +433,17 @@ class Spread:
             if call.job is None:
                 self._met(seat, told)
             else:
-                self._tell(seat, _doing(seat), ended=True)
+                self._tell(seat, seat.doing, ended=True)
                 found.append((seat, call, told))
         return found
 
-    def _tell(self, seat: _Seat, doing: str, *, ended: bool = False) -> None:
+    def _tell(self, seat: Seat, doing: str, *, ended: bool = False) -> None:
         """Let whoever watches know what a worker does now, and whether it ended a task; nothing hangs on it."""
         place = seat.place
         event = {"key": place.key if place else seat.name, "doing": doing, "ended": ended,
                  "label": place.label if place else f"worker {seat.name}"}  # fmt: skip
         try:
-            self.client.sync(self.client.scheduler.log_event, topic=TOPIC, msg=event, callback_timeout=CONNECT_S)
+            self._asked("log_event", topic=TOPIC, msg=event)
         except Exception:  # the connection is lost, which the next look will say
             return
 
@@ -555,77 +472,6 @@ def _read(future: Any) -> Answer:
     return Answer(False, how="exit" if lost else "raised", reason=said, crashed=lost)
 
 
-def _connected(address: str) -> Any:
-    try:
-        import dask
-        from distributed import Client
-    except ImportError as error:
-        raise ToolMissing("Dask", "pip install 'flashcore[cluster]'") from error
-    dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_S:g}s"})
-    fix = "start one with 'dask scheduler', and give the address that it prints"
-    try:
-        kind = _asked_what_it_is(address)
-        if kind == "Scheduler":
-            return Client(address, timeout=CONNECT_S, set_as_default=False, name=f"flashcore-{os.getpid()}")
-    except FlashCoreError:
-        raise
-    except Exception as error:  # an address that is none, nobody there, or somebody who speaks otherwise
-        said = " ".join(str(error).split())[:120].rstrip(".") or "it says nothing that Dask understands"
-        raise ClusterError(f"No scheduler answers at {address or 'no address'} ({said}); {fix}.") from error
-    raise ClusterError(f"What answers at {address} is a {kind} of Dask, and no scheduler; {fix}.")
-
-
-def _asked_what_it_is(address: str) -> str:
-    """What kind of Dask's servers answers at an address.
-
-    Dask's client waits for ever where somebody takes the connection and says nothing, and leaves a traceback where the
-    address is none. So it is asked here first, in a thread of its own, since a notebook's thread has a loop that runs.
-
-    Raises
-    ------
-    Exception
-        Whatever the connection fails with; `TimeoutError` without words where no answer comes.
-    """
-    from distributed.comm import connect
-    from distributed.security import Security
-
-    async def ask() -> str:
-        there = await connect(address, timeout=CONNECT_S, **Security().get_connection_args("client"))
-        try:
-            await there.write({"op": "identity", "reply": True})
-            told = await there.read()
-        finally:
-            there.abort()
-        return str(told["type"])
-
-    told: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-
-    def in_a_loop() -> None:
-        try:
-            told.put(asyncio.run(asyncio.wait_for(ask(), CONNECT_S + 1.0)))
-        except Exception as error:
-            told.put(error)
-
-    threading.Thread(target=in_a_loop, name="flashcore-asks", daemon=True).start()
-    try:
-        found = told.get(timeout=CONNECT_S + 5.0)
-    except queue.Empty:
-        raise TimeoutError from None
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
 def _stamped(trial: Trial, place: Place | None) -> Trial:
     """The trial with where it was measured."""
     return trial if place is None else trial.model_copy(update={"card": place.key, "node": place.node})
-
-
-def _where(seat: _Seat, place: Place | None) -> str:
-    return place.label if place else seat.name
-
-
-def _doing(seat: _Seat) -> str:
-    """What a worker does, in words: its last task, and how many there are beside it; empty for nothing."""
-    names = [job.task.name for job in seat.jobs]
-    return f"{names[-1]}, and {len(names) - 1} beside it" if len(names) > 1 else "".join(names)

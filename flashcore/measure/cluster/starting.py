@@ -14,8 +14,9 @@ from flashcore.gpu.cache import keeping_kernels
 from flashcore.measure.cluster import slurm
 from flashcore.measure.cluster.hands import num_threads
 from flashcore.measure.cluster.pools import SCHEDULER
+from flashcore.measure.cluster.seats import CREW, HOST, threads_of
 from flashcore.measure.cluster.sharing import asked_size, crew_size, host_bytes, host_size
-from flashcore.measure.cluster.spreading import CREW, HOST, Spread, threads_of
+from flashcore.measure.cluster.spreading import Spread
 
 START_S = 180.0
 """Seconds that workers of this box may take to start Python and torch, and to find their card."""

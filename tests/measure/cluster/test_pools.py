@@ -44,7 +44,7 @@ def test_a_process_without_a_scheduler_computes_itself(monkeypatch):
 
 def test_a_process_whose_scheduler_does_not_answer_says_so(monkeypatch):
     pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
-    monkeypatch.setattr("flashcore.measure.cluster.spreading.CONNECT_S", 0.5)
+    monkeypatch.setattr("flashcore.measure.cluster.connecting.CONNECT_S", 0.5)
     monkeypatch.setenv(pools.SCHEDULER, "tcp://127.0.0.1:9")
     pool.cache_clear()
     with pytest.raises(ClusterError, match="No scheduler answers at tcp://127.0.0.1:9"):

@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.cluster_seats import OF_HOST, TIMED, UNTIMED, seat
 from support.cluster_tasks import count, die, hang, nap, nap_until, refuse, stop_worker
 
 from flashcore.errors import ClusterError, ClusterLost
 from flashcore.gpu import device
-from flashcore.measure.cluster import Place, spreading, starting
+from flashcore.measure.cluster import Place, connecting, seats, spreading, starting
 from flashcore.measure.cluster.serving import Answer
 from flashcore.measure.cluster.tasks import Task, Work
 from flashcore.records import Trial
@@ -176,21 +177,6 @@ def test_a_worker_with_a_crew_that_is_killed_is_a_record_for_each_of_its_tasks(c
     crews.await_workers(2, timeout_s=60.0)
 
 
-H200 = Place("box", "GPU-0", "NVIDIA H200", "1.0", "aa", {}, 141 << 30)
-
-
-def seat(number: int, *tasks: Task, node: str = "box", crew: int = 2, hosts: int = 1):
-    place = replace(H200, card=f"GPU-{number}", node=node)
-    found = spreading._Seat(f"tcp://{number}", str(number), "GPU", crew, hosts, place)
-    for token, task in enumerate(tasks):
-        by = "one" if task.timing else "host" if task.host else "crew"
-        found.calls[token] = spreading._Call(spreading._Job(task, 0, 0), place, by, 0.0)
-    return found
-
-
-UNTIMED, TIMED, OF_HOST = Task("check", count), Task("time", count, timing=True), Task("cpu", count, host=True)
-
-
 @pytest.mark.parametrize(
     ("mine", "other", "task", "may"),
     [
@@ -214,20 +200,9 @@ def test_what_may_begin_on_a_card_that_has_a_crew(mine, other, task, may):
     pool = spreading.Spread.__new__(spreading.Spread)
     asked, beside = seat(0, *mine), seat(1, *other)
     pool._seats = {"tcp://0": asked, "tcp://1": beside}
-    assert pool._may(asked, spreading._Job(task, 0, 0)) is may
+    assert pool._may(asked, seats.Job(task, 0, 0)) is may
     pool._seats["tcp://1"] = seat(1, *other, node="elsewhere")
-    assert pool._may(asked, spreading._Job(task, 0, 0)) is (asked.room(task) is not None), (
-        "another node disturbs nothing"
-    )
-
-
-def test_which_process_does_a_task():
-    assert seat(0, crew=0).room(OF_HOST) == "one" and seat(0, UNTIMED, crew=0).room(OF_HOST) is None
-    assert (seat(0).room(TIMED), seat(0).room(UNTIMED), seat(0).room(OF_HOST)) == ("one", "crew", "host")
-    assert seat(0, OF_HOST).room(OF_HOST) is None and seat(0, OF_HOST).room(OF_HOST, spare=True) == "crew"
-    assert seat(0, UNTIMED, UNTIMED, OF_HOST).room(OF_HOST, spare=True) is None
-    assert seat(0, UNTIMED, UNTIMED).room(UNTIMED, spare=True) is None, "the host does nothing of the card's"
-    assert seat(0, hosts=0).room(OF_HOST) == "crew"
+    assert pool._may(asked, seats.Job(task, 0, 0)) is (asked.room(task) is not None), "another node disturbs nothing"
 
 
 def test_a_task_for_one_place_is_done_there_or_not_at_all(workers):
@@ -245,13 +220,13 @@ def test_a_worker_whose_card_is_gone_gets_nothing_more_to_do():
     pool._tell = lambda seat, doing: said.append(doing)
     facts = {"node": "box", "card": "GPU-2", "gpu": "NVIDIA H200", "version": "1.0", "sources": "aa",
              "software": {"torch": "2.13.0"}, "memory_bytes": 141 << 30}  # fmt: skip
-    seat = pool._seats["tcp://a"] = spreading._Seat("tcp://a", "1", "GPU")
+    seat = pool._seats["tcp://a"] = seats.Seat("tcp://a", "1", "GPU")
     pool._met(seat, Answer(True, facts))
     assert seat.place.card == "GPU-2" and not seat.barred and said == ["ready"]
     seat.place = None
     pool._met(seat, Answer(True, facts | {"card": None, "gpu": None, "memory_bytes": None}))
     assert seat.place is None and "has no GPU and this process NVIDIA H200" in seat.barred
-    other = pool._seats["tcp://b"] = spreading._Seat("tcp://b", "2", "GPU")
+    other = pool._seats["tcp://b"] = seats.Seat("tcp://b", "2", "GPU")
     pool._met(other, Answer(False, reason="ModuleNotFoundError: No module named 'flashcore'"))
     assert "cannot say what it is: ModuleNotFoundError" in other.barred and pool.places == ()
 
@@ -261,7 +236,7 @@ def test_where_every_worker_is_refused_the_reason_is_told():
     pool = spreading.Spread.__new__(spreading.Spread)
     pool.address, pool._refused = "tcp://a", [("1", "The worker 1 has other kernels.")]
     pool._look, pool._hear = (lambda at_once: []), (lambda seconds: [])
-    pool._seats = {"tcp://b": spreading._Seat("tcp://b", "1", "GPU", barred="The worker 1 has other kernels.")}
+    pool._seats = {"tcp://b": seats.Seat("tcp://b", "1", "GPU", barred="The worker 1 has other kernels.")}
     with pytest.raises(ClusterError, match="^The worker 1 has other kernels.$"):
         pool.await_workers(timeout_s=0.0, strict=False)
     pool._refused, pool._seats = [], {}
@@ -343,7 +318,7 @@ def test_workers_with_other_sources_or_on_a_card_of_another_kind_are_refused(wor
 
 
 def test_when_the_scheduler_goes_what_was_measured_stays(run, monkeypatch):
-    monkeypatch.setattr(spreading, "CONNECT_S", 1.0)
+    monkeypatch.setattr(connecting, "CONNECT_S", 1.0)
     with starting.spread(workers=1) as pool:
         tasks = [Task("first", count, (1,), cost_s=9.0), Task("long", nap, (PATIENCE_S,))]
         measured = threading.Event()

@@ -73,6 +73,30 @@ class Evidence:
         """Where the GPU figures come from, in words."""
         return label(self.recorded, self.environment, self.current_hashes)
 
+    @property
+    def brief(self) -> str:
+        """The same for a first look: kernels that differ or are newer are counted, and `label` names them."""
+        if self.recorded is None and not self.environment.get("gpu"):
+            return self.label
+        there = self.recorded or Recorded((), self.environment)
+        where = f"{'Measured live' if self.recorded is None else 'Recorded'} on {there.gpu}, {there.date}"
+        changed = _count(there.changed(self.current_hashes))
+        if self.recorded is None:
+            return f"{where}{f'; {changed} of its kernels changed since' if changed else ''}."
+        if not there.kernels:
+            return f"{where}; it does not say which kernels it measured."
+        told = f"{changed} of its kernels changed since" if changed else "its kernels are unchanged"
+        added = _count(there.added(self.current_hashes))
+        newer = f", and {added} newer {'ones were' if added > 1 else 'one was'} not measured" if added else ""
+        return f"{where}; {told}{newer}."
+
+
+def _count(kernels: Sequence[str]) -> int:
+    """How many kernels these are: a kernel and its form with options are one."""
+    from flashcore.gpu.build import WITH_OPTIONS
+
+    return len({name.removesuffix(WITH_OPTIONS) for name in kernels})
+
 
 def label(recorded: Recorded | None, environment: Mapping[str, Any], current_hashes: Mapping[str, str]) -> str:
     """Where GPU figures come from, as one sentence for a reader."""

@@ -137,7 +137,10 @@ class Fleet:
         cards = sum(len(kind.cards) for kind in self.kinds)
         names = ", ".join(f"{len(kind.cards)} × {kind.name}" for kind in self.kinds)
         bits = "" if all(k.agrees for k in self.kinds) else ", and the bits of their results do not agree"
-        first = f"{len(self.off)} of {cards} cards are off ({names}){bits}."
+        if self.off or any(len(kind.cards) >= FEWEST for kind in self.kinds):
+            first = f"{len(self.off)} of {cards} cards are off ({names}){bits}."
+        else:  # where so few cannot be judged, none is said to be well either
+            first = f"{cards} card{'s were' if cards != 1 else ' was'} measured ({names}){bits}."
         return [first, *(one.sentence for one in self.off), *(r for kind in self.kinds for r in kind.remarks)]
 
     def as_dict(self) -> dict[str, Any]:

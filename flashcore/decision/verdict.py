@@ -196,15 +196,15 @@ def _decide(
         first = open_[0]
         n = f"{len(open_)} of {len(required)} required gates {_verb(open_, 'lack')} usable evidence"
         return "INCONCLUSIVE", f"{n}, foremost '{first.title}': {clause(first.reason)}."
-    timed = [r for r in required if r.interval is not None and r.margin_percent is not None]
-    tight = min(timed, key=lambda r: r.margin_percent, default=None)
     passing = f"all {len(required)} required gates pass" if len(required) > 1 else "the only required gate passes"
-    narrowest = f"; the narrowest is '{tight.title}', by {abs(tight.margin_percent):.1f} %" if tight else ""
     if not options:
+        timed = [r for r in required if r.interval is not None and r.margin_percent is not None]
+        tight = min(timed, key=lambda r: r.margin_percent, default=None)
+        narrowest = f"; the narrowest is '{tight.title}', by {abs(tight.margin_percent):.1f} %" if tight else ""
         return "GO", f"{passing.capitalize()}{narrowest}."
     first = options[0]
-    if first.recommended:
-        return "GO", f"Ship option {first.id} ({first.title}): {passing}{narrowest}."
+    if first.recommended:  # `flip` says which figure is nearest to ending that
+        return "GO", f"Ship option {first.id} ({first.title}): {passing}."
     return "INCONCLUSIVE", (
         f"{passing.capitalize()}, but no option is known to hold; option {first.id} ({first.title}): "
         f"{clause(first.reason)}."

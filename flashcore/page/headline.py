@@ -40,7 +40,6 @@ def banner_html(decision: Decision, *, run: str = "") -> str:
         Name of the run as the commands take it; without one they mean the latest.
     """
     css = decision.verdict.lower().replace("-", "")
-    origin = " ".join(filter(None, (decision.evidence, decision.stored, decision.seal)))
     line = Markup('<p class="fc-{}"><strong>{}</strong> {}</p>').format
     risk = line("risk", "Risk:" if decision.recommended else "To change it:", decision.flip) if decision.flip else ""
     return (
@@ -48,14 +47,23 @@ def banner_html(decision: Decision, *, run: str = "") -> str:
         f'<p class="fc-verdict"><span class="fc-small">Verdict</span> {decision.verdict}</p>'
         f'<div><p class="fc-reason">{escape(decision.reason)}</p>'
         f"{risk}{line('todo', 'Next:', next_step(decision, run))}"
-        f'<p class="fc-evidence">{escape(origin)}</p>'
+        f'<p class="fc-evidence">{escape(_origin(decision))}</p>'
         "</div></div>"
     )
 
 
-SEALED = "says whether the evidence is as it was judged"
-UNSEALED = "reads the verdict from the records again"
-"""What the first command of a next step does, for a run with a seal and for one without."""
+def _origin(decision: Decision) -> str:
+    """Where the evidence comes from and whether it is as it was judged; the page's provenance says it at length."""
+    found = decision.based_on
+    if found is None:
+        return " ".join(filter(None, (decision.evidence, decision.stored)))
+    seal = "The seal of this run holds." if found.seal.holds else found.seal.sentence
+    return " ".join(filter(None, (found.brief, decision.stored, seal)))
+
+
+SEALED = "check the evidence"
+UNSEALED = "read the verdict again"
+"""What the first command of a next step is for, with a seal and without one."""
 
 
 def sealed(decision: Decision) -> bool:
@@ -66,8 +74,8 @@ def sealed(decision: Decision) -> bool:
 def next_step(decision: Decision, run: str = "") -> Markup:
     """What to do now, with the command that does it."""
     code = Markup("<code>{}</code>").format
-    command, does = ("verify", SEALED) if sealed(decision) else ("verdict", UNSEALED)
-    verify = Markup("{} {}").format(code(f"flashcore {command} {run}".strip()), does)
+    command, aim = ("verify", SEALED) if sealed(decision) else ("verdict", UNSEALED)
+    verify = Markup("{} by {}").format(aim, code(f"flashcore {command} {run}".strip()))
     if decision.recommended is not None:
         option = decision.recommended
         ship = Markup("ship option {}").format(option.id)
@@ -203,9 +211,9 @@ def _how(timed: Trial | None) -> str:
 
 
 OTHER_CALLS = {
-    "launch_us": "An eager call takes the host",
-    "eager_us": "An eager call on the GPU",
-    "single_us": "A call alone takes",
+    "launch_us": "Without a graph, the host takes {} µs to launch it",
+    "eager_us": "Launched one by one, each call takes the GPU {} µs",
+    "single_us": "One call alone takes {} µs until the host knows that it is over",
 }
 """Other times of the same call that a timing may hold, in words."""
 
@@ -213,7 +221,7 @@ OTHER_CALLS = {
 def _other_calls(timed: Trial | None) -> list[str]:
     """What else was measured of the same call."""
     more = (timed.timing.model_extra or {}) if timed else {}
-    return [f"{words} {number(more[key])} µs" for key, words in OTHER_CALLS.items() if is_figure(more.get(key))]
+    return [words.format(number(more[key])) for key, words in OTHER_CALLS.items() if is_figure(more.get(key))]
 
 
 def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:

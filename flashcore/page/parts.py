@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import escape
-
 from flashcore.decision.compare import number
 from flashcore.page.drawing import html_tables
 
@@ -19,10 +17,7 @@ if TYPE_CHECKING:
 MOST_OF_A_CAUSE = 200
 """Letters of what a foreign error says that fit into a sentence."""
 
-
-def fold(summary: str, content: str) -> str:
-    """Content that shows only its summary until the reader asks for it."""
-    return f'<details class="fc-fold inline"><summary>{escape(summary)}</summary>{content}</details>'
+fold = html_tables.fold
 
 
 def drawn(what: str, draw: Callable[[], str]) -> str:

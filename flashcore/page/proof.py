@@ -106,14 +106,16 @@ def _invariance_html(trials: Sequence[Trial]) -> str:
     if not asked:
         return ""
     said = Markup("<p><strong>The same bits in every batch.</strong> {}. {}.</p>").format(
-        invariance.sentence(asked), invariance.PROMISE
+        invariance.promised(asked), invariance.PROMISE
     )
     said += _cost_html(trials)
     ids = {t.backend for t in asked}
     table = frame_html(invariance.table(asked), "Cases kept, of those asked, by the two ways compared", ids=ids)
     breaks = invariance.breaks_table(asked)
     why = frame_html(breaks, "Breaks, made smaller, and the Python that asks each again") if len(breaks) else ""
-    meaning = f'<p class="fc-note">{escape(invariance.COMPARED)}.</p>'
+    others = invariance.unpromised(asked)
+    told = f"{others[:1].upper()}{others[1:]}. " if others else ""
+    meaning = f'<p class="fc-note">{escape(f"{told}{invariance.COMPARED}")}.</p>'
     return str(said) + fold("Every pair of ways", meaning + table + why)
 
 

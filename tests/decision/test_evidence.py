@@ -125,6 +125,22 @@ def test_forms_of_a_kernel_that_differ_are_told_in_words_and_not_by_the_marks_of
     )
 
 
+def test_in_brief_kernels_are_counted_and_a_form_is_no_kernel_of_its_own():
+    def brief(hashes, then=None, **environment):
+        return Evidence((), synthetic.environment(**environment) if then is None else {}, hashes, then).brief
+
+    assert brief({}) == "Measured live on SYNTHETIC H200, 2001-02-03."
+    assert brief({"a": "2"}, kernels={"a": "1"}).endswith("2001-02-03; 1 of its kernels changed since.")
+    assert brief({}, gpu=None).startswith("No GPU evidence")
+    assert brief({}, recorded(kernels={})).endswith("2001-02-03; it does not say which kernels it measured.")
+    then = recorded(kernels={"a": "1", "b": "2"})
+    assert brief({"a": "1"}, then) == "Recorded on SYNTHETIC H200, 2001-02-03; its kernels are unchanged."
+    newer = {"a": "1", "c": "3", "c with options": "4"}
+    assert brief(newer, then).endswith("; its kernels are unchanged, and 1 newer one was not measured.")
+    changed = {"a": "x", "b": "y", "c": "3", "d with options": "4"}
+    assert brief(changed, then).endswith("; 2 of its kernels changed since, and 2 newer ones were not measured.")
+
+
 def test_the_gpus_trials_and_machine_are_those_of_the_recorded_run_where_there_is_one():
     own, other = tuple(synthetic.cpu_trials()), recorded()
     alone = Evidence(own, synthetic.environment(None), {})

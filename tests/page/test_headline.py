@@ -123,11 +123,15 @@ def test_planted_bugs_stand_where_memory_does_not():
 
 def test_a_latency_says_how_it_was_taken_and_what_else_a_call_takes():
     html = headline_of(FAST)
-    assert "in a CUDA graph, back to back" in html and "An eager call takes the host 21.4 µs" in html
-    assert "A call alone" not in html and "not measured" not in html, "what nobody took is no line on the first screen"
+    assert "in a CUDA graph, back to back" in html and "the host takes 21.4 µs to launch it" in html
+    assert "One call alone" not in html and "not measured" not in html, (
+        "what nobody took is no line on the first screen"
+    )
     alone = with_timing(FAST, timing_at("wmma", PRESETS["latency"]), single_us=9.25, eager_us=7.5)
     html = headline_of(alone)
-    assert "A call alone takes 9.25 µs" in html and "An eager call on the GPU 7.50 µs" in html
+    assert (
+        "One call alone takes 9.25 µs until" in html and "Launched one by one, each call takes the GPU 7.50 µs" in html
+    )
     assert "not measured" not in html
 
 
@@ -196,11 +200,14 @@ def test_a_run_without_a_seal_is_not_sent_to_verify_it():
     evidence = verdict.Evidence(tuple(FAST), synthetic.environment(), synthetic.HASHES)
     unsealed = replace(decision, based_on=evidence)
     assert "verify" not in page.banner_html(unsealed, run="old")
-    assert "<code>flashcore verdict old</code> reads the verdict from the records again; then ship" in page.banner_html(
+    assert "read the verdict again by <code>flashcore verdict old</code>; then ship" in page.banner_html(
         unsealed, run="old"
     )
     kept = page.banner_html(unsealed.with_seal(replace(evidence.seal, digest="0" * 64, date="2001-02-03")), run="new")
-    assert "<code>flashcore verify new</code> says whether the evidence is as it was judged; then ship" in kept
+    assert (
+        "check the evidence by <code>flashcore verify new</code>; then ship" in kept
+        and "The seal of this run holds." in kept
+    )
 
 
 def test_each_figure_says_how_it_changed_since_the_run_before():

@@ -462,6 +462,13 @@ def test_the_first_screen_says_verdict_reason_risk_and_next_step_with_a_command(
     assert tab.locator(".fc-verdict").bounding_box()["width"] < tab.locator(".fc-banner").bounding_box()["width"] / 4
 
 
+@pytest.mark.parametrize("name", ["go", "cpu"])
+def test_all_of_the_banner_is_on_the_first_screen_of_a_phone(seen, name):
+    tab, _ = seen(name, width=390)
+    box = tab.locator(".fc-banner").bounding_box()
+    assert box["y"] + box["height"] < 844
+
+
 def test_what_ships_without_paging_does_not_tell_of_memory(opened):
     tab, _ = opened("no-go")
     assert "Memory saved" not in tab.locator(".fc-cards").inner_text()

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from flashcore.decision import fleet
 from flashcore.decision.compare import is_figure, number
 from flashcore.decision.fleet import FEWEST, FIGURES, SENSORS, Fleet, Kind
-from flashcore.page.drawing.html_tables import nothing, table_html
+from flashcore.page.drawing.html_tables import fold, nothing, table_html
 from flashcore.page.drawing.svg import COLOURS, figure_html, named, style, with_tips
 from flashcore.records import Trial
 
@@ -20,7 +20,7 @@ LEAST_RANGE = 2.0
 """Percent on each side of the median that the axis shows at least, so that noise looks like noise."""
 
 
-WORDS = ("Card", "Node", "State", "Held down by", "Bits")
+WORDS = ("Card", "Node", "State", "Held down by")
 """Columns that hold no figure."""
 
 
@@ -61,6 +61,8 @@ def _kind_html(kind: Kind) -> str:
     rows = _card_rows(kind)
     figures = [column for column in rows[0] if column not in WORDS]
     parts.append(table_html(rows, f"Every card of {kind.name}", numeric=figures))
+    if bits := _bits_rows(kind):
+        parts.append(fold("The bits of every card", table_html(bits, "A hash of the bits of each result")))
     return "".join(parts)
 
 
@@ -108,19 +110,17 @@ def _spread_rows(kind: Kind) -> list[dict[str, Any]]:
     for one in kind.spreads:
         judges = len(kind.cards) >= FEWEST and one.name in FIGURES
         rows.append({
-            "Figure": one.title, "Unit": one.unit, "Least": number(one.least), "Median": number(one.median),
+            "Figure": f"{one.title}, {one.unit}", "Least": number(one.least), "Median": number(one.median),
             "Greatest": number(one.most), "Spread": f"{one.percent:.1f} %",
-            "Off beyond": number(one.limit) if judges else "judges nothing",
+            "Off beyond": number(one.limit) if judges else "–",
         })  # fmt: skip
     for name, (least, median, most) in kind.sensors.items():
         title, unit = SENSORS[name]
         rows.append({
-            "Figure": f"{title} under load", "Unit": unit, "Least": f"{least:,.0f}", "Median": f"{median:,.0f}",
-            "Greatest": f"{most:,.0f}", "Spread": f"{most - least:,.0f} {unit}",
-            "Off beyond": "judges nothing",
+            "Figure": f"{title} under load, {unit}", "Least": f"{least:,.0f}", "Median": f"{median:,.0f}",
+            "Greatest": f"{most:,.0f}", "Spread": f"{most - least:,.0f} {unit}", "Off beyond": "–",
         })  # fmt: skip
-    return rows or [{"Figure": "nothing was measured", "Unit": "", "Least": "", "Median": "", "Greatest": "",
-                     "Spread": "", "Off beyond": ""}]  # fmt: skip
+    return rows or [{"Figure": "nothing was measured"}]
 
 
 def _sensed(value: Any) -> str:
@@ -129,13 +129,14 @@ def _sensed(value: Any) -> str:
 
 def _card_rows(kind: Kind) -> list[dict[str, Any]]:
     off = {one.card for one in kind.off}
+    well = "as the others" if len(kind.cards) >= FEWEST else "not judged"
     rows = []
     for trial in kind.cards:
         name, load = fleet.card_name(trial), trial.data.get("load") or {}
         row: dict[str, Any] = {
             "Card": name,
             "Node": str(trial.node),
-            "State": "OFF" if name in off else "as the others",
+            "State": "OFF" if name in off else well,
         }
         for one in kind.spreads:
             value = fleet.figure(trial, one.name)
@@ -144,6 +145,14 @@ def _card_rows(kind: Kind) -> list[dict[str, Any]]:
             if key in kind.sensors:
                 row[f"{title} ({unit})"] = _sensed(load.get(key))
         row["Held down by"] = ", ".join(map(str, load.get("throttle_reasons") or ())) or "–"
-        row["Bits"] = Markup("<br>").join(f"{b}: {' / '.join(h)}" for b, h in (trial.data.get("bits") or {}).items())
         rows.append(row)
     return rows
+
+
+def _bits_rows(kind: Kind) -> list[dict[str, str]]:
+    """One row a card, one column a backend: a hash of the bits that it gave, or several of what changed."""
+    given = {fleet.card_name(trial): trial.data.get("bits") or {} for trial in kind.cards}
+    backends = list(dict.fromkeys(backend for bits in given.values() for backend in bits))
+    if not backends:
+        return []
+    return [{"Card": name, **{b: " / ".join(bits.get(b, ())) for b in backends}} for name, bits in given.items()]

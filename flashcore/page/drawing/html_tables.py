@@ -73,6 +73,11 @@ def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [c for i, c in enumerate(rows[0]) if i == 0 or any(_cell(row[c]) not in ("", "–") for row in rows)]
 
 
+def fold(summary: str, content: str) -> str:
+    """Content that shows only its summary until the reader asks for it."""
+    return f'<details class="fc-fold inline"><summary>{escape(summary)}</summary>{content}</details>'
+
+
 def nothing(sentence: str) -> str:
     """What stands where a plot or table would, when there are no records for it."""
     return f'<p class="fc-none">{escape(sentence)}</p>'
@@ -291,7 +296,7 @@ def _unchecked(reasons: Mapping[str, Sequence[str]]) -> str:
     count = sum(map(len, reasons.values()))
     rows = [{"Not checked": ", ".join(names), "Why": reason} for reason, names in reasons.items()]
     table = table_html(rows, "What was not checked", stack=True)
-    return f'<details class="fc-fold inline"><summary>{count} that were not checked, and why</summary>{table}</details>'
+    return fold(f"{count} that were not checked, and why", table)
 
 
 def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:

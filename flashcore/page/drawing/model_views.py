@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from flashcore.decision import compare
 from flashcore.decision.compare import number
-from flashcore.page.drawing.html_tables import Unmeasured, table_html
+from flashcore.page.drawing.html_tables import Unmeasured, fold, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style
 from flashcore.records import Trial
 from flashcore.surveys.models import facts
@@ -36,10 +36,7 @@ def model_html(evidence: Evidence) -> str:
     figures = steps_html(shown)
     details = f"{steps_table(shown)}{generated_table(shown)}"
     if details:
-        details = (
-            '<details class="fc-fold inline"><summary>Every step and mode, and the tokens that were compared</summary>'
-            f"{details}</details>"
-        )
+        details = fold("Every step and mode, and the tokens that were compared", details)
     heading = f"<h3>In a model</h3><p>{escape(MEANING)}</p>"
     return heading + smoke + figures + troubles_html(shown or own) + details
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing import serving_views
-from flashcore.page.drawing.html_tables import Unmeasured, gathered, spaced, table_html
+from flashcore.page.drawing.html_tables import Unmeasured, fold, gathered, spaced, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, style, with_tips
 from flashcore.records import Trial
 from flashcore.surveys.paging import facts
@@ -43,9 +43,8 @@ def paging_html(evidence: Evidence) -> str:
         memory_html(trials), decode_html(trials), tokens_html(trials), accuracy_html(trials), troubles_html(trials),
     ]  # fmt: skip
     details = gathered([correctness_html(trials), other_times_html(trials), accuracy_table(trials)])
-    fold = "Prefill, append, correctness of the paged kernels, and every accuracy figure"
-    details = f'<details class="fc-fold inline"><summary>{fold}</summary>{details}</details>'
-    return source_html(evidence) + gathered(parts) + details
+    title = "Prefill, append, correctness of the paged kernels, and every accuracy figure"
+    return source_html(evidence) + gathered(parts) + fold(title, details)
 
 
 def source_html(evidence: Evidence) -> str:
@@ -236,7 +235,7 @@ def decode_table(found: Sequence[Decode]) -> str:
             })  # fmt: skip
     numeric = ["Pages", "µs", "Quartiles", "Floor, µs", "Of the floor's speed", "Over all pages", "Speed beside cuDNN"]
     table = table_html(rows, "Decode, every shape and selection", numeric=numeric)
-    return f'<details class="fc-fold inline"><summary>Every decode time</summary>{table}</details>'
+    return fold("Every decode time", table)
 
 
 # ------------------------------------------------------------------------------------------------ tokens a second

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from flashcore.decision import compare
 from flashcore.decision.compare import is_figure, number
-from flashcore.page.drawing.html_tables import Unmeasured, spaced, table_html
+from flashcore.page.drawing.html_tables import Unmeasured, fold, spaced, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
 from flashcore.records import Trial
 from flashcore.surveys.paging import facts, serving_facts
@@ -59,8 +59,8 @@ def serving_html(trials: Sequence[Trial]) -> str:
         '<figure class="fc-figure"><figcaption><strong>How near a decode step comes to the memory’s speed</strong> '
         f"{escape(_speeds(found))}</figcaption>{figure_html(serving_figure(found), alt)}</figure>"
     )
-    fold = _fold("Every way that a served model’s step was timed", _every(found))
-    return f'<p class="fc-lead">{escape(message)}</p>{figure}{serving_table(found, trials)}{fold}'
+    every = fold("Every way that a served model’s step was timed", _every(found))
+    return f'<p class="fc-lead">{escape(message)}</p>{figure}{serving_table(found, trials)}{every}'
 
 
 def serving_message(found: Sequence[Served]) -> str:
@@ -237,7 +237,7 @@ def shapes_html(trials: Sequence[Trial]) -> str:
     found = serving_facts.shapes(trials)
     if not found:
         return Unmeasured("decode against dense cuDNN at each page size", command=COMMAND)
-    every = _fold("Every time of decode against dense", _every_shape(found, trials))
+    every = fold("Every time of decode against dense", _every_shape(found, trials))
     return f"<p>{escape(shapes_message(found))}</p>{shapes_table(found, trials)}{every}"
 
 
@@ -409,7 +409,3 @@ def _spread(values: Iterable[float]) -> str:
 
 def _percent(value: Any) -> str:
     return f"{100 * value:.0f} %" if is_figure(value) else "–"
-
-
-def _fold(title: str, table: str) -> str:
-    return f'<details class="fc-fold inline"><summary>{escape(title)}</summary>{table}</details>'

@@ -80,7 +80,7 @@ def since_body(found: Since) -> str:
         parts += ["<h3>How far this comparison goes</h3>", _list(comparison.limits)]
     table = rows_table(comparison)
     if table:
-        parts.append(f'<details class="fc-fold inline"><summary>Every timing of ours</summary>{table}</details>')
+        parts.append(html_tables.fold("Every timing of ours", table))
     return "".join(parts)
 
 

@@ -73,15 +73,26 @@ def breaks_table(trials: Iterable[Trial]) -> pandas.DataFrame:
 def sentence(trials: Iterable[Trial]) -> str:
     """How many cases each keeps, those that promise it first, as one line."""
     found = records_of(trials)
+    return "; ".join(filter(None, [promised(found), unpromised(found)]))
+
+
+def promised(trials: Iterable[Trial]) -> str:
+    """How many cases each keeps in the mode that promises it, as one line."""
+    found = records_of(trials)
     if not found:
         return "no case was asked"
-    promised = [t for t in found if t.data.get("mode") == "invariant" and t.data.get("cases")]
-    parts = [f"{t.backend} keeps {_of(t)} cases in the batch-invariant mode" for t in promised]
-    parts = parts or ["nothing here promises the same bits"]
-    ordinary = [f"{t.backend} {_of(t)}" for t in found if t.data.get("mode") == "ordinary" and t.data.get("cases")]
-    if ordinary:
-        parts.append(f"in the ordinary mode, which promises nothing: {', '.join(ordinary)}")
-    return "; ".join(parts)
+    kept = [f"{t.backend} keeps {_of(t)} cases in the batch-invariant mode" for t in _asked(found, "invariant")]
+    return "; ".join(kept) or "nothing here promises the same bits"
+
+
+def unpromised(trials: Iterable[Trial]) -> str:
+    """How many cases each keeps though nobody promised it, as one line; empty where nobody was asked."""
+    kept = [f"{t.backend} {_of(t)}" for t in _asked(records_of(trials), "ordinary")]
+    return f"in the ordinary mode, which promises nothing: {', '.join(kept)}" if kept else ""
+
+
+def _asked(found: Iterable[Trial], mode: str) -> list[Trial]:
+    return [t for t in found if t.data.get("mode") == mode and t.data.get("cases")]
 
 
 def _of(trial: Trial) -> str:

@@ -20,7 +20,7 @@ def test_the_finding_stands_first_and_the_card_that_is_off_is_named_with_its_rea
     assert page.startswith("<p><strong>1 of 8 cards are off (8 × NVIDIA H200).</strong></p>")
     assert "since it was hotter, 90 °C beside 58." in page
     assert page.count(">OFF<") == 1 and page.count("as the others") == 7
-    assert "<td" in page and "hopper: aa11<br>wmma: bb22" in page
+    assert page.count('data-label="hopper">aa11</td>') == page.count('data-label="wmma">bb22</td>') == 8
 
 
 def test_the_plot_has_a_point_for_each_card_and_says_what_it_shows():
@@ -35,6 +35,13 @@ def test_a_run_without_a_fleet_has_no_section_and_one_card_has_no_plot():
     assert page_of([Trial(kind="correctness")]) == page_of([], {"cards": 3}) == ""
     page = page_of(synthetic.cards(1))
     assert "<svg" not in page and "1 × NVIDIA H200" in page
+
+
+def test_where_too_few_cards_are_judged_none_is_called_well():
+    page = page_of(synthetic.cards(2))
+    assert page.startswith("<p><strong>2 cards were measured (2 × NVIDIA H200).</strong></p>")
+    assert page.count(">not judged<") == 2 and "as the others" not in page and "Off beyond" not in page
+    assert "Off beyond" in page_of(synthetic.cards(3)) and ">Memory copy, TB/s<" in page
 
 
 def test_workers_of_a_cpu_are_labelled_and_what_is_not_known_is_said():

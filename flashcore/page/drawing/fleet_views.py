@@ -60,7 +60,7 @@ def _kind_html(kind: Kind) -> str:
                             numeric=("Least", "Median", "Greatest", "Spread", "Off beyond"), stack=True))  # fmt: skip
     rows = _card_rows(kind)
     figures = [column for column in rows[0] if column not in WORDS]
-    parts.append(table_html(rows, f"Every card of {kind.name}", numeric=figures))
+    parts.append(table_html(rows, f"Every card of {kind.name}", numeric=figures, css="fc-fleet"))
     if bits := _bits_rows(kind):
         parts.append(fold("The bits of every card", table_html(bits, "A hash of the bits of each result")))
     return "".join(parts)

@@ -61,6 +61,10 @@ class Timing(BaseModel):
     l2: str | None = None
     """`warm` (the same buffers each call) or `rotating` (buffers that together exceed the L2 cache)."""
 
+    def more(self, name: str) -> Any:
+        """What the timing says beside these fields, such as `launch_us`; None where it does not say it."""
+        return (self.model_extra or {}).get(name)
+
 
 class Correctness(BaseModel):
     """How far one result lay from the float64 reference."""
@@ -284,25 +288,15 @@ def _is_newer(version: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
+_OPTIONAL = (
+    "backend", "variant", "reason", "problem", "correctness", "timing", "data", "source_hash", "card", "node", "id",
+)  # fmt: skip
+"""Fields of a trial that a line leaves out where they hold nothing."""
+
+
 def _line(trial: Trial) -> bytes:
     """A trial as one line; what is not there at all is left out, which keeps a run of a thousand trials small."""
-    absent: dict[str, Any] = {
-        name: True
-        for name in (
-            "backend",
-            "variant",
-            "reason",
-            "problem",
-            "correctness",
-            "timing",
-            "data",
-            "source_hash",
-            "card",
-            "node",
-            "id",
-        )
-        if not getattr(trial, name)
-    }
+    absent: dict[str, Any] = {name: True for name in _OPTIONAL if not getattr(trial, name)}
     if trial.problem:
         usual = type(trial.problem).model_fields
         absent["problem"] = {n for n in SELDOM if getattr(trial.problem, n) == usual[n].default}

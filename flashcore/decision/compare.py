@@ -80,7 +80,7 @@ def flops(trial: Trial) -> int | None:
         return None
     if not trial.problem.lengths:
         return trial.problem.flops()
-    stated = (trial.timing.model_extra or {}).get("flops")
+    stated = trial.timing.more("flops")
     return stated if is_figure(stated) and 0 < stated <= trial.problem.flops() else None
 
 
@@ -272,7 +272,7 @@ def contradiction(trial: Trial) -> str | None:
         return f"the timing of {name} names no problem"
     if samples and not min(samples) <= latency <= max(samples):
         return f"the median of {name} lies outside its own samples"
-    taken = (trial.timing.model_extra or {}).get("samples")
+    taken = trial.timing.more("samples")
     if is_figure(taken) and taken < len(samples):
         return f"the timing of {name} keeps more samples than it says were taken"
     whole = 0 < len(samples) < MOST_SAMPLES or len(samples) == taken

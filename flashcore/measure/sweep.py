@@ -319,7 +319,7 @@ def speed_of_light(timing: Timing, problem: Problem, sheet: claims.Gpu | None) -
     if sheet is None:
         return {}
     found = {}
-    clock_mhz = (timing.model_extra or {}).get("during", {}).get("sm_clock_mhz")
+    clock_mhz = (timing.more("during") or {}).get("sm_clock_mhz")
     peak = sheet.peak_tflops.get(problem.dtype)
     if clock_mhz and peak and sheet.peak_clock_ghz and timing.tflops:
         found["peak_share"] = digits(timing.tflops / (peak * clock_mhz[1] / 1e3 / sheet.peak_clock_ghz), 4)

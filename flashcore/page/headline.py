@@ -220,8 +220,8 @@ OTHER_CALLS = {
 
 def _other_calls(timed: Trial | None) -> list[str]:
     """What else was measured of the same call."""
-    more = (timed.timing.model_extra or {}) if timed else {}
-    return [words.format(number(more[key])) for key, words in OTHER_CALLS.items() if is_figure(more.get(key))]
+    found = {words: timed.timing.more(key) for key, words in OTHER_CALLS.items()} if timed else {}
+    return [words.format(number(figure)) for words, figure in found.items() if is_figure(figure)]
 
 
 def _bugs_card(planted: Mapping[str, Mapping[str, int]]) -> str:

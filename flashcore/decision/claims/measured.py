@@ -224,7 +224,7 @@ def _machine(claim: Claim, run: Run) -> Finding:
     # Between notebooks a GPU idles at a fraction of its clock; timings note it under load.
     timings = [t.timing for t in run.trials if t.timing is not None]
     states = [run.source.environment.get(name) for name in ("before", "after")]
-    states += [(t.model_extra or {}).get(name) for t in timings for name in ("clocks_before", "clocks_after")]
+    states += [t.more(name) for t in timings for name in ("clocks_before", "clocks_after")]
     seen = [s[key] * scale for s in states if isinstance(s, Mapping) and _is_number(s.get(key))]
     if not seen:
         return _not_measured(claim, "", "flashcore report")

@@ -160,8 +160,8 @@ def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str
                 "Ratio": f"{number(found.value)} ×" if found else "–",
                 "Within": compare.between(bounds) if bounds else "not known",
                 "In words": found.in_words() if found else "not compared",
-                PEAK: _share(ours, "peak_share"),
-                MEMORY: _share(ours, "memory_share"),
+                PEAK: percent(ours.timing.more("peak_share")),
+                MEMORY: percent(ours.timing.more("memory_share")),
             }
         )
     if not rows:
@@ -179,10 +179,9 @@ def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str
     return table_html(rows, caption, numeric=numeric, note=" ".join(filter(None, (note, clocks_sentence(trials)))))
 
 
-def _share(trial: Trial, name: str) -> str:
-    """A share that a timing's record states, in percent."""
-    value = (trial.timing.model_extra or {}).get(name)
-    return f"{100 * value:.0f} %" if is_figure(value) else "–"
+def percent(share: Any) -> str:
+    """A share that a record states, in percent; a dash for what is no figure."""
+    return f"{100 * share:.0f} %" if is_figure(share) else "–"
 
 
 def clocks_sentence(trials: Sequence[Trial]) -> str:
@@ -190,7 +189,7 @@ def clocks_sentence(trials: Sequence[Trial]) -> str:
     shares = []
     for trial in trials:
         latency = compare.latency_us(trial)
-        cupti = (trial.timing.model_extra or {}).get("cupti_us") if latency else None
+        cupti = trial.timing.more("cupti_us") if latency else None
         if is_figure(cupti) and cupti > 0:
             shares.append(cupti / latency)
     if not shares:
@@ -210,7 +209,7 @@ def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
     for problem, group in by_problem(trials).items():
         for trial in sorted((t for t in group if compare.latency_us(t) is not None), key=compare.latency_us):
             bounds = compare.interval_us(trial)
-            launch = (trial.timing.model_extra or {}).get("launch_us")
+            launch = trial.timing.more("launch_us")
             rows.append(
                 {
                     "Problem": problem,
@@ -279,7 +278,7 @@ def correctness_sentence(trials: Sequence[Trial]) -> str:
     if measured:
         nearest, largest = max(measured, key=_share_of_bound), max(measured, key=_error)
         told.append(
-            f"The error nearest its bound is {_percent(_share_of_bound(nearest))} of it ({nearest.backend}"
+            f"The error nearest its bound is {_of_bound(_share_of_bound(nearest))} of it ({nearest.backend}"
             f"{f' at {spaced(nearest.problem)}' if nearest.problem else ''}), and the largest is "
             f"{number(largest.correctness.max_abs_error)} ({largest.backend})"
         )
@@ -319,7 +318,7 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
         "Not supported": sum(t.status == "unsupported" for t in group),
         "Elements compared": f"{sum(t.correctness.checked for t in judged):,}",
         NEAREST: number(nearest.correctness.max_abs_error) if nearest else "–",
-        "Share of its bound": _percent(_share_of_bound(nearest)) if nearest else "–",
+        "Share of its bound": _of_bound(_share_of_bound(nearest)) if nearest else "–",
         "At": spaced(nearest.problem) if nearest and nearest.problem else "–",
         LARGEST: number(largest.correctness.max_abs_error) if largest else "–",
     }
@@ -328,7 +327,7 @@ def _correctness_row(backend: str, group: Sequence[Trial]) -> dict[str, Any]:
 NEAREST, LARGEST = "Error nearest its bound", "Largest error"
 
 
-def _percent(share: float) -> str:
+def _of_bound(share: float) -> str:
     return f"{100 * share:.0f} %" if math.isfinite(share) else "beyond any"
 
 

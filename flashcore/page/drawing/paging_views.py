@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing import serving_views
-from flashcore.page.drawing.html_tables import Unmeasured, fold, gathered, spaced, table_html
-from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, style, with_tips
+from flashcore.page.drawing.html_tables import Unmeasured, fold, gathered, percent, spaced, table_html
+from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, style, titled, with_tips
 from flashcore.records import Trial
 from flashcore.surveys.paging import facts
 from flashcore.surveys.paging.facts import MEMORY_WORDS, POLICY_WORDS, Decode
@@ -116,7 +116,7 @@ def memory_html(trials: Sequence[Trial]) -> str:
         "nothing."
     )
     numeric = ["Saved", "Pages hold", "Dense would", "Table and bounds"]
-    return _figure(figure, "Memory saved depends on what is shared", f"{message}.", alt) + table_html(
+    return titled(figure, "Memory saved depends on what is shared", f"{message}.", alt) + table_html(
         rows, MEMORY, numeric=numeric, note=note, stack=True
     )
 
@@ -137,7 +137,7 @@ def decode_html(trials: Sequence[Trial]) -> str:
     for one in found:
         message, label = decode_message(one), spaced(one.problem)
         alt = f"Line plot, µs of a decode step against the share of pages attended to, {label}. {message}"
-        figures.append(_figure(decode_figure(one), f"Decode, {label}", message, alt))
+        figures.append(titled(decode_figure(one), f"Decode, {label}", message, alt))
     note = (
         "One layer's attention for one new token a sequence, pages in shuffled order, caches rotated so that the L2 "
         "cache holds none of them; median of graph replays, interleaved with dense cuDNN over contiguous K and V. "
@@ -213,7 +213,7 @@ def decode_figure(one: Decode) -> Figure:
 def _step_words(trial: Trial, what: str) -> str:
     """What a plotted step is, in words: its median, and the quartiles that its record keeps."""
     timing = trial.timing
-    quartiles = (timing.model_extra or {}).get("quartiles_us")
+    quartiles = timing.more("quartiles_us")
     spread = f", half of the samples within {compare.between(quartiles)} µs" if quartiles else ""
     return f"{what}: {number(timing.latency_us)} µs{spread}"
 
@@ -225,12 +225,12 @@ def decode_table(found: Sequence[Decode]) -> str:
         steps = [t for group in one.selected.values() for t in group]
         for trial in filter(None, [one.every, *steps, one.peer]):
             data, policy = trial.data, trial.data.get("policy")
-            quartiles = (trial.timing.model_extra or {}).get("quartiles_us") or ()
+            quartiles = trial.timing.more("quartiles_us") or ()
             rows.append({
                 "Shape": spaced(one.problem), "How": POLICY_WORDS.get(policy, trial.variant or "–"),
                 "By": trial.backend, "Pages": f"{100 * data.get('pages_share', 1):.0f} %",
                 "µs": number(trial.timing.latency_us), "Quartiles": " to ".join(map(number, quartiles)) or "not known",
-                "Floor, µs": number(data.get("floor_us")), "Of the floor's speed": _percent(data.get("of_floor")),
+                "Floor, µs": number(data.get("floor_us")), "Of the floor's speed": percent(data.get("of_floor")),
                 "Over all pages": _ratio(data.get("of_dense")), "Speed beside cuDNN": _ratio(data.get("over_peer")),
             })  # fmt: skip
     numeric = ["Pages", "µs", "Quartiles", "Floor, µs", "Of the floor's speed", "Over all pages", "Speed beside cuDNN"]
@@ -251,7 +251,7 @@ def tokens_html(trials: Sequence[Trial]) -> str:
         message = tokens_message(group)
         alt = f"Line plot, tokens a second of attention only against the batch, shape {name}. {message}"
         title = f"Tokens a second, attention only: {'the report’s shape' if name == 'report' else 'a model’s shape'}"
-        figures.append(_figure(tokens_figure(group), title, message, alt))
+        figures.append(titled(tokens_figure(group), title, message, alt))
     note = (
         "Attention only: batch / (layers x time of one layer's decode attention). No projection, no MLP, no sampling "
         "and no append is in it, so no server reaches it; it bounds what attention leaves room for."
@@ -304,7 +304,7 @@ def _line(axes: Axes, x: list, y: list, colour: str, marker: str, label: str, ti
 
 def _rate_words(trial: Trial, what: str, rate: float, *, spread: bool = True) -> str:
     """What a plotted rate is, in words; the quartiles that its record keeps are of the step over all pages."""
-    quartiles = (trial.timing.model_extra or {}).get("quartiles_us") if spread and trial.timing else None
+    quartiles = trial.timing.more("quartiles_us") if spread and trial.timing else None
     within = ""
     if quartiles and all(quartiles):
         low, high = (rate * trial.timing.latency_us / q for q in reversed(quartiles))
@@ -363,7 +363,7 @@ def accuracy_html(trials: Sequence[Trial]) -> str:
         "of it answers from other keys than dense attention does."
     )
     title = f"What {share:g} % of the pages keep of attention"
-    return _figure(figure, title, message, alt) + f'<p class="fc-note">{escape(note)}</p>'
+    return titled(figure, title, message, alt) + f'<p class="fc-note">{escape(note)}</p>'
 
 
 def accuracy_message(shown: Sequence[Trial]) -> str:
@@ -384,10 +384,10 @@ def accuracy_table(trials: Sequence[Trial]) -> str:
     rows = [
         {
             "Pattern": t.data["pattern"], "Policy": POLICY_WORDS.get(t.data["policy"], t.data["policy"]),
-            "Pages asked for": f"{100 * t.data['share']:g} %", "Pages taken": _percent(t.data.get("pages_share")),
-            "Recalled, mean": _percent(t.data.get("mass_mean")), "Recalled, least": _percent(t.data.get("mass_least")),
-            "Output error, mean": _percent(t.data.get("error_mean")),
-            "Output error, largest": _percent(t.data.get("error_largest")),
+            "Pages asked for": f"{100 * t.data['share']:g} %", "Pages taken": percent(t.data.get("pages_share")),
+            "Recalled, mean": percent(t.data.get("mass_mean")), "Recalled, least": percent(t.data.get("mass_least")),
+            "Output error, mean": percent(t.data.get("error_mean")),
+            "Output error, largest": percent(t.data.get("error_largest")),
             "In words": facts.verdict_on_needle(t) if "needle" in t.data["pattern"] else _lost_words(t),
         }
         for t in facts.measured(trials, "accuracy", "pattern", "policy", "share")
@@ -464,19 +464,8 @@ def _where(trial: Trial) -> str:
     return str(named or (spaced(trial.problem) if trial.problem else "–"))
 
 
-def _figure(figure: Figure, title: str, message: str, alt: str) -> str:
-    return (
-        f'<figure class="fc-figure"><figcaption><strong>{escape(title)}</strong> {escape(message)}</figcaption>'
-        f"{figure_html(figure, alt)}</figure>"
-    )
-
-
 def _bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.0f} %" if isinstance(value, int | float) else "–"
 
 
 def _ratio(value: Any) -> str:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing.html_tables import by_problem, nothing
-from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
+from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, titled, with_tips
 from flashcore.problem import Problem
 from flashcore.records import Trial
 
@@ -158,11 +158,9 @@ def tflops_html(trials: Sequence[Trial], *, caption: str = "") -> str:
     for (head_dim, causal, dtype), lines in groups.items():
         title = f"head_dim {head_dim}, {'causal' if causal else 'not causal'}, {dtype}"
         figure = tflops_figure(lines, ceilings=ceilings, top=1.08 * max(values))
-        alt = f"Line plot, TFLOPS against sequence length, {title}. {tflops_message(lines, ceilings)}"
-        figures.append(
-            f'<figure class="fc-figure"><figcaption><strong>{escape(title)}</strong> '
-            f"{escape(tflops_message(lines, ceilings))}</figcaption>{figure_html(figure, alt)}</figure>"
-        )
+        message = tflops_message(lines, ceilings)
+        alt = f"Line plot, TFLOPS against sequence length, {title}. {message}"
+        figures.append(titled(figure, title, message, alt))
     below = caption or (
         "Ours are coloured, with filled markers; peers are grey and dashed, with open ones. "
         "The figure behind each name is at the greatest length. Causal problems count half the operations."
@@ -267,11 +265,7 @@ def latency_html(
             whose = "," if once else f"; {', '.join(met) or 'none'}"
             message += f"{whose} within the target of {target:g} µs"
         alt = f"Dot plot, µs a call, {label}. {message}."
-        svg = figure_html(latency_figure(group, target_us=target), alt)
-        figures.append(
-            f'<figure class="fc-figure"><figcaption><strong>{escape(label)}</strong> {escape(message)}.</figcaption>'
-            f"{svg}</figure>"
-        )
+        figures.append(titled(latency_figure(group, target_us=target), label, f"{message}.", alt))
     if not figures:
         return nothing("No small problem was timed in these records, so there is no latency to plot.")
     return f'<div class="fc-grid">{"".join(figures)}</div>'

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from markupsafe import escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from flashcore.decision import compare
+from flashcore.decision import advice, compare
 from flashcore.decision.compare import is_figure, number
-from flashcore.page.drawing.html_tables import Unmeasured, fold, spaced, table_html
-from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
+from flashcore.page.drawing.html_tables import Unmeasured, fold, percent, spaced, table_html
+from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, named, style, titled, with_tips
 from flashcore.records import Trial
 from flashcore.surveys.paging import facts, serving_facts
 from flashcore.surveys.paging.serving_facts import (
@@ -55,10 +54,8 @@ def serving_html(trials: Sequence[Trial]) -> str:
         return Unmeasured("tokens a second of public models, beside dense cuDNN and FlashInfer", command=COMMAND)
     message = serving_message(found)
     alt = f"Dot plot, TB/s of K and V that a decode step reads, by model and batch. {message}"
-    figure = (
-        '<figure class="fc-figure"><figcaption><strong>How near a decode step comes to the memory’s speed</strong> '
-        f"{escape(_speeds(found))}</figcaption>{figure_html(serving_figure(found), alt)}</figure>"
-    )
+    title = "How near a decode step comes to the memory’s speed"
+    figure = titled(serving_figure(found), title, _speeds(found), alt)
     every = fold("Every way that a served model’s step was timed", _every(found))
     return f'<p class="fc-lead">{escape(message)}</p>{figure}{serving_table(found, trials)}{every}'
 
@@ -67,7 +64,7 @@ def serving_message(found: Sequence[Served]) -> str:
     """The finding, at one batch."""
     batch = STATED_BATCH if any(one.batch == STATED_BATCH for one in found) else max(one.batch for one in found)
     some = [one for one in found if one.batch == batch]
-    rates = _listed([f"{serving_facts.rate(one.ours):,.0f} tokens/s of {one.model}" for one in some])
+    rates = advice.listed([f"{serving_facts.rate(one.ours):,.0f} tokens/s of {one.model}" for one in some])
     text = f"Attention alone leaves room for {rates} at batch {batch} with {_context(some)} tokens in each sequence"
     shares = [s for one in some if (s := serving_facts.share_of_sheet(one.ours)) is not None]
     told = [f"{_spread(100 * s for s in shares)} % of what the memory reads by its data sheet"] if shares else []
@@ -146,8 +143,8 @@ def serving_table(found: Sequence[Served], trials: Sequence[Trial]) -> str:
         rows.append({
             "Model": f"{one.model}, batch {one.batch}", "Tokens/s": _rate(one.ours),
             "µs a layer": number(one.ours.timing.latency_us),
-            "Of the data sheet": _percent(serving_facts.share_of_sheet(one.ours)),
-            "Of the best read": _percent(data["tbs"] / best.data["tbs"]) if best else "–",
+            "Of the data sheet": percent(serving_facts.share_of_sheet(one.ours)),
+            "Of the best read": percent(data["tbs"] / best.data["tbs"]) if best else "–",
             **{f"Beside {title}": beside(one.ours, side, one.ways, gone) for side, title in PEERS.items()},
             "batch_invariant costs": _cost(one),
         })  # fmt: skip
@@ -162,7 +159,7 @@ def _note(found: Sequence[Served], trials: Sequence[Trial], best: Trial | None, 
         f"{name} {t.data['layers']} layers, {t.problem.num_heads_q} query heads on {t.problem.num_heads_kv}, head_dim "
         f"{t.problem.head_dim}" for name, t in models.items()
     )  # fmt: skip
-    cards = _listed([str(t.data["card"]) for t in models.values() if t.data.get("card")])
+    cards = advice.listed([str(t.data["card"]) for t in models.values() if t.data.get("card")])
     told = [
         "Attention alone: batch / (layers × time of one layer’s step). No projection, MLP, sampling or append in it, "
         "so no server reaches it.",
@@ -291,12 +288,12 @@ def _every_shape(found: Sequence[Shape], trials: Sequence[Trial]) -> str:
     for one in found:
         for size, trial in sorted(one.pages.items()):
             fine = serving_facts.counts(trial) and is_figure(trial.data.get("tbs"))
-            quartiles = (trial.timing.model_extra or {}).get("quartiles_us") if fine else None
+            quartiles = trial.timing.more("quartiles_us") if fine else None
             rows.append({
                 "Shape": f"{spaced(one.problem)}, page {size}", "µs": _us(trial),
                 "Quartiles": compare.between(quartiles) if quartiles else "–",
                 "TB/s": number(trial.data["tbs"]) if fine else "–",
-                "Of the best read": _percent(trial.data["tbs"] / best.data["tbs"]) if fine else "–",
+                "Of the best read": percent(trial.data["tbs"] / best.data["tbs"]) if fine else "–",
                 **{f"{name}, µs": _us(one.ways.get(name)) for name in (DENSE, AS_ROWS)},
                 **{f"{name}, µs": _us(one.ways.get(f"{name}, page {size}")) for name in (TENSOR, CUDA)},
                 **{f"Beside {title}": _within(trial, side, fine) for side, title in PEERS.items()},
@@ -325,7 +322,7 @@ def further_html(trials: Sequence[Trial]) -> str:
     shown = [
         {
             "What": what, "µs": number(t.timing.latency_us),
-            "Of the best read": _percent(t.data["tbs"] / best.data["tbs"]) if best and t.data.get("tbs") else "–",
+            "Of the best read": percent(t.data["tbs"] / best.data["tbs"]) if best and t.data.get("tbs") else "–",
             "Beside FlashInfer": _within(t, "flashinfer", True) if t.data["what"] != SHAPES or not missing
             else STATES["unavailable"], "In words": words,
         }
@@ -395,17 +392,9 @@ def _append_rows(trials: Sequence[Trial]) -> Rows:
 
 
 def _context(some: Sequence[Served]) -> str:
-    return _listed(sorted({f"{one.ours.problem.seqlen_k:,}" for one in some}))
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+    return advice.listed(sorted({f"{one.ours.problem.seqlen_k:,}" for one in some}))
 
 
 def _spread(values: Iterable[float]) -> str:
     shown = [number(value) for value in sorted(values)]
     return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.0f} %" if is_figure(value) else "–"

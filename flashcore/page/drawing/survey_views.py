@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing.html_tables import nothing, table_html
-from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
+from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, named, style, titled, with_tips
 from flashcore.problem import PRESETS, Problem
 from flashcore.records import Trial
 from flashcore.surveys.cublaslt import unfused_model
@@ -80,7 +80,7 @@ def workspace_html(trials: Sequence[Trial]) -> str:
         axes.set_ylabel("Time over the fastest")
         axes.legend(frameon=False, loc="upper right", fontsize=FONT_SIZE - 1)
     alt = f"Scatter plot of {len(points)} candidates, time over the fastest of the product against workspace. {message}"
-    return _figure(figure, "Does workspace predict speed?", message, alt)
+    return titled(figure, "Does workspace predict speed?", message, alt)
 
 
 def regret_html(trials: Sequence[Trial]) -> str:
@@ -110,7 +110,7 @@ def regret_html(trials: Sequence[Trial]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.yaxis.grid(False)
         axes.set_xlabel("Time over the best measured; the line is the mean")
-    picture = _figure(figure, "What a policy of choice costs", f"{message}.", f"Dot plot of regret. {message}.")
+    picture = titled(figure, "What a policy of choice costs", f"{message}.", f"Dot plot of regret. {message}.")
     note = (
         "Mean: geometric. Every product counts once. Best measured is what the policy 'measured' takes, after it has "
         "timed every candidate once on this GPU."
@@ -153,7 +153,7 @@ def smallest_html(trials: Sequence[Trial]) -> str:
         said = ", ".join(f"{count} {HEAT_WORDS[word]}" for word, count in counts.items() if count)
         alt = f"Heat map of M by N at K={k}, is the first choice a Tensor Core kernel: {said}. {message}"
         title = f"Tensor Core kernel as first choice, K={k}"
-        figures.append(_figure(_heat_map(cells), title, f"{said}.", alt))
+        figures.append(titled(_heat_map(cells), title, f"{said}.", alt))
     words = (
         f"{message} Yes: the heuristic's first choice multiplies on Tensor Cores; offered: only another candidate "
         "does; no: none does; refused: cuBLASLt offers nothing."
@@ -369,7 +369,7 @@ def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Proble
     )
     numeric = ["Model, TFLOPS", "Measured, TFLOPS", "Share of the model", "Launches", "Device memory, GB", "L2, GB"]
     table = table_html(rows, f"The unfused design at {where}, by a model and measured", numeric=numeric, note=note)
-    return _figure(figure, "What a model gives this design", message, alt) + table
+    return titled(figure, "What a model gives this design", message, alt) + table
 
 
 def _limit_row(name: str, prediction: unfused_model.Prediction, reached: float | None) -> dict[str, Any]:
@@ -382,13 +382,6 @@ def _limit_row(name: str, prediction: unfused_model.Prediction, reached: float |
         "Measured, TFLOPS": number(reached) if reached else "not measured",
         "Share of the model": f"{100 * reached / prediction.tflops:.0f} %" if reached else "–",
     }  # fmt: skip
-
-
-def _figure(figure: Figure, title: str, message: str, alt: str) -> str:
-    return (
-        f'<figure class="fc-figure"><figcaption><strong>{escape(title)}</strong> {escape(message)}</figcaption>'
-        f"{figure_html(figure, alt)}</figure>"
-    )
 
 
 def _kb(size: int) -> str:

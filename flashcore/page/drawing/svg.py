@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from urllib.parse import quote, unquote
 
 import matplotlib
+from markupsafe import escape
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
@@ -121,6 +122,14 @@ def _tipped(body: str) -> str:
 
         found.append("<g>" + re.sub(r"<use\b([^>]*?)\s*/>", titled, rest))
     return "".join(found)
+
+
+def titled(figure: Figure, title: str, message: str, alt: str) -> str:
+    """A figure with its title, and beside it in a sentence what it shows; `alt` as in `figure_html`."""
+    return (
+        f'<figure class="fc-figure"><figcaption><strong>{escape(title)}</strong> {escape(message)}</figcaption>'
+        f"{figure_html(figure, alt)}</figure>"
+    )
 
 
 def figure_html(figure: Figure, alt: str, *, caption: str | None = None) -> str:

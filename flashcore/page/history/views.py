@@ -13,7 +13,7 @@ from flashcore.decision.compare import number
 from flashcore.decision.gates import load_gates
 from flashcore.errors import FlashCoreError
 from flashcore.page.drawing import html_tables, plots
-from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, figure_html, named, style, with_tips
+from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, named, style, titled, with_tips
 from flashcore.page.history.comparing import Comparison, signed
 from flashcore.page.history.runs import Snapshot, newest, previous, read
 from flashcore.page.history.since import Since, since
@@ -188,10 +188,7 @@ def trend_html(machines: Mapping[str, Sequence[Point]]) -> str:
         message = trend_message(points)
         title = f"{machine}, {html_tables.spaced(points[0].trial.problem)}"
         alt = f"Line plot, TFLOPS from run to run, {title}. {message}"
-        figures.append(
-            f'<figure class="fc-figure"><figcaption><strong>{escape(title)}</strong> {escape(message)}</figcaption>'
-            f"{figure_html(trend_figure(points), alt)}</figure>"
-        )
+        figures.append(titled(trend_figure(points), title, message, alt))
     if not figures:
         return html_tables.nothing(
             "There are no two runs of one machine that timed this problem, so there is no trend."

@@ -92,12 +92,12 @@ def time_calls(
 
 def compact(timing: Timing) -> Timing:
     """A timing as a record keeps it: median and quartiles over all `n` samples, the first few of them, no TFLOPS."""
-    more = timing.model_extra or {}
+    launch_us = timing.more("launch_us")
     return Timing(
         method=timing.method, latency_us=digits(timing.latency_us, 5), round=timing.round, l2=timing.l2,
         samples_us=[digits(s, 4) for s in timing.samples_us[:SAMPLES_KEPT]], n=len(timing.samples_us),
-        quartiles_us=[digits(q, 5) for q in more.get("quartiles_us", ())],
-        **{k: more[k] for k in ("launch_us",) if k in more},
+        quartiles_us=[digits(q, 5) for q in timing.more("quartiles_us") or ()],
+        **({} if launch_us is None else {"launch_us": launch_us}),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ those refuse. `sdpa-math` stores all scores; on a CPU it is torch's own path and
 there for ``return_lse``.
 """
 WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-cudnn"})
+NO_LSE = "it does not return lse; choose another backend, or leave return_lse out"
 AUTO_DTYPES = {"fa3": ("bfloat16",)}
 """Dtypes for which `auto` tries a backend, where not all: a widespread wheel of FlashAttention-3 lacks float16."""
 
@@ -169,7 +170,7 @@ def choose(problem: Problem, device: torch.device, name: str, return_lse: bool) 
         )
     backend.require(problem)
     if return_lse and name in WITHOUT_LSE:
-        raise Unsupported(name, "it does not return lse; choose another backend, or leave return_lse out")
+        raise Unsupported(name, NO_LSE)
     return backend
 
 
@@ -347,7 +348,7 @@ def run(chosen: backends.Backend, problem: Problem, q, k, v, return_lse: bool, m
     compute = chosen.run_with_lse if return_lse else chosen.run
     out, lse = compute(q, k, v, problem) if masks is None else compute(q, k, v, problem, masks=masks)
     if return_lse and lse is None:
-        raise Unsupported(chosen.id, "it does not return lse; choose another backend, or leave return_lse out")
+        raise Unsupported(chosen.id, NO_LSE)
     return out, lse
 
 
@@ -382,10 +383,7 @@ def _as_op(q, k, v, causal, softmax_scale, backend, return_lse, batch_invariant)
     batch_invariant = plain.batch_invariant(batch_invariant)
     if softmax_scale is not None:
         softmax_scale = plain.softmax_scale(softmax_scale)
-    with_lse = return_lse or _requires_gradients(q, k, v)  # the backward pass starts from lse
-    if with_lse and not return_lse and backend in WITHOUT_LSE:
-        raise Unsupported(backend, "gradients are asked for, and start from lse, which it does not return; choose "
-                          "another backend, or call it under torch.no_grad()")  # fmt: skip
+    with_lse = lse_for_gradients(return_lse, backend, q, k, v)
     out, lse = dense.attention(q, k, v, causal, softmax_scale, with_lse, backend, batch_invariant)
     return (out, lse) if return_lse else out
 

@@ -288,6 +288,16 @@ _FLAGS = ("causal", "sink", "batch_invariant")
 _DTYPE_WORDS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
+PROFILES = ("quick", "full")
+"""How much is measured, by a report and by each survey."""
+
+
+def check_profile(profile: str) -> None:
+    """Raise `UnknownName` unless it is one of `PROFILES`."""
+    if profile not in PROFILES:
+        raise UnknownName("profile", profile, list(PROFILES))
+
+
 def parse_problem(text: str) -> Problem:
     """Read a preset's name, or a label such as ``B=1,H=8,Hkv=2,Sq=1,Sk=512,D=64,bf16,causal``.
 

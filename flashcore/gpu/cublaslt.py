@@ -407,6 +407,8 @@ def measure(
     """Median device time of each candidate in µs on random data: CUDA-graph replay, interleaved; None if it fails."""
     import torch
 
+    from flashcore.gpu.profiling import replay_us
+
     where = torch.device("cuda", device)
     kinds = {name: getattr(torch, name) for name in CUDA_TYPE}
     rows_b = product.n if product.transpose_b else product.k
@@ -443,14 +445,8 @@ def measure(
     with torch.cuda.stream(stream):
         for _ in range(rounds):
             for taken, graph in zip(samples, graphs, strict=True):
-                if graph is None:
-                    continue
-                before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                before.record(stream)
-                graph.replay()
-                after.record(stream)
-                after.synchronize()
-                taken.append(before.elapsed_time(after) * 1e3 / calls)
+                if graph is not None:
+                    taken.append(replay_us(graph, stream, calls))
     return [float(np.median(taken)) if taken else None for taken in samples]
 
 

@@ -78,6 +78,16 @@ def split_by_marker(names: Sequence[str], calls: int) -> list[list[str]]:
     return groups[1:-1]
 
 
+def replay_us(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, calls: int) -> float:
+    """Device time in µs of one of the calls in a graph, by one replay of it on this stream, which is current."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record(stream)
+    graph.replay()
+    after.record(stream)
+    after.synchronize()
+    return before.elapsed_time(after) * 1e3 / calls
+
+
 def graph_us(call: Callable[[int], None], *, calls: int = CALLS, rounds: int = ROUNDS) -> float:
     """Median device time in µs of one call inside a CUDA graph; the call gets the stream to launch on."""
     stream = torch.cuda.Stream()
@@ -89,15 +99,7 @@ def graph_us(call: Callable[[int], None], *, calls: int = CALLS, rounds: int = R
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(calls):
                 call(stream.cuda_stream)
-        taken = []
-        for _ in range(rounds):
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record(stream)
-            graph.replay()
-            after.record(stream)
-            after.synchronize()
-            taken.append(before.elapsed_time(after) * 1e3 / calls)
-    return statistics.median(taken)
+        return statistics.median(replay_us(graph, stream, calls) for _ in range(rounds))
 
 
 def l2_copy_tbs() -> float:

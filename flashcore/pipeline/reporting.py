@@ -20,7 +20,7 @@ from flashcore.paths import absolute, data_dir, partial_path, sweep
 from flashcore.pipeline import notebooks
 from flashcore.pipeline.folders import LATEST, find_run, new_run, runs_dir
 from flashcore.pipeline.rendering import STATUS_NOTEBOOK, Progress, print_page, render, write_plain_page
-from flashcore.problem import parse_problem
+from flashcore.problem import check_profile, parse_problem
 from flashcore.records import RunFolder
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "render", "report", "runs_dir",
 ]  # fmt: skip
 
-PROFILES = ("quick", "full")
 OWN: Mapping[str, Mapping[str, Any]] = {
     "02_correctness_bisection": {"backend": "auto", "pattern": "normal", "fault": "", "sanitize": "auto"},
     "05_sparse_paging": {"report_layers": 1},
@@ -281,8 +280,7 @@ def _diagnose(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:
 
 def check_request(common: Mapping[str, Any]) -> None:
     """Refuse a profile, backend or problem that does not exist, before anything is made."""
-    if common["profile"] not in PROFILES:
-        raise UnknownName("profile", common["profile"], list(PROFILES))
+    check_profile(common["profile"])
     _selected(common["backends"])
     if common["problems"] != "default":
         for label in common["problems"].split(";"):

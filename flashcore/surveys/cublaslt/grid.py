@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashcore.errors import InvalidProblem, UnknownName
+from flashcore.errors import InvalidProblem
 from flashcore.gpu.cublaslt import Product
+from flashcore.problem import check_profile
 from flashcore.records import Trial
 
-PROFILES = ("quick", "full")
 SEQLEN, HEAD_DIM, PAGE, HEADS = 2048, 64, 128, 256
 """The original status report's workload: its page's products are ``[2048, 64] x [64, 128]`` and back."""
 ROW_HEADS = 4
@@ -71,8 +71,7 @@ def survey_grid(profile: str) -> list[SurveyCase]:
     UnknownName
         `profile` is neither quick nor full.
     """
-    if profile not in PROFILES:
-        raise UnknownName("profile", profile, list(PROFILES))
+    check_profile(profile)
     qk = Product(SEQLEN, PAGE, HEAD_DIM, transpose_b=True)
     pv = Product(SEQLEN, HEAD_DIM, PAGE)
     qk_row = Product(SEQLEN, SEQLEN, HEAD_DIM, batch=ROW_HEADS, transpose_b=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flashcore.errors import UnknownName
-from flashcore.problem import Problem
+from flashcore.problem import Problem, check_profile
 
-PROFILES = ("quick", "full")
 Phase = Literal["prefill", "decode"]
 MODES = ("eager", "compiled", "graph")
 """`eager`; `compiled`, one `torch.compile(fullgraph=True)` over the whole model; `graph`, that as a CUDA graph."""
@@ -139,8 +138,7 @@ def plan_for(profile: str, gpu: bool) -> Plan:
     UnknownName
         `profile` is neither quick nor full.
     """
-    if profile not in PROFILES:
-        raise UnknownName("profile", profile, list(PROFILES))
+    check_profile(profile)
     if not gpu:
         small = {"hidden": 128, "mlp": 128, "vocab": 512, "heads_q": 2, "heads_kv": 1}
         llama = replace(LLAMA_64, layers=1, **small)

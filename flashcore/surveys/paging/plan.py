@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashcore import backends
-from flashcore.errors import UnknownName
 from flashcore.paged_ops import AUTO_ORDER
-from flashcore.problem import PRESETS, Problem, square
-
-PROFILES = ("quick", "full")
+from flashcore.problem import PRESETS, Problem, check_profile, square
 
 
 @dataclass(frozen=True)
@@ -144,8 +141,7 @@ def plan_for(profile: str, gpu: bool, *, report_layers: int = 1, decode_backend:
     UnknownName
         `profile` is neither quick nor full.
     """
-    if profile not in PROFILES:
-        raise UnknownName("profile", profile, list(PROFILES))
+    check_profile(profile)
     full = profile == "full"
     if not gpu:
         small = decode_problem(2, 4, 2, 256, 64)

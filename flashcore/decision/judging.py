@@ -155,6 +155,20 @@ class Source:
 
 
 def judge_gate(gate: Gate, live: Source, recorded: Source | None, has_gpu: bool) -> GateResult:
+    """Judge a gate on the run's own records, or on the recorded run's where this one had no GPU for it.
+
+    Parameters
+    ----------
+    recorded
+        Asked only where the run itself measured nothing for the gate, or, of a group of backends, a part of it alone.
+    has_gpu
+        Whether the run could time anything on a GPU.
+
+    Returns
+    -------
+    GateResult
+        INCONCLUSIVE wherever the records do not settle it, with the command that would.
+    """
     timed_here = has_gpu or METRIC_KIND.get(gate.metric) != "attention_timing"
     first = _judge_on(gate, live) if timed_here else None
     if recorded is None:
@@ -170,6 +184,7 @@ def judge_gate(gate: Gate, live: Source, recorded: Source | None, has_gpu: bool)
 
 
 def _judge_on(gate: Gate, source: Source) -> GateResult:
+    """The gate on the records of one machine; `evidence` is ``none`` where none of them is about it."""
     wanted = source.pick(gate.kind, gate.asks)
     if gate.where or gate.method or gate.l2:
         wanted = [t for t in wanted if gate.takes(t)]
@@ -188,6 +203,7 @@ def _judge_on(gate: Gate, source: Source) -> GateResult:
 
 
 def _judge_correctness(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    """The share of checks that are right; where none is wrong, one that is in doubt keeps the gate open."""
     right, wrong, doubts = [], [], []
     for trial in wanted:
         if trial.status in ("unsupported", "unavailable"):
@@ -213,7 +229,7 @@ def _judge_correctness(gate: Gate, source: Source, wanted: list[Trial]) -> GateR
         if failed or not doubts:
             return replace(result, state="FAIL" if failed else "PASS", fix=gate.measure if failed else None)
     if doubts:
-        return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}.", measured=measured, n=n, backend=who)
+        return _open(gate, source, _sentence(doubts), measured=measured, n=n, backend=who)
     if n < max(gate.min_count, 1):
         reason = f"Only {n} checks were made; {max(gate.min_count, 1)} settle it."
         return _open(gate, source, reason, measured=measured, n=n, backend=who)
@@ -249,7 +265,7 @@ def _judge_kept(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
         if result.state == "FAIL" or not doubts:
             return result
     if doubts:
-        return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}.", measured=measured, n=n)
+        return _open(gate, source, _sentence(doubts), measured=measured, n=n)
     if n < max(gate.min_count, 1):
         reason = f"Only {n:,} cases were asked; {max(gate.min_count, 1):,} settle it."
         return _open(gate, source, reason, measured=measured, n=n)
@@ -274,6 +290,7 @@ def _other_source(source: Source, trial: Trial) -> str | None:
 
 
 def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    """The best timing of the gate's backends, or the worst, by its interval, unless a doubt could turn the result."""
     best = gate.reduce != "worst"
     if gate.backend in GROUPS:
         wanted = [t for t in wanted if t.backend not in compare.FOR_CHECKS]
@@ -297,7 +314,7 @@ def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult
     if not found:
         stale = [f for t in last.values() if (f := _figure(gate, source, t, trusting=True))]
         shown = max(stale, key=lambda f: gate.margin(f[0]), default=(None, None, 0, ""))
-        return _open(gate, source, f"{_capital(doubts[0])}{_others(doubts)}." if doubts else "Nothing was measured.",
+        return _open(gate, source, _sentence(doubts) if doubts else "Nothing was measured.",
                      measured=shown[0], interval=shown[1], n=shown[2])  # fmt: skip
     pick = max if best else min
     value, interval, n, versus, trial = pick(found, key=lambda f: gate.margin(f[0]))
@@ -311,7 +328,7 @@ def _judge_timing(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult
         where = f"the threshold lies within the interval of that median, {compare.between(interval)}"
         return _undecided(gate, result, f"{reason}; {where}, so it is neither met nor missed.")
     if doubts and (best == (result.state == "FAIL")):  # what is in doubt could turn the result
-        return _undecided(gate, result, f"{reason}; but {doubts[0]}{_others(doubts)}.")
+        return _undecided(gate, result, f"{reason}; but {_first(doubts)}.")
     return replace(result, reason=f"{reason}.")
 
 
@@ -415,6 +432,7 @@ def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False)
 
 
 def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
+    """A figure that records hold under a name in `data`, the best of them or the worst."""
     key = gate.metric.removeprefix("data.")
     values, doubts = [], []
     for trial in wanted:
@@ -429,7 +447,7 @@ def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
         else:
             values.append(float(value))
     if not values or len(values) < gate.min_count:
-        reason = f"{_capital(doubts[0])}{_others(doubts)}." if doubts else f"Only {len(values)} records were found."
+        reason = _sentence(doubts) if doubts else f"Only {len(values)} records were found."
         return _open(gate, source, reason, n=len(values))
     best = gate.reduce == "best"
     value = (max if best else min)(values, key=gate.margin)
@@ -437,7 +455,7 @@ def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
     which = "The best" if best else "The worst"
     reason = f"{which} of {len(values)} records has {_with_unit(value, gate.unit)}; {_limit(gate)}."
     if doubts and (best == (result.state == "FAIL")):
-        return _undecided(gate, result, f"{reason} But {doubts[0]}{_others(doubts)}.")
+        return _undecided(gate, result, f"{reason} But {_first(doubts)}.")
     return replace(result, reason=reason)
 
 
@@ -486,14 +504,17 @@ def _with_unit(value: float, unit: str) -> str:
     return f"{number(value)} {unit}".strip()
 
 
-def _others(items: list[str]) -> str:
-    return f" ({len(items) - 1} more like this)" if len(items) > 1 else ""
+def _first(doubts: list[str]) -> str:
+    """The first of several clauses, and how many more there are."""
+    return f"{doubts[0]} ({len(doubts) - 1} more like this)" if len(doubts) > 1 else doubts[0]
+
+
+def _sentence(doubts: list[str]) -> str:
+    """The same as a sentence."""
+    told = _first(doubts)
+    return f"{told[:1].upper()}{told[1:]}."
 
 
 def clause(sentence: str) -> str:
     """A sentence without its full stop and on one line, to stand inside another one."""
     return " ".join(str(sentence).split()).rstrip(".")
-
-
-def _capital(clause: str) -> str:
-    return clause[:1].upper() + clause[1:]

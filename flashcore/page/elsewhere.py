@@ -16,24 +16,20 @@ from flashcore.paths import data_dir
 from flashcore.records import RunFolder
 
 
-def elsewhere_html(
-    run: RunFolder, evidence: Evidence, *, recorded_dir: Path | None = None, gates: Gates | None = None
-) -> str:
+def elsewhere_html(run: RunFolder, evidence: Evidence, *, recorded_dir: Path | None = None) -> str:
     """A note on each recorded run but the one that the page is about; empty where the page is about none of them.
 
     Parameters
     ----------
     recorded_dir
-        Where the recorded runs lie (default: ``reports/recorded``).
-    gates
-        What they are judged by (default: the project's own).
+        Where the recorded runs lie (default: ``reports/recorded``). They are judged by the project's own gates.
     """
     root = recorded_dir or data_dir("reports") / "recorded"
     shown = evidence.recorded.folder if evidence.recorded is not None else run.name
     runs, _ = recorded_runs(root)
     if shown not in [other.folder for other in runs]:
         return ""
-    gates = gates or load_gates()
+    gates = load_gates()
     said = [_sentence(other, evidence.current_hashes, gates) for other in reversed(runs) if other.folder != shown]
     return "".join(f'<p class="fc-note">{escape(sentence)}</p>' for sentence in said)
 

@@ -146,12 +146,10 @@ def _facts(fault: Fault) -> dict:
     return facts if fault.found_by == "bisection" else {**facts, "found_by": fault.found_by}
 
 
-def precompile(
-    faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None, *,
-    traced: Sequence[bool] = (True, False),
-) -> int:  # fmt: skip
-    """Compile what the faults will need in all of these backends (see `compile_planted`), `traced` and not."""
-    return compile_planted([(fault, backend) for fault in faults for backend in backends], progress, traced=traced)
+def precompile(faults: Sequence[Fault], backends: Sequence[Backend], progress: Progress | None = None) -> int:
+    """Compile what the faults will need in all of these backends, traced and not (see `compile_planted`)."""
+    pairs = [(fault, backend) for fault in faults for backend in backends]
+    return compile_planted(pairs, progress, traced=(True, False))
 
 
 def compile_planted(
@@ -159,7 +157,8 @@ def compile_planted(
 ) -> int:
     """Compile faults in the backends that they are planted in, on all cores at once; returns how many variants.
 
-    Backends of one kernel share what is compiled. What does not compile is left for the trial that needs it to say.
+    With True among `traced` come the versions that store their stages, with False the others. Backends of one kernel
+    share what is compiled. What does not compile is left for the trial that needs it to say.
     """
     jobs: dict[tuple, Source] = {}
     for fault, backend in pairs:

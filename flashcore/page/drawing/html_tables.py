@@ -135,7 +135,7 @@ def by_problem(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     return {label: list(group.values()) for label, group in groups.items()}
 
 
-def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str:
+def times_table(trials: Sequence[Trial]) -> str:
     """One row a problem: our fastest backend, the fastest peer of the same round, and the ratio with its interval.
 
     What was timed with `batch_invariant` has a table of its own (`invariance_views`).
@@ -176,7 +176,9 @@ def times_table(trials: Sequence[Trial], *, caption: str = AGAINST_PEERS) -> str
             " Of peak, of memory: our share of what the data sheet says of matrix products, at the clock seen during "
             "the timing, and of the memory's speed."
         )
-    return table_html(rows, caption, numeric=numeric, note=" ".join(filter(None, (note, clocks_sentence(trials)))))
+    return table_html(
+        rows, AGAINST_PEERS, numeric=numeric, note=" ".join(filter(None, (note, clocks_sentence(trials))))
+    )
 
 
 def percent(share: Any) -> str:
@@ -203,7 +205,7 @@ def clocks_sentence(trials: Sequence[Trial]) -> str:
     )
 
 
-def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
+def latency_table(trials: Sequence[Trial]) -> str:
     """One row a problem and backend: median, its interval, samples, and the host time of one eager call."""
     rows = []
     for problem, group in by_problem(trials).items():
@@ -224,10 +226,10 @@ def latency_table(trials: Sequence[Trial], *, caption: str = SMALL) -> str:
     if not rows:
         return nothing("No timing of a small problem is in these records.")
     numeric = ["µs a call", "Median within, µs", "Samples", "Eager call, host µs"]
-    return table_html(rows, caption, numeric=numeric)
+    return table_html(rows, SMALL, numeric=numeric)
 
 
-def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> str:
+def correctness_table(trials: Sequence[Trial]) -> str:
     """One row a backend: how many checks passed, the error nearest its bound and its share, and the largest one.
 
     Those that could not be checked at all stand below the table, by reason.
@@ -253,7 +255,7 @@ def correctness_table(trials: Sequence[Trial], *, caption: str = AGREEMENT) -> s
         "the largest one may be of different problems. The bound: twice the error the same maths makes in torch at "
         "that precision, plus a rounding term. A NaN fails."
     )
-    return table_html(rows, caption, numeric=numeric, note=note) + unchecked
+    return table_html(rows, AGREEMENT, numeric=numeric, note=note) + unchecked
 
 
 def correctness_sentence(trials: Sequence[Trial]) -> str:
@@ -342,7 +344,7 @@ def _share_of_bound(trial: Trial) -> float:
     return math.inf if math.isnan(share) else share
 
 
-def findings_table(trials: Sequence[Trial], *, caption: str = "Checks that failed or did not finish") -> str:
+def findings_table(trials: Sequence[Trial]) -> str:
     """One row a wrong or broken check, with its first bad element; empty text when there is none."""
     rows = []
     for trial in trials:
@@ -362,10 +364,10 @@ def findings_table(trials: Sequence[Trial], *, caption: str = "Checks that faile
                 else compare.first_line(trial.reason),
             }
         )
-    return table_html(rows, caption, numeric=["Bad elements"]) if rows else ""
+    return table_html(rows, "Checks that failed or did not finish", numeric=["Bad elements"]) if rows else ""
 
 
-def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -> str:
+def build_table(trials: Sequence[Trial]) -> str:
     """One row a compiled variant without trace: registers, spills, shared memory, Tensor Core instructions."""
     rows = []
     for trial in trials:
@@ -396,10 +398,10 @@ def build_table(trials: Sequence[Trial], *, caption: str = "Compiled kernels") -
         "Static shared memory; what a launch asks for comes on top. "
         "HMMA is a warp's matrix product, HGMMA a warpgroup's."
     )
-    return table_html(rows, caption, numeric=numeric, note=note)
+    return table_html(rows, "Compiled kernels", numeric=numeric, note=note)
 
 
-def ceilings_table(trials: Sequence[Trial], *, caption: str = "What plain kernels reached on this machine") -> str:
+def ceilings_table(trials: Sequence[Trial]) -> str:
     """One row a ceiling: copy bandwidth, matrix products, launch overhead."""
     rows = [
         {
@@ -413,7 +415,7 @@ def ceilings_table(trials: Sequence[Trial], *, caption: str = "What plain kernel
     ]
     if not rows:
         return nothing("No plain kernel was measured in these records.")
-    return table_html(rows, caption, numeric=["Measured"])
+    return table_html(rows, "What plain kernels reached on this machine", numeric=["Measured"])
 
 
 ENVIRONMENT_ROWS = {
@@ -460,7 +462,7 @@ def version_words(name: str, value: Any) -> str:
     return f"{value // major}.{value % major // minor}" + (f".{last}" if last or minor > LAST_DIGIT else "")
 
 
-def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine, before and after the run") -> str:
+def environment_table(environment: Mapping[str, Any]) -> str:
     """What `environment.json` says of the machine; state that moves (clocks, heat) before and after."""
     before = environment.get("before") if isinstance(environment.get("before"), Mapping) else {}
     after = environment.get("after") if isinstance(environment.get("after"), Mapping) else {}
@@ -474,7 +476,7 @@ def environment_table(environment: Mapping[str, Any], *, caption: str = "Machine
         rows.append({"Fact": title, "Before": first, "After": "the same" if then == first else then})
     if not rows:
         return nothing("The run did not record its machine.")
-    return table_html(rows, caption, css="fc-facts")
+    return table_html(rows, "Machine, before and after the run", css="fc-facts")
 
 
 def _fact(name: str, value: Any) -> str:

@@ -14,7 +14,7 @@ from flashcore.decision import compare
 from flashcore.decision.compare import number
 from flashcore.page.drawing.html_tables import nothing, table_html
 from flashcore.page.drawing.svg import COLOURS, FONT_SIZE, named, style, titled, with_tips
-from flashcore.problem import PRESETS, Problem
+from flashcore.problem import PRESETS
 from flashcore.records import Trial
 from flashcore.surveys.cublaslt import unfused_model
 from flashcore.surveys.cublaslt.facts import (
@@ -312,8 +312,9 @@ def labels_html(trials: Sequence[Trial]) -> str:
 # ------------------------------------------------------------------------------------------------ the limit
 
 
-def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None, problem: Problem = PRESETS["report"]) -> str:
+def limit_html(trials: Sequence[Trial], *, l2_bytes: int | None) -> str:
     """What a model gives the unfused design against what was measured: a dot plot and a table with the terms."""
+    problem = PRESETS["report"]
     found = limits(trials, l2_bytes=l2_bytes, problem=problem)
     if not found:
         return nothing("The machine's ceilings are not in these records; run 'flashcore survey' on a GPU.")

@@ -92,7 +92,7 @@ _TITLES = {
 }
 
 
-def rows_table(comparison: Comparison, *, caption: str = "Timings of ours, then and now") -> str:
+def rows_table(comparison: Comparison) -> str:
     """One row a backend of ours and problem; empty text when there is none."""
     rows = [
         {
@@ -117,7 +117,7 @@ def rows_table(comparison: Comparison, *, caption: str = "Timings of ours, then 
         + (f" and widened by how far unchanged peers moved: {drift}." if drift else ".")
     )
     numeric = ["Change of speed", "99 % interval", "µs then", "µs now"]
-    return html_tables.table_html(rows, caption, numeric=numeric, note=note)
+    return html_tables.table_html(rows, "Timings of ours, then and now", numeric=numeric, note=note)
 
 
 def trend_figure(points: Sequence[Point]) -> Figure:

@@ -166,19 +166,19 @@ def product_of(trial: Trial) -> Product | None:
         return None
 
 
-def candidates_of(trials: Sequence[Trial], *, group: str | None = None, case: str | None = None) -> list[Trial]:
+def candidates_of(trials: Sequence[Trial], *, case: str | None = None) -> list[Trial]:
     """The measured candidates of cuBLASLt among `trials`, each once (the last record of a case and rank counts).
 
     Parameters
     ----------
-    group, case
-        Only those of this group (`Group`) or case id.
+    case
+        Only those of this case, by its id.
     """
     found: dict[tuple, Trial] = {}
     for trial in trials:
         if trial.kind != "gemm_candidate" or trial.backend != "cublaslt" or trial.data.get("group") not in GROUPS:
             continue
-        if (group is None or trial.data["group"] == group) and (case is None or trial.variant == case):
+        if case is None or trial.variant == case:
             found[trial.variant, trial.data.get("rank")] = trial
     return [whole(t) for t in found.values() if measured_us(t) is not None]
 

@@ -24,7 +24,7 @@ of Williams et al. (2009), kernel by kernel; exponentials are left out, so the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flashcore.decision.compare import is_figure
@@ -238,8 +238,7 @@ def cut_in_words(variant: Variant) -> str:
     return f"pages of {variant.page_size} keys and {variant.heads} {noun} at once{lanes}"
 
 
-def in_words(prediction: Prediction, terms: Sequence[str] = TERMS) -> str:
+def in_words(prediction: Prediction) -> str:
     """Which term binds, with its share of the time."""
     share = prediction.terms_us[prediction.binds] / prediction.time_us
-    assert prediction.binds in terms
     return f"{TERM_WORDS[prediction.binds]} ({100 * share:.0f} % of the least time)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashcore.gpu.build import INVARIANT
+from flashcore.gpu.options import INVARIANT
 from flashcore.problem import Problem
 
 LAW_TILE = 64

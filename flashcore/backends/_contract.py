@@ -231,7 +231,7 @@ class Backend(ABC):
         """Hash of the kernel's source without comments and white space; None for a backend without a kernel of ours.
 
         What the kernel has for masks, and for the batch-invariant mode, counts only where the problem asks for either
-        (`flashcore.gpu.build.without_options`).
+        (`flashcore.gpu.options.without_options`).
         """
         if self.kernel is None:
             return None

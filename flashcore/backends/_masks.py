@@ -8,7 +8,7 @@ import operator
 import struct
 from collections.abc import Sequence
 
-from flashcore.gpu.build import MASKS
+from flashcore.gpu.options import MASKS
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import FARTHEST, Problem
 

@@ -93,7 +93,7 @@ class Evidence:
 
 def _count(kernels: Sequence[str]) -> int:
     """How many kernels these are: a kernel and its form with options are one."""
-    from flashcore.gpu.build import WITH_OPTIONS
+    from flashcore.gpu.options import WITH_OPTIONS
 
     return len({name.removesuffix(WITH_OPTIONS) for name in kernels})
 
@@ -123,7 +123,7 @@ def spoken(kernels: Sequence[str]) -> str:
 
     A hash of a kernel with its options covers code that its plain form does not hold, so the two may differ apart.
     """
-    from flashcore.gpu.build import WITH_OPTIONS
+    from flashcore.gpu.options import WITH_OPTIONS
 
     plain = [name for name in kernels if not name.endswith(WITH_OPTIONS)]
     forms = [name.removesuffix(WITH_OPTIONS) for name in kernels if name.endswith(WITH_OPTIONS)]

@@ -396,7 +396,7 @@ def _differing(sealed: Mapping[str, str], now: Mapping[str, str], what: str) -> 
 
 def _told(names: Sequence[str]) -> list[str]:
     """Names for a reader: of a kernel that is named whole its forms are not named again, and of another in words."""
-    from flashcore.gpu.build import WITH_OPTIONS
+    from flashcore.gpu.options import WITH_OPTIONS
 
     told = [name for name in names if name.removesuffix(WITH_OPTIONS) not in names or not name.endswith(WITH_OPTIONS)]
     return [

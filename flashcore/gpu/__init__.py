@@ -4,4 +4,6 @@
 measurement that may hang or kill the CUDA context. Nothing here knows which backends there are.
 """
 
-__all__ = ["build", "cache", "counters", "cublaslt", "device", "isolation", "launching", "profiling", "rooms"]
+__all__ = [
+    "build", "cache", "counters", "cublaslt", "device", "isolation", "launching", "options", "profiling", "rooms",
+]  # fmt: skip

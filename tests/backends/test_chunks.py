@@ -21,7 +21,7 @@ from flashcore.backends import _paged
 from flashcore.backends import decode as module
 from flashcore.backends.decode import DECODE, MOST_ROOM, Decode
 from flashcore.backends.hopper import LAW_TILE as PAGE_OF_HOPPER
-from flashcore.gpu import build
+from flashcore.gpu import build, options
 from flashcore.paged_ops import paged_problem_of
 from flashcore.paging import PagedKV
 from flashcore.problem import Problem
@@ -109,10 +109,10 @@ def test_chains_do_not_hang_on_the_backend_or_the_problem():
 
 
 def test_the_macro_is_defined_where_a_problem_asks():
-    assert law.invariant_defines(ASKED) == ((build.INVARIANT, 1),)
+    assert law.invariant_defines(ASKED) == ((options.INVARIANT, 1),)
     assert law.invariant_defines(ASKED.with_(batch_invariant=False)) == ()
     for name in ("decode", "hopper-paged", "hopper-unsplit"):
-        assert dict(backends.get(name).defines(ASKED, 0)).get(build.INVARIANT) == 1, name
+        assert dict(backends.get(name).defines(ASKED, 0)).get(options.INVARIANT) == 1, name
 
 
 @pytest.mark.parametrize("rows", [1, 40, 128, 5000])
@@ -124,7 +124,7 @@ def test_no_shape_of_the_hopper_kernel_takes_another_tile_of_keys(rows, on_an_h2
             problem = ASKED.with_(seqlen_q=rows, batch=batch, head_dim=head_dim)
             found = dict(hopper.defines(problem, 0))
             plain = dict(hopper.defines(problem.with_(batch_invariant=False), 0))
-            assert found.pop(build.INVARIANT) == 1 and found.keys() == plain.keys()
+            assert found.pop(options.INVARIANT) == 1 and found.keys() == plain.keys()
             assert found.get("FLASHCORE_TILE_N", 64) == law.LAW_TILE
             assert found.get("FLASHCORE_NUM_CONSUMERS") == plain.get("FLASHCORE_NUM_CONSUMERS")
             assert hopper.entry(problem, 0) == "attention_hopper"

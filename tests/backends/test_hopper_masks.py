@@ -24,7 +24,7 @@ from flashcore.backends._tensor_maps import MAP_BYTES
 from flashcore.backends.hopper import most_tiles
 from flashcore.bisection.bisecting import bisect
 from flashcore.errors import Unsupported
-from flashcore.gpu import build, launching
+from flashcore.gpu import build, launching, options
 from flashcore.measure import check
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs, make_masks
@@ -62,7 +62,7 @@ def test_what_a_problem_asks_for_is_compiled_in_and_nothing_else(on_an_h200):
             *((SOME.with_(lengths=lengths), 8) for lengths in LENGTHS),
             (SOME.with_(**EVERYTHING), 7), (SOME.with_(lengths="ragged", **EVERYTHING), 15),
         ):  # fmt: skip
-            assert dict(chosen.defines(problem, 0)).get(build.MASKS) == bits
+            assert dict(chosen.defines(problem, 0)).get(options.MASKS) == bits
             assert bits is None or chosen.entry(problem, 0) == "attention_hopper", "split keys take no masks"
     assert backends.get("hopper").entry(SOME, 0) == hopper.SPLIT
 
@@ -147,7 +147,7 @@ def machine(monkeypatch, on_an_h200):
         shape = loaded_for(SOME.with_(head_dim=head_dim, seqlen_q=5000))
         if entry == hopper.PLAN:
             return dataclasses.replace(shape, threads=256, shared_bytes=0)
-        return dataclasses.replace(shape, overlaps_launch=int(dict(defines)[build.MASKS] & 8 > 0))
+        return dataclasses.replace(shape, overlaps_launch=int(dict(defines)[options.MASKS] & 8 > 0))
 
     def entry_point(loaded, name, device):
         return function_at(PLAN_AT if name == hopper.PLAN else MAIN_AT)
@@ -196,7 +196,7 @@ def test_the_tiles_are_listed_ahead_of_the_kernel(machine, lengths):
     rows = q.shape[2], k.shape[2]
     assert shape == ((1 if lengths == "ragged" else 3), 4, 2, *rows), "a ragged batch is one of all rows"
     assert [entry for _, entry, _ in machine.loads] == ["attention_hopper", hopper.PLAN]
-    assert all(defines == {build.MASKS: 15} for *_, defines in machine.loads)
+    assert all(defines == {options.MASKS: 15} for *_, defines in machine.loads)
 
 
 def test_without_lengths_nothing_is_listed(machine):

@@ -12,7 +12,7 @@ from support import launch_structs
 from flashcore import backends
 from flashcore.backends import _masks
 from flashcore.backends._masks import MASK_PARAMS, OVER_PAGES, TANH_ERROR, cap_params, mask_defines, mask_params
-from flashcore.gpu import build
+from flashcore.gpu import build, options
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import square
 
@@ -32,10 +32,10 @@ def test_each_mask_is_a_bit_of_the_macro():
         ({"window_left": 3}, 1), ({"window_right": 0}, 1), ({"softcap": 2.0}, 2), ({"sink": True}, 4),
         ({"lengths": "left"}, 8), ({"lengths": "ragged"}, 8), ({"window_left": 0, "sink": True}, 5),
     ):  # fmt: skip
-        assert mask_defines(PLAIN.with_(**changes)) == ((build.MASKS, bits),)
+        assert mask_defines(PLAIN.with_(**changes)) == ((options.MASKS, bits),)
     text = build.kernel_source("attention_decode")
     for name, has in (("window", "HAS_WINDOW"), ("softcap", "HAS_SOFTCAP"), ("sink", "HAS_SINK")):
-        assert f"constexpr bool {has} = {build.MASKS} & {_masks.MASK_BITS[name]};" in text
+        assert f"constexpr bool {has} = {options.MASKS} & {_masks.MASK_BITS[name]};" in text
 
 
 def test_window_sink_and_cap_go_into_the_struct_and_a_plain_problem_has_none():
@@ -78,8 +78,8 @@ def test_kernels_over_pages_take_all_masks_but_lengths():
         assert backend.why_not(asked) is None is backend.why_not_paged(asked)
         assert backend.why_not_paged(asked.with_(lengths="right")) == "it does not take lengths of padded sequences"
     told = dict(backends.get("hopper-paged").defines(asked, 0))
-    assert told == {"FLASHCORE_PAGED": 1, build.MASKS: 7} and backends.get("decode").defines(asked, 0) == (
-        (build.MASKS, 7),
+    assert told == {"FLASHCORE_PAGED": 1, options.MASKS: 7} and backends.get("decode").defines(asked, 0) == (
+        (options.MASKS, 7),
     )
     other = backends.get("cublaslt-paged")
     assert other.why_not_paged(asked.with_(sink=False)) == "it does not take a window or a softcap"

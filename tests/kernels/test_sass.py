@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from support.sampling import sampled
 
-from flashcore.gpu import build
+from flashcore.gpu import build, options
 
 pytestmark = [
     pytest.mark.compiler,
@@ -28,7 +28,7 @@ PAGED_TILES = [(head_dim, dtype, (("FLASHCORE_PAGED", 1),)) for head_dim, dtype 
 """Of the Hopper kernel compiled for pages; it has no entry function that splits keys."""
 FOR_PAGES = [
     *((HOPPER, *tile) for tile in PAGED_TILES), *((k, d, t, ()) for k, d, t in VARIANTS if k in (DECODE, PAIRED)),
-    *((PAIRED, d, t, ((build.MASKS, union),)) for k, d, t in VARIANTS if k == PAIRED for union in (1, 7)),
+    *((PAIRED, d, t, ((options.MASKS, union),)) for k, d, t in VARIANTS if k == PAIRED for union in (1, 7)),
 ]  # fmt: skip
 BY_DEFAULT = {
     (64, "float16"): (1, 15),
@@ -40,7 +40,8 @@ BY_DEFAULT = {
 FEW_AND_MASKED = {(128, "float16", 9)}
 MASKED_TILES = [
     pytest.param(
-        head_dim, dtype, (*tile, (build.MASKS, union)), id=f"{head_dim}-{dtype}-{union}{'-few tiles' if tile else ''}",
+        head_dim, dtype, (*tile, (options.MASKS, union)),
+        id=f"{head_dim}-{dtype}-{union}{'-few tiles' if tile else ''}",
         marks=() if (union in BY_DEFAULT[head_dim, dtype] if not tile else (head_dim, dtype, union) in FEW_AND_MASKED)
         else pytest.mark.exhaustive,
     )
@@ -53,7 +54,7 @@ KNOWN_SPILLS = {(64, False, 15): 16, **{(128, True, union): 8 for union in range
 """Bytes, by head_dim, whether the tile is that of few tiles, and union: two registers, or one, are too few there."""
 KNOWN_MOVES = {(64, False, 3): 24, (128, False, 3): 34}
 """Moves to uniform registers between the products of a page, likewise: of a window with a softcap and nothing else."""
-INVARIANT = (build.INVARIANT, 1)
+INVARIANT = (options.INVARIANT, 1)
 SHAPES = {
     "plain": (),
     "few tiles": (("FLASHCORE_NUM_CONSUMERS", 2), ("FLASHCORE_TILE_N", 64)),
@@ -189,7 +190,7 @@ def test_sass_is_the_same_with_the_masks_taken_out_of_the_text(text, head_dim, d
     variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict(defines)}
     source = build.kernel_source(kernel)
     whole = code(build.compile_kernel(kernel, **variant))
-    without = code(build.compile_kernel(kernel, **variant, source=build.without_options(source)))
+    without = code(build.compile_kernel(kernel, **variant, source=options.without_options(source)))
     assert sum(map(len, whole.values())) > 100 * INSTRUCTION and whole == without
 
 
@@ -197,15 +198,15 @@ def test_sass_is_the_same_with_the_masks_taken_out_of_the_text(text, head_dim, d
     ("kernel", "option", "head_dim", "dtype"),
     sampled([
         (kernel, option, head_dim, dtype)
-        for kernel, head_dim, dtype in INVARIANT_TEXTS for option in (INVARIANT, (build.MASKS, 7))
+        for kernel, head_dim, dtype in INVARIANT_TEXTS for option in (INVARIANT, (options.MASKS, 7))
     ], seed=8),
 )  # fmt: skip
 def test_with_one_option_sass_is_the_same_with_the_other_taken_out_of_the_text(kernel, option, head_dim, dtype):
     """A bug of masks is planted in the text with masks alone, and one of the invariant mode in that with the mode."""
     variant = {"head_dim": head_dim, "dtype": dtype, "defines": dict([option])}
     source = build.kernel_source(kernel)
-    left = build.without_options(source, but=(option[0],))
-    assert build.without_options(source) != left != source
+    left = options.without_options(source, but=(option[0],))
+    assert options.without_options(source) != left != source
     whole = code(build.compile_kernel(kernel, **variant))
     without = code(build.compile_kernel(kernel, **variant, source=left))
     assert sum(map(len, whole.values())) > 100 * INSTRUCTION and whole == without
@@ -404,7 +405,7 @@ def assert_the_loop_is_lean(page: list[str], most: int = 1) -> None:
 @pytest.mark.parametrize(("head_dim", "dtype", "defines"), MASKED_TILES)
 def test_masks_leave_the_loop_over_pages_as_lean_and_spill_nothing(head_dim, dtype, defines):
     cubin = build.compile_kernel(HOPPER, head_dim=head_dim, dtype=dtype, defines=dict(defines))
-    few, union = len(defines) > 1, dict(defines)[build.MASKS]
+    few, union = len(defines) > 1, dict(defines)[options.MASKS]
     known = KNOWN_SPILLS.get((head_dim, few, union), 0)
     entries = entry_functions(build.disassemble(cubin.path))
     assert sorted(entries) == [HOPPER, f"{HOPPER}_plan"] and cubin.warnings == []
@@ -418,7 +419,7 @@ def test_masks_leave_the_loop_over_pages_as_lean_and_spill_nothing(head_dim, dty
 def test_the_invariant_mode_multiplies_by_warpgroup_and_spills_little_and_never_in_the_loop_over_pages(
     kernel, shape, union, head_dim, dtype
 ):
-    defines = dict((*SHAPES[shape], INVARIANT, *([(build.MASKS, union)] if union else [])))
+    defines = dict((*SHAPES[shape], INVARIANT, *([(options.MASKS, union)] if union else [])))
     cubin = build.compile_kernel(kernel, head_dim=head_dim, dtype=dtype, defines=defines)
     assert cubin.warnings == [], "C75xx says that products were serialised, or that a wait was missing"
     assert cubin.spill_bytes <= MOST_SPILLS.get((kernel, head_dim), 0) and cubin.registers <= 255

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashcore import backends
 from flashcore.backends import with_methods
 from flashcore.errors import FaultError, UnknownName
-from flashcore.gpu.build import INVARIANT, MASKS, kernel_source, without_options
+from flashcore.gpu.build import kernel_source
+from flashcore.gpu.options import INVARIANT, MASKS, without_options
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from flashcore.bisection.faults.catalogue import FAULTS
 from flashcore.bisection.faults.planting import Override, Source
 from flashcore.bisection.faults.plants import decode
 from flashcore.errors import FaultError
-from flashcore.gpu.build import INVARIANT, MASKS, kernel_source, without_options
+from flashcore.gpu.build import kernel_source
+from flashcore.gpu.options import INVARIANT, MASKS, without_options
 
 
 @pytest.mark.slow

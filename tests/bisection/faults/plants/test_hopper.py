@@ -11,7 +11,7 @@ from flashcore.bisection.faults import catalogue
 from flashcore.bisection.faults.catalogue import FAULTS
 from flashcore.bisection.faults.planting import Source
 from flashcore.bisection.faults.plants import hopper
-from flashcore.gpu import build
+from flashcore.gpu import options
 from flashcore.measure.check import check_attention
 
 ALL_WARPS_ARE_WHOLE = ("const bool whole_warp = !HAS_LENGTHS || ", "const bool whole_warp = true || ")
@@ -72,8 +72,8 @@ def test_bugs_of_masks_are_planted_in_the_source_with_masks_and_others_in_the_on
             if isinstance(plant, Source):
                 assert plant.masks == (name in masks), name
                 planted = plant.apply(backends.get(backend))
-                assert bool(planted.masks) == plant.masks == (build.MASKS in directives(planted.source)), name
-                assert not planted.batch_invariant and build.INVARIANT not in directives(planted.source), name
+                assert bool(planted.masks) == plant.masks == (options.MASKS in directives(planted.source)), name
+                assert not planted.batch_invariant and options.INVARIANT not in directives(planted.source), name
     assert set(hopper.SPLIT) & masks == set(hopper.IN_WINDOWS)
 
 

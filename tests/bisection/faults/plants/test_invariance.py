@@ -11,7 +11,7 @@ from flashcore import backends
 from flashcore.backends._chunks import CHUNK_TILES
 from flashcore.bisection.faults.planting import Source
 from flashcore.bisection.faults.plants.invariance import BREAKS
-from flashcore.gpu import build, launching
+from flashcore.gpu import build, launching, options
 from flashcore.measure.check import check_attention
 from flashcore.problem import Problem
 
@@ -48,7 +48,7 @@ def test_a_patch_changes_one_instruction_of_the_kernel_with_the_mode(name, host)
 @pytest.mark.parametrize(("name", "host"), SOURCES)
 def test_a_kernel_with_a_patch_compiles_to_another_one(name, host):
     kernel, plant = backends.get(host).kernel, BY_ID[name].plants[host]
-    variant = {"head_dim": 64, "dtype": "float16", "defines": {build.INVARIANT: 1}}
+    variant = {"head_dim": 64, "dtype": "float16", "defines": {options.INVARIANT: 1}}
     honest = build.compile_kernel(kernel, **variant, source=plant.unpatched(kernel))
     broken = build.compile_kernel(kernel, **variant, source=plant.text(kernel))
     assert broken.warnings == [] and broken.path.read_bytes() != honest.path.read_bytes()
@@ -93,11 +93,11 @@ def test_keys_are_split_where_few_tiles_would_leave_the_gpu_idle_and_nowhere_els
     few = SMALL.with_(head_dim=64, seqlen_q=100)
     many = few.with_(batch=40)
     assert broken.defines(few, 0) == honest.defines(few.with_(batch_invariant=False), 0)
-    assert build.INVARIANT not in dict(broken.defines(few, 0))
+    assert options.INVARIANT not in dict(broken.defines(few, 0))
     assert broken.entry(few, 0) == "attention_hopper_split" and honest.entry(few, 0) == "attention_hopper"
     assert broken.room_for_sums(few, None, 4096, torch.device("cpu"), 0) is None, (
         "the kernel without the mode takes no room"
     )
-    assert broken.defines(many, 0) == honest.defines(many, 0) and dict(broken.defines(many, 0))[build.INVARIANT] == 1
+    assert broken.defines(many, 0) == honest.defines(many, 0) and dict(broken.defines(many, 0))[options.INVARIANT] == 1
     assert broken.entry(many, 0) == honest.entry(many, 0) == "attention_hopper"
     assert few.batch_invariant and broken.why_not(few) is None, "it promises the bits all the same"

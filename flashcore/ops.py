@@ -29,7 +29,9 @@ those refuse. `sdpa-math` stores all scores; on a CPU it is torch's own path and
 there for ``return_lse``.
 """
 WITHOUT_LSE = frozenset({"sdpa-math", "sdpa-cudnn"})
+"""Backends that return no `lse`, which gradients start from as well."""
 NO_LSE = "it does not return lse; choose another backend, or leave return_lse out"
+"""Why such a call is refused, as a clause."""
 AUTO_DTYPES = {"fa3": ("bfloat16",)}
 """Dtypes for which `auto` tries a backend, where not all: a widespread wheel of FlashAttention-3 lacks float16."""
 

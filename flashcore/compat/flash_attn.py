@@ -90,10 +90,8 @@ def flash_attn_func(
     masking = _masking(causal, window_size, softcap, alibi_slopes, dropout_p, q.shape[1], k.shape[1])
     _check_slopes(alibi_slopes, q)
     scale = plain.softmax_scale(softmax_scale)
-    deterministic, with_lse = (
-        plain.flag("deterministic", deterministic),
-        plain.flag("return_attn_probs", return_attn_probs),
-    )
+    deterministic = plain.flag("deterministic", deterministic)
+    with_lse = plain.flag("return_attn_probs", return_attn_probs)
     _refuse_probs(with_lse, masking)
     atomics = deterministic and _adds_atomically(q, k, v)
     if _is_ours(q, masking) and not atomics and 0 not in q.shape and 0 not in k.shape:
@@ -152,10 +150,8 @@ def flash_attn_varlen_func(
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
     _check_slopes(alibi_slopes, q, batch)
     scale = plain.softmax_scale(softmax_scale)
-    deterministic, with_lse = (
-        plain.flag("deterministic", deterministic),
-        plain.flag("return_attn_probs", return_attn_probs),
-    )
+    deterministic = plain.flag("deterministic", deterministic)
+    with_lse = plain.flag("return_attn_probs", return_attn_probs)
     _refuse_probs(with_lse, masking)
     if rows == 0 or keys == 0:
         out, lse = torch.zeros_like(q), q.new_full((heads, q.shape[0]), -math.inf, dtype=torch.float32)
@@ -316,6 +312,7 @@ def _for_other_lengths(q) -> bool:
 
 
 def _refuse_probs(wanted: bool, masking: Masking) -> None:
+    """Raise `Unsupported` where probabilities are wanted under dropout: FlashAttention returns them for tests alone."""
     if wanted and masking.dropout:
         raise Unsupported(NAME, "it returns no probabilities as dropout left them; leave return_attn_probs out")
 
@@ -326,6 +323,7 @@ def _adds_atomically(q, k, v) -> bool:
 
 
 def _check_slopes(slopes, q, batch: int | None = None) -> None:
+    """Raise `InvalidProblem` unless slopes are None, or floats ``[Hq]`` or ``[batch, Hq]``; None for the batch of q."""
     if slopes is not None:
         batch = q.shape[0] if batch is None else batch
         heads = q.shape[-2]
@@ -336,10 +334,20 @@ def _check_slopes(slopes, q, batch: int | None = None) -> None:
 
 
 ORDERS = {4: "[batch, seqlen, num_heads, head_dim]", 3: "[tokens, num_heads, head_dim]"}
+"""Shapes as errors tell them, by the number of dimensions."""
 POOL = "[num_pages, page_size, num_heads, head_dim] with a block_table"
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], dims: dict[str, int], pools: tuple[str, ...] = ()) -> None:
+    """Raise `InvalidProblem` unless all are dense floats, alike in dtype, device and head_dim, which is contiguous.
+
+    Parameters
+    ----------
+    dims
+        How many dimensions each has, by name.
+    pools
+        Those that are pools of pages, for the sentence on a shape.
+    """
     first = next(iter(tensors))
     for name, tensor in tensors.items():
         dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_nested
@@ -365,6 +373,7 @@ def _check_tensors(tensors: dict[str, torch.Tensor], dims: dict[str, int], pools
 
 
 def _check_heads(q, k, v, names=("k", "v")) -> None:
+    """Raise `InvalidProblem` unless K and V are of one shape whose heads divide those of Q; called `names`."""
     if k.shape != v.shape:
         raise InvalidProblem(
             f"{names[0]} {list(k.shape)} and {names[1]} {list(v.shape)} differ in shape; they have to be the same."
@@ -425,6 +434,7 @@ def _can_look(tensor: torch.Tensor) -> bool:
 
 
 def _table(block_table, batch: int, device) -> torch.Tensor:
+    """`block_table` once it is an integer tensor ``[batch, pages]`` on this device; else `InvalidProblem`."""
     columns = block_table.shape[-1] if isinstance(block_table, torch.Tensor) and block_table.dim() else 0
     if not columns:
         raise InvalidProblem(

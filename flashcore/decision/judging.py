@@ -408,8 +408,13 @@ def _planned_peers(source: Source) -> list[str]:
     return [str(name) for name in planned] if isinstance(planned, list) else []
 
 
-def _figure(gate: Gate, source: Source, trial: Trial, *, trusting: bool = False):
-    """The gate's metric of one timing as (value, interval of the median, samples, versus), or None."""
+def _figure(
+    gate: Gate, source: Source, trial: Trial, *, trusting: bool = False
+) -> tuple[float, tuple[float, float] | None, int, str] | None:
+    """The gate's metric of one timing as (value, interval of the median, samples, versus), or None.
+
+    With `trusting` the fastest peer of the round counts, whatever speaks against it: a figure to show, not to judge by.
+    """
     latency = compare.latency_us(trial)
     if latency is None:
         return None
@@ -459,7 +464,11 @@ def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
     return replace(result, reason=reason)
 
 
-def _result(gate: Gate, source: Source | None, measured, n: int, interval, reason: str, backend) -> GateResult:
+def _result(
+    gate: Gate, source: Source | None, measured: float | None, n: int, interval: tuple[float, float] | None,
+    reason: str, backend: str | None,
+) -> GateResult:  # fmt: skip
+    """What the gate found, PASS or FAIL by its margin; `backend` is whose figure decided."""
     margin = gate.margin(measured) if measured is not None else None
     state = "PASS" if margin is not None and margin >= 0 else "FAIL"
     return GateResult(
@@ -471,10 +480,15 @@ def _result(gate: Gate, source: Source | None, measured, n: int, interval, reaso
 
 
 def _undecided(gate: Gate, result: GateResult, reason: str) -> GateResult:
+    """The same result, INCONCLUSIVE for this reason, with the command that would settle it."""
     return replace(result, state="INCONCLUSIVE", reason=reason, fix=gate.measure)
 
 
-def _open(gate, source, reason, *, measured=None, interval=None, n=0, backend=None, evidence=None) -> GateResult:
+def _open(
+    gate: Gate, source: Source | None, reason: str, *, measured: float | None = None,
+    interval: tuple[float, float] | None = None, n: int = 0, backend: str | None = None, evidence: str | None = None,
+) -> GateResult:  # fmt: skip
+    """A gate that is not settled, with the figure that does not settle it; ``evidence="none"`` where there is none."""
     result = _undecided(gate, _result(gate, source, measured, n, interval, reason, backend), reason)
     return replace(result, evidence="none", source=None) if evidence == "none" else result
 

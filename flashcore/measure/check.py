@@ -490,16 +490,18 @@ def pairs(problems: list[Problem], chosen: list[backends.Backend]) -> list[tuple
         (problem, one)
         for number, problem in enumerate(problems)
         for one in chosen
-        if (one.variant_of is None or number % 6 == 0)
-        and (problem not in optional or set(problem.masks) <= set(one.masks))
-        and (problem not in optional or not problem.lengths or one.role != "peer")
-        and (problem not in optional or not problem.batch_invariant or _keeps_bits(one, problem))
+        if (one.variant_of is None or number % 6 == 0) and (problem not in optional or _is_for(problem, one))
     ]
 
 
-def _keeps_bits(one: backends.Backend, problem: Problem) -> bool:
-    """Whether a backend is checked in the batch-invariant mode: one on the CPU does such problems number by number."""
-    return one.batch_invariant and (one.device == "cuda" or problem.flops() <= CPU_FLOPS)
+def _is_for(problem: Problem, one: backends.Backend) -> bool:
+    """Whether a problem with masks, or in the batch-invariant mode, is for a backend that nobody named it for."""
+    if problem.lengths and one.role == "peer":
+        return False
+    if problem.batch_invariant:  # on the CPU such problems are computed number by number
+        if not one.batch_invariant or (one.device != "cuda" and problem.flops() > CPU_FLOPS):
+            return False
+    return set(problem.masks) <= set(one.masks)
 
 
 FOREIGN_LIMIT_S = 90.0

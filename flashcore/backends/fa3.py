@@ -105,7 +105,7 @@ class FlashAttention3(Backend):
         if reason is None and f"HDIM{next(d for d in HEAD_DIMS if d >= problem.head_dim)}" in _left_out():
             reason = f"this build of FlashAttention-3 has no kernels for head_dim {problem.head_dim}"
         for name in problem.masks:
-            flag, words = LEFT_OUT[name] if name in LEFT_OUT else ("", "")
+            flag, words = LEFT_OUT.get(name, ("", ""))
             if reason is None and flag in _left_out():
                 reason = f"this build of FlashAttention-3 has no kernels for {words}"
         return reason

@@ -45,17 +45,6 @@ def since_last_run(run: RunFolder) -> Since | None:
         return None
 
 
-def history_html(run: RunFolder) -> str:
-    """The section 'Since the last run', with its heading; empty text when there is no run before."""
-    found = since_last_run(run)
-    return since_html(found) if found is not None else ""
-
-
-def since_html(found: Since) -> str:
-    """`since_body` as a section with its heading, to stand alone."""
-    return f'<section id="since"><h2>Since the last run</h2>{since_body(found)}</section>'
-
-
 def since_body(found: Since) -> str:
     """What changed, in words: figures, what became worse, what else changed, and every row folded away."""
     comparison, before = found.comparison, found.before

@@ -82,13 +82,3 @@ def label_problem(tile: str, ran: str | None, surveyed: str | None = None) -> st
         rows, columns = tile_in(ran)
         return f"the algorithm's tile is {tile}, and the kernel that ran computes {rows}x{columns}"
     return None
-
-
-def contradictions(labels: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Pairs of (tile, kernel) that cannot all be true: one kernel under two tiles."""
-    tile_of: dict[str, str] = {}
-    found = []
-    for tile, kernel in labels:
-        if kernel and (before := tile_of.setdefault(kernel, tile)) != tile:
-            found.append(f"{kernel} ran under the labels {before} and {tile}")
-    return found

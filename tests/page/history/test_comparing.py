@@ -101,7 +101,7 @@ def test_any_two_sets_of_records_compare_without_an_error(data):
     found = history.compare_runs(*runs)
     assert all(row.word in interval.WORDS for row in found.rows) and found.summary.endswith(".")
     json.dumps(found.as_dict())
-    views.since_html(since(runs[1], runs[0], gates=load_gates()))
+    views.since_body(since(runs[1], runs[0], gates=load_gates()))
     views.trend_html(trend(runs))
 
 

@@ -25,7 +25,7 @@ def test_a_page_without_a_readable_run_before_goes_without_its_history(tmp_path)
     now = write(tmp_path, snapshot("now"), "2001-02-05T00:00:00+00:00")
     with old.records_path.open("a") as file:
         file.write('{"schema_version": 99, "kind": "ceiling"}\n')
-    assert views.history_html(now) == ""
+    assert views.since_last_run(now) is None
     found, left_out = history.runs_in(tmp_path)
     assert [run.name for run in found] == ["now"] and "install a newer FlashCore" in left_out[0]
     with pytest.raises(RecordsTooNew):
@@ -60,7 +60,7 @@ def test_nothing_worse_is_said_and_a_long_list_is_counted():
 
 def test_text_of_a_run_cannot_leave_its_place():
     changed = since(snapshot("now", flashcore="<script>"), snapshot("<b>before</b>"), gates=load_gates())
-    html = views.since_html(changed)
+    html = views.since_body(changed)
     assert "<script>" not in html and "<b>" not in html and "is &lt;script&gt;." in html
 
 

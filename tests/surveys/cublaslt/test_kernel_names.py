@@ -44,11 +44,6 @@ def test_f14_is_found_by_the_tile_alone():
     assert kernel_names.label_agrees("dot_kernel<float>", "128x64") is None
 
 
-def test_one_kernel_under_two_tiles_is_a_contradiction():
-    assert kernel_names.contradictions([("64x96", "a"), ("128x64", "b"), ("64x96", "a"), ("64x64", None)]) == []
-    assert kernel_names.contradictions([("64x96", "a"), ("128x64", "a")]) == ["a ran under the labels 64x96 and 128x64"]
-
-
 @pytest.mark.parametrize(
     ("name", "tile"),
     [

@@ -116,8 +116,8 @@ def sanitize(
         return perform(todo, run=run, pool=pool, progress=progress)[0]
     trials = []
     # Each is a process of its own and spends its time in starting up, so a few run side by side.
-    with ThreadPoolExecutor(max_workers=max(1, min(AT_ONCE, (os.cpu_count() or 1) // 2))) as pool:
-        for trial in pool.map(watch, pairs):
+    with ThreadPoolExecutor(max_workers=max(1, min(AT_ONCE, (os.cpu_count() or 1) // 2))) as threads:
+        for trial in threads.map(watch, pairs):
             trials.append(run.append(trial) if run else trial)
     return trials
 

@@ -1,14 +1,15 @@
-"""What is known of each worker: what it has, what it does now, and which of its processes is free for a task."""
+"""What a pool knows of its workers and of its work: who does what, who has room, what waits, and what came of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore.measure.cluster.places import Place
 from flashcore.measure.cluster.serving import By
-from flashcore.measure.cluster.tasks import Task
+from flashcore.measure.cluster.tasks import Task, Work
+from flashcore.records import Trial
 
 RESOURCES = ("GPU", "CPU")
 """What a worker offers one of: Dask then puts nothing else beside a task of ours."""
@@ -86,6 +87,42 @@ class Job:
     slot: int
     tried: set[str] = field(default_factory=set)
     deaths: list[str] = field(default_factory=list)
+
+
+class Agenda:
+    """What is to be done for some works, and what came of it; a trial is recorded as soon as it is known.
+
+    Parameters
+    ----------
+    works
+        Their lists may hold trials beside tasks: what was known before.
+    record
+        Keeps a trial, and gives it back as it was kept.
+    """
+
+    def __init__(self, works: Sequence[Work], record: Callable[[Trial], Trial]):
+        self.record = record
+        self.waiting: list[Job] = []
+        """Those that no worker does now, in the order in which they begin: what takes longest first."""
+        self._found: list[list[list[Trial]]] = [[[] for _ in work.tasks] for work in works]
+        for number, work in enumerate(works):
+            for slot, task in enumerate(work.tasks):
+                if isinstance(task, Task):
+                    self.waiting.append(Job(task, number, slot))
+                else:
+                    self._found[number][slot].append(record(task))
+        self.waiting.sort(key=lambda job: -job.task.cost_s)  # stable, so that others keep their order
+        self.left = len(self.waiting)
+        """Tasks of which nothing has come yet."""
+
+    def settle(self, job: Job, trials: Iterable[Trial]) -> None:
+        """These are the records of a task, which is done."""
+        self.left -= 1
+        self._found[job.work][job.slot] += map(self.record, trials)
+
+    def results(self) -> list[list[Trial]]:
+        """The trials of each work, in the order of its list."""
+        return [[trial for trials in work for trial in trials] for work in self._found]
 
 
 @dataclass

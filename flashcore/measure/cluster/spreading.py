@@ -19,9 +19,9 @@ from flashcore.errors import ClusterError, ClusterLost
 from flashcore.gpu.isolation import START_S
 from flashcore.measure.cluster import connecting
 from flashcore.measure.cluster.places import Place, identify, place_of, refuse_foreign, refuse_mixed
-from flashcore.measure.cluster.seats import CREW, HOST, RESOURCES, Call, Job, Seat, threads_of
+from flashcore.measure.cluster.seats import CREW, HOST, RESOURCES, Agenda, Call, Job, Seat, threads_of
 from flashcore.measure.cluster.serving import Answer, By, answer
-from flashcore.measure.cluster.tasks import Task, Work, packed
+from flashcore.measure.cluster.tasks import Work, packed
 from flashcore.records import Trial
 
 TOPIC = "flashcore"
@@ -35,8 +35,6 @@ GRACE_S = 60.0
 LOOK_S = 0.5
 """Seconds between two looks at which workers there are."""
 FIX = "start one a card with 'CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --nthreads 1 --nworkers 1 --resources GPU=1'"
-
-Record = Callable[[Trial], Trial]
 
 
 class Spread:
@@ -132,7 +130,7 @@ class Spread:
     # ---------------------------------------------------------------------------------------------- the work
 
     def perform(
-        self, works: Sequence[Work], record: Record, progress: Callable[[str], None] | None = None
+        self, works: Sequence[Work], record: Callable[[Trial], Trial], progress: Callable[[str], None] | None = None
     ) -> list[list[Trial]]:
         """See `flashcore.measure.cluster.Pool`.
 
@@ -148,7 +146,7 @@ class Spread:
             # What comes before the tasks of one work, such as compiling, keeps no worker from the tasks of another.
             preparing = {n: threads.submit(work.prepare, False) for n, work in enumerate(works) if work.prepare}
             try:
-                return self._all(works, preparing, record, progress)
+                return self._all(Agenda(works, record), preparing, progress)
             finally:
                 self._leave()
                 for work in works:
@@ -156,57 +154,38 @@ class Spread:
                         work.finish()
 
     def _all(
-        self,
-        works: Sequence[Work],
-        preparing: dict[int, Future],
-        record: Record,
-        progress: Callable[[str], None] | None,
+        self, agenda: Agenda, preparing: dict[int, Future], progress: Callable[[str], None] | None
     ) -> list[list[Trial]]:
-        found: list[list[list[Trial]]] = [[[] for _ in work.tasks] for work in works]
-        waiting: list[Job] = []
-        for number, work in enumerate(works):
-            for slot, task in enumerate(work.tasks):
-                if isinstance(task, Task):
-                    waiting.append(Job(task, number, slot))
-                else:
-                    found[number][slot].append(record(task))
-        waiting.sort(key=lambda job: -job.task.cost_s)  # stable: what takes longest begins first
-        left = len(waiting)
+        """Do all of it; `preparing` has by number of the works what has to end before the tasks of each."""
         self._last_seen = time.monotonic()
-
-        def settle(job: Job, trials: list[Trial]) -> None:
-            nonlocal left
-            left -= 1
-            found[job.work][job.slot] += [record(trial) for trial in trials]
-
-        while left:
+        while agenda.left:
             for call, seat, how in self._look():
-                self._died(call, seat, how, waiting, record, settle)
+                self._died(call, seat, how, agenda)
             for name, sentence in self._refused:
-                record(Trial(kind="worker", status="unavailable", reason=sentence, data={"worker": name}))
+                agenda.record(Trial(kind="worker", status="unavailable", reason=sentence, data={"worker": name}))
             self._refused.clear()
-            for job in self._out_of_reach(waiting):
-                waiting.remove(job)
-                settle(job, job.task.failed("its worker is gone"))
+            for job in self._out_of_reach(agenda.waiting):
+                agenda.waiting.remove(job)
+                agenda.settle(job, job.task.failed("its worker is gone"))
             for number in [n for n, done in preparing.items() if done.done()]:
                 preparing.pop(number).result()  # what it raises ends it all
-            self._assign(waiting, preparing, progress)
+            self._assign(agenda.waiting, preparing, progress)
             for seat, call, told in self._hear(LOOK_S):
                 job = call.job
                 if told.ok:
-                    settle(job, [_stamped(trial, call.place) for trial in told.value])
+                    agenda.settle(job, [_stamped(trial, call.place) for trial in told.value])
                 elif told.crashed:
-                    self._died(call, seat, told.how, waiting, record, settle, reason=told.reason)
+                    self._died(call, seat, told.how, agenda, reason=told.reason)
                     if call.by != "host" and seat.place is not None and not seat.barred:
                         seat.place = None  # its process is a new one, and the card may be gone
                         self._ask_who(seat, call.by)
                 elif job.task.owed:
-                    settle(job, [_stamped(trial, call.place) for trial in job.task.failed(told.reason)])
+                    agenda.settle(job, [_stamped(trial, call.place) for trial in job.task.failed(told.reason)])
                 else:
                     raise ClusterError(f"'{job.task.name}' failed on {call.place.label}: {told.reason}")
         for done in preparing.values():
             done.result()
-        return [[trial for trials in work for trial in trials] for work in found]
+        return agenda.results()
 
     def _assign(
         self, waiting: list[Job], preparing: Mapping[int, Future], progress: Callable[[str], None] | None
@@ -262,17 +241,7 @@ class Spread:
             return all(len(s.calls) == 1 for s in near)
         return not seat.calls or not any(s.timing for s in near)
 
-    def _died(
-        self,
-        call: Call | None,
-        seat: Seat,
-        how: str,
-        waiting: list[Job],
-        record: Record,
-        settle: Callable[[Job, list[Trial]], None],
-        *,
-        reason: str = "",
-    ) -> None:
+    def _died(self, call: Call | None, seat: Seat, how: str, agenda: Agenda, *, reason: str = "") -> None:
         """Record what became of a worker, or of one process of it, and have its task done elsewhere, or give it up."""
         job, place = (call.job, call.place) if call else (None, seat.place)
         where = place.label if place else seat.name
@@ -290,12 +259,12 @@ class Spread:
         member = call is not None and how not in ("gone", "hung") and call.by != "one"
         told = f"{'A process of the' if member else 'The'} worker {where} was lost{doing}: {words}{fate}."
         trial = Trial(kind="worker", status="error", reason=told, data={k: v for k, v in data.items() if v is not None})
-        record(_stamped(trial, place))
+        agenda.record(_stamped(trial, place))
         self._tell(seat, seat.doing if member and seat.jobs else f"lost: {words}")
         if job is None:
             return
         if again:
-            waiting.insert(0, job)
+            agenda.waiting.insert(0, job)
             return
         told = f"it took {len(job.deaths)} workers with it, the last on {job.deaths[-1]}"
         if job.task.only is not None:
@@ -303,7 +272,7 @@ class Spread:
         trials = job.task.failed(told, ended=how)
         if not trials:
             raise ClusterError(f"'{job.task.name}' could not be done: {told}.")
-        settle(job, [_stamped(trial, place) for trial in trials])
+        agenda.settle(job, [_stamped(trial, place) for trial in trials])
 
     # ---------------------------------------------------------------------------------------------- the workers
 

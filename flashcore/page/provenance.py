@@ -41,6 +41,7 @@ def provenance_html(name: str, decision: Decision, evidence: Evidence) -> str:
     facts = html_tables.table_html(
         [{"Fact": fact, "Value": value} for fact, value in _facts(name, decision, evidence)],
         "What was run",
+        stack=True,
         css="fc-facts",
     )
     folded = fold("Hash of every kernel's source", hashes) if hashes else ""

@@ -415,7 +415,7 @@ def ceilings_table(trials: Sequence[Trial]) -> str:
     ]
     if not rows:
         return nothing("No plain kernel was measured in these records.")
-    return table_html(rows, "What plain kernels reached on this machine", numeric=["Measured"])
+    return table_html(rows, "What plain kernels reached on this machine", numeric=["Measured"], stack=True)
 
 
 ENVIRONMENT_ROWS = {

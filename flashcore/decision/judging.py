@@ -197,7 +197,7 @@ def _judge_on(gate: Gate, source: Source) -> GateResult:
         return _judge_correctness(gate, source, wanted)
     if gate.metric == "kept_percent":
         return _judge_kept(gate, source, wanted)
-    if gate.kind == "attention_timing" and gate.metric in METRIC_KIND:
+    if gate.metric in METRIC_KIND:
         return _judge_timing(gate, source, wanted)
     return _judge_data(gate, source, wanted)
 
@@ -224,15 +224,16 @@ def _judge_correctness(gate: Gate, source: Source, wanted: list[Trial]) -> GateR
         found = first.correctness
         detail = f", {found.num_bad:,} of {found.checked:,} elements out of bound" if found and found.checked else ""
         reason = f"{len(wrong)} of {n} checks fail, the first for {first.backend}{where}{detail}."
-        failed = gate.margin(measured) < 0
         result = _result(gate, source, measured, n, None, reason, first.backend)
-        if failed or not doubts:
-            return replace(result, state="FAIL" if failed else "PASS", fix=gate.measure if failed else None)
+        if result.state == "FAIL":
+            return result
     if doubts:
         return _open(gate, source, _sentence(doubts), measured=measured, n=n, backend=who)
     if n < max(gate.min_count, 1):
         reason = f"Only {n} checks were made; {max(gate.min_count, 1)} settle it."
         return _open(gate, source, reason, measured=measured, n=n, backend=who)
+    if wrong:
+        return result
     elements = sum(t.correctness.checked for t in right)
     reason = f"{'The only check passes' if n == 1 else f'All {n} checks pass'} ({elements:,} elements compared)."
     return _result(gate, source, measured, n, None, reason, who)
@@ -262,7 +263,7 @@ def _judge_kept(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
         names = ", ".join(dict.fromkeys(str(t.backend) for t in broken))
         reason = f"{n - kept:,} of {n:,} cases are broken, by {names}."
         result = _result(gate, source, measured, n, None, reason, broken[0].backend)
-        if result.state == "FAIL" or not doubts:
+        if result.state == "FAIL":
             return result
     if doubts:
         return _open(gate, source, _sentence(doubts), measured=measured, n=n)

@@ -156,6 +156,7 @@ def test_the_stated_median_lies_in_its_interval():
 def test_an_interval_is_told_with_as_many_digits_as_tell_its_ends_apart():
     assert compare.between((4.766, 4.772)) == "4.766 to 4.772" and compare.between((4.7, 5.2)) == "4.70 to 5.20"
     assert compare.between((5.0, 5.0)) == "5.00 to 5.00"
+    assert compare.between((1.0000011, 1.0000021)) == "1.00 to 1.00", "six digits are the most"
 
 
 # --- ratios --------------------------------------------------------------------------------------------------------
@@ -222,6 +223,9 @@ def test_what_did_not_compare_anything_neither_passes_nor_fails():
     assert compare.passed(right.model_copy(update={"correctness": None})) is None
     assert compare.passed(right.model_copy(update={"status": "failed", "correctness": None})) is False
     assert compare.passed(timed()) is None
+    for checked, outcome in ((0, None), (1, True)):
+        of_no_problem = right.correctness.model_copy(update={"checked": checked})
+        assert compare.passed(right.model_copy(update={"problem": None, "correctness": of_no_problem})) is outcome
 
 
 def test_a_ragged_batch_has_fewer_rows_than_its_longest_sequence_times_its_sequences():
@@ -263,7 +267,8 @@ def test_digits_left_of_the_point_are_never_dropped(value, digits, text):
     [
         (100, 100, 100.0, None), (100, 100, 101.0, "is not the median of its samples"),
         (None, 100, 101.0, None), (300, 100, 101.0, None), (60, 100, 100.0, "keeps more samples than it says"),
-        ("many", 100, 101.0, None), (30, 30, 101.0, "is not the median of its samples"),
+        ("many", 100, 101.0, None), (300, 100, 102.5, "outside its own samples"),
+        (None, 100, 99.5, "outside its own samples"), (30, 30, 101.0, "is not the median of its samples"),
     ],
 )  # fmt: skip
 def test_a_timing_that_says_how_many_samples_it_took_is_held_to_it(taken, kept, latency, wrong):

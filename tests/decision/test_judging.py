@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from support import synthetic_records as synthetic
 from support.decisions import (
+    GATES,
     GOOD,
     LATENCY,
     REPORT,
@@ -55,7 +56,9 @@ def test_other_kernel_source_makes_the_evidence_stale():
     edited = {**synthetic.HASHES, "attention_wmma": "f" * 16}
     decision = decide(GOOD, current=edited)
     assert decision.verdict == "INCONCLUSIVE"
-    assert "other kernel source" in gate(decision, "wmma-correct").reason
+    count = sum(t.kind == "correctness" and t.backend == "wmma" for t in GOOD)
+    told = f"Wmma was measured on other kernel source than the current one ({count - 1} more like this)."
+    assert gate(decision, "wmma-correct").reason == told
     assert gate(decision, "cpu-correct").state == "PASS"
 
 
@@ -74,6 +77,7 @@ def test_records_of_another_machine_are_not_mixed_in():
 def test_a_timing_that_did_not_succeed_cannot_carry_a_gate(status):
     decision = decide(replaced(GOOD, timing_at("wmma", REPORT), status=status, reason="it crashed"))
     assert gate(decision, "report-320").state == "INCONCLUSIVE" and decision.verdict == "INCONCLUSIVE"
+    assert "wmma" in gate(decision, "report-320").reason and "(it crashed)" in gate(decision, "report-320").reason
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -4.0])
@@ -218,6 +222,10 @@ def test_checks_of_the_cpu_alone_do_not_stand_for_all_backends():
     assert live.state == "FAIL" and live.evidence == "live", "what fails here is not made good by another machine"
     nowhere = gate(decide(synthetic.cpu_trials(), environment=no_gpu), "ours-correct")
     assert nowhere.evidence == "live"
+    timed_alone = [t for t in GOOD if t.kind != "correctness"]
+    kept = gate(decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded(timed_alone)), "ours-correct")
+    assert (kept.state, kept.evidence) == ("PASS", "live"), "a recorded run without checks takes nothing away"
+    assert good.source == "SYNTHETIC H200, 2001-02-03" and kept.source is None
 
 
 def test_a_cpu_timing_never_answers_for_a_gpu():
@@ -257,6 +265,89 @@ def test_confidence_says_what_stands_behind_a_median():
     assert known.confidence == "30 samples, the median within 4.90 to 5.20"
     assert replace(known, interval=None, n=1).confidence == "1 sample"
     assert replace(known, measured=None).confidence == "nothing measured"
+    counted = replace(known, interval=None, n=1200)
+    for metric, words in (("correct_percent", "1,200 checks"), ("data.saved", "1,200 records")):
+        assert replace(counted, metric=metric).confidence == words
+
+
+def test_a_margin_is_told_in_percent_of_a_threshold_that_is_not_0():
+    found = result(5.0, 4.0, "at most")
+    assert found.margin_percent == -25 and result(-5.0, -4.0, "at most").margin_percent == 25
+    assert replace(found, margin=None).margin_percent is None and replace(found, threshold=0).margin_percent is None
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_a_timing_is_told_with_its_distance_from_the_threshold():
+    fast, slow = decide(GOOD), decide(synthetic.gpu_trials())
+    report, latency = " at B=16, H=16, S=2048, D=64, ", " at B=1, H=8, S=512, D=64, "
+    for decision, name, words in (
+        (fast, "report-320", f"wmma reaches 512 TFLOPS{report}59.9 % above the threshold of 320 TFLOPS."),
+        (slow, "report-320", f"wmma reaches 131 TFLOPS{report}59.1 % below the threshold of 320 TFLOPS."),
+        (fast, "latency-5us", f"wmma takes 4.40 µs a call{latency}11.9 % below the threshold of 5 µs."),
+        (slow, "latency-5us", f"wmma takes 14.2 µs a call{latency}184.3 % above the threshold of 5 µs."),
+        (
+            fast,
+            "report-ahead",
+            f"wmma has 1.10 times the speed of sdpa-cudnn{report}10.0 % above the threshold of 1 ×.",
+        ),
+    ):
+        assert gate(decision, name).reason == words
+    anything = judging.judge_gate(GATES.get("report-320").model_copy(update={"at_least": 0.0}), live(*GOOD), None, True)
+    assert anything.reason == f"wmma reaches 512 TFLOPS{report}512 TFLOPS above the threshold of 0 TFLOPS."
+
+
+def test_a_check_that_names_no_problem_and_no_figures_still_counts():
+    wrong = synthetic.correctness("wmma", REPORT, status="failed")
+    bare = wrong.model_copy(update={"problem": None, "correctness": None})
+    found = judging.judge_gate(RIGHT, live(bare), None, True)
+    assert (found.state, found.reason) == ("FAIL", "1 of 1 checks fail, the first for wmma.")
+
+
+def test_checks_are_counted_each_also_where_they_are_alike():
+    right, wrong = (synthetic.correctness("wmma", REPORT) for _ in range(2))
+    wrong = wrong.model_copy(update={"correctness": wrong.correctness.model_copy(update={"num_bad": 3})})
+    found = judging.judge_gate(RIGHT, live(right, wrong), None, True)
+    assert (found.state, found.measured, found.n) == ("FAIL", 50, 2)
+    one = judging.judge_gate(RIGHT, live(right), None, True)
+    assert one.reason == f"The only check passes ({right.correctness.checked:,} elements compared)."
+    two = judging.judge_gate(RIGHT, live(right, right), None, True)
+    assert two.reason == f"All 2 checks pass ({2 * right.correctness.checked:,} elements compared)."
+    few = judging.judge_gate(RIGHT.model_copy(update={"min_count": 3}), live(right, right), None, True)
+    assert (few.state, few.n, few.reason) == ("INCONCLUSIVE", 2, "Only 2 checks were made; 3 settle it.")
+
+
+def test_a_timing_by_another_method_or_with_another_cache_is_not_the_one_asked_for():
+    wanted = GATES.get("latency-5us")
+    assert judging.judge_gate(wanted, live(*GOOD), None, True).state == "PASS"
+    for changes in ({"method": "events"}, {"l2": "rotating"}):
+        other = judging.judge_gate(wanted.model_copy(update=changes), live(*GOOD), None, True)
+        assert (other.state, other.evidence) == ("INCONCLUSIVE", "none"), changes
+
+
+def test_stale_speeds_are_shown_by_the_best_of_them():
+    both = [t for t in [*GOOD, *hopper(600.0)] if t.backend != "scalar"]
+    stale = decide(both, current={**synthetic.HASHES, "attention_wmma": "f" * 16, "attention_hopper": "f" * 16})
+    found = gate(stale, "report-320")
+    assert found.state == "INCONCLUSIVE" and found.measured == pytest.approx(600, rel=0.02)
+    assert found.interval[0] <= found.measured <= found.interval[1] and found.n == 30
+    assert gate(stale, "latency-5us").measured == pytest.approx(4.2, rel=0.02)
+
+
+def test_a_function_of_the_users_has_no_kernel_source_to_be_stale():
+    mine = synthetic.correctness("mine", REPORT)
+    named = {"kernel": {"backend": "mine", "hash": "0" * 16}}
+    for parameters, adopted in (
+        (named, "mine"),
+        ({"kernel": {"backend": 3}}, None),
+        ({"kernel": "mine"}, None),
+        ([], None),
+    ):
+        source = judging.Source(
+            "live", (mine,), {**synthetic.environment(), "parameters": parameters}, synthetic.HASHES
+        )
+        assert source.adopted == adopted and (source.doubt(mine) is None) == (adopted == "mine"), parameters
 
 
 # --- cases of batch invariance ---------------------------------------------------------------------------------------
@@ -265,6 +356,16 @@ SAME_BITS = Gate(
     id="invariance", title="The same bits in every batch", kind="invariance", backend="ours", metric="kept_percent",
     where={"mode": "invariant"}, min_count=500, at_least=100, required=True, measure="flashcore invariance",
 )  # fmt: skip
+
+
+RIGHT = Gate(
+    id="right", title="wmma is right", kind="correctness", backend="wmma", metric="correct_percent", at_least=100,
+    required=True, measure="make report",
+)  # fmt: skip
+
+
+def live(*trials: Trial) -> judging.Source:
+    return judging.Source("live", trials, synthetic.environment(), synthetic.HASHES)
 
 
 def asked(backend: str = "wmma", mode: str = "invariant", cases: int = 600, kept: int | None = None, **more) -> Trial:
@@ -277,12 +378,13 @@ def asked(backend: str = "wmma", mode: str = "invariant", cases: int = 600, kept
 
 
 def same_bits(*trials: Trial):
-    source = judging.Source("live", trials, synthetic.environment(), synthetic.HASHES)
-    return judging.judge_gate(SAME_BITS, source, None, True)
+    return judging.judge_gate(SAME_BITS, live(*trials), None, True)
 
 
 def test_all_cases_have_to_be_kept_by_what_promises_them():
-    found = same_bits(asked(), asked("cpu", cases=300), asked(mode="ordinary", kept=2), asked("fa3", cases=9, kept=1))
+    refused = asked("hopper", status="unsupported", reason="it refuses")
+    others = asked(mode="ordinary", kept=2), asked("fa3", cases=9, kept=1), refused
+    found = same_bits(asked(), asked("cpu", cases=300), *others)
     assert found.state == "PASS" and (found.measured, found.n) == (100, 900) and found.confidence == "900 cases"
     assert found.reason == "All 900 cases are kept, by wmma, cpu."
     broken = same_bits(asked(kept=597), asked("cpu", cases=300))
@@ -295,18 +397,38 @@ def test_all_cases_have_to_be_kept_by_what_promises_them():
     [
         ([asked(cases=499)], "Only 499 cases were asked; 500 settle it"),
         ([asked(), asked("cpu", status="error", reason="it died")], "cases of cpu were not all asked (it died)"),
+        ([asked(), asked("cpu", status="error")], "cases of cpu were not all asked (no reason)"),
+        ([asked(cases=0)], "does not say how many"),
         ([asked(source_hash="0" * 16)], "other kernel source"),
         ([asked(data={"sources": {"attention_hopper": "0" * 16}})], "other source of attention_hopper"),
         ([asked(environment="elsewhere")], "another machine"),
         ([asked(data={"kept": 601})], "does not say how many cases it keeps"),
         ([asked(data={"kept": True})], "does not say how many"),
         ([asked(status="failed")], "says that it failed, and that every case is kept"),
-        ([asked(status="unsupported", reason="it refuses")], "There is no record of it"),
+        ([asked(status="unsupported", reason="it refuses")], "There is no record of it."),
+        ([asked(status="unavailable", reason="no GPU.")], "There is no record of it: no GPU."),
     ],
 )
 def test_cases_that_prove_nothing_settle_nothing(trials, words):
     found = same_bits(*trials)
     assert found.state == "INCONCLUSIVE" and words in found.reason
+
+
+def test_a_share_below_all_needs_as_many_cases_and_checks_as_any_other():
+    """That some are broken does not make few of them enough."""
+    nine_of_ten = {"at_least": 90.0, "min_count": 100}
+    kept = SAME_BITS.model_copy(update=nine_of_ten)
+    for cases, state in ((10, "INCONCLUSIVE"), (99, "INCONCLUSIVE"), (100, "PASS")):
+        found = judging.judge_gate(kept, live(asked(cases=cases, kept=cases - 1, status="ok")), None, True)
+        assert found.state == state and found.measured == pytest.approx(100 * (cases - 1) / cases), cases
+        assert f"1 of {cases} cases are broken" in found.reason or f"{cases} cases were asked; 100" in found.reason
+    right, wrong = (synthetic.correctness("wmma", REPORT, status=status) for status in ("ok", "failed"))
+    of_checks = RIGHT.model_copy(update={**nine_of_ten, "min_count": 20})
+    for n, state in ((10, "INCONCLUSIVE"), (20, "PASS")):
+        checks = [right] * (n - n // 10) + [wrong] * (n // 10)
+        found = judging.judge_gate(of_checks, live(*checks), None, True)
+        assert (found.state, found.n, found.measured) == (state, n, 90)
+    assert found.margin == 0 and found.fix is None and found.reason.startswith("2 of 20 checks fail")
 
 
 def test_the_gate_that_ships_commented_out_can_be_required(tmp_path):

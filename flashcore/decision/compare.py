@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flashcore.problem import Problem
-from flashcore.records import Trial
+from flashcore.records import Correctness, Trial
 
 PEERS = frozenset({"sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer"})
 """Backends that somebody else maintains: what a user would pick instead of ours."""
@@ -234,8 +234,9 @@ def ratio_to_best_peer(trial: Trial, trials: Iterable[Trial]) -> Ratio | None:
 def passed(trial: Trial) -> bool | None:
     """Whether a correctness trial measured a right result: True, False, or None when it measured nothing usable.
 
-    An `ok` that contradicts its own figures counts as wrong: elements out of bound, an error that is NaN or above the
-    bound, NaN or Inf among what passed. One that compared fewer values than the problem's `out` has measured nothing.
+    An `ok` that contradicts its own figures counts as wrong: elements out of bound, an error of `out` or `lse` that is
+    NaN or above its bound, NaN or Inf among what passed. One that compared fewer values than the problem's `out` has
+    measured nothing.
     """
     if trial.kind != "correctness" or trial.status not in ("ok", "failed"):
         return None
@@ -247,7 +248,14 @@ def passed(trial: Trial) -> bool | None:
     if trial.problem is not None and found.checked < _values(trial.problem):
         return None
     clean = found.num_bad == 0 and found.num_nan == 0 and found.num_inf == 0
-    return found.passed and clean and math.isfinite(found.max_abs_error) and found.max_abs_error <= found.bound
+    within = math.isfinite(found.max_abs_error) and found.max_abs_error <= found.bound
+    return found.passed and clean and within and _lse_within(found)
+
+
+def _lse_within(found: Correctness) -> bool:
+    """Whether the error of `lse` is within the bound that stands beside it; where neither is told, nothing is wrong."""
+    error, bound = found.lse_max_abs_error, (found.model_extra or {}).get("lse_bound")
+    return error is None or (math.isfinite(error) and (bound is None or (is_figure(bound) and error <= bound)))
 
 
 def _values(p: Problem) -> int:

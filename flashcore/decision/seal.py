@@ -74,7 +74,8 @@ class State:
             return f"The seal does not hold: {self.changes[0].sentence}"
         if not self.changes:
             return f"Seal {self.digest} of {self.date} holds."
-        more = f" ({len(self.changes) - 1} more changes)" if len(self.changes) > 1 else ""
+        others = len(self.changes) - 1
+        more = f" ({others} more change{'s' if others > 1 else ''})" if others else ""
         return f"Seal {self.digest} of {self.date} does not hold: {self.changes[0].sentence}{more}"
 
 

@@ -10,7 +10,7 @@ from support import synthetic_records as synthetic
 
 from flashcore.decision import compare
 from flashcore.problem import PRESETS, square
-from flashcore.records import Timing, Trial
+from flashcore.records import Correctness, Timing, Trial
 
 REPORT = PRESETS["report"]
 
@@ -206,15 +206,17 @@ def test_the_best_peer_is_the_fastest_of_the_round():
     ("changes", "outcome"),
     [
         ({}, True), ({"passed": False}, False), ({"num_bad": 1}, False), ({"max_abs_error": math.nan}, False),
-        ({"max_abs_error": math.inf}, False), ({"checked": 0}, None),
+        ({"max_abs_error": math.inf}, False), ({"checked": 0}, None), ({"max_abs_error": 9.4e-4}, True),
+        ({"max_abs_error": 9.5e-4}, False), ({"num_nan": 1}, False), ({"num_inf": 1}, False),
+        ({"lse_max_abs_error": math.nan}, False), ({"lse_max_abs_error": math.inf}, False),
+        ({"lse_max_abs_error": None}, True), ({"lse_bound": 3e-6}, True), ({"lse_bound": 2e-6}, False),
+        ({"lse_bound": "3e-6"}, False), ({"lse_bound": math.nan}, False),
     ],
 )  # fmt: skip
 def test_an_ok_is_believed_only_as_far_as_its_figures_go(changes, outcome):
     trial = synthetic.correctness("wmma", REPORT)
-    assert (
-        compare.passed(trial.model_copy(update={"correctness": trial.correctness.model_copy(update=changes)}))
-        is outcome
-    )
+    correctness = Correctness(**{**trial.correctness.model_dump(), **changes})
+    assert compare.passed(trial.model_copy(update={"correctness": correctness})) is outcome
 
 
 def test_what_did_not_compare_anything_neither_passes_nor_fails():

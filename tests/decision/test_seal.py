@@ -231,6 +231,30 @@ def test_the_sentence_says_which_record_was_changed(run):
     assert change.sentence == (f"records.jsonl: line {place + 1} (attention_timing of wmma) is not as it was sealed.")
 
 
+def test_the_state_is_one_sentence(run):
+    digest = json.loads((run.path / seal.FILE).read_text())["digest"]
+    assert len(digest) == seal.HEX
+    date = seal.check(run).date
+    for name, more in (("the PDF", ""), ("the GPU", " (1 more change)"), ("the driver", " (1 more change)")):
+        EDITS[name][1](run)
+        state = seal.check(run)
+        first = state.changes[0].sentence
+        assert state.sentence == f"Seal {digest} of {date} does not hold: {first}{more}"
+    EDITS["an executed notebook"][1](run)
+    assert seal.check(run).sentence.endswith(" (2 more changes)")
+    EDITS["the seal removed"][1](run)
+    gone = f"The run was sealed at its verdict, and {seal.FILE} is gone."
+    assert seal.check(run, sealed_before=True).sentence == f"The seal does not hold: {gone}"
+    assert seal.check(run).sentence == "This run carries no seal."
+    assert seal.seal(run, GATES, verdict="GO") == seal.check(run).digest
+
+
+def test_records_that_are_gone_are_one_sentence(run):
+    run.records_path.unlink()
+    with pytest.raises(RecordsError, match="records.jsonl cannot be read .*; restore the file"):
+        seal.check(run)
+
+
 def test_lines_that_are_gone_or_in_another_order_are_told_apart(run, good, tmp_path):
     EDITS["a line deleted"][1](run)
     [change] = seal.check(run).changes

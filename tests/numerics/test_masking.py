@@ -61,7 +61,7 @@ def test_tensors_that_do_not_fit_the_problem_are_refused_in_one_sentence(problem
         (PADDED, {"seqlens_k": ints(0, -1, 6)}, r"seqlens_k\[1\] is -1"),
         (RAGGED, {"cu_seqlens_q": ints(1, 1, 2, 3), "cu_seqlens_k": ints(0, 1, 2, 3)}, "begins with 1"),
         (RAGGED, {"cu_seqlens_q": ints(0, 2, 1, 3), "cu_seqlens_k": ints(0, 1, 2, 3)}, "falls from 2 to 1 at sequence"),
-        (RAGGED, {"cu_seqlens_q": ints(0, 1, 1, 1), "cu_seqlens_k": ints(0, 0, 8, 9)}, "gives sequence 1 8 rows"),
+        (RAGGED, {"cu_seqlens_q": ints(0, 1, 1, 1), "cu_seqlens_k": ints(0, 1, 9, 9)}, "gives sequence 1 8 rows"),
         (RAGGED, {"cu_seqlens_q": ints(0, 5, 9, 14), "cu_seqlens_k": ints(0, 1, 2, 3)}, "ends at row 14, and q has 13"),
     ],
 )  # fmt: skip
@@ -111,10 +111,18 @@ def test_real_rows_are_brought_to_the_front_and_put_back(lengths):
     assert torch.equal(again_lse, moved_q[..., 0].masked_fill(past[:, None], -math.inf))
 
 
+def test_a_sequence_without_rows_in_a_tensor_of_one_row_is_zeros():
+    one_row, masks = PADDED.with_(seqlen_q=1), MaskTensors(seqlens_q=ints(0, 1, 0))
+    q, k = torch.ones(3, 4, 1, 2), torch.ones(3, 2, 7, 2)
+    moved = masking.right_aligned(q, k, k, one_row, masks)[0]
+    assert moved.sum(dim=(1, 2, 3)).tolist() == [0, 8, 0]
+
+
 def test_without_lengths_nothing_moves():
     q, k = torch.randn(3, 4, 5, 2), torch.randn(3, 2, 7, 2)
     assert masking.right_aligned(q, k, k, PROBLEM, None) == (q, k, k, PROBLEM, None)
     assert masking.put_back(q, q[..., 0], q, PROBLEM, None)[0] is q
+    assert masking.aligned_results(q, q[..., 0], PROBLEM, None)[0] is q
     assert masking.real_rows(q, PROBLEM, None).all()
 
 

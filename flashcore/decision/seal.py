@@ -316,7 +316,7 @@ def _changes(run: RunFolder, found: Mapping[str, Any], gates: Gates | None) -> I
         yield Change("environment", sentence)
     kept = _kept_files(run)
     folders = {run.path, *((run.path / n).parent for n in kept)}
-    there = {n: h for n, h in found["files"].items() if n in kept or (run.path / n).parent in folders}
+    there = {n: h for n, h in found["files"].items() if (run.path / n).parent in folders}
     # A run that is kept elsewhere leaves its notebooks behind as a whole; one that is missing among others was removed.
     for sentence in _differing(there, kept, ""):
         yield Change("files", sentence)
@@ -334,9 +334,8 @@ def _changes(run: RunFolder, found: Mapping[str, Any], gates: Gates | None) -> I
     if pages and _hash(_canonical([found.get("digest"), pages])) != found.get("pages_digest"):
         yield Change("seal", f"{FILE} itself was changed.")
     now = {name: hashed for name in PAGES if (hashed := _of_file(run.path / name)) is not None}
-    if pages or now:
-        for sentence in _differing(pages, now, ""):
-            yield Change("pages", sentence)
+    for sentence in _differing(pages, now, ""):
+        yield Change("pages", sentence)
 
 
 def _records_changed(run: RunFolder, sealed: Sequence[str]) -> list[str]:

@@ -58,9 +58,10 @@ def check_determinism(
     -------
     Trial
         Kind `bisection`, variant `determinism`; data `runs`, `identical`, and when it is not: `first_stage` (of the
-        trace, or `production` where only the production build differs), `element` with coordinates, `got` in the
-        first run and in a later one (`expected`, since neither is), `differing` (elements of each stage) and
-        `runs_that_differ`. Status `failed` when any bit differs. Raises only for an unknown id, or fewer than 2 runs.
+        trace, or `production` where only the production build differs), `element` with coordinates, what a later
+        run gave (`got`) and what the first one did (`expected`, though nobody knows that), `differing` (elements of
+        each stage) and `runs_that_differ`. Status `failed` when any bit differs. Raises only for an unknown id, or
+        fewer than 2 runs.
     """
     if runs < 2:
         raise InvalidProblem(f"runs: {runs} run cannot differ from itself; give at least 2.")

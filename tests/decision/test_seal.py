@@ -265,6 +265,17 @@ def test_lines_that_are_gone_or_in_another_order_are_told_apart(run, good, tmp_p
     assert "lines 6 to 7 stand in another order" in change.sentence
 
 
+def test_what_came_after_the_seal_is_named(run):
+    lines = lines_of(run)
+    EDITS["a line added"][1](run)
+    [change] = seal.check(run).changes
+    assert change.sentence == f"records.jsonl: line {len(lines) + 1} (paging) was added after the seal."
+    put(run, lines)
+    seal.seal(run, GATES, verdict="GO", earlier=seal.unseal(run))
+    [change] = seal.check(run, GATES).changes
+    assert change.part == "pages" and change.sentence == "report.html, report.pdf were added after the seal."
+
+
 def test_other_gates_are_named_and_decide_nothing_until_the_run_is_sealed_by_them(run):
     lower = [g.model_copy(update={"at_least": 1.0}) if g.id == "report-320" else g for g in GATES]
     gates = Gates(GATES.path, tuple(lower), GATES.options, GATES.rank_options_by)

@@ -6,11 +6,13 @@ import itertools
 import math
 
 import pytest
+import torch
 
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
 from flashcore.bisection.faults.catalogue import get
 from flashcore.errors import InvalidProblem
+from flashcore.measure import determinism
 from flashcore.measure.determinism import check_determinism
 from flashcore.problem import square
 from flashcore.records import Trial
@@ -68,6 +70,29 @@ def test_a_difference_in_production_alone_is_seen_and_a_constant_nan_is_none():
     trial = check_determinism(Different(), PAGES, runs=2)
     assert trial.data["first_stage"] == "production out"
     assert trial.data["element"]["row"] == 3 and trial.data["differing"] == {"production out": 1}
+
+
+def test_a_difference_in_lse_alone_is_seen():
+    class Different(CpuBackend):
+        id, traceable, calls = "different", False, itertools.count()
+
+        def run(self, q, k, v, problem):
+            out, lse = super().run(q, k, v, problem)
+            lse[1, 0, 7] += next(self.calls)
+            return out, lse
+
+    trial = check_determinism(Different(), PAGES, runs=3)
+    assert trial.status == "failed" and trial.data["first_stage"] == "production lse" and not trial.data["traced"]
+    element = trial.data["element"]
+    assert (element["batch"], element["head"], element["row"]) == (1, 0, 7) and trial.data["runs_that_differ"] == 2
+    assert element["got"] == pytest.approx(element["expected"] + 1), "what came later beside what came first"
+
+
+def test_of_a_stage_with_pages_the_first_page_is_named_wherever_it_lies():
+    before, mask = torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4, dtype=torch.bool)
+    mask[0, 0, 2, 1] = mask[1, 0, 1, 3] = True
+    found = determinism._element("row_max", mask, before, before + mask)
+    assert found == {"batch": 1, "head": 0, "page": 1, "row": 3, "got": 1.0, "expected": 0.0}
 
 
 def test_backends_without_stages_are_compared_by_their_results():

@@ -55,6 +55,30 @@ def test_ramps_move_the_scores_from_page_to_page(pattern, sign, scale):
     assert sign * float(last - first) > 5
 
 
+def test_a_ramp_runs_from_0_and_a_steep_one_and_a_sunken_one_are_as_far_as_they_say():
+    problem = square(1, 1, 512, 64, dtype="float32")
+
+    def scores(pattern: str) -> torch.Tensor:
+        q, k, _ = make_inputs(problem, pattern=pattern)
+        return problem.scale * (q @ k.transpose(-1, -2))
+
+    _, k, _ = make_inputs(problem, pattern="rising")
+    ramp = k[0, 0, :, 0] * problem.scale
+    assert ramp[0] == 0 and ramp[-1] == pytest.approx(4) and ramp[256] == pytest.approx(2, rel=0.01)
+    steep, sunken = scores("steep"), scores("sunken")
+    assert steep[..., -32:].mean() - steep[..., :32].mean() == pytest.approx(64, rel=0.1)
+    assert sunken.mean() == pytest.approx(-200, rel=0.01) and sunken.max() < -150
+
+
+def test_signs_alternate_from_key_to_key_and_other_numbers_are_as_large_as_they_say():
+    q, k, _ = make_inputs(GROUPED, pattern="alternating")
+    assert bool((q >= 0).all()) and bool((k[:, :, ::2] >= 0).all()) and bool((k[:, :, 1::2] <= 0).all())
+    for one in make_inputs(GROUPED, pattern="uniform"):
+        assert -1 <= float(one.min()) < -0.99 and 0.99 < float(one.max()) <= 1 and abs(float(one.float().mean())) < 0.1
+    q, k, v = make_inputs(GROUPED, pattern="tiny")
+    assert 1e-3 < float(q.abs().max()) < 1e-2 and 1e-3 < float(k.abs().max()) < 1e-2 < 1 < float(v.abs().max())
+
+
 def test_outliers_are_rare_and_large():
     q, _, _ = make_inputs(square(1, 4, 256, 64, dtype="float32"), pattern="outlier")
     share = float((q.abs() > 10).float().mean())
@@ -120,5 +144,6 @@ def test_lengths_are_whole_or_drawn_evenly_and_known_without_a_tensor():
 
 
 def test_sinks_are_numbers_that_bfloat16_has():
-    sink = make_masks(SIX.with_(lengths="", sink=True)).sink
+    sink = make_masks(SIX.with_(lengths="", sink=True, num_heads_q=64)).sink
     assert torch.equal(sink, sink.bfloat16().float())
+    assert 1 <= float(sink.abs().min()) < 1.5 and 4.5 < float(sink.abs().max()) <= 5, "of all sizes that there are"

@@ -8,6 +8,7 @@ from support.paged_caches import HEADS, LENGTHS, SIZE, chosen, queries
 
 from flashcore.errors import PageTableError
 from flashcore.paging import AllPages, PagedKV, PageSelection, Policy, SinkWindow, TopK
+from flashcore.paging.selection import query_pages
 
 POLICIES = [AllPages(), SinkWindow(1, 2), SinkWindow(0, 1), SinkWindow(3, 50), TopK(pages=3), TopK(pages=100),
             TopK(share=0.3), TopK(share=1.0), TopK(pages=4, sink_pages=1)]  # fmt: skip
@@ -76,10 +77,28 @@ def test_bad_selections(cache, selection, words):
         selection.check(cache)
 
 
-@pytest.mark.parametrize("pages", [[1, 0], [1, 1]])
-def test_a_selection_that_does_not_ascend(cache, pages):
+@pytest.mark.parametrize(("pages", "nth"), [([1, 0], 1), ([1, 1], 1), ([0, 2, 1], 2), ([0, 2, 2], 2)])
+def test_a_selection_that_does_not_ascend(cache, pages, nth):
     view = cache.view([cache.sequences[0]])
     selection = selection_of(pages)
     one = PageSelection(selection.pages[:1], selection.counts[:1])
-    with pytest.raises(PageTableError, match=r"pages that do not ascend, first at \[0, 0, 1\]"):
+    with pytest.raises(PageTableError, match=rf"pages that do not ascend, first at \[0, 0, {nth}\]"):
         one.check(view)
+    one.check(view, contents=False)
+
+
+def test_a_selection_has_as_much_room_as_somebody_knows_to_be_enough(cache):
+    mask = torch.arange(12) % 4 == 0
+    for most, width in ((None, 12), (3, 3), (50, 12)):
+        found = PageSelection.of_mask(mask.expand(5, HEADS, 12), most)
+        assert found.pages.shape == (5, HEADS, width) and found.pages[4, 1, :3].tolist() == [0, 4, 8]
+        assert found.counts.tolist() == [[3] * HEADS] * 5
+    room = PageSelection.unwritten(cache, 7)
+    assert room.pages.shape == (5, HEADS, 7) and room.counts.shape == (5, HEADS)
+    assert {room.pages.dtype, room.counts.dtype} == {torch.int32}
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(1, 1), (2, 2), (16, 2), (17, 2), (18, 3), (33, 3), (34, 4)])
+def test_tokens_lie_in_one_page_more_than_they_fill_where_they_begin_before_its_end(tokens, pages):
+    assert query_pages(tokens, 16) == pages
+    assert max(-(-(begin + tokens) // 16) for begin in range(16)) == pages, "wherever they begin in the first one"

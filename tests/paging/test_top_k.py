@@ -40,6 +40,7 @@ def test_top_k_takes_the_best_pages_and_the_last(cache, heads):
 def test_top_k_by_share_rounds_up(cache):
     selection = TopK(share=0.3).select(queries(), cache)
     assert selection.counts.tolist() == [[n, n] for n in (3, 1, 3, 0, 1)]
+    assert selection.pages.shape == (5, HEADS, 4), "room for the share of the longest sequence that the table holds"
     assert TopK(share=1.0).select(queries(), cache).counts[:, 0].tolist() == [10, 1, 9, 0, 2]
 
 

@@ -28,6 +28,13 @@ def test_a_summary_is_the_median_with_quartiles_and_tflops():
     assert summary.quartiles_us[0] <= 3.0 <= summary.quartiles_us[1] and summary.launch_us == 7.0
 
 
+def test_of_sequences_with_lengths_somebody_has_to_say_how_many_operations_are_done():
+    padded = SMALL.with_(lengths="right")
+    for flops, tflops, kept in ((None, None, {}), (6_000_000, 2.0, {"flops": 6_000_000})):
+        found = summarise([3.0], padded, method="host", round_id="r", l2="warm", flops=flops)
+        assert found.tflops == tflops and {k: v for k, v in found.model_extra.items() if k == "flops"} == kept
+
+
 def test_no_more_samples_are_kept_than_a_timing_takes_and_all_count_for_the_median():
     samples = [1.0] * timing.MOST_ROUNDS + [9.0] * (timing.MOST_ROUNDS + 10)
     summary = summarise(samples, SMALL, method="host", round_id="r", l2="warm")
@@ -116,7 +123,8 @@ def test_candidates_on_the_cpu_are_interleaved_and_a_failure_stays_its_own(monke
     monkeypatch.setattr(timing.instruments, "_torch_is_kept", True)
 
     def call(name, seconds):
-        def run(_):
+        def run(number):
+            assert number == 0, "a CPU has one set of buffers"
             order.append(name)
             now[0] += seconds
 
@@ -197,12 +205,13 @@ class Emulated:
 
     class Event:
         def __init__(self, enable_timing):
-            self.at = None
+            self.at, self.timing = None, enable_timing
 
         def record(self, stream):
             self.at = Emulated.now_ms
 
         def elapsed_time(self, end):
+            assert self.timing and end.timing, "CUDA keeps no time of such an event"
             return end.at - self.at
 
     class CUDAGraph:
@@ -289,7 +298,8 @@ def test_the_whole_way_of_a_timing_on_a_gpu_emulated(emulated, sets):
     calls = [Candidate(one.__name__, one) for one in (honest, cached, one_buffer, rarely, slightly_off, broken)]
     found = time_on_gpu(calls, problem, sets=sets, rounds=3, proof=Proof(problem, buffers))
     assert found["honest"].proved and found["honest"].latency_us == pytest.approx(50, rel=0.01)
-    assert found["honest"].calls % sets == 0 and found["one_buffer"].proved
+    assert found["honest"].calls == 40 // sets * sets, "of 50 µs each for a sample of 2 ms, and whole turns of sets"
+    assert found["one_buffer"].proved
     for name in ("cached", "rarely", "slightly_off"):
         assert isinstance(found[name], WrongWhenTimed), name
     assert "NaN" in str(found["cached"]) and "(0 NaN" in str(found["slightly_off"])
@@ -356,6 +366,7 @@ def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monk
 
     def kernel_us(calls):
         """Two kernels of 20 and 25 µs of each call; the third call's were lost."""
+        profiling_now.append(True)
         for call in calls:
             call()
         profiled.append(len(calls))
@@ -376,9 +387,14 @@ def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monk
         patched.append(number)
         return fine(number)
 
-    seen, patched = [], []
+    def patches_the_profile(number):
+        if profiling_now:
+            torch.backends.cuda.enable_math_sdp(False)
+        return fine(number)
+
+    seen, patched, profiling_now = [], [], []
     monkeypatch.setattr(timing.profiling, "kernel_us", kernel_us)
-    calls = [Candidate(one.__name__, one) for one in (fine, only_when_timed, patches)]
+    calls = [Candidate(one.__name__, one) for one in (fine, only_when_timed, patches, patches_the_profile)]
     monkeypatch.setattr(timing, "SAMPLE_US", 50.0)  # one call a graph
     found = time_on_gpu(calls, problem, sets=2, rounds=3, other_clocks=True)
     clocks = found["fine"].model_extra
@@ -386,8 +402,8 @@ def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monk
     assert (clocks["cupti_us"], clocks["cupti_kernels"]) == (45.0, 2)
     assert "cupti_us" not in found["only_when_timed"].model_extra, "its timing stands, and says no more than it knows"
     assert found["only_when_timed"].latency_us == pytest.approx(50, rel=0.05)
-    assert isinstance(found["patches"], JudgeTampered)
-    assert profiled == [timing.CUPTI_CALLS], "the two others were left out"
+    assert isinstance(found["patches"], JudgeTampered) and isinstance(found["patches_the_profile"], JudgeTampered)
+    assert profiled == [2 * timing.CUPTI_CALLS], "the two others were left out"
 
 
 def test_a_backend_that_spoils_the_profile_spoils_only_its_own(emulated, monkeypatch):

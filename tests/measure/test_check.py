@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from flashcore.backends.cpu import CpuBackend
 from flashcore.errors import UnknownName
 from flashcore.measure import check
 from flashcore.measure.check import check_attention, named_problems
-from flashcore.numerics.inputs import PATTERNS
+from flashcore.numerics import reference
+from flashcore.numerics.inputs import PATTERNS, UNUSED_ROWS, lengths_of, make_inputs
 from flashcore.numerics.outputs import new_output
 from flashcore.problem import PRESETS, Problem, square
 from flashcore.records import Trial
@@ -245,6 +247,38 @@ def test_nan_in_the_inputs_is_not_laid_at_the_backend(monkeypatch):
     assert trial.correctness is None
 
 
+@pytest.mark.parametrize("scale", [0.125, -0.5])
+def test_the_bounds_are_those_of_the_precision_and_of_rounded_scores(scale):
+    """Large inputs, so that what rounding the scores does is not lost beside the error of the same maths."""
+    problem = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=9, seqlen_k=13, head_dim=8,
+                      softmax_scale=scale)  # fmt: skip
+    q, k, v = make_inputs(problem, pattern="large")
+    q[1, 2, 4], k[0, 1, 7] = 300.0, -400.0  # the longest row of either, whose length nothing else has
+    case = check.expected(q, k, v, problem, round_scores=False)
+    near_out, near_lse = reference.attention_same_precision(q, k, v, problem, None, round_scores=False)
+    delta = 2.0**-24 * abs(scale) * (300 * math.sqrt(8)) * (400 * math.sqrt(8))
+    out_error, lse_error = float((near_out - case.out).abs().max()), float((near_lse - case.lse).abs().max())
+    assert case.out_atol - 2 * out_error == pytest.approx(2 * delta * float(v.abs().max()), rel=1e-5)
+    assert case.lse_atol - 2 * lse_error == pytest.approx(check.LSE_BOUND + delta, rel=1e-5) and delta > 1e-3
+    assert (case.out_rtol, case.lse_rtol) == (2.0**-10, 2.0**-22)
+    capped = check.expected(q, k, v, problem.with_(softcap=20.0), round_scores=False, tanh_error=0.125)
+    assert capped.lse_atol > 20 * 0.125 > case.lse_atol
+
+
+def test_a_peer_is_not_asked_for_rows_that_belong_to_no_sequence():
+    problem = square(6, 2, 20, 8, lengths="ragged")
+
+    def rows(role: str, lengths: str = "mixed") -> float:
+        backend = ChangedMasked(lambda out, lse, masks: (out, lse))
+        backend.role = role
+        trial = check_attention(backend, problem, lengths=lengths)
+        assert trial.status == "ok"
+        return trial.correctness.checked / (2 * (8 + 1))
+
+    real = sum(lengths_of(problem, 0)[0])
+    assert (rows("ours"), rows("peer"), rows("ours", "equal")) == (real + UNUSED_ROWS, real, 6 * 20)
+
+
 def test_the_bound_is_tight_enough_to_see_one_dropped_key():
     """Leaving out one key of 256 moves `out` by about |v| / 256, eight times the bound of float16."""
 
@@ -273,6 +307,9 @@ def test_a_backend_gets_inputs_of_its_own_with_the_strides_of_the_case_away_from
         assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()
         assert mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
         assert mine.storage_offset() * mine.element_size() == check.OFFSET_BYTES
+    shared = replace(case, k=case.k[:1].expand_as(case.k))
+    given = check._given(shared)[1]
+    assert torch.equal(given, shared.k) and given.stride() == shared.k.stride() and given.stride(0) == 0
 
 
 def test_what_a_backend_does_to_its_inputs_reaches_nobody_else():

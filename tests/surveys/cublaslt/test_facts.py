@@ -22,6 +22,9 @@ def test_regret_is_the_choices_time_over_the_best():
     trials = [candidate("a", 0, 3.0), candidate("a", 1, 2.0), candidate("a", 2, 5.0, workspace_bytes=1 << 20)]
     found = {r.policy: r.ratio for r in facts.regrets(trials)}
     assert found == {"first": 1.5, "largest-workspace": 2.5}
+    assert {r.policy: r.ratio for r in facts.regrets(trials[::-1])} == found, "in order of rank, however they came"
+    smallest = [candidate("a", rank, 3.0 - rank, group="smallest") for rank in range(3)]
+    assert facts.regrets(smallest) == [], "nobody chooses there"
     again = [t.model_copy(update={"variant": "b"}) for t in trials]
     assert len(facts.regrets(trials + again)) == 2, "one product counts once"
     assert facts.regrets([candidate("a", 0, 3.0, offered=1)]) == [], "one candidate leaves no choice"
@@ -34,7 +37,11 @@ def test_regret_is_the_choices_time_over_the_best():
     ("times", "value", "words"),
     [
         ((1.0, 2.0, 3.0), 1.0, "a strong relation to time: rank correlation 1.0"),
-        ((3.0, 2.0, 1.0), -1.0, "more workspace is faster"),
+        (
+            (3.0, 2.0, 1.0),
+            -1.0,
+            "a strong relation to time: rank correlation −1.0 over 9 candidates of 3 products; more",
+        ),
         ((2.0, 5.0, 2.0), 0.0, "no relation"),
     ],
 )
@@ -42,7 +49,9 @@ def test_the_rank_correlation_of_workspace_and_time(times, value, words):
     trials = [candidate("a", rank, us, workspace_bytes=rank * 1024) for rank, us in enumerate(times)]
     found = facts.workspace_correlation(trials)
     assert found == (pytest.approx(value), 3, 1)
-    assert "too few to tell" in facts.correlation_words(found), "one product proves nothing"
+    few = "Only 3 candidates of 1 product differ in workspace, too few to tell whether it predicts time."
+    assert facts.correlation_words(found) == few, "one product proves nothing"
+    assert "of 2 products differ" in facts.correlation_words((found[0], 6, 2))
     assert words in facts.correlation_words((found[0], 9, 3))
 
 
@@ -123,3 +132,5 @@ def test_a_product_whose_kernel_nobody_saw_is_not_said_to_be_without_tensor_core
 
     assert (word(True), word(False), word(None)) == ("first", "none", "not known")
     assert word(False, 2) == word(None, 2) == "offered"
+    paging = candidate("a", 0, 1.0, group="smallest", product="8x8x16 f16>f16", tensor_core=True)
+    assert facts.small_grid([paging.model_copy(update={"kind": "paging"})]) == {}

@@ -35,6 +35,28 @@ def test_one_page_by_hand():
     assert found.launches == 4 and found.l2_bytes == 0 and found.binds == "memory"
 
 
+@pytest.mark.parametrize("page", [128, 1000, 2048])
+def test_a_page_that_the_keys_do_not_fill_is_as_long_as_they_are(page):
+    """Whatever the pages are, all of them do the products of the problem, and write and read its scores."""
+    problem = square(1, 4, 2048, 64).with_(num_heads_kv=2, seqlen_k=2000)
+    kernels = list(unfused_model._kernels(problem, page, 4, 2, 2, 2))
+    assert sum(flops for _, _, flops in kernels) == problem.flops() and len(kernels) == 3 * -(-2000 // page) + 1
+    scores = 4 * 2048 * 2000
+    accum = 4 * 2048 * 64 * 4
+    again = len(kernels) // 3 - 1  # pages that find Q, and what is added up so far, in the cache
+    kept = 4 * scores * 2 + accum * (1 + 4 * again) + again * 4 * 2048 * 64 * 2 + accum
+    assert sum(near for _, near, _ in kernels) == kept
+
+
+def test_heads_at_once_are_whole_groups_of_those_that_share_keys():
+    def heads(variant: Variant, l2_bytes: int = L2) -> int:
+        return unfused_model._heads(variant, REPORT, 2048, 2, l2_bytes, 32, 4)
+
+    assert [heads(Variant(2048, n, 2, True)) for n in (None, 1, 6, 9, 100)] == [32, 4, 4, 8, 32]
+    fitting = int(unfused_model.RESIDENT_SHARE * L2 / (2048 * 2048 * 2))
+    assert heads(Variant(2048, 0, 2, True)) == max(4, fitting // 4 * 4)
+
+
 def test_scores_through_memory_bound_the_reports_workload_near_137_tflops():
     """Four passes of two bytes a score at 4.28 TB/s are 137 TFLOPS; Q, K, V, accum and out cost a little more."""
     found = through_memory(REPORT, Ceilings(4.28, 758.0))

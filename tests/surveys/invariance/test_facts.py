@@ -70,3 +70,5 @@ def test_the_sentence_counts_what_is_promised_first():
     )
     assert facts.sentence(trials[:1]).startswith("nothing here promises the same bits; in the ordinary mode")
     assert facts.sentence([]) == "no case was asked"
+    refused = record("cpu", "invariant", status="unsupported", cases=0, kept=0)
+    assert facts.sentence([refused, *trials[:1]]) == facts.sentence(trials[:1]), "it keeps none of none"

@@ -102,6 +102,7 @@ def test_checks_are_added_up_over_the_groups_of_a_backend():
         "right": 24, "wrong": 0, "unsupported": 6, "elements": 2 * 123_456, "worst": 0.9,
         "groups": ["page sizes", "policies"],
     }  # fmt: skip
+    assert found["reference"]["worst"] == 0.4
 
 
 @pytest.mark.parametrize(("lost", "words"), [(0, "FOUND"), (128, "LOST"), (40, "LOST by 40 of 128 queries")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import multiprocessing
@@ -141,6 +142,37 @@ def test_a_read_only_folder_is_one_clear_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RecordsError, match="--out"):
         RunFolder.create(tmp_path / "run")
+
+
+def test_a_folder_that_is_there_is_taken_with_what_it_holds(run):
+    written = run.append(timing())
+    assert RunFolder.create(run.path).trials() == [written]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_failed_write_left_is_taken_back_only_where_nobody_else_writes(run, monkeypatch, locks):
+    run.append(timing("scalar"))
+    before, write = run.records_path.read_bytes(), os.write
+
+    def no_lock(*arguments):
+        raise OSError("no locks here")
+
+    def part_of_it(descriptor, content):
+        if len(content) < 100:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content[:-50])
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_lock)
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", part_of_it)
+        with pytest.raises(RecordsError, match="No space left"):
+            run.append(timing("wmma"))
+    left = run.records_path.read_bytes()[len(before) :]
+    assert (left == b"") == locks, "another writer may have added to it"
+    run.append(timing("cpu"))
+    found, damage = readable_trials(run.records_path)
+    assert [t.backend for t in found] == ["scalar", "cpu"] and bool(damage) == (not locks)
 
 
 def test_a_full_disk_is_one_clear_error(run):

@@ -226,6 +226,8 @@ def test_checks_of_the_cpu_alone_do_not_stand_for_all_backends():
     kept = gate(decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded(timed_alone)), "ours-correct")
     assert (kept.state, kept.evidence) == ("PASS", "live"), "a recorded run without checks takes nothing away"
     assert good.source == "SYNTHETIC H200, 2001-02-03" and kept.source is None
+    undated = gate(decide(synthetic.cpu_trials(), environment=no_gpu, recorded=recorded(date=None)), "ours-correct")
+    assert undated.source == "SYNTHETIC H200, date not known"
 
 
 def test_a_cpu_timing_never_answers_for_a_gpu():
@@ -333,6 +335,17 @@ def test_stale_speeds_are_shown_by_the_best_of_them():
     assert found.state == "INCONCLUSIVE" and found.measured == pytest.approx(600, rel=0.02)
     assert found.interval[0] <= found.measured <= found.interval[1] and found.n == 30
     assert gate(stale, "latency-5us").measured == pytest.approx(4.2, rel=0.02)
+
+
+def test_a_record_that_names_its_kernel_is_held_against_that_kernel_alone():
+    def doubt(kernel, source_hash: str = synthetic.HASHES["attention_wmma"]) -> str | None:
+        data = {} if kernel is None else {"kernel": kernel}
+        return live().doubt(Trial(kind="build", environment=synthetic.ENV_ID, source_hash=source_hash, data=data))
+
+    other = "was measured on other kernel source than the current one"
+    assert doubt("attention_wmma") is None and doubt("attention_scalar") == f"attention_scalar {other}"
+    assert doubt(None) is None and doubt("attention_unknown") is None and doubt(["attention_scalar"]) is None
+    assert doubt(None, "0" * 16) == f"build {other}" and doubt("attention_wmma", "0" * 16) == f"attention_wmma {other}"
 
 
 def test_a_function_of_the_users_has_no_kernel_source_to_be_stale():

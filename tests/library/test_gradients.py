@@ -192,6 +192,7 @@ WINDOWS = {
     "right alone": {"window_right": 2},
     "rows without a key": {"causal": True, "window_left": 0, "softmax_scale": -0.4},
     "sink": {"causal": True, "window_left": 5, "sink": torch.tensor([0.3, -1.0])},
+    "scores of 0": {"window_left": 4, "window_right": 2, "softmax_scale": 0.0},
 }
 
 

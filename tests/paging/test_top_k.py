@@ -120,6 +120,12 @@ def test_a_score_takes_the_bound_that_each_sign_asks_for(cache):
     assert page_scores(q, cache)[0, 0, 3] == 0.0, "the other KV head has other queries"
 
 
+def test_the_last_page_of_a_pool_has_bounds_of_its_own(tables):
+    tables[0][5] = 9.0
+    scores = page_scores(torch.ones(2, 4, 1, DIM).half(), PagedKV.from_tables(*tables, key_bounds=True))
+    assert (scores[:, :, 0] == 9 * DIM).all() and (scores[1, :, 1:3] < 9 * DIM).all()
+
+
 def test_a_page_that_was_dropped_has_no_score(cache):
     cache.drop(cache.sequences[0], [4])
     scores = page_scores(queries(), cache)

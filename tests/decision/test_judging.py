@@ -77,7 +77,8 @@ def test_records_of_another_machine_are_not_mixed_in():
 def test_a_timing_that_did_not_succeed_cannot_carry_a_gate(status):
     decision = decide(replaced(GOOD, timing_at("wmma", REPORT), status=status, reason="it crashed"))
     assert gate(decision, "report-320").state == "INCONCLUSIVE" and decision.verdict == "INCONCLUSIVE"
-    assert "wmma" in gate(decision, "report-320").reason and "(it crashed)" in gate(decision, "report-320").reason
+    words = "wmma was not available" if status == "unavailable" else "the timing of wmma did not succeed"
+    assert f"{words} (it crashed)" in gate(decision, "report-320").reason
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -4.0])
@@ -142,6 +143,18 @@ def test_a_variant_for_checks_is_never_the_best_of_ours():
     assert found.backend == "hopper" and found.measured == pytest.approx(600, rel=0.02)
     alone = gate(decide([*GOOD, *variant]), "report-320")
     assert alone.backend == "wmma"
+    wanted = GATES.get("report-320")
+    named = judging.judge_gate(wanted.model_copy(update={"backend": "hopper-unsplit"}), live(*variant), None, True)
+    assert (named.state, named.backend) == ("PASS", "hopper-unsplit"), "whoever asks for it by name gets it"
+    nothing = judging.judge_gate(wanted, live(*variant), None, True)
+    assert (nothing.state, nothing.reason, nothing.n) == ("INCONCLUSIVE", "Nothing was measured.", 0)
+
+
+def test_of_several_the_worst_counts_where_a_gate_asks_for_it():
+    wanted = GATES.get("report-320")
+    for reduce, backend in ((None, "wmma"), ("best", "wmma"), ("worst", "scalar")):
+        found = judging.judge_gate(wanted.model_copy(update={"reduce": reduce}), live(*GOOD), None, True)
+        assert (found.backend, found.state) == (backend, "PASS" if backend == "wmma" else "FAIL")
 
 
 def test_a_ratio_needs_the_same_round_and_every_peer_that_was_tried():
@@ -150,6 +163,28 @@ def test_a_ratio_needs_the_same_round_and_every_peer_that_was_tried():
         assert gate(decision, "report-ahead").state == "INCONCLUSIVE", changes
     broken = replaced(GOOD, timing_at("sdpa-cudnn", REPORT), status="error", reason="it crashed")
     assert gate(decide(broken), "report-ahead").state == "INCONCLUSIVE"
+
+
+def test_a_ratio_without_any_peer_settles_nothing_and_a_peer_that_refuses_the_problem_is_none():
+    alone = [t for t in GOOD if t.backend in ("wmma", "scalar")]
+    found = gate(decide(alone), "report-ahead")
+    assert found.state == "INCONCLUSIVE" and found.reason.startswith("No peer was timed in the same round as ")
+    refused = synthetic.timing("fa3", REPORT, 1.0, round_="r", status="unsupported", reason="it refuses", timing=None)
+    environment = synthetic.environment()
+    environment = {**environment, "parameters": {**environment["parameters"], "peers": ["sdpa-cudnn", "fa3"]}}
+    assert gate(decide([*GOOD, refused], environment=environment), "report-ahead").state == "PASS"
+    assert gate(decide(GOOD, environment=environment), "report-ahead").reason.startswith(
+        "The run has no timing of peer fa3 here, which it was to measure"
+    )
+
+
+def test_tflops_of_nobody_knows_how_many_operations_are_no_figure():
+    padded = REPORT.with_(lengths="left")
+    timed = synthetic.timing("wmma", padded, 500.0, round_="r")
+    timed = timed.model_copy(update={"timing": timed.timing.model_copy(update={"tflops": None})})
+    wanted = GATES.get("report-320").model_copy(update={"problem": padded.label()})
+    found = judging.judge_gate(wanted, live(timed, synthetic.correctness("wmma", padded)), None, True)
+    assert (found.state, found.reason) == ("INCONCLUSIVE", "The timing of wmma holds no such figure.")
 
 
 AHEAD = {**synthetic.FAST, "sdpa-cudnn": 620.0}
@@ -323,7 +358,7 @@ def test_checks_are_counted_each_also_where_they_are_alike():
 def test_a_timing_by_another_method_or_with_another_cache_is_not_the_one_asked_for():
     wanted = GATES.get("latency-5us")
     assert judging.judge_gate(wanted, live(*GOOD), None, True).state == "PASS"
-    for changes in ({"method": "events"}, {"l2": "rotating"}):
+    for changes in ({"method": "events", "l2": None}, {"method": None, "l2": "rotating"}):
         other = judging.judge_gate(wanted.model_copy(update=changes), live(*GOOD), None, True)
         assert (other.state, other.evidence) == ("INCONCLUSIVE", "none"), changes
 
@@ -334,7 +369,12 @@ def test_stale_speeds_are_shown_by_the_best_of_them():
     found = gate(stale, "report-320")
     assert found.state == "INCONCLUSIVE" and found.measured == pytest.approx(600, rel=0.02)
     assert found.interval[0] <= found.measured <= found.interval[1] and found.n == 30
+    assert found.reason.startswith("Wmma was measured on other kernel source") and "(1 more" in found.reason
     assert gate(stale, "latency-5us").measured == pytest.approx(4.2, rel=0.02)
+    doubted = with_timing(both, timing_at("sdpa-cudnn", REPORT), tflops=1e6)
+    ahead = gate(decide(doubted), "report-ahead")
+    assert ahead.state == "INCONCLUSIVE" and ahead.versus is None
+    assert ahead.measured == pytest.approx(600 / 465, rel=0.02), "shown, and trusted by nobody"
 
 
 def test_a_record_that_names_its_kernel_is_held_against_that_kernel_alone():
@@ -403,6 +443,7 @@ def test_all_cases_have_to_be_kept_by_what_promises_them():
     broken = same_bits(asked(kept=597), asked("cpu", cases=300))
     assert broken.state == "FAIL" and broken.reason == "3 of 900 cases are broken, by wmma." and broken.fix
     assert broken.backend == "wmma"
+    assert same_bits(asked(kept=0)).reason == "600 of 600 cases are broken, by wmma."
 
 
 @pytest.mark.parametrize(
@@ -417,6 +458,9 @@ def test_all_cases_have_to_be_kept_by_what_promises_them():
         ([asked(environment="elsewhere")], "another machine"),
         ([asked(data={"kept": 601})], "does not say how many cases it keeps"),
         ([asked(data={"kept": True})], "does not say how many"),
+        ([asked(data={"kept": "600"})], "does not say how many"),
+        ([asked(data={"kept": 599.5})], "does not say how many"),
+        ([asked(data={"cases": None})], "does not say how many"),
         ([asked(status="failed")], "says that it failed, and that every case is kept"),
         ([asked(status="unsupported", reason="it refuses")], "There is no record of it."),
         ([asked(status="unavailable", reason="no GPU.")], "There is no record of it: no GPU."),

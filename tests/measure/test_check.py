@@ -70,6 +70,26 @@ def test_the_batch_invariant_mode_is_right_too(problem):
     assert trial.problem.batch_invariant and trial.correctness.checked > 0
 
 
+def test_the_plain_matrix_has_each_kind_of_shape_once_and_grows():
+    quick, full = (check.check_problems(profile, gpu=True) for profile in ("quick", "full"))
+    assert full[: len(quick)] == quick and len({p.label() for p in full}) == len(full) == len(quick) + 16
+    assert not any(p.masks or p.batch_invariant for p in full)
+    for problems in (quick, full):
+        kinds = {(p.dtype, p.head_dim, p.causal) for p in problems}
+        assert len(kinds) == (8 if problems is full else len(kinds)) and {p.head_dim for p in problems} == {64, 128}
+    decode = [p for p in quick if p.seqlen_q <= 8]
+    assert {p.page_size for p in decode} >= {16, 64, 256} and {p.seqlen_q for p in decode} >= {1, 7, 8}
+    assert any(p.seqlen_q > p.seqlen_k for p in decode) and any(p.seqlen_q > p.seqlen_k > 8 for p in quick)
+    assert any(p.scale < 0 for p in quick) and any(p.scale > 1 for p in quick)
+    assert any(p.num_heads_q > p.num_heads_kv > 1 for p in quick) and any(p.seqlen_q % 64 for p in quick)
+    for matrix, few, many in ((check.check_problems, 512, 2048), (check.masked_problems, 300, 2048)):
+        longest = [max(p.seqlen_q for p in matrix("full", gpu=gpu)) for gpu in (False, True)]
+        heads = [
+            max(p.num_heads_q for p in matrix("full", gpu=gpu) if p.seqlen_q == p.seqlen_k) for gpu in (False, True)
+        ]
+        assert longest == [few, many] and heads == [2, 8], "lengths and heads that fill a GPU, on one alone"
+
+
 def test_the_invariant_matrix_is_for_backends_that_promise_it():
     quick, full = (check.invariant_problems(profile, gpu=True) for profile in ("quick", "full"))
     assert full[: len(quick)] == quick and len({p.label() for p in full}) == len(full) > 20

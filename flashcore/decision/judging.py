@@ -453,13 +453,14 @@ def _judge_data(gate: Gate, source: Source, wanted: list[Trial]) -> GateResult:
         else:
             values.append(float(value))
     if not values or len(values) < gate.min_count:
-        reason = _sentence(doubts) if doubts else f"Only {len(values)} records were found."
+        few = f"Only {len(values)} {'record was' if len(values) == 1 else 'records were'} found."
+        reason = _sentence(doubts) if doubts else few
         return _open(gate, source, reason, n=len(values))
     best = gate.reduce == "best"
     value = (max if best else min)(values, key=gate.margin)
     result = _result(gate, source, value, len(values), None, "", None)
-    which = "The best" if best else "The worst"
-    reason = f"{which} of {len(values)} records has {_with_unit(value, gate.unit)}; {_limit(gate)}."
+    which = "The only record" if len(values) == 1 else f"The {'best' if best else 'worst'} of {len(values)} records"
+    reason = f"{which} has {_with_unit(value, gate.unit)}; {_limit(gate)}."
     if doubts and (best == (result.state == "FAIL")):
         return _undecided(gate, result, f"{reason} But {_first(doubts)}.")
     return replace(result, reason=reason)

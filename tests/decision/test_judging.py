@@ -333,6 +333,34 @@ def test_a_timing_is_told_with_its_distance_from_the_threshold():
         assert gate(decision, name).reason == words
     anything = judging.judge_gate(GATES.get("report-320").model_copy(update={"at_least": 0.0}), live(*GOOD), None, True)
     assert anything.reason == f"wmma reaches 512 TFLOPS{report}512 TFLOPS above the threshold of 0 TFLOPS."
+    never = judging.judge_gate(GATES.get("latency-5us").model_copy(update={"at_most": 0.0}), live(*GOOD), None, True)
+    assert never.reason == f"wmma takes 4.40 µs a call{latency}4.40 µs above the threshold of 0 µs."
+
+
+def test_a_figure_of_several_records_is_their_best_or_worst_and_a_doubt_matters_where_it_could_turn_that():
+    low, high = synthetic.memory_saved(40.0), synthetic.memory_saved(60.0)
+    broken = synthetic.memory_saved(0.0, status="failed", reason="it broke")
+    refused = synthetic.memory_saved(0.0, status="unsupported", reason="it refuses")
+    needed, but = "at least 50 % is needed.", " But a record did not succeed (it broke)."
+    for reduce, trials, state, reason in (
+        (None, [low, high, refused], "FAIL", f"The worst of 2 records has 40.0 %; {needed}"),
+        ("worst", [high, low], "FAIL", f"The worst of 2 records has 40.0 %; {needed}"),
+        ("best", [low, high], "PASS", f"The best of 2 records has 60.0 %; {needed}"),
+        ("worst", [low, broken], "FAIL", f"The only record has 40.0 %; {needed}"),
+        ("worst", [high, broken], "INCONCLUSIVE", f"The only record has 60.0 %; {needed}{but}"),
+        ("best", [high, broken], "PASS", f"The only record has 60.0 %; {needed}"),
+        ("best", [low, broken], "INCONCLUSIVE", f"The only record has 40.0 %; {needed}{but}"),
+    ):
+        found = judging.judge_gate(SAVED.model_copy(update={"reduce": reduce}), live(*trials), None, True)
+        assert (found.state, found.reason) == (state, reason), (reduce, trials)
+    for least, trials, reason in (
+        (2, [low, high], f"The worst of 2 records has 40.0 %; {needed}"),
+        (3, [low, high], "Only 2 records were found."),
+        (2, [low], "Only 1 record was found."),
+        (2, [low, broken], "A record did not succeed (it broke)."),
+    ):
+        found = judging.judge_gate(SAVED.model_copy(update={"min_count": least}), live(*trials), None, True)
+        assert (found.reason, found.n) == (reason, sum(t.status == "ok" for t in trials))
 
 
 def test_a_check_that_names_no_problem_and_no_figures_still_counts():
@@ -411,6 +439,10 @@ SAME_BITS = Gate(
 )  # fmt: skip
 
 
+SAVED = Gate(
+    id="saved", title="Half of the memory is saved", kind="paging", metric="data.saved_percent", at_least=50, unit="%",
+    required=True, measure="flashcore paging",
+)  # fmt: skip
 RIGHT = Gate(
     id="right", title="wmma is right", kind="correctness", backend="wmma", metric="correct_percent", at_least=100,
     required=True, measure="make report",

@@ -101,6 +101,10 @@ def test_two_problems_of_one_round_are_compared_by_operations_a_second():
     assert compare.speed_beside(mine, timed(100.0, round_="other")) is None
     ragged = mine.model_copy(update={"problem": REPORT.with_(lengths="ragged")})
     assert compare.speed_beside(ragged, timed(100.0)) is None, "its operations are not known"
+    unsure = compare.speed_beside(mine, timed(100.0, [100.0] * 3))
+    assert (unsure.value, unsure.interval, unsure.n) == (pytest.approx(2 * work), None, 3)
+    check = synthetic.correctness("wmma", REPORT)
+    assert compare.flops(check) is None and compare.flops(timed().model_copy(update={"problem": None})) is None
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
@@ -168,6 +172,8 @@ def test_samples_taken_side_by_side_are_paired_and_others_are_not():
     found = compare.ratio(ours, peer)
     assert (found.value, found.n, found.other) == (2.0, 9, peer) and found.interval == pytest.approx((2.0, 2.0))
     assert found.in_words() == "faster" and compare.ratio(peer, ours).in_words() == "slower"
+    nearly = compare.ratio(ours, timed(202.0, [101 * d for d in drift], backend="fa3"))
+    assert nearly.in_words() == "faster" and nearly.interval == pytest.approx((1.01, 1.01))
     shorter = compare.ratio(ours, timed(400.0, [200 * d for d in drift[:8]], backend="fa3"))
     assert shorter.n == 8 and shorter.interval[0] < 1 < shorter.interval[1] and shorter.in_words() == "no difference"
 
@@ -270,7 +276,9 @@ def test_digits_left_of_the_point_are_never_dropped(value, digits, text):
         (100, 100, 100.0, None), (100, 100, 101.0, "is not the median of its samples"),
         (None, 100, 101.0, None), (300, 100, 101.0, None), (60, 100, 100.0, "keeps more samples than it says"),
         ("many", 100, 101.0, None), (300, 100, 102.5, "outside its own samples"),
-        (None, 100, 99.5, "outside its own samples"), (30, 30, 101.0, "is not the median of its samples"),
+        (None, 100, 99.5, "outside its own samples"), (None, 50, 101.0, None),
+        (None, 49, 101.0, "is not the median of its samples"), (None, 30, math.nan, "is not a number"),
+        (30, 30, 101.0, "is not the median of its samples"),
     ],
 )  # fmt: skip
 def test_a_timing_that_says_how_many_samples_it_took_is_held_to_it(taken, kept, latency, wrong):

@@ -11,8 +11,11 @@ from support import synthetic_records as synthetic
 from support.decisions import GATES, GOOD, LATENCY, REPORT, decide, gate, recorded, timing_at
 
 from flashcore.decision import verdict
+from flashcore.decision.gates import Gates
 from flashcore.problem import PRESETS
 from flashcore.records import Trial
+
+SLOW = synthetic.gpu_trials()
 
 # --- the three verdicts --------------------------------------------------------------------------------------------
 
@@ -35,6 +38,9 @@ def test_a_missed_target_is_no_go_with_its_margin():
     assert missed.margin_percent == pytest.approx(100 * missed.margin / 320)
     assert missed.n == 30 and missed.interval[0] <= missed.measured <= missed.interval[1]
     assert "320 TFLOPS" in decision.reason and missed.fix
+    blocking = [g.id for g in decision.blocking]
+    assert blocking == ["report-320", "report-ahead", "latency-5us"], "report-450 fails too, and is not required"
+    assert decision.flip == "'make report # on an H100 or H200' would settle it."
 
 
 def test_no_records_are_inconclusive():
@@ -46,13 +52,47 @@ def test_no_records_are_inconclusive():
 def test_a_gate_that_is_not_required_decides_nothing():
     wrong_peer = [*GOOD, synthetic.correctness("sdpa-math", REPORT, status="failed")]
     decision = decide(wrong_peer)
-    assert gate(decision, "peers-correct").state == "FAIL" and decision.verdict == "GO"
+    assert gate(decision, "peers-correct").state == "FAIL" and decision.verdict == "GO" and not decision.blocking
 
 
 def test_the_decision_becomes_a_record_and_comes_back(run):
     written = run.append(decide(GOOD).to_trial())
     assert run.trials(kind="verdict") == [written]
     assert written.data["verdict"] == "GO" and len(written.data["gates"]) == len(GATES)
+    assert "sealed" not in written.data and decide(GOOD).to_trial(sealed=True).data["sealed"] is True
+
+
+def test_a_verdict_says_in_one_sentence_what_decides():
+    everything = Gates(GATES.path, GATES.gates)
+    one = Gates(GATES.path, (GATES.get("report-320"),))
+    stale = {**synthetic.HASHES, "attention_wmma": "f" * 16}
+    slow = "wmma reaches 131 TFLOPS at B=16, H=16, S=2048, D=64, 59.1 % below the threshold of 320 TFLOPS."
+    narrow = "Ahead of the best peer at the report's workload"
+    for trials, gates, current, words in (
+        (GOOD, everything, None, f"All 6 required gates pass; the narrowest is '{narrow}', by 10.0 %."),
+        (
+            GOOD,
+            one,
+            None,
+            "The only required gate passes; the narrowest is '320 TFLOPS at the report's workload', by 59.9 %.",
+        ),
+        (SLOW, everything, None, f"3 of 6 required gates fail, foremost '320 TFLOPS at the report's workload': {slow}"),
+        (SLOW, one, None, f"1 of 1 required gates fails, foremost '320 TFLOPS at the report's workload': {slow}"),
+        (GOOD, everything, stale, "5 of 6 required gates lack usable evidence, foremost 'Our kernels are right': "),
+        (
+            GOOD,
+            one,
+            stale,
+            "1 of 1 required gates lacks usable evidence, foremost '320 TFLOPS at the report's workload': ",
+        ),
+    ):
+        assert decide(trials, gates, current=current).reason.startswith(words)
+    free = decide(GOOD, Gates(GATES.path, (GATES.get("report-450"),)))
+    assert (free.verdict, free.reason) == ("INCONCLUSIVE", "No gate is required, so nothing can be decided.")
+    untimed = [t for t in SLOW if not (t.kind == "attention_timing" and t.problem == LATENCY)]
+    assert decide(untimed, everything).reason == (
+        f"2 of 6 required gates fail, foremost '320 TFLOPS at the report's workload': {slow} 1 more is inconclusive."
+    )
 
 
 # --- what must keep a verdict from GO ------------------------------------------------------------------------------
@@ -67,9 +107,21 @@ def test_a_notebook_that_failed_outweighs_a_failing_gate():
         assert gate(decision, "report-320").state == "FAIL"  # what was measured is still shown
 
 
+def test_what_is_missing_is_told_by_the_first_of_it_and_counted():
+    first = "The evidence is not complete, so nothing is decided: "
+    for problems, more in (
+        (["One is lost."], ""),
+        (["One is lost.", "Two is."], " (1 more such finding)"),
+        (["One is lost.", "Two is.", "Three is."], " (2 more such findings)"),
+    ):
+        decision = decide(GOOD, problems=problems)
+        assert (decision.verdict, decision.reason) == ("INCONCLUSIVE", f"{first}One is lost{more}.")
+
+
 def test_a_run_that_does_not_say_what_it_planned_is_not_complete():
-    environment = synthetic.environment(parameters={})
-    assert decide(GOOD, environment=environment).verdict == "INCONCLUSIVE"
+    for parameters in ({}, {"notebooks": []}, {"notebooks": ""}, {"notebooks": 3}):
+        decision = decide(GOOD, environment=synthetic.environment(parameters=parameters))
+        assert decision.verdict == "INCONCLUSIVE" and "notebook" in decision.reason, parameters
 
 
 # --- recorded evidence ---------------------------------------------------------------------------------------------

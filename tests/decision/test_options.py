@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import synthetic_records as synthetic
-from support.decisions import GATES, GOOD, LATENCY, REPORT, decide, hopper, option, without_paging
+from support.decisions import GATES, GOOD, LATENCY, REPORT, decide, hopper, option, result, without_paging
 
 from flashcore import page
-from flashcore.decision import advice
-from flashcore.decision.options import all_of
+from flashcore.decision import advice, options
+from flashcore.decision.judging import GateResult
+from flashcore.decision.options import OptionResult, all_of
 from flashcore.problem import PRESETS
 from flashcore.records import RunFolder
 
@@ -31,6 +32,9 @@ def test_the_one_option_whose_conditions_all_hold_is_recommended():
 def test_medians_whose_intervals_overlap_do_not_differ_and_the_files_order_decides():
     decision = decide([*GOOD, *hopper(512.4)])
     assert {o.id for o in decision.options if o.result == "SHIP"} == {"B", "C"} and decision.recommended.id == "B"
+    apart = decide([*GOOD, *hopper(600)])
+    assert {o.id for o in apart.options if o.result == "SHIP"} == {"B", "C"} and apart.recommended.id == "C"
+    assert [o.id for o in apart.options[:2]] == ["C", "B"], "the others by their margin"
 
 
 def test_no_option_that_holds_is_no_go_though_every_gate_passes():
@@ -85,6 +89,47 @@ def test_the_recorded_run_recommends_the_hopper_kernel():
 
 
 # --- figures and sentences -----------------------------------------------------------------------------------------
+
+
+def condition(name: str, measured: float, **changes) -> GateResult:
+    """A latency against 10 µs."""
+    return replace(result(measured, 10.0, "at most"), id=name, title=name, **changes)
+
+
+NEAR, FAR = condition("near", 11.0, fix="measure near"), condition("far", 40.0, fix="measure far")
+HOLDS, TIGHT = condition("holds", 5.0), condition("tight", 9.0)
+OPEN = condition("open", 9.9, state="INCONCLUSIVE", fix="measure open")
+
+
+def weighed(answer: str, *conditions: GateResult, gates: tuple[GateResult, ...] = ()) -> OptionResult:
+    return OptionResult("A", "A", "", "", "", None, answer, conditions, gates, reason="")
+
+
+def test_what_has_to_change_is_one_thing_to_stop_an_option_and_everything_that_fails_to_ship_it():
+    ships = weighed("SHIP", HOLDS, gates=(TIGHT,))
+    assert [c.condition for c in ships.changes] == ["tight", "holds"] and ships.commands == ()
+    fails = weighed("DO NOT SHIP", NEAR, HOLDS, OPEN, gates=(FAR, replace(OPEN, id="open again")))
+    assert [c.condition for c in fails.changes] == ["far", "near"]
+    assert fails.commands == ("measure open",), "what is settled is not measured again, and nothing twice"
+    assert (ships.holding, fails.holding) == (1, 1)
+    [as_data] = weighed("SHIP", replace(HOLDS, interval=None)).as_dict()["conditions"]
+    assert as_data["interval"] is None and as_data["state"] == "HOLDS"
+
+
+@pytest.mark.parametrize(
+    ("state", "conditions", "words"),
+    [
+        ("PASS", [HOLDS, TIGHT], "All 2 conditions hold; the narrowest is 'tight', by 10.0 %."),
+        ("PASS", [HOLDS, replace(TIGHT, interval=None)], "All 2 conditions hold; the narrowest is 'holds', by 50.0 %."),
+        ("PASS", [replace(HOLDS, interval=None)], "Its only condition holds."),
+        ("FAIL", [NEAR, FAR, HOLDS], "2 of 3 conditions fail, foremost 'far': Because."),
+        ("FAIL", [OPEN, NEAR], "1 of 2 conditions fails, foremost 'near': Because."),
+        ("INCONCLUSIVE", [HOLDS, OPEN], "1 of 2 conditions is not settled, foremost 'open': Because."),
+        ("INCONCLUSIVE", [OPEN, OPEN], "2 of 2 conditions are not settled, foremost 'open': Because."),
+    ],
+)
+def test_the_reason_of_an_option_names_what_decides(state, conditions, words):
+    assert options._reason(state, conditions, ()) == words
 
 
 def test_all_of_three_values():

@@ -69,6 +69,18 @@ def test_a_recorded_fleet_is_no_evidence_of_kernels_however_new(tmp_path):
     cards = [Trial(kind="fleet", environment=synthetic.ENV_ID, data={"what": "card"})]
     synthetic.write_run(tmp_path / "h200-x2", cards, synthetic.environment(date="2001-02-03T09:00:00+00:00"))
     assert [found.folder for found in recorded_runs(tmp_path)[0]] == ["h200"]
+    synthetic.write_run(tmp_path / "both", [*cards, *GOOD[:1]], synthetic.environment(date="2001-02-03T08:00:00+00:00"))
+    assert [found.folder for found in recorded_runs(tmp_path)[0]] == ["h200", "both"]
+
+
+def test_a_seal_that_is_gone_is_missed_where_the_newest_verdict_had_one(tmp_path):
+    said = [Trial(kind="verdict", data=data) for data in ({"verdict": "GO"}, {"verdict": "GO", "sealed": True})]
+    for name, trials, missed in (
+        ("sealed", said, True), ("then more", [*said, *GOOD[:1]], True), ("then anew", said[::-1], False),
+        ("never", GOOD[:1], False),
+    ):  # fmt: skip
+        run = synthetic.write_run(tmp_path / name, trials, synthetic.environment())
+        assert any("seal.json is gone" in problem for problem in gather(run).problems) is missed, name
 
 
 def test_a_run_on_a_gpu_says_which_kernels_have_changed_since_it_was_made():

@@ -44,6 +44,7 @@ def test_cards_that_are_alike_are_none_of_them_off():
          ["its PCIe link is of generation 3 beside 5"]),
         ({"factors": {"graph_node": 1.5}, "counters": {"others": 4}}, "Smallest kernel",
          ["4 other processes use it"]),
+        ({"counters": {"remap_failed": True}}, "a row of its memory could not be remapped", []),
         ({"bits": {"hopper": ["ffff"]}}, "hopper gives other bits than on 7 other cards", []),
         ({"bits": {"wmma": ["bb22", "cc33"]}}, "wmma gives other bits each time", []),
         ({"wrong": ["hopper: out differs"]}, "wrong results (hopper: out differs)", []),
@@ -55,6 +56,22 @@ def test_a_card_that_is_not_as_the_others_is_named_with_the_reason(odd, what, wh
     assert any(said.startswith(what) for said in off.what), off.what
     assert list(off.why) == why
     assert off.sentence.endswith(f", since {'; '.join(why)}." if why else ", and its counters do not say why.")
+
+
+def test_a_reason_is_what_half_of_the_others_share_at_the_most():
+    def why(sharing: int) -> tuple[str, ...]:
+        slow = {"load": {"throttle_reasons": ["hardware slowdown"]}}
+        others = [synthetic.card(i, **(slow if i < sharing else {})) for i in range(6)]
+        return only(fleet.judge([*others, synthetic.card(7, factors={"attention": 0.8}, **slow)])).why
+
+    assert why(3) == ("it was held down by hardware slowdown",) and why(4) == ()
+
+
+def test_other_processes_are_counted_from_none_where_no_other_card_tells_of_any():
+    silent = [synthetic.card(i, counters={"others": None}) for i in range(7)]
+    for others, why in ((1, ()), (2, ("2 other processes use it",))):
+        odd = synthetic.card(7, factors={"attention": 0.8}, counters={"others": others})
+        assert only(fleet.judge([*silent, odd])).why == why
 
 
 def test_what_all_cards_share_is_no_reason():
@@ -99,11 +116,16 @@ def test_a_card_that_could_not_be_measured_is_off():
                  card=synthetic.card(7).card, node="box")  # fmt: skip
     off = only(fleet.judge([*synthetic.cards()[:7], lost]))
     assert "it could not be measured (its worker is gone)" in off.what
+    silent = only(fleet.judge([*synthetic.cards()[:7], lost.model_copy(update={"reason": None})]))
+    assert "it could not be measured (no reason recorded)" in silent.what
+    assert fleet.judge([synthetic.card(0)]).kinds[0].remarks == (), "alone it is compared with nobody"
 
 
 def test_the_last_record_of_a_card_counts_and_records_without_sense_break_nothing():
     again = [*synthetic.cards(factors={"attention": 0.5}), synthetic.card(7)]
     assert fleet.judge(again).ok and len(fleet.cards_of(again)) == 8
+    ordered = [synthetic.card(1, node="a"), synthetic.card(2, node="a"), synthetic.card(0, node="b")]
+    assert fleet.cards_of(ordered[::-1]) == ordered
     for data in ({"figures": 3}, {"figures": {"attention": None}}, {"load": []}, {"counters": "x"}, {"bits": {"a": 1}},
                  {"figures": {"attention": {"value": float("nan")}}}):  # fmt: skip
         trials = synthetic.cards()

@@ -99,6 +99,20 @@ def test_a_gate_on_any_kind_of_record(tmp_path):
         assert gate(decision, "spills").state == state
 
 
+def test_a_timing_is_taken_as_it_was_asked_for_and_other_records_by_their_data():
+    timed = synthetic.timing("wmma", REPORT, 500.0, round_="r")
+    assert (timed.timing.method, timed.timing.l2) == ("graph_replay", "rotating")
+    wanted = GATES.get("report-320").model_copy(update={"method": None, "l2": None})
+    for changes, takes in (
+        ({}, True), ({"method": "graph_replay"}, True), ({"l2": "rotating"}, True), ({"method": "host"}, False),
+        ({"l2": "warm"}, False), ({"method": "graph_replay", "l2": "warm"}, False),
+        ({"method": "host", "l2": "rotating"}, False), ({"where": {"role": "ours"}}, False),
+    ):  # fmt: skip
+        assert wanted.model_copy(update=changes).takes(timed) is takes, changes
+    check = synthetic.correctness("wmma", REPORT)
+    assert wanted.model_copy(update={"method": "host", "l2": "warm"}).takes(check), "a check has no clock"
+
+
 def test_shipped_gates_cover_the_targets():
     by_id = {g.id: g for g in GATES}
     assert by_id["report-320"].threshold == 320 and by_id["report-450"].threshold == 450
@@ -156,6 +170,10 @@ def test_a_gate_on_ours_asks_the_options_own_backend(tmp_path):
     (own,) = gates.options[1].asked(gates)
     assert isinstance(own, Gate) and own.required and own.metric == "data.spill_bytes"
     assert decide(without_paging(GOOD), gates).recommended.id == "A"
+    by_name = load(tmp_path, FILE.replace('backend = "ours"', 'backend = "scalar"'))
+    assert by_name.options[0].asked(by_name) == (by_name.get("speed"),), "a gate on one backend stays on that"
+    nobody = load(tmp_path, FILE.replace('backend = "wmma"\n', ""))
+    assert nobody.options[0].asked(nobody) == (nobody.get("speed"),), "an option of no backend takes the best of ours"
 
 
 def test_effort_and_risk_are_told_only_under_the_name_of_who_judged_them(tmp_path):

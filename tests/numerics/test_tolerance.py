@@ -43,6 +43,11 @@ def test_the_worst_is_a_bad_element_however_far_a_good_one_is_off():
     good = compare(torch.tensor([1009.0, 1.001]), expected, atol=0.0, rtol=0.01, axes=("row",))
     assert good.passed and good.first_bad is None and good.worst["row"] == 0 and good.max_abs_error == 9.0
     assert good.max_abs_error <= good.bound == 10.0
+    second = compare(torch.tensor([1.0, -1000.5]), -expected.flip(0), atol=9.0, rtol=0.01, axes=("row",))
+    assert second.passed and second.worst["row"] == 0 and second.max_abs_error == 2.0
+    third = compare(torch.tensor([-1.0, -1000.5]), -expected.flip(0), atol=9.0, rtol=0.01, axes=("row",))
+    assert third.passed and third.worst["row"] == 1, "an element that is right to the bit is not the worst"
+    assert third.max_abs_error == 0.5 and third.bound == 19.0
 
 
 @pytest.mark.parametrize("got", [math.nan, math.inf, -math.inf])

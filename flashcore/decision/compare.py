@@ -127,9 +127,20 @@ def median_interval(samples: Iterable[float], *, confidence: float = CONFIDENCE)
     return (float(ordered[k - 1]), float(ordered[-k])) if k else None
 
 
+MANY = 1000
+"""Samples beyond which ways to draw them are no longer counted: there are more than a float holds."""
+
+
 @functools.lru_cache(maxsize=256)
 def _from_each_end(n: int, confidence: float) -> int:
-    """The largest k for which the k-th samples from both ends of n hold the median with this confidence; 0 for none."""
+    """The largest k for which the k-th samples from both ends of n hold the median with this confidence; 0 for none.
+
+    Of more than `MANY` it is one that Hoeffding's inequality vouches for, ``P(B < k) <= exp(-2 (n/2 - k)^2 / n)``,
+    which is a little smaller.
+    """
+    if n > MANY:
+        miss = 1.0 - confidence / 100.0
+        return max(0, math.floor(n / 2 - math.sqrt(n * math.log(2 / miss) / 2))) if miss > 0 else 0
     most, below, ways, k = (1.0 - confidence / 100.0) / 2.0 * 2**n, 0, 1, 0  # ways: n over k
     while k <= n // 2 and below + ways <= most:
         below, ways, k = below + ways, ways * (n - k) // (k + 1), k + 1

@@ -73,9 +73,16 @@ def compare(
         Absolute and relative part of the bound.
     axes
         Names of the coordinates, as many as there are dimensions (the first ones are used).
+
+    Raises
+    ------
+    ValueError
+        The shapes differ, or there is no element: nothing was compared then, and nothing is right.
     """
     if got.shape != expected.shape:
         raise ValueError(f"cannot compare shapes {tuple(got.shape)} and {tuple(expected.shape)}")
+    if got.numel() == 0:
+        raise ValueError(f"there is nothing to compare in tensors of shape {tuple(got.shape)}")
     shape = got.shape
     got, expected = got.reshape(-1), expected.reshape(-1)
     checked, num_bad, num_nan, num_inf = got.numel(), 0, 0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -136,6 +137,23 @@ def test_the_interval_of_a_median_is_the_narrowest_that_holds_it_often_enough(n,
     k = int(found[0]) + 1
     assert found == (k - 1, n - k) and holds(k) >= confidence / 100
     assert k + 1 > n // 2 or holds(k + 1) < confidence / 100
+
+
+@pytest.mark.parametrize("n", [compare.MANY + 1, 4000, 10**6])
+@pytest.mark.parametrize("confidence", [90.0, 98.0, 99.0])
+def test_of_very_many_samples_the_interval_is_hardly_wider_than_it_has_to_be(n, confidence):
+    """Against the normal distribution, which coins of so many throws follow to a hair."""
+    k = compare._from_each_end(n, confidence)
+    inside = NormalDist().cdf((n - 2 * k) / math.sqrt(n)) - NormalDist().cdf((2 * k - n) / math.sqrt(n))
+    assert confidence / 100 < inside < 1
+    counted = compare._from_each_end(compare.MANY, confidence)
+    assert (n / 2 - k) / math.sqrt(n) < 1.6 * (compare.MANY / 2 - counted) / math.sqrt(compare.MANY)
+    assert compare._from_each_end(n, 100.0) == 0, "nothing holds it always"
+
+
+def test_a_timing_may_keep_any_number_of_samples():
+    found = compare.interval_us(timed(100.0, [99.0, 100.0, 101.0] * 1000))
+    assert found == (100.0, 100.0)
 
 
 def test_the_interval_holds_the_median_of_skewed_samples_as_often_as_it_says():

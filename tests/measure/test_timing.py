@@ -111,7 +111,8 @@ def test_one_sample_is_its_own_spread():
 def test_rotating_buffers_exceed_twice_the_cache_and_warm_ones_are_one():
     cache = 60 << 20
     sets = input_sets(PRESETS["latency"], l2="rotating", l2_bytes=cache)
-    assert sets * PRESETS["latency"].bytes() >= 2 * cache
+    assert sets * PRESETS["latency"].bytes() >= 2 * cache > (sets - 1) * PRESETS["latency"].bytes()
+    assert input_sets(SMALL, l2="rotating", l2_bytes=cache) == timing.MAX_INPUT_SETS, "and no more than that"
     assert input_sets(PRESETS["latency"], l2="warm", l2_bytes=cache) == 1
     assert input_sets(PRESETS["report"], l2="rotating", l2_bytes=cache) == 1, "it exceeds the cache by itself"
 

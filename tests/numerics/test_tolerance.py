@@ -101,6 +101,8 @@ def test_a_sentence_for_a_person():
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"cannot compare shapes \(2, 3\) and \(3, 2\)"):
         compare(torch.zeros(2, 3), torch.zeros(3, 2), atol=1.0, rtol=0.0)
+    with pytest.raises(ValueError, match=r"there is nothing to compare in tensors of shape \(1, 2, 0, 8\)"):
+        compare(torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8), atol=1.0, rtol=0.0)
 
 
 def test_gradients_and_inference_mode_do_not_reach_it():

@@ -356,15 +356,14 @@ def time_on_cpu(
             if candidate.name in results:
                 continue
             own = candidate.proof or proof
-            if own is None:
-                samples[candidate.name].append(_host_us(candidate)[0])
-                continue
-            turn = own.next_turn()
-            own.lay(turn)
+            if own is not None:
+                turn = own.next_turn()
+                own.lay(turn)
             try:
                 with instruments.watched(candidate.name):
                     taken, returned = _host_us(candidate)
-                    own.take(candidate.name, turn, returned)
+                    if own is not None:
+                        own.take(candidate.name, turn, returned)
                 samples[candidate.name].append(taken)
             except Exception as error:
                 results[candidate.name] = error

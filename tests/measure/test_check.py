@@ -292,7 +292,7 @@ def test_a_peer_is_not_asked_for_rows_that_belong_to_no_sequence():
         backend = ChangedMasked(lambda out, lse, masks: (out, lse))
         backend.role = role
         trial = check_attention(backend, problem, lengths=lengths)
-        assert trial.status == "ok"
+        assert trial.status == "ok" and trial.data["lengths"] == lengths and trial.data["role"] == role
         return trial.correctness.checked / (2 * (8 + 1))
 
     real = sum(lengths_of(problem, 0)[0])
@@ -318,6 +318,7 @@ def test_the_case_of_one_problem_is_made_once_for_all_backends(monkeypatch):
     check.make_case.cache_clear()
     for backend in ("reference", "cpu", "sdpa-math"):
         assert check_attention(backend, SMALL, device="cpu").status == "ok"
+    assert check_attention("cpu", SMALL.with_(batch_invariant=True)).status == "ok", "which says nothing of the numbers"
     assert check.make_case.cache_info().misses == 1
 
 

@@ -134,9 +134,27 @@ def test_candidates_on_the_cpu_are_interleaved_and_a_failure_stays_its_own(monke
     def broken(_):
         raise RuntimeError("no")
 
+    def tires(_):
+        now[0] += 1.0
+        tired.append(len(tired))
+        if len(tired) > 2:
+            raise RuntimeError("no more")
+
+    tired = []
     found = time_on_cpu([Candidate("slow", call("slow", 0.004)), Candidate("fast", call("fast", 0.001)),
                          Candidate("broken", broken)], SMALL, rounds=4)  # fmt: skip
     assert isinstance(found["broken"], RuntimeError)
+    for proof in (
+        None,
+        SimpleNamespace(
+            next_turn=int, lay=lambda turn: None, take=lambda *_: None, fault=lambda *_, **__: None, seed=0
+        ),
+    ):
+        tired.clear()
+        beside = time_on_cpu([Candidate("tires", tires), Candidate("fast", call("fast", 0.001))], SMALL, proof=proof)
+        assert str(beside["tires"]) == "no more" and len(tired) == 3, "it is not asked again"
+        assert beside["fast"].latency_us == 1000 and len(beside["fast"].samples_us) == 7
+    del order[10:]
     assert (found["slow"].latency_us, found["fast"].latency_us) == (4000, 1000)
     assert found["slow"].round == found["fast"].round and len(found["slow"].samples_us) == 4
     assert order[2:] == ["slow", "fast", "fast", "slow"] * 2, "the order rotates from round to round"
@@ -266,6 +284,28 @@ def emulated(monkeypatch):
     return Emulated
 
 
+def test_calls_are_captured_and_launched_as_often_as_it_takes_and_turn_by_turn_over_the_sets(emulated, monkeypatch):
+    monkeypatch.setattr(timing, "_clock", lambda: emulated.now_ms / 1e3)
+    numbers = []
+
+    def call(number):
+        numbers.append(number)
+        emulated.launch(lambda: setattr(emulated, "now_ms", emulated.now_ms + 0.05))
+        return number
+
+    captured = timing._capture(call, 3, emulated.Stream())
+    assert (captured.estimate_us, captured.launch_us) == (pytest.approx(50), pytest.approx(50))
+    assert captured.calls == 39 and len(captured.graph.nodes) == 39, "2 ms, in whole turns"
+    assert captured.results == captured.kept % 3 and 0 <= captured.kept < 39
+    turns = [3, 3, timing.EAGER_CALLS, 39]  # to warm up, to estimate, to be launched, and captured
+    assert numbers == [number % 3 for turn in turns for number in range(turn)]
+    numbers.clear()
+    found = timing._eager(call, 2, emulated.Stream())
+    assert found == {"eager_us": pytest.approx(50), "single_us": pytest.approx(50)}
+    turns = [1, timing.EAGER_CALLS, timing.SINGLE_CALLS]
+    assert numbers == [number % 2 for turn in turns for number in range(turn)]
+
+
 @pytest.mark.parametrize("sets", [1, 3])
 def test_the_whole_way_of_a_timing_on_a_gpu_emulated(emulated, sets):
     problem = square(1, 2, 32, 16)
@@ -393,9 +433,15 @@ def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monk
             torch.backends.cuda.enable_math_sdp(False)
         return fine(number)
 
+    def only_outside_the_profile(number):
+        if profiling_now:
+            raise RuntimeError("not here")
+        return fine(number)
+
     seen, patched, profiling_now = [], [], []
     monkeypatch.setattr(timing.profiling, "kernel_us", kernel_us)
-    calls = [Candidate(one.__name__, one) for one in (fine, only_when_timed, patches, patches_the_profile)]
+    calls = [Candidate(one.__name__, one) for one in (fine, only_when_timed, patches, patches_the_profile,
+                                                      only_outside_the_profile)]  # fmt: skip
     monkeypatch.setattr(timing, "SAMPLE_US", 50.0)  # one call a graph
     found = time_on_gpu(calls, problem, sets=2, rounds=3, other_clocks=True)
     clocks = found["fine"].model_extra
@@ -404,7 +450,9 @@ def test_a_call_is_timed_by_other_clocks_when_all_rounds_are_over(emulated, monk
     assert "cupti_us" not in found["only_when_timed"].model_extra, "its timing stands, and says no more than it knows"
     assert found["only_when_timed"].latency_us == pytest.approx(50, rel=0.05)
     assert isinstance(found["patches"], JudgeTampered) and isinstance(found["patches_the_profile"], JudgeTampered)
-    assert profiled == [2 * timing.CUPTI_CALLS], "the two others were left out"
+    silent = found["only_outside_the_profile"]
+    assert silent.latency_us == pytest.approx(50, rel=0.05) and "cupti_us" not in silent.model_extra
+    assert profiled == [3 * timing.CUPTI_CALLS], "the two others were left out"
 
 
 def test_a_backend_that_spoils_the_profile_spoils_only_its_own(emulated, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,18 @@ def test_what_has_to_change_is_one_thing_to_stop_an_option_and_everything_that_f
 )
 def test_the_reason_of_an_option_names_what_decides(state, conditions, words):
     assert options._reason(state, conditions, ()) == words
+
+
+def test_an_option_that_was_not_ranked_is_on_a_par_with_its_like_alone():
+    ranked, other, unknown = (replace(weighed("SHIP", HOLDS), rank=rank) for rank in (HOLDS, TIGHT, None))
+    open_rank = replace(unknown, rank=replace(HOLDS, margin=None, interval=None))
+    assert [options._margin(one) for one in (ranked, other)] == [5.0, 1.0]
+    assert options._margin(unknown) == options._margin(open_rank) == -math.inf, "it comes behind all others"
+    assert options._on_a_par(unknown, open_rank) and options._on_a_par(ranked, ranked)
+    for one, best in ((unknown, ranked), (open_rank, ranked), (other, ranked)):
+        assert not options._on_a_par(one, best)
+    wide = replace(ranked, rank=replace(HOLDS, interval=(4.0, 9.0)))
+    assert options._on_a_par(other, wide), "9 µs lies within the interval of the other one"
 
 
 def test_all_of_three_values():

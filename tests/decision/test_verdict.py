@@ -86,7 +86,8 @@ def test_a_verdict_says_in_one_sentence_what_decides():
             "1 of 1 required gates lacks usable evidence, foremost '320 TFLOPS at the report's workload': ",
         ),
     ):
-        assert decide(trials, gates, current=current).reason.startswith(words)
+        reason = decide(trials, gates, current=current).reason
+        assert reason == words or (words.endswith(": ") and reason.startswith(words)), reason
     free = decide(GOOD, Gates(GATES.path, (GATES.get("report-450"),)))
     assert (free.verdict, free.reason) == ("INCONCLUSIVE", "No gate is required, so nothing can be decided.")
     untimed = [t for t in SLOW if not (t.kind == "attention_timing" and t.problem == LATENCY)]
@@ -140,6 +141,12 @@ def test_an_incomplete_recorded_run_decides_nothing():
     half = [t for t in GOOD if t.kind != "notebook"]
     decision = decide(synthetic.cpu_trials(), environment=synthetic.environment(None), recorded=recorded(half))
     assert decision.verdict == "INCONCLUSIVE" and "recorded run" in decision.reason
+
+
+def test_a_recorded_run_of_which_nothing_is_used_may_lack_what_it_likes():
+    gates, no_gpu = Gates(GATES.path, (GATES.get("cpu-correct"),)), synthetic.environment(None)
+    lent = recorded([t for t in GOOD if t.kind != "notebook"])
+    assert decide(synthetic.cpu_trials(), gates, environment=no_gpu, recorded=lent).verdict == "GO"
 
 
 def test_a_run_with_a_gpu_never_borrows():

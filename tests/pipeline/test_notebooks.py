@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,16 +104,19 @@ def test_an_unknown_notebook_lists_those_there_are(tmp_path, run):
 
 
 @pytest.mark.notebook
-def test_a_notebook_runs_with_its_parameters_on_this_interpreter(tmp_path, run):
-    cells = ('import sys\nrun.append(Trial(kind="ceiling", data={"value": sizes, "python": sys.executable}))',)
-    finishing_notebook(tmp_path, "01_toy", *cells)
+def test_a_notebook_runs_with_its_parameters_on_this_interpreter_in_its_run(tmp_path, run, monkeypatch):
+    """This process stays where it is: its folder is that of all its threads, and of a second notebook that runs."""
+    changes = []
+    monkeypatch.setattr(os, "chdir", lambda path, real=os.chdir: changes.append(os.path.realpath(path)) or real(path))
+    facts = '{"value": sizes, "python": sys.executable, "folder": os.getcwd()}'
+    finishing_notebook(tmp_path, "01_toy", f'import os, sys\nrun.append(Trial(kind="ceiling", data={facts}))')
     executed = execute_notebook("01_toy", run, {"sizes": [3, 4]}, notebooks_dir=tmp_path)
     data = run.trials(kind="ceiling")[0].data
-    import sys
-
-    assert data == {"value": [3, 4], "python": sys.executable}
+    folder = run.path.resolve() / "notebooks"
+    assert data == {"value": [3, 4], "python": sys.executable, "folder": str(folder)}
     assert executed == run.path / "notebooks" / "01_toy.ipynb"
     assert nbformat.read(executed, as_version=4).cells[-1].execution_count
+    assert set(changes) <= {os.path.realpath(".")}
 
 
 @pytest.mark.notebook

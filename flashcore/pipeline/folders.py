@@ -29,7 +29,17 @@ def new_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
     """A fresh run folder, as in ``2026-11-22T18-40-03-h200-3f9a``."""
     machine = re.sub(r"[^a-z0-9]+", "-", (device.gpu_name() or "cpu").lower().replace("nvidia", "")).strip("-")
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    return RunFolder.create(runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}")
+    while True:
+        path = runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if path.parent.is_dir():
+                continue  # of another report, which began in this very second
+        except OSError:
+            pass  # the next line says it in a sentence
+        return RunFolder.create(path)
 
 
 def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunFolder:

@@ -84,6 +84,17 @@ _entered = 0
 """Calls that came to hold them so far."""
 alone = threading.RLock()
 """Held by what needs a setting of the process that another thread's call would need otherwise."""
+choosing = threading.RLock()
+"""Held while torch is told which of its kernels for attention to take, and by who asks which ones it may."""
+
+
+@contextlib.contextmanager
+def torchs_kernel(choice: Any) -> Iterator[None]:
+    """``torch.nn.attention.sdpa_kernel``, one thread at a time: what it sets and puts back is the process's."""
+    from torch.nn.attention import sdpa_kernel
+
+    with choosing, sdpa_kernel(choice):
+        yield
 
 
 @dataclass(eq=False)

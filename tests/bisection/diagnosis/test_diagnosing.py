@@ -184,7 +184,6 @@ def test_torch_is_left_as_it_was():
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
-@pytest.mark.slow
 def test_diagnoses_in_several_threads_run_one_after_the_other_and_leave_torch_as_it_was(monkeypatch):
     """Each sets one thread for torch, memory full of NaN, and warnings to be ignored; all three are the process's."""
     inside, most = [], []
@@ -209,6 +208,7 @@ def test_diagnoses_in_several_threads_run_one_after_the_other_and_leave_torch_as
     assert most == [1, 1] and torch.get_deterministic_debug_mode() == 0 and warnings.filters == filters
 
 
+@pytest.mark.slow
 def test_a_diagnosis_is_a_record():
     trial = diagnose(zoo.no_scale, SMALL, device="cpu").to_trial()
     assert trial.kind == "diagnosis" and trial.status == "failed"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -87,6 +90,31 @@ def newest_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
     if not begun:
         raise RecordsError(f"There is no run in {folder}; 'flashcore report' makes one.")
     return RunFolder(max(path.parent for path in begun))  # names begin with the date
+
+
+@contextlib.contextmanager
+def measuring(run: RunFolder) -> Iterator[None]:
+    """Inside, nobody else measures into a run or measures parts of it again; whose a record is hangs on their order.
+
+    Raises
+    ------
+    RecordsError
+        Somebody else does.
+    """
+    folder = os.open(run.path, os.O_RDONLY)  # a lock on the folder itself, which ends with whoever has it
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise RecordsError(
+            f"The run {run.name} is being measured by another process or thread; wait until that has ended."
+        ) from None
+    except OSError:  # a file system that knows no such lock
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def refuse_recorded(run: RunFolder) -> None:

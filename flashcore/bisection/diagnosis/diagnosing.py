@@ -249,6 +249,8 @@ def diagnose(
 ) -> Diagnosis:
     """Say whether an attention function is right, and if not, at which stage, where and why it goes wrong.
 
+    One diagnosis runs at a time in a process: others wait. Torch computes with one thread on a CPU meanwhile.
+
     Parameters
     ----------
     fn

@@ -5,6 +5,7 @@ A path that a user names is made absolute where it comes in, since a notebook's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -116,7 +117,19 @@ def set_home() -> None:
 
 # ------------------------------------------------------------------------------------------------ half-written files
 
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+def _numbering() -> str:
+    """Where this process's number means something: the machine, and on Linux the container, in whose numbers it counts.
+
+    Containers may share a machine's name and a folder, and each counts its processes from 1.
+    """
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+_HOST = f"{zlib.crc32(_numbering().encode()):08x}"
 _PARTIAL = re.compile(r"\.(?:.*\.)?([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.partial")
 
 
@@ -139,7 +152,13 @@ def sweep(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of another user, in a folder that several share
+                path.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file or folder of this name is half-written, and may be gone at any moment (`partial_path`)."""
+    return _PARTIAL.fullmatch(name) is not None
 
 
 def _dead(pid: int) -> bool:

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import secrets
+import stat
 import tempfile
 import threading
 import time
@@ -321,8 +322,8 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
     path = absolute(path)
     content = [_line(trial) for trial in trials]
     try:
-        with open(path, "a+b", buffering=0) as file, _alone(file) as alone:
-            if file.tell():
+        with _to_append(path) as (file, alone):
+            if file.seek(0, os.SEEK_END):  # of now: it may have grown since it was opened
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     _write(file, b"\n", alone)
@@ -334,6 +335,24 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
             f"A record could not be written to {path} ({error.strerror}); free the disk or choose another folder "
             "with --out. Records already there are kept."
         ) from error
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, nobody else appends to a records file, so that another one can be put in its place without a loss."""
+    with _to_append(path):
+        yield
+
+
+@contextlib.contextmanager
+def _to_append(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """A file to append to, and whether it could be held against other writers."""
+    while True:
+        with open(path, "a+b", buffering=0) as file, _alone(file) as alone:
+            if alone and not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                continue  # another one has come into its place meanwhile, and nobody would read what goes here
+            yield file, alone
+            return
 
 
 @contextlib.contextmanager
@@ -429,9 +448,50 @@ _one_at_a_time = threading.Lock()
 """Held while a file is read: whoever wants the same one meanwhile finds it kept."""
 
 
+WRITER_S = 1.0
+"""Seconds that a reader waits for somebody who appends: a writer needs milliseconds, unless somebody stopped it."""
+
+
+def _between_writers(file: BinaryIO) -> os.stat_result:
+    """The state of a file that nobody is appending to at that moment, so that it ends with a whole line."""
+    until = time.monotonic() + WRITER_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            state = os.fstat(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_UN)
+            return state
+        except BlockingIOError:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.002)
+        except OSError:  # a file system that knows no such lock
+            break
+    return os.fstat(file.fileno())
+
+
+def _lines_of(file: BinaryIO, state: os.stat_result) -> Iterable[bytes]:
+    """Its lines up to the size that it had then; those that came since may be half there."""
+    if not stat.S_ISREG(state.st_mode):
+        yield from file
+        return
+    left = state.st_size
+    for line in file:
+        if left <= 0:
+            return
+        left -= len(line)
+        yield line
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """Copy a records file that somebody may be appending to, up to the end of a whole line."""
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        copy.writelines(_lines_of(file, _between_writers(file)))
+
+
 def _read_once(path: Path) -> _Found:
     with _one_at_a_time, open(path, "rb") as file:
-        state = os.fstat(file.fileno())
+        state = _between_writers(file)
         key = (str(path), state.st_ino, state.st_dev, state.st_size, state.st_mtime_ns)
         if key in _kept:
             _kept.move_to_end(key)
@@ -440,7 +500,7 @@ def _read_once(path: Path) -> _Found:
         collects = gc.isenabled()
         gc.disable()  # nothing here is garbage, and looking for it takes longer than reading
         try:
-            found = _read(file, str(path))
+            found = _read(_lines_of(file, state), str(path))
         finally:
             if collects:
                 gc.enable()

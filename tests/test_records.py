@@ -8,10 +8,12 @@ import math
 import multiprocessing
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from flashcore import records
 from flashcore.errors import RecordsDamaged, RecordsError, RecordsTooNew
 from flashcore.paths import data_dir
 from flashcore.problem import PRESETS, Problem, square
@@ -241,6 +243,77 @@ def test_a_record_names_its_card_and_node_only_where_several_share_a_run(run):
     first, second = run.records_path.read_text().splitlines()
     assert "card" not in first and "node" not in first and '"card":"GPU-1a2b","node":"box"' in second
     assert [(t.card, t.node) for t in run.trials()] == [(None, None), ("GPU-1a2b", "box")]
+
+
+@pytest.fixture
+def half_a_record(run):
+    """A record of which another process has written one half, and holds the file until it has written the rest."""
+    run.append(timing("first"))
+    whole = run.records_path.read_bytes().replace(b'"first"', b'"second"').replace(b'"id":"', b'"id":"0')
+    with open(run.records_path, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(whole[: len(whole) // 2])
+
+        def the_rest():
+            file.write(whole[len(whole) // 2 :])
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        yield the_rest
+
+
+def test_who_reads_while_another_process_writes_a_record_sees_it_whole_or_not_at_all(run, half_a_record, monkeypatch):
+    monkeypatch.setattr(records, "WRITER_S", 600.0)  # of a busy machine; nothing is judged by it
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(readable_trials, run.records_path)
+        time.sleep(0.1)  # it is under way
+        half_a_record()
+        trials, damage = found.result()
+    assert [t.backend for t in trials] == ["first", "second"] and damage == ()
+
+
+def test_a_writer_that_somebody_stopped_keeps_no_reader_waiting(run, half_a_record, monkeypatch):
+    monkeypatch.setattr(records, "WRITER_S", 0.05)
+    trials, damage = readable_trials(run.records_path)
+    assert [t.backend for t in trials] == ["first"] and "line 2" in damage[0]
+
+
+def test_a_record_that_comes_while_a_file_is_read_is_not_read_by_half(run, tmp_path):
+    """Lines are read up to the size that the file had between two writers."""
+    run.append(timing("first"))
+    with open(run.records_path, "rb") as file:
+        state = records._between_writers(file)
+        with open(run.records_path, "a") as more:
+            more.write('{"kind":"attention_timing","backend":')
+        assert len(list(records._lines_of(file, state))) == 1
+    records.copy_records(run.records_path, tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == run.records_path.read_text()
+
+
+def test_a_line_that_another_writer_was_killed_in_while_this_one_waited_is_closed(run, monkeypatch):
+    """The file was empty when it was opened, and is not any more when it can be written to."""
+
+    def waited(file, how):
+        if how == fcntl.LOCK_EX:
+            with open(run.records_path, "ab") as other:
+                other.write(b'{"kind":')
+        return None
+
+    monkeypatch.setattr(records.fcntl, "flock", waited)
+    run.append(timing("mine"))
+    trials, damage = readable_trials(run.records_path)
+    assert [t.backend for t in trials] == ["mine"] and "line 1" in damage[0]
+
+
+def test_a_record_goes_into_the_file_that_has_come_into_its_place_meanwhile(run):
+    """As when a part is measured again, and its older records are set aside."""
+    run.append(timing("first"))
+    with ThreadPoolExecutor(1) as pool:
+        with records.held(run.records_path):
+            written = pool.submit(run.append, timing("second"))
+            time.sleep(0.1)  # it waits for the file as it was
+            records.write_whole(run.records_path, run.records_path.read_bytes())
+        written.result()
+    assert [t.backend for t in run.trials()] == ["first", "second"]
 
 
 @pytest.fixture

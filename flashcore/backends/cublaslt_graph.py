@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class _Captured:
 
 _captured: OrderedDict[tuple, _Captured] = OrderedDict()
 """By backend, problem, stream and addresses, the one used last at the end."""
+
+
+_capturing = threading.Lock()
+"""Held while a graph is captured: a stream takes one at a time, and all threads share that of a GPU."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -81,6 +86,6 @@ class CublasLtGraph(CublasLt):
         super().run(q, k, v, problem)  # compiles, loads and asks the heuristic, none of which a capture may hold
         graph = torch.cuda.CUDAGraph()
         stream = _capture_stream(q.device.index or 0)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out, lse = super().run(q, k, v, problem)
         return _Captured(graph, out, lse)

@@ -8,7 +8,7 @@ from flashcore.backends._contract import AVAILABLE, Availability, Backend
 from flashcore.backends._peers import readable, with_empty_rows, with_scale_above_zero
 from flashcore.backends._registry import register
 from flashcore.errors import Unsupported
-from flashcore.numerics import reference
+from flashcore.numerics import ambient, reference
 from flashcore.problem import Problem
 
 
@@ -58,7 +58,7 @@ class _Sdpa(Backend):
         return self._call(q, k, v, problem, None, problem.causal), None
 
     def _call(self, q, k, v, problem: Problem, mask, is_causal: bool):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.attention import SDPBackend
         from torch.nn.functional import scaled_dot_product_attention
 
         scale = problem.scale
@@ -66,7 +66,7 @@ class _Sdpa(Backend):
             q, scale = with_scale_above_zero(q, scale)
             q, k, v = readable(q), readable(k), readable(v)
         try:
-            with sdpa_kernel(getattr(SDPBackend, self.choice)):
+            with ambient.torchs_kernel(getattr(SDPBackend, self.choice)):
                 return scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale,
                     enable_gqa=problem.num_heads_q != problem.num_heads_kv,

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from flashcore import backends, ops
 from flashcore.errors import FlashCoreError
 from flashcore.library.dense import DTYPES
-from flashcore.numerics import plain, transforms
+from flashcore.numerics import ambient, plain, transforms
 from flashcore.problem import LARGEST
 
 _torchs = torch._C._nn.scaled_dot_product_attention
@@ -135,8 +135,15 @@ def why_torch(
 def _math_alone() -> bool:
     """Whether ``torch.nn.attention.sdpa_kernel`` rules out every fused kernel: whoever asks for that wants what only
     torch's math has, such as second derivatives."""
+    if _fused_allowed():
+        return False
+    with ambient.choosing:  # another thread may be computing with one of torch's kernels, and have ruled out the others
+        return not _fused_allowed()
+
+
+def _fused_allowed() -> bool:
     allowed = torch.backends.cuda
-    return not (allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled())
+    return allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled()
 
 
 def _heads_fit(query, key, enable_gqa) -> bool:

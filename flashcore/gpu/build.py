@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -295,6 +296,10 @@ def _cudart_version(folder: Path) -> tuple[int, int] | None:
     return (int(found[1]) // 1000, int(found[1]) % 1000 // 10) if found else None
 
 
+_importing = threading.Lock()
+"""Held while the packages `cuda` are imported: of several threads that import them first at once, all but one fail."""
+
+
 @functools.cache
 def nvrtc_version() -> str:
     """The NVRTC that compiles here, as `major.minor`.
@@ -305,7 +310,8 @@ def nvrtc_version() -> str:
         No NVRTC is installed.
     """
     try:
-        from cuda.bindings import nvrtc
+        with _importing:
+            from cuda.bindings import nvrtc
 
         status, major, minor = nvrtc.nvrtcVersion()
         if int(status) == 0:
@@ -404,7 +410,24 @@ def _built(name: str, path: Path, text: str, macros: dict[str, str | int], hashe
     entry = cache_dir() / f"{name}-{digest.hexdigest()[:24]}.cubin"
     if (found := _read_entry(entry)) is not None:
         return found
+    with _turn(entry):
+        return _read_entry(entry) or _build(name, path, text, macros, hashed, entry)
 
+
+_turns: dict[Path, threading.Lock] = {}
+"""By cache entry, held while it is built: threads that want the same one meanwhile find it, and compile nothing."""
+
+
+@contextlib.contextmanager
+def _turn(entry: Path) -> Iterator[None]:
+    with _turns.setdefault(entry, threading.Lock()):
+        try:
+            yield
+        finally:
+            _turns.pop(entry, None)  # whoever comes from now on finds the entry, or builds it anew
+
+
+def _build(name: str, path: Path, text: str, macros: dict[str, str | int], hashed: str, entry: Path) -> Cubin:
     started = time.perf_counter()
     code, log = _nvrtc(path, text, macros)
     seconds = time.perf_counter() - started
@@ -443,7 +466,8 @@ def _read_entry(entry: Path) -> Cubin | None:
 
 
 def _nvrtc(path: Path, text: str, macros: dict[str, str | int]) -> tuple[bytes, str]:
-    from cuda.core import Program, ProgramOptions
+    with _importing:
+        from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
         name=path.name,
@@ -531,8 +555,6 @@ def build_all(progress: Callable[[str], None] | None = None, *, kernels: Sequenc
     ToolMissing
         No NVRTC or no CUDA headers.
     """
-    import cuda.core  # noqa: F401 - its first import is not safe in several threads at once
-
     wanted = [
         (kernel, head_dim, dtype, trace)
         for kernel in (kernel_names() if kernels is None else dict.fromkeys(map(kernel_named, kernels)))

@@ -75,6 +75,7 @@ class Worker:
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._errors = None
+        self._turn = threading.Lock()
 
     def __enter__(self) -> Worker:
         return self
@@ -106,6 +107,8 @@ class Worker:
     def call(self, function: Callable, *arguments: Any, timeout_s: float = TIME_LIMIT_S, **keywords: Any) -> Outcome:
         """Run ``function(*arguments, **keywords)`` there; never raises for what it does.
 
+        Threads that share a worker wait for each other.
+
         Parameters
         ----------
         function
@@ -113,10 +116,14 @@ class Worker:
         timeout_s
             Seconds the call may take; the start of the process and its imports are not counted.
         """
+        with self._turn:
+            return self._called(pickle.dumps((function, arguments, keywords)), timeout_s)
+
+    def _called(self, content: bytes, timeout_s: float) -> Outcome:
         self.start()
         started = time.perf_counter()
         with contextlib.suppress(OSError):  # a worker that is dead already shows below, by its exit code
-            self._connection.send(("call", pickle.dumps((function, arguments, keywords))))
+            self._connection.send(("call", content))
         loaded = self._receive(START_S)
         if loaded is not None and loaded[0] == "loaded":
             started = time.perf_counter()

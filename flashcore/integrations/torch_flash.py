@@ -15,7 +15,7 @@ import torch
 
 from flashcore import backends, ops
 from flashcore.errors import FlashCoreError, ToolMissing
-from flashcore.numerics import plain
+from flashcore.numerics import ambient, plain
 
 NAME = "FlashCore"
 DISPATCH_KEY = "CUDA"
@@ -31,7 +31,7 @@ class _Active:
         def compute(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
             return forward(query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale, backend=backend)
 
-        with warnings.catch_warnings():  # torch warns of what is done here on purpose
+        with ambient.alone, warnings.catch_warnings():  # torch warns of what is done here on purpose
             warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel")
             self._library.impl("_scaled_dot_product_flash_attention", compute, DISPATCH_KEY)
 

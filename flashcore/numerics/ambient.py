@@ -4,15 +4,18 @@ Ambient is what somebody sets around a call: autocast, the default dtype and dev
 products in fewer bits. Without this, autocast would give bfloat16 back for float32, and the judge would take a right
 kernel for a wrong one. Where nothing is set, which is nearly always, a shielded call costs a few looks, and no more.
 
-Autocast and the device belong to a thread. The other settings are the process's: they are put back when the call ends,
-and another thread sees them as torch has them by default until then.
+Autocast and the device belong to a thread. The other settings are the process's: another thread sees them as torch has
+them by default until the call ends. They are put back by the last of several calls that overlap, so that none computes
+under what was set around another one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -70,6 +73,127 @@ def _products() -> tuple[_Products | _AllProducts, ...]:
     return tuple(_Products(device) for device in DEVICES) if one_each else (_AllProducts(),)
 
 
+# ------------------------------------------------------------------------------------- settings that threads share
+
+_lock = threading.Lock()
+"""Held while settings of the process are changed or put back."""
+_inside: dict[int, int] = {}
+"""By thread, how many of its calls hold the process's settings. A call that begins meanwhile has to hold them too: what
+it finds is what another one has set, and will put back."""
+_entered = 0
+"""Calls that came to hold them so far."""
+alone = threading.RLock()
+"""Held by what needs a setting of the process that another thread's call would need otherwise."""
+choosing = threading.RLock()
+"""Held while torch is told which of its kernels for attention to take, and by who asks which ones it may."""
+
+
+@contextlib.contextmanager
+def torchs_kernel(choice: Any) -> Iterator[None]:
+    """``torch.nn.attention.sdpa_kernel``, one thread at a time: what it sets and puts back is the process's."""
+    from torch.nn.attention import sdpa_kernel
+
+    with choosing, sdpa_kernel(choice):
+        yield
+
+
+@dataclass(eq=False)
+class _Change:
+    """What a call found a setting to be, and what it made of it."""
+
+    found: Any
+    value: Any
+
+
+@dataclass(eq=False)
+class _Setting:
+    """A setting of the process, and the calls that hold it, in the order in which they came.
+
+    Whoever ends last puts back what the first one found: one that ends before others hands what it found to the next.
+    """
+
+    read: Callable[[], Any]
+    put: Callable[[Any], None]
+    change_to: Callable[[Any], None]
+    """`put`, where it is known not to be what was found."""
+    defaults: tuple[Any, ...]
+    """What torch has where nobody set anything, in its several words; the first is what it is changed to."""
+    changes: list[_Change] = field(default_factory=list)
+
+    def hold(self, value: Any) -> _Change:
+        """Let it be `value` from now on; under the lock."""
+        change = _Change(self.read(), value)
+        self.changes.append(change)
+        if change.found != value:
+            self.change_to(value)
+        return change
+
+    def let_go(self, change: _Change) -> None:
+        """End a change; under the lock."""
+        place = self.changes.index(change)
+        del self.changes[place]
+        if place == len(self.changes):
+            if self.read() != change.found:
+                self.put(change.found)
+        elif self.changes[place].found == change.value:  # otherwise somebody has set another one since, and means it
+            self.changes[place].found = change.found
+
+
+@functools.cache
+def _settings() -> tuple[_Setting, ...]:
+    """The settings that FlashCore changes for a while; under the lock, so that there is one of each."""
+    torch = _torch()
+    dtype = torch.set_default_dtype
+    # Not by `use_deterministic_algorithms`, which loads torch's compiler to tell it too.
+    mode = torch.set_deterministic_debug_mode
+    return (
+        _Setting(torch.get_default_dtype, dtype, dtype, (torch.float32,)),
+        _Setting(torch.get_deterministic_debug_mode, mode, mode, (0,)),
+        *(_Setting(one.setting, one.put_back, one.set, ("ieee", *EXACT)) for one in _products()),
+    )
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Inside, settings of the process are torch's own, whatever other threads' calls put back meanwhile."""
+    global _entered
+    me, held = threading.get_ident(), []
+    with _lock:
+        settings = [(setting, setting.read()) for setting in _settings()]
+        if _inside or not all(found in setting.defaults for setting, found in settings):
+            _entered += 1  # before anything is changed, for `_reaches_here`
+            _inside[me] = _inside.get(me, 0) + 1
+            for setting, found in settings:
+                held.append((setting, setting.hold(found if found in setting.defaults else setting.defaults[0])))
+    try:
+        yield
+    finally:
+        if held:
+            with _lock:
+                for setting, change in reversed(held):
+                    setting.let_go(change)
+                _inside[me] -= 1
+                if not _inside[me]:
+                    del _inside[me]
+
+
+@contextlib.contextmanager
+def deterministic(mode: str | int) -> Iterator[None]:
+    """Inside, torch's deterministic debug mode is this one; but not while another thread's call is shielded from it."""
+    value = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+    with _lock:
+        setting = _settings()[1]
+        change = setting.hold(value)
+    try:
+        yield
+    finally:
+        with _lock:
+            setting.let_go(change)
+
+
+# --------------------------------------------------------------------------------------------------- around a call
+
+
 def _has_default_device() -> bool:
     # A default device is a mode on this stack; only a default tensor type, which is older, is not.
     inside = _torch()._C
@@ -108,6 +232,15 @@ def reaches() -> bool:
     return _probe()()
 
 
+def _reaches_here() -> bool:
+    """`reaches`, or another thread's call hides what is set: then it would come back in the middle of this one."""
+    before = _entered
+    if _inside and threading.get_ident() not in _inside:
+        return True
+    # One that came and went between the two looks would have hidden it from the second.
+    return _probe()() or _entered != before
+
+
 @contextlib.contextmanager
 def shield(*, modes: bool = False) -> Iterator[None]:
     """Inside this context torch is as it is when nobody has set anything.
@@ -128,17 +261,7 @@ def shield(*, modes: bool = False) -> Iterator[None]:
         for device in DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if (dtype := torch.get_default_dtype()) is not torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        if (deterministic := torch.get_deterministic_debug_mode()) != 0:
-            # Not by `use_deterministic_algorithms`, which loads torch's compiler to tell it too.
-            stack.callback(torch.set_deterministic_debug_mode, deterministic)
-            torch.set_deterministic_debug_mode(0)
-        for products in _products():
-            if (setting := products.setting()) not in EXACT:
-                stack.callback(products.put_back, setting)
-                products.set("ieee")
+        stack.enter_context(_held())
         if _has_default_device():
             stack.enter_context(torch.device("cpu"))
         yield
@@ -149,7 +272,7 @@ def shielded(function: Function) -> Function:
 
     @functools.wraps(function)
     def alone(*args, **kwargs):
-        if not _probe()():
+        if not _reaches_here():
             return function(*args, **kwargs)
         with shield():
             return function(*args, **kwargs)
@@ -163,7 +286,7 @@ def judging(function: Function) -> Function:
     @functools.wraps(function)
     def alone(*args, **kwargs):
         torch = _torch()
-        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or reaches()):
+        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _reaches_here()):
             return function(*args, **kwargs)
         with shield(modes=True):
             return function(*args, **kwargs)

@@ -13,11 +13,13 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from flashcore.errors import JudgeTampered
+from flashcore.numerics import ambient
 
 _NOTHING = object()
 """Stands for a name that is not there."""
@@ -110,66 +112,140 @@ def put_back() -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Settings of torch that make other backends slower, with the call that puts each back."""
+    """Settings of torch that make other backends slower, with the call that puts each back.
+
+    None of another thread's that is being held to one kernel: it puts back itself what it has set.
+    """
     import torch
 
     cuda = torch.backends.cuda
-    return {
-        "torch's number of threads": (torch.get_num_threads(), torch.set_num_threads),
-        "torch's FlashAttention": (cuda.flash_sdp_enabled(), cuda.enable_flash_sdp),
-        "torch's memory-efficient attention": (cuda.mem_efficient_sdp_enabled(), cuda.enable_mem_efficient_sdp),
-        "torch's plain attention": (cuda.math_sdp_enabled(), cuda.enable_math_sdp),
-        "torch's cuDNN attention": (cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp),
-    }
+    with ambient.choosing:
+        return {
+            "torch's number of threads": (torch.get_num_threads(), torch.set_num_threads),
+            "torch's FlashAttention": (cuda.flash_sdp_enabled(), cuda.enable_flash_sdp),
+            "torch's memory-efficient attention": (cuda.mem_efficient_sdp_enabled(), cuda.enable_mem_efficient_sdp),
+            "torch's plain attention": (cuda.math_sdp_enabled(), cuda.enable_math_sdp),
+            "torch's cuDNN attention": (cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp),
+        }
 
 
-def _working_behind(before: set[threading.Thread]) -> list[str]:
-    """Names of threads that run now, did not run before, and run code of somebody's own.
+# ------------------------------------------------------------------------------------------- whose threads go on
 
-    What an installed package starts for itself, such as a pool that compiles, is not meant; nor is another judge, where
-    somebody checks backends in several threads.
+
+class _Watch:
+    """A thread that is being watched, and which threads begin elsewhere meanwhile.
+
+    What it did not hear of counts as begun by the watched thread: there are ways to begin one unheard.
     """
-    found = []
-    for thread in threading.enumerate():
-        frame = sys._current_frames().get(thread.ident) if thread not in before else None
-        paths = []
-        while frame is not None:
-            paths.append(os.path.realpath(frame.f_code.co_filename))
-            frame = frame.f_back
-        own = any(not path.startswith(_INSTALLED) or path.startswith(_OURS) for path in paths)
-        if own and not any(os.path.dirname(path) == _JUDGES for path in paths):
-            found.append(thread.name)
-    return found
+
+    def __init__(self):
+        self._ident = threading.get_ident()
+        self._others = set(threading.enumerate()) - {threading.current_thread()}
+        """Those that were there before, and what they begin, and what that begins."""
+        self._idents = set(sys._current_frames())
+
+    def hear(self, starter: int, thread: threading.Thread) -> None:
+        """A thread begins another one."""
+        if starter != self._ident and threading._active.get(starter) in self._others:
+            self._others.add(thread)
+
+    def working(self) -> list[str]:
+        """Names of threads that the watched one began, that still run, and that run code of somebody's own.
+
+        What an installed package starts for itself, such as a pool that compiles, is not meant; nor is another judge.
+        """
+        threads, frames = set(threading.enumerate()), sys._current_frames()
+        names = dict.fromkeys(set(frames) - {one.ident for one in threads} - self._idents, "one without a name")
+        names |= {one.ident: one.name for one in threads - self._others if one.ident != self._ident}
+        return sorted(name for ident, name in names.items() if _is_somebodys_own(frames.get(ident)))
+
+
+def _is_somebodys_own(frame: FrameType | None) -> bool:
+    paths = []
+    while frame is not None:
+        paths.append(os.path.realpath(frame.f_code.co_filename))
+        frame = frame.f_back
+    own = any(not path.startswith(_INSTALLED) or path.startswith(_OURS) for path in paths)
+    return own and not any(os.path.dirname(path) == _JUDGES for path in paths)
+
+
+_turn = threading.RLock()
+"""Held while a thread is watched: what a backend changes is the process's, and would be laid at the others' doors."""
+_watches: list[_Watch] = []
+"""Of the thread that has its turn, the outer ones first."""
+_STARTS = tuple(name for name in ("_start_new_thread", "_start_joinable_thread") if hasattr(threading, name))
+"""What `threading.Thread.start` calls, of which Python 3.13 has the second."""
+
+
+def _heard(start: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and each watch hears who begins which thread."""
+
+    def begin(function: Any, *rest: Any, **named: Any) -> Any:
+        thread = getattr(function, "__self__", None)
+        if isinstance(thread, threading.Thread):
+            for watch in tuple(_watches):
+                watch.hear(threading.get_ident(), thread)
+        return start(function, *rest, **named)
+
+    return begin
+
+
+@contextlib.contextmanager
+def _hearing() -> Iterator[Callable[[], list[str]]]:
+    """Inside, watches hear of threads that begin; gives what says whether a backend has stopped their ears.
+
+    Only while somebody is watched, in whose time nothing but a backend runs: else `threading` is as Python has it.
+    """
+    if _watches:
+        yield list
+        return
+    own = {name: getattr(threading, name) for name in _STARTS}
+    ears = {name: _heard(start) for name, start in own.items()}
+    for name, ear in ears.items():
+        setattr(threading, name, ear)
+    try:
+        yield lambda: [f"threading.{name}" for name, ear in ears.items() if getattr(threading, name) is not ear]
+    finally:
+        for name, start in own.items():
+            setattr(threading, name, start)
 
 
 @contextlib.contextmanager
 def watched(who: str) -> Iterator[None]:
     """Inside this context a backend runs; afterwards everything stands as it stood, or it is said what did not.
 
-    A thread of its own that goes on after the call is a finding too: its work is not in the time of the call, and it
-    takes a core from whoever is timed next.
+    A thread that it began and that goes on after the call is a finding too: its work is not in the time of the call,
+    and it takes a core from whoever is timed next.
+
+    One thread at a time is inside. What another one, which judges nothing, changes meanwhile is laid at the backend,
+    since clocks, functions and torch's settings are the process's: judge where nothing else goes on.
 
     Raises
     ------
     JudgeTampered
         Something was changed, before or inside; it has been put back. Whatever the backend itself raised comes first.
     """
-    remember()
-    if before := changed():
-        put_back()
-        raise JudgeTampered(None, before)
-    settings, running = _settings(), set(threading.enumerate())
-    try:
-        yield
-        wrong = changed()
-        now = _settings()
-        wrong += [f"{name} (from {value} to {now[name][0]})" for name, (value, _) in settings.items()
-                  if now[name][0] != value]  # fmt: skip
-        if (threads := _working_behind(running)) or wrong:
-            raise JudgeTampered(who, wrong, threads[0] if threads else None)
-    finally:
-        put_back()
-        for name, (value, _) in _settings().items():
-            before, put = settings[name]
-            if value != before:
-                put(before)
+    with _turn:
+        remember()
+        if before := changed():
+            put_back()
+            raise JudgeTampered(None, before)
+        settings = _settings()
+        with _hearing() as deaf:
+            watch = _Watch()
+            _watches.append(watch)
+            try:
+                yield
+                wrong = changed() + deaf()
+                now = _settings()
+                wrong += [f"{name} (from {value} to {now[name][0]})" for name, (value, _) in settings.items()
+                          if now[name][0] != value]  # fmt: skip
+                if (threads := watch.working()) or wrong:
+                    raise JudgeTampered(who, wrong, threads[0] if threads else None)
+            finally:
+                _watches.remove(watch)
+                put_back()
+                for name, (value, _) in _settings().items():
+                    before, put = settings[name]
+                    if value != before:
+                        put(before)

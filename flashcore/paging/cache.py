@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +30,23 @@ from flashcore.paging.tables import PagedKV
 from flashcore.paging.writing import copy_pages, write_tokens
 
 
+def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a cache that one thread is in at a time: it finds the books as they are between two others."""
+
+    @functools.wraps(method)
+    def alone(self, *args, **kwargs):
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return alone
+
+
 class PagedKVCache(PagedKV):
     """Pages for the keys and values of up to `batch` sequences, given out as the sequences grow.
 
     The host keeps the books and never reads from the device; what it decides reaches the page table by small
-    asynchronous copies in the order of torch's current stream. Use one stream, or order several yourself.
+    asynchronous copies in the order of torch's current stream. Use one stream, or order several yourself. Threads may
+    share a cache, each with sequences of its own: calls on the books come one after the other, and each is whole.
 
     `append` is `reserve` (the host finds pages), `write` (the device stores) and `advance` (the host counts). To decode
     under CUDA graphs, capture ``cache.write(k, v)`` with the rest of the step, and around each replay call
@@ -93,6 +108,14 @@ class PagedKVCache(PagedKV):
         super().__init__(*pools, page_table, lengths, key_bounds=bounds, lengths_fit=True)
         self._ledger = PageLedger(num_pages=num_pages, page_size=page_size, batch=batch, max_pages=max_pages)
         self._rows: tuple[tuple[int, ...], torch.Tensor] | None = None  # the last rows asked for, on the device
+        self._turn = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}  # a copy has one of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._turn = threading.RLock()
 
     # --- the books, on the host ------------------------------------------------------------------------------------
 
@@ -114,16 +137,19 @@ class PagedKVCache(PagedKV):
         """Pool page of each logical page of one sequence, reserved ones included, -1 where it was dropped."""
         return list(self._ledger.row(sequence).pages)
 
+    @in_turn
     def stats(self) -> CacheStats:
         """Pages, tokens and bytes as the books have them. Does not touch the device."""
         return stats_of(self, self._ledger)
 
     # --- sequences -------------------------------------------------------------------------------------------------
 
+    @in_turn
     def add(self) -> SequenceHandle:
         """Begin an empty sequence in the first free row; raises `PoolExhausted` when there is none."""
         return self._ledger.add()
 
+    @in_turn
     def fork(self, sequence: SequenceHandle, tokens: int | None = None) -> SequenceHandle:
         """Begin a sequence with the first `tokens` tokens of another (all when None), sharing their pages.
 
@@ -143,6 +169,7 @@ class PagedKVCache(PagedKV):
         self._check_if_debugging()
         return child
 
+    @in_turn
     def free(self, sequence: SequenceHandle) -> int:
         """End a sequence and return how many pages became free: those that no other sequence shares."""
         freed = self._ledger.free(sequence)
@@ -151,6 +178,7 @@ class PagedKVCache(PagedKV):
         self._check_if_debugging()
         return freed
 
+    @in_turn
     def drop(self, sequence: SequenceHandle, pages: Iterable[int]) -> None:
         """Give up whole logical pages, first ones or any in the middle, as a sliding window or eviction does.
 
@@ -168,6 +196,7 @@ class PagedKVCache(PagedKV):
         self._set_entries([(sequence.row, column, DROPPED) for column in columns])
         self._check_if_debugging()
 
+    @in_turn
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
         """Forget the tokens from `length` on, as when guessed tokens are refused; gives up reserved pages too."""
         columns = self._ledger.truncate(sequence, whole("length", length))
@@ -178,6 +207,7 @@ class PagedKVCache(PagedKV):
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
+    @in_turn
     def append(
         self,
         k: torch.Tensor,
@@ -223,6 +253,7 @@ class PagedKVCache(PagedKV):
         self._ledger.advance(books, counts)
         self._check_if_debugging()
 
+    @in_turn
     def reserve(self, tokens: int | Sequence[int], sequences: Sequence[SequenceHandle] | None = None) -> None:
         """Give each sequence the pages for its next `tokens` tokens, and its own copy of a shared partial last page.
 
@@ -257,6 +288,7 @@ class PagedKVCache(PagedKV):
         write_tokens(k, v, self.k_pool, self.v_pool, self.page_table, self.lengths,
                       rows=rows, counts=counts, key_bounds=self.key_bounds)  # fmt: skip
 
+    @in_turn
     def advance(self, tokens: int | Sequence[int], sequences: Sequence[SequenceHandle] | None = None) -> None:
         """Enter into the books what `write` wrote, after it or after a replay of the graph that holds it.
 
@@ -270,6 +302,7 @@ class PagedKVCache(PagedKV):
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
+    @in_turn
     def view(self, sequences: Sequence[SequenceHandle]) -> PagedKV:
         """Some sequences, in this order, to attend to: the same pages, a copy of their rows of table and lengths."""
         books = self._books(sequences)
@@ -277,6 +310,7 @@ class PagedKVCache(PagedKV):
         return PagedKV(self.k_pool, self.v_pool, self.page_table[rows], self.lengths[rows],
                        key_bounds=self.key_bounds, max_length=longest, lengths_fit=True, holes=self.holes)  # fmt: skip
 
+    @in_turn
     def check(self, tokens: int = 0) -> None:
         """As `PagedKV.check`; and the tables on the device say what the books say. Waits for the device."""
         super().check(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from flashcore.errors import InvalidProblem, PageTableError
 from flashcore.numerics import ambient
 from flashcore.paging.arguments import check_new, check_rows, rows_given, whole
-from flashcore.paging.cache import PagedKVCache
+from flashcore.paging.cache import PagedKVCache, in_turn
 from flashcore.paging.ledger import SequenceHandle
 from flashcore.paging.tables import PagedKV
 from flashcore.paging.writing import write_tokens
@@ -78,6 +79,10 @@ class LayeredKVCache:
         self.batch, self.page_size, self.dtype, self.device = first.batch, first.page_size, first.dtype, first.device
 
     @property
+    def _turn(self) -> AbstractContextManager:
+        return self._books._turn  # threads that have their turn have it for all layers
+
+    @property
     def sequences(self) -> list[SequenceHandle]:
         """All sequences alive, by row."""
         return self._books.sequences
@@ -104,18 +109,21 @@ class LayeredKVCache:
         """As `PagedKVCache.add`."""
         return self._books.add()
 
+    @in_turn
     def fork(self, sequence: SequenceHandle, tokens: int | None = None) -> SequenceHandle:
         """As `PagedKVCache.fork`, in every layer."""
         child = self._books.fork(sequence, tokens)
         self.lengths[:, child.row].fill_(self._books.length(child))
         return child
 
+    @in_turn
     def free(self, sequence: SequenceHandle) -> int:
         """As `PagedKVCache.free`, in every layer; counts the pages of one."""
         freed = self._books.free(sequence)
         self.lengths[:, sequence.row].zero_()
         return freed
 
+    @in_turn
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
         """As `PagedKVCache.truncate`, in every layer."""
         self._books.truncate(sequence, length)
@@ -147,6 +155,7 @@ class LayeredKVCache:
         """As `PagedKVCache.advance`, after every layer wrote the tokens."""
         self._books.advance(tokens, sequences)
 
+    @in_turn
     def check(self) -> None:
         """As `PagedKVCache.check`; and every layer has the same lengths. Waits for the device."""
         self._books.check()

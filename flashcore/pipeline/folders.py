@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +32,17 @@ def new_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
     """A fresh run folder, as in ``2026-11-22T18-40-03-h200-3f9a``."""
     machine = re.sub(r"[^a-z0-9]+", "-", (device.gpu_name() or "cpu").lower().replace("nvidia", "")).strip("-")
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    return RunFolder.create(runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}")
+    while True:
+        path = runs_dir(out) / f"{stamp}-{machine}-{secrets.token_hex(2)}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if path.parent.is_dir():
+                continue  # of another report, which began in this very second
+        except OSError:
+            pass  # the next line says it in a sentence
+        return RunFolder.create(path)
 
 
 def find_run(name: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunFolder:
@@ -77,6 +90,31 @@ def newest_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
     if not begun:
         raise RecordsError(f"There is no run in {folder}; 'flashcore report' makes one.")
     return RunFolder(max(path.parent for path in begun))  # names begin with the date
+
+
+@contextlib.contextmanager
+def measuring(run: RunFolder) -> Iterator[None]:
+    """Inside, nobody else measures into a run or measures parts of it again; whose a record is hangs on their order.
+
+    Raises
+    ------
+    RecordsError
+        Somebody else does.
+    """
+    folder = os.open(run.path, os.O_RDONLY)  # a lock on the folder itself, which ends with whoever has it
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise RecordsError(
+            f"The run {run.name} is being measured by another process or thread; wait until that has ended."
+        ) from None
+    except OSError:  # a file system that knows no such lock
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def refuse_recorded(run: RunFolder) -> None:

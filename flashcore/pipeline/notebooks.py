@@ -302,7 +302,8 @@ def _papermill(
             on_cell_error=lambda cell, cell_index, execute_reply: raised.append(execute_reply["content"]),
             shutdown_kernel="immediate",  # a polite one prints the interrupted cell's traceback
             progress_bar={"desc": f"  {path.stem}", "leave": False, "mininterval": 1.0} if show_bar else False,
-            cwd=str(cwd),
+            # The kernel's folder, by nbclient: papermill's own way changes that of this process, with all its threads.
+            resources={"metadata": {"path": str(cwd)}},
         )
     except PapermillExecutionError as error:
         said = raised[-1] if raised else {"ename": error.ename, "evalue": error.evalue}
@@ -346,7 +347,7 @@ def _kernel_manager(started: list, connection: Path) -> type:
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
-    environment = _kernel_environment()  # before papermill changes into the notebook's folder
+    environment = _kernel_environment()
 
     class KernelOfThisInterpreter(AsyncKernelManager):
         def __init__(self, *args, **kwargs):

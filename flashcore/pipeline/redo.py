@@ -54,45 +54,47 @@ def redo(
     UnknownName, InvalidProblem
         A part, profile, backend or problem does not exist.
     RecordsError
-        The run was measured on another machine or with other software, or its files cannot be written.
+        The run was measured on another machine or with other software, somebody else is measuring it, or its files
+        cannot be written.
     """
     folders.refuse_recorded(run)
     until = reporting.deadline(within_s)
     folder = reporting.notebooks_folder(notebooks_dir)
     parts = reporting.parts_named(only, folder)
-    environment = run.environment()
-    parameters = environment.get("parameters")
-    if not isinstance(parameters, Mapping):
-        raise RecordsError(
-            f"The run {run.name} does not say how it was made, so no part of it can be made again; 'flashcore report' "
-            "makes a new one."
-        )
-    defaults = {"profile": "quick", "backends": "all", "problems": "default", "seed": 0}
-    common = {key: (changes or {}).get(key, parameters.get(key, value)) for key, value in defaults.items()}
-    reporting.check_request(common)
-    now = _environment_now()
-    _same_machine(run, environment, now)
+    with folders.measuring(run):
+        environment = run.environment()
+        parameters = environment.get("parameters")
+        if not isinstance(parameters, Mapping):
+            raise RecordsError(
+                f"The run {run.name} does not say how it was made, so no part of it can be made again; "
+                "'flashcore report' makes a new one."
+            )
+        defaults = {"profile": "quick", "backends": "all", "problems": "default", "seed": 0}
+        common = {key: (changes or {}).get(key, parameters.get(key, value)) for key, value in defaults.items()}
+        reporting.check_request(common)
+        now = _environment_now()
+        _same_machine(run, environment, now)
 
-    planned = [str(name) for name in _list(parameters.get("notebooks"))]
-    say = progress or (lambda line: None)
-    rendering.remove_pages(run)  # they show what the run said before, and this may be killed half way
-    earlier = seal.unseal(run)
-    decision = verdict.judge(run).to_trial()  # also the mark that what follows is the work of these parts
-    run.append(decision.model_copy(update={"data": {**decision.data, superseding.REDO: parts}}))
-    moved = superseding.set_aside(run, parts, planned=planned)
-    say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
-    began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks(),
-             **({"cards": [place.as_dict() for place in places]} if places else {})}  # fmt: skip
-    peers = reporting.planned_peers(common["backends"]) if reporting.SHORT["sweep"] in parts else None
-    begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
-    _write(run, begun)
-    failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until, progress=progress,
-                               bars=bars)  # fmt: skip
-    done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
-    begun["after"] = environment.get("after") or device.snapshot()  # a run that was killed never wrote it
-    _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
-    return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
-                              earlier=earlier)  # fmt: skip
+        planned = [str(name) for name in _list(parameters.get("notebooks"))]
+        say = progress or (lambda line: None)
+        rendering.remove_pages(run)  # they show what the run said before, and this may be killed half way
+        earlier = seal.unseal(run)
+        decision = verdict.judge(run).to_trial()  # also the mark that what follows is the work of these parts
+        run.append(decision.model_copy(update={"data": {**decision.data, superseding.REDO: parts}}))
+        moved = superseding.set_aside(run, parts, planned=planned)
+        say(f"Run {run.name}: {', '.join(parts)} again; {moved} earlier records moved to superseded.jsonl")
+        began = {"parts": parts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "before": device.clocks(),
+                 **({"cards": [place.as_dict() for place in places]} if places else {})}  # fmt: skip
+        peers = reporting.planned_peers(common["backends"]) if reporting.SHORT["sweep"] in parts else None
+        begun = _merged(run, environment, now, sorted({*planned, *parts}), peers)
+        _write(run, begun)
+        failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until,
+                                   progress=progress, bars=bars)  # fmt: skip
+        done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
+        begun["after"] = environment.get("after") or device.snapshot()  # a run that was killed never wrote it
+        _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
+        return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
+                                  earlier=earlier)  # fmt: skip
 
 
 def unfinished(run: RunFolder) -> list[str]:
@@ -125,7 +127,8 @@ def resume(run: RunFolder, **options: Any) -> reporting.ReportResult:
             "'flashcore report --only PART' measures one again."
         )
     told = {name: options.get(name) for name in ("variant", "progress")} | {"pdf": options.get("pdf", True)}
-    return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")), **told)
+    with folders.measuring(run):
+        return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")), **told)
 
 
 def _list(value: Any) -> list[Any]:

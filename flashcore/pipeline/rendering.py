@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import re
 import shutil
@@ -14,9 +15,9 @@ from flashcore import page
 from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, PrintError, RecordsError, ToolMissing
 from flashcore.page import Variant, cleaning, pdf, policy
-from flashcore.paths import absolute, data_dir
+from flashcore.paths import absolute, data_dir, is_partial
 from flashcore.pipeline import notebooks
-from flashcore.records import RunFolder, write_whole
+from flashcore.records import RunFolder, copy_records, write_whole
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -87,7 +88,7 @@ def render_to(
     """
     folder = absolute(folder)
     with tempfile.TemporaryDirectory(prefix="flashcore-render-") as place:
-        copy = RunFolder(shutil.copytree(run.path, Path(place) / run.name))
+        copy = RunFolder(shutil.copytree(run.path, Path(place) / run.name, ignore=_unfinished, copy_function=_copied))
         _beside(run.path, copy.path)
         page = render(copy, variant=variant)
         printed, why = print_page(copy) if pdf else (None, "")
@@ -98,6 +99,20 @@ def render_to(
         except OSError as error:
             raise RecordsError(f"The page cannot be written to {folder} ({error.strerror}); choose another.") from error
     return made[0], made[1] if printed is not None else None, why
+
+
+def _unfinished(folder: str, names: list[str]) -> list[str]:
+    """What somebody else is writing just now into a run that is copied."""
+    return [name for name in names if is_partial(name)]
+
+
+def _copied(source: str, target: str) -> None:
+    """Copy a file of a run that may be in the making: without half a record; one that has gone is left out."""
+    with contextlib.suppress(FileNotFoundError):
+        if Path(source).name == "records.jsonl":
+            copy_records(Path(source), Path(target))
+        else:
+            shutil.copy2(source, target)
 
 
 def _beside(run: Path, copy: Path) -> None:
@@ -130,7 +145,7 @@ def print_page(run: RunFolder) -> tuple[Path | None, str]:
         return pdf.print_pdf(run.path / "report.html", made), ""
     except (ToolMissing, PrintError) as error:
         old = ""
-        if made.exists():
+        with contextlib.suppress(FileNotFoundError):
             made.unlink()
             old = " The report.pdf that lay there was of an earlier page and was removed."
         return None, f"No PDF was made: {error}{old}"

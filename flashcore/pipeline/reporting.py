@@ -18,7 +18,7 @@ from flashcore.gpu import device
 from flashcore.page import Variant
 from flashcore.paths import absolute, data_dir, partial_path, sweep
 from flashcore.pipeline import notebooks
-from flashcore.pipeline.folders import LATEST, find_run, new_run, runs_dir
+from flashcore.pipeline.folders import LATEST, find_run, measuring, new_run, runs_dir
 from flashcore.pipeline.rendering import STATUS_NOTEBOOK, Progress, print_page, render, write_plain_page
 from flashcore.problem import check_profile, parse_problem
 from flashcore.records import RunFolder
@@ -234,13 +234,14 @@ def report(
             "backend": kernel["backend"], "function": f"{Path(where).name}:{name}", "layout": kernel["layout"],
             "lse": kernel["lse"], "sha256": _digest(Path(where)),
         }  # fmt: skip
-    device.record_environment(run, "before", asked, cards=[place.as_dict() for place in places])
-    failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, later=left,
-                     progress=progress, bars=bars)  # fmt: skip
-    if kernel is not None:
-        _diagnose(run, kernel, say)
-    device.record_environment(run, "after")
-    result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
+    with measuring(run):
+        device.record_environment(run, "before", asked, cards=[place.as_dict() for place in places])
+        failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, later=left,
+                         progress=progress, bars=bars)  # fmt: skip
+        if kernel is not None:
+            _diagnose(run, kernel, say)
+        device.record_environment(run, "after")
+        result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
     point_latest_at(run)
     return result
 

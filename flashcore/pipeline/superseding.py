@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flashcore.errors import RecordsError
-from flashcore.records import RunFolder, parse_json, write_whole
+from flashcore.records import RunFolder, held, parse_json, write_whole
 
 Line = TypeVar("Line", str, bytes)
 REDO = "redo"
@@ -42,17 +42,18 @@ def set_aside(run: RunFolder, parts: Sequence[str], *, planned: Sequence[str]) -
         A file cannot be written. The records are then all in their place, or in both.
     """
     try:
-        lines = run.records_path.read_bytes().removesuffix(b"\n").split(b"\n")
-        kept, gone = split(lines, parts, planned=planned)
-        if gone:
-            with open(superseded_path(run), "a+b") as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    file.write(b"" if file.read(1) == b"\n" else b"\n")  # a line that a kill cut off
-                file.writelines(line + b"\n" for line in gone)
-                file.flush()
-                os.fsync(file.fileno())
-            write_whole(run.records_path, b"".join(line + b"\n" for line in kept))
+        with held(run.records_path):
+            lines = run.records_path.read_bytes().removesuffix(b"\n").split(b"\n")
+            kept, gone = split(lines, parts, planned=planned)
+            if gone:
+                with open(superseded_path(run), "a+b") as file:
+                    if file.tell():
+                        file.seek(-1, os.SEEK_END)
+                        file.write(b"" if file.read(1) == b"\n" else b"\n")  # a line that a kill cut off
+                    file.writelines(line + b"\n" for line in gone)
+                    file.flush()
+                    os.fsync(file.fileno())
+                write_whole(run.records_path, b"".join(line + b"\n" for line in kept))
     except OSError as error:
         raise RecordsError(
             f"The records of {run.name} cannot be set aside ({error.strerror}); free the disk. None was lost."

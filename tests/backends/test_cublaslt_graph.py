@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -122,3 +126,24 @@ def test_more_calls_than_graphs_are_kept_and_all_of_them_right():
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     mine = [key for key in cublaslt_graph._captured if key[0] is graph]
     assert 0 < len(mine) <= cublaslt_graph.KEPT
+
+
+def test_threads_capture_one_after_the_other_since_they_share_a_stream(monkeypatch):
+    captured, most = [], []
+
+    @contextlib.contextmanager
+    def graph(made, **_):
+        captured.append(made)
+        time.sleep(0.05)
+        most.append(len(captured))
+        yield
+        captured.remove(made)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(cublaslt_graph, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(CublasLt, "run", lambda self, q, k, v, problem: (q, q))
+    q, k, v = make_inputs(square(1, 1, 16, 64))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: CublasLtGraph()._capture(q, k, v, square(1, 1, 16, 64)), range(2)))
+    assert most == [1, 1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -181,3 +184,13 @@ def test_fused_attention_needs_a_gpu_that_is_new_enough(monkeypatch, name):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert backend.availability().ok == ok
         assert ok or backend.availability().fix == "use a GPU of compute capability 8.0 or newer"
+
+
+def test_threads_that_call_at_once_leave_torch_all_its_kernels(monkeypatch):
+    """Torch's own context is no good for it: whoever ends last puts back what the first one had set."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: time.sleep(0.05) or q)
+    backend, problem = backends.get("sdpa-math"), square(1, 1, 16, 16)
+    q, k, v = make_inputs(problem)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda wait: (time.sleep(wait), backend.run(q, k, v, problem)), (0, 0.02)))
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()

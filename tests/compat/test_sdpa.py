@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
 
 import flashcore
 from flashcore import backends, ops
 from flashcore.compat import sdpa
 from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName
+from flashcore.numerics import ambient
 
 TORCHS = torch.nn.functional.scaled_dot_product_attention
 
@@ -200,6 +204,23 @@ def test_whoever_allows_torchs_math_alone_gets_it_and_its_second_derivatives():
     assert calls.ours == 1 and dict(calls.torchs) == {"sdpa_kernel allows torch's math alone": 1}
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert torch.equal(found, second(TORCHS))
+
+
+def test_another_thread_that_holds_torch_to_its_math_takes_no_call_from_ours():
+    called, over = threading.Event(), threading.Event()
+
+    def calls():
+        with ambient.torchs_kernel(SDPBackend.MATH):
+            called.set()
+            over.wait(0.2)
+
+    q = torch.randn(1, 2, 8, 16)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(calls)
+        called.wait(60)
+        assert sdpa.why_torch(q, q, q, backend="cpu") is None
+        over.set()
+        done.result()
 
 
 def test_gradients_are_torchs():

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -127,6 +130,28 @@ def test_several_processes_may_build_the_same_entry_at_once(tiny, tmp_path):
         sizes = pool.map(_compile_in_a_process, range(3))
     assert len(set(sizes)) == 1 and sizes[0] > 0
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")], "no half-written file is left"
+
+
+@pytest.mark.compiler
+def test_several_threads_of_a_fresh_process_may_build_at_once_and_build_each_entry_once(tmp_path):
+    """As when a server's first requests come together: the compiler is imported by whoever is first."""
+    program = (
+        "import sys, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from flashcore.gpu import build\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "together, compiled, nvrtc = threading.Barrier(4), [], build._nvrtc\n"
+        "build._nvrtc = lambda *given: compiled.append(given) or nvrtc(*given)\n"
+        "def one(number):\n"
+        "    together.wait()\n"
+        "    text = f'extern \"C\" __global__ void toy(int* x) {{ *x = {number % 2}; }}'\n"
+        "    return build.compile_text('toy', text).path.name\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    print(len(set(pool.map(one, range(4)))), len(compiled))\n"
+    )
+    environment = {**os.environ, "FLASHCORE_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "2"], done.stderr
 
 
 @pytest.mark.compiler

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -81,6 +82,12 @@ def test_a_result_comes_back_and_the_worker_stays(worker):
     assert worker.call(add, 2, b=3).value == 5
     pid = worker.pid
     assert worker.call(noisy).value == 7 and worker.pid == pid != os.getpid()
+
+
+def test_threads_that_share_a_worker_get_each_its_own_answers(worker):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: worker.call(add, number, b=1000).value, range(40)))
+    assert found == [1000 + number for number in range(40)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -346,6 +347,75 @@ def test_another_thread_s_autocast_is_its_own():
         thread.start()
         thread.join()
     assert seen == [False]
+
+
+def overlapping(first, second, inside):
+    """Enter `first`, enter `second` in another thread, leave `first`, and say what `inside` gives in `second` then."""
+    both, left, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with second():
+            both.set()
+            left.wait(60)
+            seen.append(inside())
+
+    thread = threading.Thread(target=other)
+    with first():
+        thread.start()
+        both.wait(60)
+    left.set()
+    thread.join()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16", "deterministic", "coarse products"])
+def test_a_call_that_begins_inside_another_thread_s_keeps_what_is_set_out_to_its_own_end(name):
+    """The first call puts back what was set around it while the second one computes."""
+    expected, before = state(), torch.get_default_dtype()
+    with AMBIENT[name]():
+        around = state()
+        seen = overlapping(ambient.shield, ambient.shield, lambda: (ambient.reaches(), torch.get_default_dtype()))
+        assert seen == (False, torch.float32)
+        assert state() == around
+    assert state() == expected and torch.get_default_dtype() is before
+
+
+def test_a_call_that_does_not_see_what_is_set_since_another_thread_s_hides_it_keeps_it_out_too():
+    """It is put back in the middle of that call."""
+    entered, left = threading.Event(), threading.Event()
+
+    @ambient.shielded
+    def computes():
+        entered.set()
+        left.wait(60)
+        return torch.get_default_dtype()
+
+    with set_to(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+        with ThreadPoolExecutor(1) as pool:
+            with ambient.shield():
+                seen = pool.submit(computes)
+                entered.wait(60)
+            left.set()
+            assert seen.result() is torch.float32
+        assert torch.get_default_dtype() is torch.float64
+
+
+def test_what_a_function_sets_inside_is_there_again_after_a_call_in_it_whatever_other_threads_do():
+    with ambient.shield(), set_to(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+        with ambient.shield():
+            assert torch.get_default_dtype() is torch.float32
+        assert torch.get_default_dtype() is torch.float64
+        overlapping(ambient.shield, ambient.shield, lambda: None)
+        assert torch.get_default_dtype() is torch.float64
+    assert not ambient.reaches()
+
+
+def test_a_deterministic_mode_for_a_while_is_gone_after_calls_of_other_threads_that_overlap_it():
+    for first, second in ((ambient.deterministic, ambient.deterministic), (ambient.deterministic, None),
+                          (None, ambient.deterministic)):  # fmt: skip
+        contexts = [ambient.shield if one is None else lambda one=one: one("warn") for one in (first, second)]
+        overlapping(*contexts, lambda: None)
+        assert torch.get_deterministic_debug_mode() == 0, (first, second)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from flashcore.errors import JudgeTampered
-from flashcore.numerics import instruments
+from flashcore.numerics import ambient, instruments
 from flashcore.numerics.instruments import watched
 
 
@@ -92,10 +93,111 @@ def test_backends_that_are_judged_in_several_threads_accuse_nobody():
 
     problem = square(1, 2, 64, 16)
     with ThreadPoolExecutor(4) as pool:
-        # With no function of the test's around it: a thread that is about to judge, and does not yet, would be accused.
-        asked = [pool.submit(check_attention, "cpu", problem, seed=seed) for seed in range(12)]
-        found = [one.result() for one in asked]
+        found = list(pool.map(lambda seed: check_attention("cpu", problem, seed=seed), range(12)))
     assert {trial.status for trial in found} == {"ok"}, [trial.reason for trial in found]
+
+
+def test_a_thread_that_begins_elsewhere_meanwhile_is_nobody_s_finding():
+    """It runs a function of somebody's own, and is about to judge, or to do anything else."""
+    inside, begun, over = threading.Event(), threading.Event(), threading.Event()
+
+    def elsewhere():
+        inside.wait(60)
+        thread = threading.Thread(target=lambda: (begun.set(), over.wait(60)), name="about to judge")
+        thread.start()
+        thread.join()
+
+    other = threading.Thread(target=elsewhere)
+    other.start()
+    try:
+        with watched("honest"):
+            inside.set()
+            assert begun.wait(60)
+    finally:
+        over.set()
+        other.join()
+
+
+def started_by_another(work):
+    threading.Thread(target=lambda: threading.Thread(target=work, name="second").start(), name="first").start()
+
+
+def started_from_below(work):
+    _thread.start_new_thread(work, ())
+
+
+def started_by_one_from_below(work):
+    _thread.start_new_thread(started_by_another, (work,))
+
+
+@pytest.mark.parametrize("start", [started_by_another, started_from_below, started_by_one_from_below])
+def test_a_thread_is_a_finding_however_the_backend_came_to_begin_it(start):
+    stop, runs, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work():
+        runs.set()
+        stop.wait(60)
+        ended.set()
+
+    try:
+        with pytest.raises(JudgeTampered, match=r"first|second|without a name"), watched("cheat"):
+            start(work)
+            assert runs.wait(60)
+    finally:
+        stop.set()
+        assert ended.wait(60)
+
+
+def test_a_backend_that_keeps_anybody_from_hearing_of_its_threads_is_found_out():
+    name = instruments._STARTS[-1]
+    own, stop = getattr(threading, name), threading.Event()
+    thread = threading.Thread(target=lambda: stop.wait(60), name="mine")
+    with pytest.raises(JudgeTampered, match="mine") as raised, watched("cheat"):
+        setattr(threading, name, own)
+        thread.start()
+    assert raised.value.names == [f"threading.{name}"] and getattr(threading, name) is own
+    stop.set()
+    thread.join()
+
+
+def test_judges_take_turns_so_that_what_one_backend_changes_is_laid_at_no_other_one():
+    inside, over = threading.Event(), threading.Event()
+
+    def cheats():
+        with pytest.raises(JudgeTampered, match=r"perf_counter.*cheat"), watched("cheat"):
+            true, time.perf_counter = time.perf_counter, lie
+            inside.set()
+            over.wait(0.2)  # the other one would begin now, or end
+        return time.perf_counter is true
+
+    def is_honest():
+        inside.wait(60)
+        with watched("honest"):
+            over.set()
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(one.result() for one in [pool.submit(cheats), pool.submit(is_honest)])
+
+
+def test_a_call_that_holds_torch_to_one_kernel_meanwhile_is_laid_at_nobody_and_ends_as_it_began():
+    before = {name: value for name, (value, _) in instruments._settings().items()}
+    inside, called, over = threading.Event(), threading.Event(), threading.Event()
+
+    def calls():
+        inside.wait(60)
+        with ambient.torchs_kernel(torch.nn.attention.SDPBackend.MATH):
+            called.set()
+            over.wait(0.2)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(calls) for _ in range(2)]
+        with watched("honest"):
+            inside.set()
+            assert called.wait(60)
+        over.set()
+        [one.result() for one in found]
+    assert {name: value for name, (value, _) in instruments._settings().items()} == before
 
 
 def test_a_thread_that_has_ended_is_none():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from support.gpu_tools import nothing_synchronises
@@ -366,6 +371,34 @@ def test_a_view_of_some_sequences():
     view = cache.view([handles[2], handles[0]])
     assert view.lengths.tolist() == [7, 5] and view.max_length == 7 and view.k_pool is cache.k_pool
     assert torch.equal(gather(view, 1)[0], held(cache, handles[0])[0])
+
+
+def test_threads_may_share_a_cache_each_with_sequences_of_its_own(monkeypatch):
+    """As a server's requests do; whoever is slow over the books is waited for."""
+    cache, prompts = make(batch=4, num_pages=32), [tokens(40) for _ in range(4)]
+    free_row = cache._ledger._free_row
+    monkeypatch.setattr(cache._ledger, "_free_row", lambda: (free_row(), time.sleep(0.02))[0])
+
+    def request(number):
+        sequence, given = cache.add(), prompts[number]
+        for step in range(0, 40, 5):
+            cache.append(*(t[:, :, step : step + 5] for t in given), [sequence])
+        return sequence, given
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(request, range(4)))
+    cache.check()
+    assert {sequence.row for sequence, _ in found} == {0, 1, 2, 3}
+    for sequence, given in found:
+        assert all(torch.equal(kept, t[0]) for kept, t in zip(held(cache, sequence), given, strict=True))
+
+
+def test_a_copy_of_a_cache_is_a_cache():
+    cache = make()
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        sequence = copied.add()
+        copied.append(*tokens(3), [sequence])
+        assert copied.length(sequence) == 3 and not cache.sequences
 
 
 def test_the_hot_path_never_waits_for_the_device():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,38 @@ def test_sweeping_leaves_what_is_not_ours(tmp_path):
     sweep(tmp_path)
     sweep(tmp_path / "nowhere")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, own.name])
+
+
+def test_sweeping_leaves_what_is_another_user_s_and_goes_on(tmp_path, monkeypatch):
+    """A folder of runs that several share: whoever reports next need not be allowed to remove what was left."""
+    for number in range(2):
+        left = partial_path(tmp_path / f"report{number}")
+        left.with_name(left.name.replace(f"-{os.getpid()}-", "-4194999-")).write_text("")
+    tried = []
+
+    def refuse(path, **_):
+        tried.append(path)
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    sweep(tmp_path)
+    assert len(tried) == 2
+
+
+def test_what_processes_of_another_container_write_is_not_taken_for_a_dead_one_s(monkeypatch):
+    """Containers on one network have the machine's name, may share a folder, and each numbers its processes anew."""
+    here = paths._numbering()
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[4026530000]")
+    assert paths._numbering() != here
+    monkeypatch.undo()
+    assert paths._numbering() == here
+
+
+def test_two_reports_that_begin_in_one_second_have_a_run_each_whatever_is_drawn(tmp_path, monkeypatch):
+    drawn = iter(["3f9a", "3f9a", "71c2"])
+    monkeypatch.setattr(folders.secrets, "token_hex", lambda size: next(drawn))
+    monkeypatch.setattr(folders, "datetime", type("Clock", (), {"now": lambda: datetime(2001, 2, 3, 4, 5, 6)}))
+    assert [reporting.new_run(tmp_path).name[-4:] for _ in range(2)] == ["3f9a", "71c2"]
 
 
 # -------------------------------------------------------------------------------------------------------- homes

@@ -10,7 +10,7 @@ from support.notebook_tools import finishing_notebook, measure, values, write_no
 
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
-from flashcore.pipeline import reporting, superseding
+from flashcore.pipeline import folders, reporting, superseding
 from flashcore.pipeline.redo import redo, resume, unfinished
 from flashcore.pipeline.reporting import parts_named
 from flashcore.records import RunFolder, Trial
@@ -118,6 +118,21 @@ def test_parts_by_short_name_in_the_order_of_a_report(toys):
     for wrong in ("paging", "06_status_report", "swep", " "):
         with pytest.raises(UnknownName, match="sweep, 01_first"):
             parts_named(wrong, toys)
+
+
+def test_a_run_that_somebody_else_is_measuring_is_refused_before_anything_is_touched(run, toys):
+    """Records do not say which notebook wrote them: two at once would be laid at each other's doors."""
+    run.append(Trial(kind="ceiling", data={"value": 1}))
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with folders.measuring(run):
+        for again in (lambda: redo(run, "sweep", notebooks_dir=toys), lambda: resume(run, notebooks_dir=toys)):
+            with pytest.raises(RecordsError, match=f"{run.name} is being measured by another process or thread"):
+                again()
+    assert {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
+    with folders.measuring(run), pytest.raises(RecordsError), folders.measuring(run):
+        pass
+    with folders.measuring(run):
+        pass
 
 
 # --- what did not finish -------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,12 @@ import pytest
 from support.notebook_tools import KILL, write_notebook
 from support.sampling import first
 
+from flashcore import records
 from flashcore.decision import verdict
-from flashcore.errors import NotebookFailed, RecordsError
+from flashcore.errors import NotebookFailed, PrintError, RecordsError
+from flashcore.paths import partial_path
 from flashcore.pipeline import rendering, reporting
+from flashcore.records import Trial
 
 
 @pytest.mark.notebook
@@ -156,3 +161,50 @@ def test_an_older_page_is_removed_with_its_pdf_or_the_error_says_why(run, monkey
     monkeypatch.setattr(Path, "unlink", denied)
     with pytest.raises(RecordsError, match="cannot be removed .Permission denied."):
         rendering.remove_pages(run)
+
+
+def test_the_page_of_a_run_that_is_being_measured_is_drawn_elsewhere(run, tmp_path, monkeypatch):
+    """What is half-written there comes and goes: notebooks, pages, and the last of its records."""
+    run.append(Trial(kind="ceiling"))
+    whole = run.records_path.read_bytes()
+    (run.path / "notebooks").mkdir()
+    for path in (run.path / "report.html", run.path / "notebooks" / "01_toy"):
+        partial_path(path).mkdir()
+    (run.path / "goes.txt").write_text("")
+    seen = {}
+
+    def render(copy, *, variant):
+        seen["names"] = sorted(str(p.relative_to(copy.path)) for p in copy.path.rglob("*"))
+        seen["records"] = copy.records_path.read_bytes()
+        return write(copy.path / "report.html")
+
+    def write(path):
+        path.write_text("a page")
+        return path
+
+    def copy2(source, target, real=shutil.copy2):
+        if source.endswith("goes.txt"):
+            os.unlink(source)
+        return real(source, target)
+
+    def sized(file, real=records._between_writers):
+        found = real(file)
+        with open(run.records_path, "a") as more:
+            more.write('{"kind":')
+        return found
+
+    monkeypatch.setattr(rendering, "render", render)
+    monkeypatch.setattr(shutil, "copy2", copy2)
+    monkeypatch.setattr(records, "_between_writers", sized)
+    page, _, _ = rendering.render_to(run, tmp_path / "elsewhere", pdf=False)
+    assert page.read_text() == "a page"
+    assert seen == {"names": ["notebooks", "records.jsonl"], "records": whole}
+
+
+def test_a_pdf_that_another_process_removed_first_is_gone_all_the_same(run, monkeypatch):
+    def refuse(page, made):
+        raise PrintError("no browser today")
+
+    monkeypatch.setattr(rendering.pdf, "print_pdf", refuse)
+    monkeypatch.setattr(type(run.path), "exists", lambda path: True)
+    assert rendering.print_page(run) == (None, "No PDF was made: no browser today")

@@ -108,9 +108,10 @@ def test_when_the_scheduler_goes_the_notebook_fails_and_what_was_measured_stays(
         f"import sys\nsys.path.append({str(Path(tools.__file__).parents[1])!r})\n"
         "from flashcore.measure.cluster import Task, connecting, perform, pool\n"
         "from support.cluster_tasks import count, nap\n"
-        "connecting.CONNECT_S = 1.0",
+        "workers = pool()\n"
+        "connecting.CONNECT_S = 5.0",
         'tasks = [Task("first", count, (1,), cost_s=9.0), Task("long", nap, (600.0,))]\n'
-        "perform(tasks, run=run, pool=pool())",
+        "perform(tasks, run=run, pool=workers)",
     )  # fmt: skip
     run = RunFolder.create(tmp_path / "run")
     common = {"profile": "quick", "backends": "cpu", "problems": "default", "seed": 0}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.notebook_tools import values
 
 from flashcore.errors import RecordsError
 from flashcore.pipeline import superseding
-from flashcore.records import RunFolder
+from flashcore.records import RunFolder, Trial
 
 PLANNED = ["01_a", "02_b", "03_c"]
 
@@ -112,3 +114,21 @@ def test_lines_that_are_no_record_of_a_part_go_with_their_stretch(odd):
     kept, gone = superseding.split(lines, ["01_a"], planned=PLANNED)
     assert sorted(kept + gone) == sorted(lines) and done("01_a") in gone
     assert (odd in kept) == ("notebook" in odd)
+
+
+def test_a_record_that_comes_while_others_are_set_aside_is_not_lost(tmp_path, monkeypatch):
+    """Another process goes on adding to the same run."""
+    run = RunFolder.create(tmp_path)
+    run.records_path.write_text("".join(f"{text}\n" for text in (ceiling(1), done("01_a"), ceiling(2), done("02_b"))))
+
+    def split(lines, parts, *, planned, real=superseding.split):
+        asked.append(pool.submit(run.append, Trial(kind="ceiling", data={"value": 3})))
+        time.sleep(0.1)  # it is under way
+        return real(lines, parts, planned=planned)
+
+    asked = []
+    monkeypatch.setattr(superseding, "split", split)
+    with ThreadPoolExecutor(1) as pool:
+        superseding.set_aside(run, ["01_a"], planned=["01_a", "02_b"])
+        asked[0].result()
+    assert [t.data["value"] for t in run.trials(kind="ceiling")] == [2, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flashcore.records import Trial
@@ -24,6 +25,27 @@ def nap(seconds: float):
     """One trial after a while."""
     time.sleep(seconds)
     yield Trial(kind="correctness", data={"slept": seconds, "pid": os.getpid(), "ended": time.time()})
+
+
+def meet(folder: str, name: str, number: int, seconds: float = 120.0):
+    """Come to a folder and wait there until so many have come; says whether they did, as they do only side by side."""
+    Path(folder).mkdir(exist_ok=True)
+    (Path(folder) / name).touch()
+    wait_until(lambda: len(os.listdir(folder)) >= number, seconds)
+    met = len(os.listdir(folder)) >= number
+    yield Trial(kind="correctness", data={"met": met, "pid": os.getpid()})
+
+
+def await_file(path: str, seconds: float = 120.0):
+    """One trial once there is a file; says whether it came."""
+    wait_until(Path(path).exists, seconds)
+    yield Trial(kind="correctness", data={"came": Path(path).exists(), "pid": os.getpid()})
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def nap_until(path: str, seconds: float):

@@ -353,7 +353,8 @@ def load(place: str) -> Callable:
     if not where or not attribute:
         raise InvalidProblem(f"'{place}' is not FILE.py:function or MODULE:function.")
     try:
-        module = _module(where)
+        with _loading:
+            module = _module(where)
     except (UnknownName, InvalidProblem):
         raise
     except Exception as error:
@@ -379,6 +380,10 @@ def _module(where: str) -> Any:
     name = f"_diagnosed_{path.stem}"
     for beside in _BESIDE.pop(path, ()):
         sys.modules.pop(beside, None)  # what lies beside the file may have been edited too
+    for beside in set().union(*_BESIDE.values()):
+        top = path.parent / beside.partition(".")[0]
+        if top.with_suffix(".py").is_file() or top.is_dir():
+            sys.modules.pop(beside, None)  # of another file's folder, and this one has one of that name too
     importlib.invalidate_caches()
     spec = importlib.util.spec_from_file_location(name, path, loader=_Anew(name, str(path)))
     module = importlib.util.module_from_spec(spec)
@@ -393,6 +398,8 @@ def _module(where: str) -> Any:
     return module
 
 
+_loading = threading.RLock()
+"""Held while a file is imported: the folders that Python looks in, and what it has imported, are the process's."""
 _BESIDE: dict[Path, set[str]] = {}
 """By file, the modules in its folder that it imported: they are imported again when the file is."""
 

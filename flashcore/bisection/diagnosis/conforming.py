@@ -132,7 +132,7 @@ def conform(
     progress: Progress | None = None,
     **options: Any,
 ) -> Conformance:
-    """Ask a function for the promises of attention, in this process.
+    """Ask a function for the promises of attention, in this process, while no other thread asks one for anything.
 
     Parameters
     ----------
@@ -159,7 +159,8 @@ def conform(
     for promise in promises:
         if progress:
             progress(f"{candidate.name}: {promise.id}, {promise.name}")
-        findings.append(ask(candidate, promise, home))
+        with ambient.alone:  # tensors of a case, which the function has in hand, are shared with other diagnoses
+            findings.append(ask(candidate, promise, home))
     return Conformance(candidate.name, tuple(findings), candidate.device)
 
 

@@ -249,6 +249,8 @@ def diagnose(
 ) -> Diagnosis:
     """Say whether an attention function is right, and if not, at which stage, where and why it goes wrong.
 
+    One diagnosis runs at a time in a process: others wait. Torch computes with one thread on a CPU meanwhile.
+
     Parameters
     ----------
     fn
@@ -304,16 +306,22 @@ def diagnose(
     context = {"layout": layout, "lse": candidate.lse, "device": torch.device(candidate.device).type, "seed": seed}
     if isinstance(fn, backends.Backend) or (isinstance(fn, str) and ":" not in fn):
         context["backend"] = candidate.name
-    with ambient.shield(), _one_thread(candidate.device):
+    with ambient.alone, ambient.shield(), _one_thread(candidate.device):
         return _diagnose(candidate, problem, pattern, seed, context, started, smallest, progress or _silent)
 
 
 @contextlib.contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """On a CPU one thread: the tensors are small, and on a busy machine threads wait for each other."""
+    """On a CPU one thread: the tensors are small, and on a busy machine threads wait for each other.
+
+    Torch counts them by thread, and gives one that computes for the first time what was set last anywhere. So one
+    diagnosis runs at a time, and a thread that has one thread of torch's anyhow sets nothing.
+    """
     before = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
+    if torch.device(device).type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:

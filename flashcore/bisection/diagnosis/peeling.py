@@ -1090,19 +1090,20 @@ class _Peeling:
 
 @contextlib.contextmanager
 def full_of_nan(value: bool = True) -> Iterator[None]:
-    """Inside, memory that torch hands out uninitialised is full of NaN; with `value` False it is as it comes."""
-    # `use_deterministic_algorithms` would load torch's compiler to tell it too, which takes longer than a diagnosis.
-    before = torch.get_deterministic_debug_mode()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    with warnings.catch_warnings():
+    """Inside, memory that torch hands out uninitialised is full of NaN; with `value` False it is as it comes.
+
+    One thread at a time is inside.
+    """
+    memory = torch.utils.deterministic
+    with ambient.alone, warnings.catch_warnings():  # which belong to the process, too
         warnings.simplefilter("ignore")
-        torch.set_deterministic_debug_mode("warn" if value else "default")
-        torch.utils.deterministic.fill_uninitialized_memory = value
-        try:
-            yield
-        finally:
-            torch.utils.deterministic.fill_uninitialized_memory = filled
-            torch.set_deterministic_debug_mode(before)
+        filled = memory.fill_uninitialized_memory
+        with ambient.deterministic("warn" if value else "default"):
+            memory.fill_uninitialized_memory = value
+            try:
+                yield
+            finally:
+                memory.fill_uninitialized_memory = filled
 
 
 def _lane_words(lanes: tuple[str, int]) -> str:

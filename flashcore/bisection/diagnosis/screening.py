@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -77,9 +78,14 @@ class _Cases:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple, check.Case] = OrderedDict()
         self._last: tuple[tuple | None, check.Case | None] = (None, None)
+        self._turn = threading.RLock()
 
     def case(self, asked: tuple, again: bool) -> check.Case:
         """That of these arguments of `check.make_case`; kept if it is asked for `again`."""
+        with self._turn:
+            return self._found(asked, again)
+
+    def _found(self, asked: tuple, again: bool) -> check.Case:
         if again and asked not in self._kept and _may_be_kept(asked):
             made = check.make_case.__wrapped__(*asked)  # not the last one made: a function has had that in hand
             if sum(tensor.nbytes for tensor in _tensors(made).values()) <= KEPT_BYTES:

@@ -103,6 +103,11 @@ def see(candidate: Candidate, diagnosis: Diagnosis) -> Seen | None:
     the scores adds (as in `check.expected`), and the smallest normal number of the dtype. Those of `out` and `lse` are
     those that the call was judged by.
     """
+    with ambient.alone:
+        return _seen(candidate, diagnosis)
+
+
+def _seen(candidate: Candidate, diagnosis: Diagnosis) -> Seen | None:
     wrong = [s for s in diagnosis.screened if s.answer is not None and (s.out_wrong or s.lse_alone)]
     if not wrong:
         return None

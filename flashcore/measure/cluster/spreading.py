@@ -7,11 +7,12 @@ was doing is done by another one. A worker that has a crew does several tasks at
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -291,12 +292,15 @@ class Spread:
         there = self._there()
         lost: list[tuple[Call | None, Seat, str]] = []
         for address in [a for a in self._seats if a not in there]:
-            lost += self._emptied(self._seats.pop(address), "gone")
+            gone = self._seats.pop(address)
+            self._forget(gone.calls.values())
+            lost += self._emptied(gone, "gone")
         for address, facts in there.items():
             if address not in self._seats:
                 self._seats[address] = self._seated(address, facts)
         for seat in self._seats.values():
             if any(now - call.since > self._limit(seat, call) for call in seat.calls.values()):
+                self._forget(seat.calls.values())
                 lost += self._emptied(seat, "hung")
                 seat.barred = seat.barred or "it hangs"
         if any(not seat.barred for seat in self._seats.values()):
@@ -420,12 +424,16 @@ class Spread:
         """Forget what is still on its way; the workers finish it for nobody."""
         for seat in self._seats.values():
             given_up = [token for token, call in seat.calls.items() if call.job is not None]
-            for call in [seat.calls.pop(token) for token in given_up]:
-                try:
-                    self.client.cancel([call.future], force=True)
-                except Exception:  # the connection is lost
-                    pass
+            if given_up:
+                self._forget([seat.calls.pop(token) for token in given_up])
                 seat.barred = seat.barred or "its last task was given up"
+
+    def _forget(self, calls: Iterable[Call]) -> None:
+        """Let Dask forget calls that nobody waits for; else it keeps one for a worker that is gone until we leave."""
+        futures = [call.future for call in calls if call.future is not None]
+        if futures:
+            with contextlib.suppress(Exception):  # the connection is lost
+                self.client.cancel(futures, force=True)
 
 
 def _read(future: Any) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,18 @@ def _dashboard(pool: Spread) -> str:
     return f"Dask's dashboard: {pool.client.dashboard_link}"
 
 
+_naming = threading.RLock()
+"""Held while processes that are started find a scheduler: by the environment, which is that of all threads."""
+
+
 @contextlib.contextmanager
 def _named(address: str) -> Iterator[None]:
     """Let processes that are started meanwhile find the scheduler."""
+    if not _naming.acquire(blocking=False):
+        raise ClusterError(
+            "Another thread of this process has workers already, and what is started now would not know which ones are "
+            "meant; wait until it has given them up, or use a process of its own."
+        )
     before = os.environ.get(SCHEDULER)
     os.environ[SCHEDULER] = address
     try:
@@ -178,3 +188,4 @@ def _named(address: str) -> Iterator[None]:
             os.environ.pop(SCHEDULER, None)
         else:
             os.environ[SCHEDULER] = before
+        _naming.release()

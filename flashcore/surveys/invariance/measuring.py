@@ -253,7 +253,6 @@ def _compile_ahead(one: Implementation, settings: Iterable[Setting | None], inva
                 wanted[backend.kernel, problem.head_dim, problem.dtype, tuple(defines)] = backend.source
     if len(wanted) < 2:
         return
-    import cuda.core  # noqa: F401 - its first import is not safe in several threads at once
 
     def built(variant: tuple[str, int, str, tuple], source: str | None) -> None:
         kernel, head_dim, dtype, defines = variant

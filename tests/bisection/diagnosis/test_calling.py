@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,6 +148,20 @@ def test_an_edited_file_is_read_anew_also_within_the_same_second(tmp_path, monke
         assert calling.load(f"{file}:run")(0) == 10 + step
     beside.write_text("SHIFT = 200\n")
     assert calling.load(f"{file}:run")(0) == 203, "what lies beside it may have been edited too"
+
+
+def test_threads_that_load_files_get_each_what_lies_beside_its_own(tmp_path):
+    """Where Python looks for modules is the process's, and so is what it has imported under a name."""
+    places = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "beside_both.py").write_text(f"import time\ntime.sleep(0.05)\nNUMBER = {number}\n")
+        (folder / f"mine{number}.py").write_text("import beside_both\ndef run():\n    return beside_both.NUMBER\n")
+        places.append(f"{folder / f'mine{number}.py'}:run")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            assert [run() for run in pool.map(calling.load, places)] == [0, 1]
 
 
 def test_backends_are_candidates_and_say_what_they_lack():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -291,6 +293,21 @@ def test_a_backend_for_few_queries_is_asked_about_those():
     found = conform(few, only="P1,P2,P3,P4,P7", device="cpu")
     assert [one.result for one in found.findings] == [*["kept"] * 4, "does not apply"]
     assert all(one.refused == 0 for one in found.findings)
+
+
+def test_threads_ask_one_after_the_other_since_functions_get_the_tensors_of_a_case(monkeypatch):
+    inside, most = [], []
+
+    def ask(candidate, promise, home):
+        inside.append(1)
+        time.sleep(0.05)
+        most.append(len(inside))
+        inside.pop()
+
+    monkeypatch.setattr(conforming, "ask", ask)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: conform("cpu", HOME, only="P1"), range(2)))
+    assert most == [1, 1]
 
 
 def test_questions_without_sense_are_errors():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from support import wrong_attention as zoo
 from support.sampling import first
 
 import flashcore
-from flashcore.bisection.diagnosis import diagnose
+from flashcore.bisection.diagnosis import diagnose, diagnosing, peeling
 from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.problem import Problem
 
@@ -179,6 +182,30 @@ def test_torch_is_left_as_it_was():
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     diagnose(zoo.last_rows_not_written, SMALL, device="cpu")
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+def test_diagnoses_in_several_threads_run_one_after_the_other_and_leave_torch_as_it_was(monkeypatch):
+    """Each sets one thread for torch, memory full of NaN, and warnings to be ignored; all three are the process's."""
+    inside, most = [], []
+
+    def asks(*_):
+        with peeling.full_of_nan():
+            inside.append(1)
+            time.sleep(0.1)  # the second one begins, and ends after the first
+            most.append(len(inside))
+            inside.pop()
+
+    monkeypatch.setattr(diagnosing, "_diagnose", asks)
+    before, filters = torch.get_num_threads(), list(warnings.filters)
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda wait: (time.sleep(wait), diagnose(zoo.no_scale, SMALL, device="cpu")), (0, 0.05)))
+        with ThreadPoolExecutor(1) as pool:  # a thread that has not computed yet has what was set last
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert most == [1, 1] and torch.get_deterministic_debug_mode() == 0 and warnings.filters == filters
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from flashcore.bisection.diagnosis import screening
 from flashcore.bisection.diagnosis.calling import candidate_of
 from flashcore.bisection.diagnosis.screening import HOME, Inputs
 from flashcore.numerics.inputs import PATTERNS
+from flashcore.problem import square
 
 
 def of(function, **options):
@@ -106,6 +109,21 @@ def test_a_case_with_room_between_its_rows_or_a_large_one_is_made_anew(monkeypat
     monkeypatch.setattr(screening, "KEPT_BYTES", 0)
     Inputs(HOME).case(candidate, again=True)
     assert not screening._cases._kept
+
+
+def test_threads_that_ask_for_cases_get_each_its_own(monkeypatch):
+    """More cases than are kept, so that each forgets another one; and the last one asked for is another thread's."""
+    monkeypatch.setattr(screening, "KEPT_CASES", 2)
+    cases = screening._Cases()
+    asked = [(square(1, 1, size, 16), 0, "normal", "bhsd", "cpu") for size in (8, 9, 10, 11)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda one: cases.case(one, True).q.shape[2], asked * 50))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [8, 9, 10, 11] * 50
 
 
 def test_only_so_many_cases_are_kept(monkeypatch):

@@ -7,7 +7,7 @@ import os
 import sys
 
 import pytest
-from support.cluster_tasks import count, die, nap, refuse, threads_given
+from support.cluster_tasks import await_file, count, die, meet, nap, refuse, threads_given
 
 from flashcore.errors import ClusterError
 from flashcore.measure.cluster import hands, sharing
@@ -68,11 +68,22 @@ def test_what_cannot_travel_is_done_here_and_what_nobody_owes_for_is_an_error(tw
 
 
 @pytest.mark.slow
-def test_what_the_host_computes_takes_no_place_on_the_card_and_has_processes_of_its_own(two, run, monkeypatch):
-    """Both processes of the card are busy for longer than the tasks of the host take."""
+def test_what_the_host_computes_takes_no_place_on_the_card_and_has_processes_of_its_own(
+    two, run, monkeypatch, tmp_path
+):
+    """Both processes of the card are busy until the tasks of the host are done."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     perform([Task("it starts", count, (1,), host=True)], pool=two)
-    card = [Task(f"card {i}", nap, (0.7,), cost_s=9.0) for i in range(2)]
+    over, append = tmp_path / "over", run.append
+
+    def record(trial):
+        kept = append(trial)
+        if len(run.trials()) == 3:
+            over.touch()
+        return kept
+
+    monkeypatch.setattr(run, "append", record)
+    card = [Task(f"card {i}", await_file, (str(over),), cost_s=9.0) for i in range(2)]
     host = [Task(f"host {i}", threads_given, host=True) for i in range(3)]
     on_card, on_host = perform(card, host, run=run, pool=two)
     assert [t.data["number"] for t in on_host] == ["2"] * 3, "the processes of the host have more threads"
@@ -81,7 +92,9 @@ def test_what_the_host_computes_takes_no_place_on_the_card_and_has_processes_of_
     assert all(t.kind == "correctness" for t in run.trials())
     order = [t.data.get("number") for t in run.trials()]
     assert order == ["2"] * 3 + [None] * 2, "no task of the host waited for the card"
-    [helped] = perform([Task(f"host {i}", nap, (0.4,), host=True) for i in range(3)], pool=two)
+    place = str(tmp_path / "here")
+    [helped] = perform([Task(f"host {i}", meet, (place, str(i), 3), host=True) for i in range(3)], pool=two)
+    assert all(t.data["met"] for t in helped), "they were not there at once"
     assert len({t.data["pid"] for t in helped}) == 3, "where nothing is left for the card its processes help"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from flashcore.errors import ClusterError
@@ -99,6 +102,24 @@ def test_the_workers_are_named_in_one_way():
     with pytest.raises(ClusterError, match="--gpus and --scheduler name the workers; give one of --gpus, --workers"):
         with starting.spread(gpus=1, scheduler="tcp://127.0.0.1:9"):
             pass
+
+
+def test_another_thread_cannot_name_other_workers_to_what_this_one_starts(monkeypatch):
+    """A notebook's kernel finds its workers by the environment, which is that of all threads."""
+    monkeypatch.delenv(starting.SCHEDULER, raising=False)
+
+    def named(address):
+        with starting._named(address):
+            return os.environ[starting.SCHEDULER]
+
+    with ThreadPoolExecutor(1) as pool:
+        with starting._named("tcp://one"):
+            assert named("tcp://within") == "tcp://within"
+            with pytest.raises(ClusterError, match="Another thread of this process has workers already"):
+                pool.submit(named, "tcp://two").result()
+            assert os.environ[starting.SCHEDULER] == "tcp://one"
+        assert pool.submit(named, "tcp://two").result() == "tcp://two"
+    assert starting.SCHEDULER not in os.environ
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashcore.cli import completing, plain
-from flashcore.cli.adding import adding_to, keep
+from flashcore.cli.adding import adding_to
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.problem import parse_problem, square
 from flashcore.records import Trial
@@ -74,17 +74,19 @@ def bisect(
     if not chosen.traceable:
         raise Unsupported(chosen.id, "it does not expose its stages, so it cannot be bisected")
     options = {"seed": seed, "pattern": looks}
-    if planned:
-        trials = proving.bisect_planted(planned, backend, wanted, repeat=repeat, **options)
-    else:
-        trials = [bisect_trial(chosen, wanted, **options)]
-        if repeat:
-            trials.append(check_determinism(chosen, wanted, runs=max(2, repeat), **options))
-    keep(trials, run)
-    if json:
-        plain.print_records(trials)
-    else:
-        _print_bisection(trials, planned)
+    with adding_to(run) as folder:  # before anything is computed: a folder that cannot be written costs nothing then
+        if planned:
+            trials = proving.bisect_planted(planned, backend, wanted, repeat=repeat, **options)
+        else:
+            trials = [bisect_trial(chosen, wanted, **options)]
+            if repeat:
+                trials.append(check_determinism(chosen, wanted, runs=max(2, repeat), **options))
+        if json:
+            plain.print_records(trials)
+        else:
+            _print_bisection(trials, planned)
+        for trial in trials if folder else ():
+            folder.append(trial)
     wrong = any(t.status == "failed" or t.data.get("crashed") for t in trials)
     raise typer.Exit(FOUND if wrong else CLEAN if all(t.status == "ok" for t in trials) else UNFINISHED)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -39,12 +38,14 @@ def paging(
 ) -> None:
     """Measure paging: memory, time, accuracy, tokens a second. Exit code 0: done; 3: something is wrong."""
     from flashcore.gpu import device
+    from flashcore.numerics.inputs import refuse_seed
     from flashcore.surveys.paging.measuring import chosen, measure
     from flashcore.surveys.paging.plan import decoder, plan_for
 
     plan = plan_for(profile, device.has_gpu(), report_layers=report_layers, decode_backend=decoder())
     chosen(what, plan.gpu)
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    refuse_seed(seed)
+    err = printing.errors()
     with adding_to(run or scratch_run().path) as folder:
         if not folder.environment():
             device.record_environment(folder, "before", {"command": "paging", "profile": profile, "seed": seed})

@@ -89,12 +89,12 @@ def is_terminal(stream: TextIO | None) -> bool:
 def console(*, soft_wrap: bool = False) -> Console:
     """Where results go; with `soft_wrap` no line is folded."""
     width = None if is_terminal(sys.stdout) else WIDTH_OF_A_FILE
-    return Console(highlight=False, soft_wrap=soft_wrap, width=width)
+    return Console(highlight=False, emoji=False, soft_wrap=soft_wrap, width=width)  # a path may hold :x: itself
 
 
 def errors() -> Console:
     """Where progress and errors go."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(line: str) -> None:

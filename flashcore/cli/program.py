@@ -155,7 +155,7 @@ def _instructions(data: dict) -> str:
 def doctor() -> None:
     """Say what works on this machine, what is missing, and what mends it. Exit code 1: not even the CPU can report."""
     from flashcore.cli import peers
-    from flashcore.gpu.device import checks
+    from flashcore.gpu.device import COMPILER, checks
 
     found = [*checks(), *peers.checks()]
     table = Table(title="What FlashCore found on this machine")
@@ -169,6 +169,8 @@ def doctor() -> None:
     if missing:
         say(f"Reports cannot be made here until this is mended: {escape(', '.join(missing))}.")
         raise typer.Exit(1)
+    if any(check.name == COMPILER and not check.ok for check in found):
+        say(f"No kernel can be compiled here: a report can be made, and it stays INCONCLUSIVE without {COMPILER}.")
     if any(check.name == "GPU" and check.ok for check in found):
         say("Reports can be made here, with live GPU figures.")
     else:

@@ -132,6 +132,8 @@ def report(
             "--run names the run that --only PART does again, or --resume ends; 'flashcore report' alone makes a new "
             "run."
         )
+    if later is not None and not later.strip():
+        raise FlashCoreError("--later names no part; name one, or leave the option out.")
     if later is not None and (resume or only is not None):
         raise FlashCoreError("--later leaves parts of a new run to --resume; leave --only and --resume out.")
     if resume and only is not None:
@@ -162,7 +164,9 @@ def report(
             begun = reporting.find_run(run, out_dir) if run is not None else folders.newest_run(out_dir)
             result = redo.resume(begun, **common)
         elif only is not None:
-            result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
+            result = redo.redo(
+                reporting.find_run("latest" if run is None else run, out_dir), only, changes=given, **common
+            )
         else:
             defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
                         "seed": 0}  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
 from flashcore.gpu import device
+from flashcore.numerics.inputs import refuse_seed
 from flashcore.page import Variant
 from flashcore.paths import absolute, data_dir, partial_path, sweep
 from flashcore.pipeline import notebooks
@@ -282,6 +283,7 @@ def check_request(common: Mapping[str, Any]) -> None:
     """Refuse a profile, backend or problem that does not exist, before anything is made."""
     check_profile(common["profile"])
     _selected(common["backends"])
+    refuse_seed(common["seed"])
     if common["problems"] != "default":
         for label in common["problems"].split(";"):
             parse_problem(label)

@@ -85,6 +85,13 @@ def test_a_usage_error_is_a_sentence_and_exits_2(app, arguments, words):
     assert words in done.output and "Traceback" not in done.output
 
 
+def test_a_run_that_cannot_be_written_is_said_before_anything_is_computed(app, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("flashcore.bisection.bisect_trial", lambda *_, **__: pytest.fail("it was bisected first"))
+    done = CliRunner().invoke(app, ["bisect", "--backend", "cpu", "--run", str(tmp_path / "file")])
+    assert done.exit_code == 2 and "cannot be written" in done.stderr
+
+
 def test_the_matrix_says_found_for_each_and_exits_0(app, monkeypatch, tmp_path):
     few = (get("F8"), get("F10"), get("G7"), get("G14"))
     monkeypatch.setattr(proving.run_faults, "__kwdefaults__", {"faults": few, "progress": None})

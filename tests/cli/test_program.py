@@ -100,6 +100,9 @@ def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypa
     assert done.exit_code == 0
     assert "works" in done.stdout and "not here" in done.stdout and "run on an H200" in done.stdout
     assert "pip install torch" not in done.stdout
+    checks.append(device.Check(device.COMPILER, False, "not installed", "pip install 'flashcore[compile]'"))
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 0 and "stays INCONCLUSIVE without NVRTC" in done.stdout
     checks[0] = device.Check("torch", False, "not installed", "pip install torch", True)
     done = runner.invoke(app, ["doctor"])
     assert done.exit_code == 1 and "MISSING" in done.stdout and "pip install torch" in done.stdout

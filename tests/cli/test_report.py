@@ -105,6 +105,8 @@ def test_the_command_line_names_part_and_run(monkeypatch, made):
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
     assert asked == [(made.path, "sweep", {"seed": 3}, "leadership", False)]
+    done = CliRunner().invoke(app, ["report", "--only", "sweep", "--run", ""])
+    assert done.exit_code == 2 and "No run is named" in done.stderr and len(asked) == 1
     assert CliRunner().invoke(app, ["report", "--run", str(made.path)]).exit_code == 2
 
 
@@ -112,6 +114,13 @@ def test_a_run_without_a_part_is_refused_since_a_report_makes_a_new_one(made, mo
     monkeypatch.setattr(reporting, "report", lambda **given: pytest.fail("it was made all the same"))
     done = runner.invoke(app, ["report", "--run", str(made.path)])
     assert done.exit_code == 2 and "--run names the run that --only PART does again" in done.stderr
+
+
+def test_what_says_nothing_is_refused_before_a_run_is_made(tmp_path):
+    for more, said in ((["--later", ""], "--later names no part"), (["--backend", ","], "There is no backend ','"),
+                       (["--seed", str(-(10**23))], "is too large")):  # fmt: skip
+        done = runner.invoke(app, ["report", *more, "--out", str(tmp_path / "runs")])
+        assert done.exit_code == 2 and said in done.stderr and not (tmp_path / "runs").exists(), more
 
 
 @pytest.mark.slow

@@ -59,16 +59,18 @@ def bisect(
     from flashcore.bisection import bisect_trial
     from flashcore.bisection.faults import catalogue, proving
     from flashcore.measure.determinism import check_determinism
-    from flashcore.numerics.inputs import PATTERNS
+    from flashcore.numerics.inputs import PATTERNS, refuse_seed
 
     if pattern is not None and pattern not in PATTERNS:
         raise UnknownName("input pattern", pattern, list(PATTERNS))
-    planned = catalogue.get(fault) if fault else None
+    refuse_seed(seed)
+    planned = catalogue.get(fault) if fault is not None else None
     if planned and planned.why_not(backend):
         backends.get(backend)  # a backend that does not exist is the better message
         raise InvalidProblem(f"{planned.id} cannot be planted in {backend}: {planned.why_not(backend)}.")
     chosen = planned.plant(backend) if planned else backends.get(backend)
-    wanted = parse_problem(problem) if problem else planned.problem_in(backend) if planned else chosen.suits(SMALL)
+    usual = planned.problem_in(backend) if planned else chosen.suits(SMALL)
+    wanted = usual if problem is None else parse_problem(problem)
     looks = pattern or (planned.pattern if planned else "normal")
     chosen.require(wanted)
     if not chosen.traceable:
@@ -146,7 +148,7 @@ def sanitize(
     if not chosen:
         raise Unsupported(backend, "it has no kernel of ours, so there is nothing to watch")
     sanitizing.tools_of(tool)
-    if fault:
+    if fault is not None:
         for one in chosen:
             catalogue.get(fault).plant(one.id)
     with adding_to(run) as folder:

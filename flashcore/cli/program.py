@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated
 
 import typer
@@ -38,6 +39,26 @@ _UsageError = typer.BadParameter.__bases__[0]
 """Click's, which newer releases of typer bring themselves."""
 
 
+class _Ended(KeyboardInterrupt):
+    """The process was asked to end by a signal other than that of Ctrl-C."""
+
+    def __init__(self, number: int):
+        self.code = 128 + number
+        super().__init__()
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # whoever asks a second time is not made to wait
+    raise _Ended(number)
+
+
+def _end_in_order() -> None:
+    """Let what stops a job or closes a terminal end a command as Ctrl-C does, workers, jobs and folders included."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup wants to be left alone
+            signal.signal(number, _end)
+
+
 class _Group(TyperGroup):
     """Turns an error made on purpose into one sentence on stderr, without a traceback, and an exit code."""
 
@@ -58,9 +79,9 @@ class _Group(TyperGroup):
                 raise
             errors().print(escape(str(error)))
             raise typer.Exit(USAGE_ERROR) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             errors().print("Interrupted; records written so far are kept in the run's folder.")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(error.code if isinstance(error, _Ended) else INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -195,6 +216,7 @@ lab.add_to(app)
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    _end_in_order()
     set_home()
     printing.settle()
     app(prog_name="flashcore")

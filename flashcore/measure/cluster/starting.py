@@ -55,8 +55,8 @@ def spread(
     Raises
     ------
     ClusterError
-        More cards are asked for than there are, nothing answers, or a worker cannot be used; or not exactly one of the
-        four is given.
+        More cards are asked for than there are, nothing answers, or a worker does not start or cannot be used; or not
+        exactly one of the four is given.
     ToolMissing
         Dask is not installed.
     """
@@ -146,7 +146,14 @@ def _local(cards: list[str] | None, count: int) -> Any:
         workers[number] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": True,
                                                "dashboard_address": "127.0.0.1:0"}}  # fmt: skip
-    return SpecCluster(workers=workers, scheduler=scheduler, name="flashcore", silence_logs="ERROR")
+    try:
+        return SpecCluster(workers=workers, scheduler=scheduler, name="flashcore", silence_logs="ERROR")
+    except (OSError, RuntimeError) as error:  # a port or a process that the machine does not give, a worker that dies
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ClusterError(
+            f"The workers of this machine do not start ({type(error).__name__}: {said}); ask for fewer, or leave the "
+            "option out."
+        ) from error
 
 
 def _crew(cards: int) -> dict[str, int]:

@@ -65,6 +65,18 @@ def test_workers_keep_what_a_package_of_others_compiled_and_have_their_card_and_
     assert (one["resources"], one["nthreads"]) == ({"CPU": 1}, 1)
 
 
+def test_workers_that_do_not_start_are_one_sentence(monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+
+    def broken(**_):
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr(distributed, "SpecCluster", broken)
+    said = "The workers of this machine do not start .RuntimeError: Nanny failed to start.; ask for fewer"
+    with pytest.raises(ClusterError, match=said):
+        starting._local(None, 1)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

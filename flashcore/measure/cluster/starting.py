@@ -23,6 +23,8 @@ START_S = 180.0
 JOIN_S = 60.0
 """Seconds that workers of a running scheduler may take to say what they are."""
 MOST_WORKERS = 64
+DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+"""What a worker of this box runs first: Ctrl-C reaches all processes of a terminal, and ours ends the workers."""
 
 
 @contextlib.contextmanager
@@ -142,7 +144,8 @@ def _local(cards: list[str] | None, count: int) -> Any:
         env |= {name: value for name, value in keeping_kernels().items() if name not in os.environ}
         env["CUDA_VISIBLE_DEVICES"] = "" if cards is None else cards[number]
         options = {"nthreads": threads_of(offered), "resources": offered, "memory_limit": 0, "dashboard": False,
-                   "env": env, "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR"}  # fmt: skip
+                   "env": env, "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR",
+                   "preload": DEAF}  # fmt: skip
         workers[number] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": True,
                                                "dashboard_address": "127.0.0.1:0"}}  # fmt: skip

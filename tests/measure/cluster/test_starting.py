@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from flashcore.errors import ClusterError
@@ -63,6 +65,12 @@ def test_workers_keep_what_a_package_of_others_compiled_and_have_their_card_and_
         assert one["resources"] == {"GPU": 1, "CREW": 3, "HOST": 1} and one["nthreads"] == 4
     [one] = starting._local(None, 1)
     assert (one["resources"], one["nthreads"]) == ({"CPU": 1}, 1)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        exec(one["preload"])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "Ctrl-C is for the process that has workers"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_workers_that_do_not_start_are_one_sentence(monkeypatch):

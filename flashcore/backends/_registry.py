@@ -81,7 +81,11 @@ def get(backend_id: str) -> Backend:
 def select(names: str = "all", *, device: str | None = None) -> list[Backend]:
     """Backends by a comma-separated list of ids, or `all`; with `device`, those that take tensors there.
 
-    An id that does not exist is an error; one that is merely not available here is returned, for the caller to record.
+    An id that does not exist is an error, and so is a list without one; one that is merely not available here is
+    returned, for the caller to record. An id that stands there twice is one.
     """
-    wanted = all_backends() if names.strip() == "all" else [get(n.strip()) for n in names.split(",") if n.strip()]
+    named = list(dict.fromkeys(filter(None, (name.strip() for name in names.split(",")))))
+    if not named:
+        raise UnknownName("backend", names, ["all", *(b.id for b in all_backends())])
+    wanted = all_backends() if named == ["all"] else [get(name) for name in named]
     return [b for b in wanted if device is None or b.device in (device, "any")]

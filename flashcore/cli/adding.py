@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from flashcore.cli.printing import errors
 from flashcore.decision import seal, verdict
-from flashcore.records import RunFolder, Trial
+from flashcore.records import RunFolder
 
 
 @contextmanager
@@ -44,10 +44,3 @@ def adding_to(path: Path | None) -> Iterator[RunFolder | None]:
                 f"The page of {escape(run.name)} showed it without these records and was removed; "
                 f"'flashcore render {escape(str(path))}' draws it anew."
             )
-
-
-def keep(trials: Iterable[Trial], path: Path | None) -> None:
-    """Append records to the run folder at `path`; none are kept for no path."""
-    with adding_to(path) as run:
-        for trial in trials if run else ():
-            run.append(trial)

@@ -62,7 +62,7 @@ def _evidence(run: str | None) -> Evidence:
     from flashcore.pipeline import folders
 
     try:
-        found = folders.find_run(run or LATEST)
+        found = folders.find_run(LATEST if run is None else run)
     except RecordsError:
         if run is not None:
             raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashcore.cli import completing, plain
-from flashcore.cli.adding import adding_to, keep
+from flashcore.cli.adding import adding_to
 from flashcore.errors import InvalidProblem, UnknownName, Unsupported
 from flashcore.problem import parse_problem, square
 from flashcore.records import Trial
@@ -59,32 +59,36 @@ def bisect(
     from flashcore.bisection import bisect_trial
     from flashcore.bisection.faults import catalogue, proving
     from flashcore.measure.determinism import check_determinism
-    from flashcore.numerics.inputs import PATTERNS
+    from flashcore.numerics.inputs import PATTERNS, refuse_seed
 
     if pattern is not None and pattern not in PATTERNS:
         raise UnknownName("input pattern", pattern, list(PATTERNS))
-    planned = catalogue.get(fault) if fault else None
+    refuse_seed(seed)
+    planned = catalogue.get(fault) if fault is not None else None
     if planned and planned.why_not(backend):
         backends.get(backend)  # a backend that does not exist is the better message
         raise InvalidProblem(f"{planned.id} cannot be planted in {backend}: {planned.why_not(backend)}.")
     chosen = planned.plant(backend) if planned else backends.get(backend)
-    wanted = parse_problem(problem) if problem else planned.problem_in(backend) if planned else chosen.suits(SMALL)
+    usual = planned.problem_in(backend) if planned else chosen.suits(SMALL)
+    wanted = usual if problem is None else parse_problem(problem)
     looks = pattern or (planned.pattern if planned else "normal")
     chosen.require(wanted)
     if not chosen.traceable:
         raise Unsupported(chosen.id, "it does not expose its stages, so it cannot be bisected")
     options = {"seed": seed, "pattern": looks}
-    if planned:
-        trials = proving.bisect_planted(planned, backend, wanted, repeat=repeat, **options)
-    else:
-        trials = [bisect_trial(chosen, wanted, **options)]
-        if repeat:
-            trials.append(check_determinism(chosen, wanted, runs=max(2, repeat), **options))
-    keep(trials, run)
-    if json:
-        plain.print_records(trials)
-    else:
-        _print_bisection(trials, planned)
+    with adding_to(run) as folder:  # before anything is computed: a folder that cannot be written costs nothing then
+        if planned:
+            trials = proving.bisect_planted(planned, backend, wanted, repeat=repeat, **options)
+        else:
+            trials = [bisect_trial(chosen, wanted, **options)]
+            if repeat:
+                trials.append(check_determinism(chosen, wanted, runs=max(2, repeat), **options))
+        if json:
+            plain.print_records(trials)
+        else:
+            _print_bisection(trials, planned)
+        for trial in trials if folder else ():
+            folder.append(trial)
     wrong = any(t.status == "failed" or t.data.get("crashed") for t in trials)
     raise typer.Exit(FOUND if wrong else CLEAN if all(t.status == "ok" for t in trials) else UNFINISHED)
 
@@ -144,7 +148,7 @@ def sanitize(
     if not chosen:
         raise Unsupported(backend, "it has no kernel of ours, so there is nothing to watch")
     sanitizing.tools_of(tool)
-    if fault:
+    if fault is not None:
         for one in chosen:
             catalogue.get(fault).plant(one.id)
     with adding_to(run) as folder:

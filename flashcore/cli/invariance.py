@@ -77,7 +77,11 @@ def invariance(
     if limit is not None and not limit > 0:
         raise InvalidProblem(f"--limit is {limit:g}; give a number of seconds above 0.")
     modes = measuring.MODES if mode == BOTH else (mode,)
-    chosen = None if backends in (None, "all") else [name.strip() for name in backends.split(",") if name.strip()]
+    chosen = None
+    if backends is not None and backends.strip() != "all":
+        chosen = list(dict.fromkeys(filter(None, (name.strip() for name in backends.split(",")))))
+        if not chosen:
+            raise InvalidProblem("--backends names nobody; leave it out, or give ids separated by commas.")
     if prove:
         for name, given in (("--mode", mode != BOTH), ("--out", out is not None)):
             if given:

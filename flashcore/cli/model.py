@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,11 +28,13 @@ def model(
 ) -> None:
     """Measure attention inside of whole models: tokens, time, attention's share. Exit code 3: something is wrong."""
     from flashcore.gpu import device
+    from flashcore.numerics.inputs import refuse_seed
     from flashcore.surveys.models.measuring import measure
     from flashcore.surveys.models.plan import plan_for
 
     plan = plan_for(profile, device.has_gpu()).of_shapes(shape)
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    refuse_seed(seed)
+    err = printing.errors()
     with adding_to(run or scratch_run().path) as folder:
         if not folder.environment():
             device.record_environment(folder, "before", {"command": "model", "profile": profile, "seed": seed})

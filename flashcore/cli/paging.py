@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flashcore.cli import plain, printing
 from flashcore.cli.adding import adding_to
+from flashcore.errors import InvalidProblem
 from flashcore.records import RunFolder, Trial, scratch_run
 
 if TYPE_CHECKING:
@@ -32,19 +32,27 @@ def paging(
         ),
     ] = "all",
     report_layers: Annotated[
-        int, typer.Option(min=1, help="Layers of the original report's shape, which names none, for tokens a second.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1, help="Layers of the original report's shape, which names none, for tokens a second.  [default: 1]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random input.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines, and nothing else.")] = False,
 ) -> None:
     """Measure paging: memory, time, accuracy, tokens a second. Exit code 0: done; 3: something is wrong."""
     from flashcore.gpu import device
+    from flashcore.numerics.inputs import refuse_seed
     from flashcore.surveys.paging.measuring import chosen, measure
     from flashcore.surveys.paging.plan import decoder, plan_for
 
-    plan = plan_for(profile, device.has_gpu(), report_layers=report_layers, decode_backend=decoder())
-    chosen(what, plan.gpu)
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    plan = plan_for(profile, device.has_gpu(), report_layers=report_layers or 1, decode_backend=decoder())
+    names = chosen(what, plan.gpu)
+    if report_layers is not None and not (plan.gpu and "tokens" in names):
+        why = "add tokens to --what" if plan.gpu else "run it where there is a GPU, or leave it out"
+        raise InvalidProblem(f"--report-layers is about tokens a second on a GPU; {why}.")
+    refuse_seed(seed)
+    err = printing.errors()
     with adding_to(run or scratch_run().path) as folder:
         if not folder.environment():
             device.record_environment(folder, "before", {"command": "paging", "profile": profile, "seed": seed})

@@ -23,7 +23,8 @@ _WIDTH = 4000
 
 def _console(*, stderr: bool = False) -> Console:
     terminal = printing.is_terminal(sys.stderr if stderr else sys.stdout)
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if terminal else _WIDTH)
+    width = None if terminal else _WIDTH
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True, width=width)
 
 
 def say(line: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def settle() -> None:
 
     A letter that the stream's encoding lacks is written as ``\\u00b5``, which JSON reads back. A reader that is gone, a
     full disk behind a redirection or a closed stream takes nothing more, and the command goes on to its own exit code.
+    Of a full disk it tells where errors go, since whoever reads the file later could not know.
     """
     codecs.register_error("flashcore", _escaped)
     sys.stdout, sys.stderr = _steady(sys.stdout), _steady(sys.stderr)
@@ -60,8 +62,8 @@ class _Steady:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
             return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -71,10 +73,12 @@ class _Steady:
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: OSError) -> None:
+        if error.errno != errno.EPIPE and self is sys.stdout:
+            sys.stderr.write(f"Standard output takes no more ({error.strerror}); what was printed is not whole.\n")
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # what is still in the buffer finds its way out there
@@ -89,12 +93,12 @@ def is_terminal(stream: TextIO | None) -> bool:
 def console(*, soft_wrap: bool = False) -> Console:
     """Where results go; with `soft_wrap` no line is folded."""
     width = None if is_terminal(sys.stdout) else WIDTH_OF_A_FILE
-    return Console(highlight=False, soft_wrap=soft_wrap, width=width)
+    return Console(highlight=False, emoji=False, soft_wrap=soft_wrap, width=width)  # a path may hold :x: itself
 
 
 def errors() -> Console:
     """Where progress and errors go."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(line: str) -> None:

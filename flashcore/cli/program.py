@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated
 
 import typer
@@ -38,6 +39,26 @@ _UsageError = typer.BadParameter.__bases__[0]
 """Click's, which newer releases of typer bring themselves."""
 
 
+class _Ended(KeyboardInterrupt):
+    """The process was asked to end by a signal other than that of Ctrl-C."""
+
+    def __init__(self, number: int):
+        self.code = 128 + number
+        super().__init__()
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # whoever asks a second time is not made to wait
+    raise _Ended(number)
+
+
+def _end_in_order() -> None:
+    """Let what stops a job or closes a terminal end a command as Ctrl-C does, workers, jobs and folders included."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup wants to be left alone
+            signal.signal(number, _end)
+
+
 class _Group(TyperGroup):
     """Turns an error made on purpose into one sentence on stderr, without a traceback, and an exit code."""
 
@@ -58,9 +79,9 @@ class _Group(TyperGroup):
                 raise
             errors().print(escape(str(error)))
             raise typer.Exit(USAGE_ERROR) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             errors().print("Interrupted; records written so far are kept in the run's folder.")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(error.code if isinstance(error, _Ended) else INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -155,7 +176,7 @@ def _instructions(data: dict) -> str:
 def doctor() -> None:
     """Say what works on this machine, what is missing, and what mends it. Exit code 1: not even the CPU can report."""
     from flashcore.cli import peers
-    from flashcore.gpu.device import checks
+    from flashcore.gpu.device import COMPILER, checks
 
     found = [*checks(), *peers.checks()]
     table = Table(title="What FlashCore found on this machine")
@@ -169,6 +190,8 @@ def doctor() -> None:
     if missing:
         say(f"Reports cannot be made here until this is mended: {escape(', '.join(missing))}.")
         raise typer.Exit(1)
+    if any(check.name == COMPILER and not check.ok for check in found):
+        say(f"No kernel can be compiled here: a report can be made, and it stays INCONCLUSIVE without {COMPILER}.")
     if any(check.name == "GPU" and check.ok for check in found):
         say("Reports can be made here, with live GPU figures.")
     else:
@@ -193,6 +216,7 @@ lab.add_to(app)
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    _end_in_order()
     set_home()
     printing.settle()
     app(prog_name="flashcore")

@@ -132,6 +132,8 @@ def report(
             "--run names the run that --only PART does again, or --resume ends; 'flashcore report' alone makes a new "
             "run."
         )
+    if later is not None and not later.strip():
+        raise FlashCoreError("--later names no part; name one, or leave the option out.")
     if later is not None and (resume or only is not None):
         raise FlashCoreError("--later leaves parts of a new run to --resume; leave --only and --resume out.")
     if resume and only is not None:
@@ -145,24 +147,31 @@ def report(
     common["progress"] = lambda line: err.print(escape(line))
     if kernel is None and (layout is not None or lse is not None):
         raise FlashCoreError("--layout and --lse say how the function of --kernel is called; name it by --kernel too.")
-    if kernel is not None and (only is not None or resume):
-        raise FlashCoreError(f"--kernel makes a new run; leave {'--resume' if resume else '--only'} out.")
     if kernel is not None and (scheduler is not None or cluster is not None):
         raise FlashCoreError(
             "The function of --kernel lies on this machine, and workers of --scheduler and --cluster run elsewhere; "
             "use --gpus, or leave one of the two out."
         )
+    begun = None
+    if resume:
+        begun = reporting.find_run(run, out_dir) if run is not None else folders.newest_run(out_dir)
+    elif only is not None:
+        begun = reporting.find_run("latest" if run is None else run, out_dir)
+    told = (begun and redo.kernel_of(begun)) or {}
+    layout = told.get("layout") or "bhsd" if layout is None else layout
+    lse = told.get("lse") if lse is None else lse
     with contextlib.ExitStack() as stack:
-        adopted = stack.enter_context(_adopted(kernel, layout or "bhsd", lse))
+        adopted = stack.enter_context(_adopted(kernel, layout, lse))
+        if begun is not None:
+            redo.refuse_other_kernel(begun, adopted)  # before workers are started
         named = {"gpus": gpus, "workers": workers, "scheduler": scheduler, "cluster": cluster}
         pool = stack.enter_context(spreading.spread(err, **named))
         if pool is not None:
             common |= {"places": pool.places, "bars": not err.is_terminal}
         if resume:
-            begun = reporting.find_run(run, out_dir) if run is not None else folders.newest_run(out_dir)
-            result = redo.resume(begun, **common)
+            result = redo.resume(begun, kernel=adopted, **common)
         elif only is not None:
-            result = redo.redo(reporting.find_run(run or "latest", out_dir), only, changes=given, **common)
+            result = redo.redo(begun, only, changes=given, kernel=adopted, **common)
         else:
             defaults = {"profile": "full" if device.has_gpu() else "quick", "backends": "all", "problems": "default",
                         "seed": 0}  # fmt: skip

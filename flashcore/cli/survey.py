@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from flashcore.cli import plain
+from flashcore.cli import plain, printing
 from flashcore.cli.adding import adding_to
 from flashcore.errors import BackendUnavailable
 from flashcore.records import scratch_run
@@ -37,8 +36,8 @@ def survey(
     if not device.has_gpu():
         raise BackendUnavailable("cublaslt", "no CUDA GPU is visible to torch", "run on an H100 or H200; "
                                  "'flashcore render' shows the recorded survey")  # fmt: skip
-    out = Console(highlight=False, soft_wrap=True)
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    out = printing.console(soft_wrap=True)
+    err = printing.errors()
     with adding_to(run or scratch_run().path) as folder:
         if not folder.environment():
             device.record_environment(folder, "before", {"command": "survey", "profile": profile})

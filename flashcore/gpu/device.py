@@ -290,6 +290,9 @@ def record_environment(
 
 # ---------------------------------------------------------------------------------------------------- doctor
 
+COMPILER = "NVRTC and CUDA headers"
+"""The part that compiles kernels; a report tells of each kernel what the compiler made of it."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -338,9 +341,9 @@ def _check_compiler() -> Check:
         from flashcore.gpu.build import header_dirs, nvrtc_version
 
         header_dirs()
-        return Check("NVRTC and CUDA headers", True, f"NVRTC {nvrtc_version()}", fix)
+        return Check(COMPILER, True, f"NVRTC {nvrtc_version()}", fix)
     except FlashCoreError as error:
-        return Check("NVRTC and CUDA headers", False, str(error), fix)
+        return Check(COMPILER, False, str(error), fix)
 
 
 def _check_disassembler() -> Check:

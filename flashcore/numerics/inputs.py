@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
-from flashcore.errors import UnknownName
+from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.numerics import ambient, masking
 from flashcore.numerics.masking import MaskTensors
 from flashcore.problem import Problem
@@ -39,6 +40,8 @@ SPARE = 8
 UNUSED_ROWS = 3
 """Rows of a ragged batch behind its last sequence."""
 LENGTHS = ("mixed", "equal", "uniform")
+MOST_SEED = 2**62
+"""torch's generators hold 64 bits, and some seeds are drawn from others by a sum."""
 FEWEST_ROWS = 64
 """Of a sequence under `uniform`."""
 SINKS = (1.0, 5.0)
@@ -93,15 +96,18 @@ def make_inputs(
     ------
     UnknownName
         No such pattern or layout.
+    InvalidProblem
+        `refuse_seed`.
     """
     import torch
 
+    refuse_seed(seed)
     if pattern not in PATTERNS:
         raise UnknownName("input pattern", pattern, list(PATTERNS))
     if layout not in LAYOUTS:
         raise UnknownName("layout", layout, list(LAYOUTS))
     device = torch.device(device)
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(int(seed))
     dtype = getattr(torch, problem.dtype)
 
     if problem.lengths and masks is None:
@@ -169,6 +175,14 @@ def make_inputs(
 def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers and shape, in the memory order ``[B, S, H, D]``."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def refuse_seed(seed: int) -> None:
+    """Raise `InvalidProblem` for what is no whole number, or one beyond `MOST_SEED`."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise InvalidProblem(f"seed: {seed!r} is no whole number.")
+    if abs(seed) > MOST_SEED:
+        raise InvalidProblem(f"seed: {seed} is too large; give a number from -{MOST_SEED} to {MOST_SEED}.")
 
 
 @ambient.judging

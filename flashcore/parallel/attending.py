@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashcore import ops
+from flashcore import backends, ops
 from flashcore.errors import FlashCoreError, InvalidProblem, UnknownName
 from flashcore.library.dense import DTYPES
 from flashcore.numerics import plain, transforms
@@ -136,7 +136,8 @@ def _described(
     if transforms.under_way():
         transforms.refuse("q, k or v", q, k, v)
     plain.flag("return_lse", return_lse)
-    plain.word("backend", backend)
+    if plain.word("backend", backend) != "auto":
+        backends.get(backend)  # here, and not in the call of a kernel, which the other ranks would make all the same
     if plain.word("plan", plan) not in PLANS:
         raise UnknownName("plan", plan, list(PLANS))
     gradients = transforms.want_gradients(q, k, v)

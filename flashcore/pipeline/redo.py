@@ -33,6 +33,7 @@ def redo(
     pdf: bool = True,
     progress: Progress | None = None,
     bars: bool = True,
+    kernel: Mapping[str, Any] | None = None,
     places: Sequence[Place] = (),
 ) -> reporting.ReportResult:
     """Measure parts of a run again, on the machine that it was measured on, and judge and render it anew.
@@ -46,6 +47,8 @@ def redo(
         Names or short names of notebooks, separated by commas.
     changes
         Other values of ``profile``, ``backends``, ``problems`` or ``seed`` than the run was made with.
+    kernel
+        The function that the run was begun with, adopted again as in `reporting.report`; None for a run without one.
     within_s, bars, places
         As in `reporting.report`.
 
@@ -53,6 +56,8 @@ def redo(
     ------
     UnknownName, InvalidProblem
         A part, profile, backend or problem does not exist.
+    FlashCoreError
+        `kernel` is not the function that the run was begun with.
     RecordsError
         The run was measured on another machine or with other software, somebody else is measuring it, or its files
         cannot be written.
@@ -69,6 +74,7 @@ def redo(
                 f"The run {run.name} does not say how it was made, so no part of it can be made again; "
                 "'flashcore report' makes a new one."
             )
+        refuse_other_kernel(run, kernel)
         defaults = {"profile": "quick", "backends": "all", "problems": "default", "seed": 0}
         common = {key: (changes or {}).get(key, parameters.get(key, value)) for key, value in defaults.items()}
         reporting.check_request(common)
@@ -90,11 +96,53 @@ def redo(
         _write(run, begun)
         failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until,
                                    progress=progress, bars=bars)  # fmt: skip
+        _diagnose_if_owed(run, kernel, say)
         done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
         begun["after"] = environment.get("after") or device.snapshot()  # a run that was killed never wrote it
         _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
         return reporting.conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress,
                                   earlier=earlier)  # fmt: skip
+
+
+def kernel_of(run: RunFolder) -> Mapping[str, Any] | None:
+    """What a run's environment tells of the function that it was begun with; None where it was begun without."""
+    parameters = run.environment().get("parameters")
+    told = parameters.get("kernel") if isinstance(parameters, Mapping) else None
+    return told if isinstance(told, Mapping) else None
+
+
+def refuse_other_kernel(run: RunFolder, kernel: Mapping[str, Any] | None) -> None:
+    """Refuse to measure parts of a run without the function it was begun with, or with another one.
+
+    Raises
+    ------
+    FlashCoreError
+        There is none, and the run has one; or there is one, and the run has none, or not this one as it is now.
+    """
+    told = kernel_of(run)
+    if told is None and kernel is not None:
+        raise FlashCoreError(f"The run {run.name} was begun without --kernel, which makes a new run; leave --only and "
+                             "--resume out, or --kernel.")  # fmt: skip
+    if told is not None and kernel is None:
+        raise FlashCoreError(f"The run {run.name} measures {told.get('function')}, a function of yours, beside the "
+                             "others; name it again by --kernel.")  # fmt: skip
+    if told is None or kernel is None:
+        return
+    now = reporting.as_told(kernel)
+    other = [name for name in ("function", "layout", "lse", "sha256") if now[name] != told.get(name)]
+    if other:
+        name = {"sha256": "file's hash"}.get(other[0], other[0])
+        raise FlashCoreError(
+            f"--kernel is not the function that the run {run.name} was begun with: its {name} is {now[other[0]]}, and "
+            f"was {told.get(other[0])}; 'flashcore report' makes a new run."
+        )
+
+
+def _diagnose_if_owed(run: RunFolder, kernel: Mapping[str, Any] | None, say: Progress) -> None:
+    """Diagnose the adopted function where the run ended before that was done."""
+    done = [t for t in run.trials(kind="diagnosis") if not t.variant and kernel and t.backend == kernel["backend"]]
+    if kernel is not None and not done:
+        reporting.diagnose_adopted(run, kernel, say)
 
 
 def unfinished(run: RunFolder) -> list[str]:
@@ -126,8 +174,10 @@ def resume(run: RunFolder, **options: Any) -> reporting.ReportResult:
             f"Every part of the run {run.name} finished; 'flashcore render {run.name}' draws its page, and "
             "'flashcore report --only PART' measures one again."
         )
+    refuse_other_kernel(run, options.get("kernel"))
     told = {name: options.get(name) for name in ("variant", "progress")} | {"pdf": options.get("pdf", True)}
     with folders.measuring(run):
+        _diagnose_if_owed(run, options.get("kernel"), options.get("progress") or (lambda line: None))
         return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")), **told)
 
 

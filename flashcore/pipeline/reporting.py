@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashcore.decision import seal, verdict
 from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
 from flashcore.gpu import device
+from flashcore.numerics.inputs import refuse_seed
 from flashcore.page import Variant
 from flashcore.paths import absolute, data_dir, partial_path, sweep
 from flashcore.pipeline import notebooks
@@ -229,17 +230,13 @@ def report(
     say(f"Run {run.name} ({profile} profile, {device.gpu_name() or 'no GPU: the CPU path'})")
     asked = {**common, "notebooks": planned, "peers": planned_peers(backends)}
     if kernel is not None:
-        where, _, name = kernel["place"].rpartition(":")
-        asked["kernel"] = {
-            "backend": kernel["backend"], "function": f"{Path(where).name}:{name}", "layout": kernel["layout"],
-            "lse": kernel["lse"], "sha256": _digest(Path(where)),
-        }  # fmt: skip
+        asked["kernel"] = as_told(kernel)
     with measuring(run):
         device.record_environment(run, "before", asked, cards=[place.as_dict() for place in places])
         failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, later=left,
                          progress=progress, bars=bars)  # fmt: skip
         if kernel is not None:
-            _diagnose(run, kernel, say)
+            diagnose_adopted(run, kernel, say)
         device.record_environment(run, "after")
         result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
     point_latest_at(run)
@@ -264,12 +261,21 @@ def deadline(within_s: float | None) -> float:
     return time.monotonic() + within_s - PAGE_S
 
 
+def as_told(kernel: Mapping[str, Any]) -> dict[str, Any]:
+    """An adopted function as a run's environment tells of it: without the folder, and with a digest of its file."""
+    where, _, name = kernel["place"].rpartition(":")
+    return {
+        "backend": kernel["backend"], "function": f"{Path(where).name}:{name}", "layout": kernel["layout"],
+        "lse": kernel["lse"], "sha256": _digest(Path(where)),
+    }  # fmt: skip
+
+
 def _digest(path: Path) -> str | None:
     """16 hex digits of the SHA-256 of a function's file; None for an installed module."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
-def _diagnose(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:
+def diagnose_adopted(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:
     """Diagnose the adopted function by its outputs, and write the record."""
     from flashcore.bisection.diagnosis import diagnose_apart
 
@@ -283,6 +289,7 @@ def check_request(common: Mapping[str, Any]) -> None:
     """Refuse a profile, backend or problem that does not exist, before anything is made."""
     check_profile(common["profile"])
     _selected(common["backends"])
+    refuse_seed(common["seed"])
     if common["problems"] != "default":
         for label in common["problems"].split(";"):
             parse_problem(label)

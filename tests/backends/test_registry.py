@@ -22,7 +22,10 @@ def test_the_registry_knows_every_backend_and_says_what_each_is():
 
 
 def test_select_and_unknown_ids():
-    assert [b.id for b in backends.select("cpu, reference")] == ["cpu", "reference"]
+    assert [b.id for b in backends.select("cpu, reference,cpu")] == ["cpu", "reference"]
+    for nobody in ("", " , "):
+        with pytest.raises(UnknownName, match=f"no backend '{nobody}'; choose one of: .*all"):
+            backends.select(nobody)
     on_cpu = {b.id for b in backends.select("all", device="cpu")}
     assert on_cpu >= {"reference", "cpu", "sdpa-math"} and not on_cpu & {"sdpa-flash", "sdpa-cudnn", "fa3"}
     with pytest.raises(UnknownName, match="no backend 'cpuu'"):

@@ -50,7 +50,9 @@ def test_without_any_run_the_recorded_one_stands_in(tmp_path, monkeypatch):
     assert done.exit_code == 0 and f"Recorded on {newest_recorded().gpu}" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["none.toml"], ["--run", "no-such-run"], ["--nonsense"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["none.toml"], ["--run", "no-such-run"], ["--run", ""], ["--nonsense"]], ids=" ".join
+)
 def test_usage_errors_are_exit_code_2_and_one_sentence(arguments):
     done = runner.invoke(program.app, ["claims", *arguments])
     assert done.exit_code == 2 and "Traceback" not in done.output

@@ -38,7 +38,7 @@ def folder(tmp_path):
     ("before", "now", "code"),
     [
         ("a", "same", 0), ("a", "slow", 3), ("slow", "a", 0), ("a", "slightly", 0), ("a", "noisy", 0),
-        ("a", "other", 4), ("a", "nothing", 4), ("right", "wrong", 3), ("wrong", "right", 0),
+        ("a", "other", 4), ("a", "nothing", 3), ("nothing", "a", 4), ("right", "wrong", 3), ("wrong", "right", 0),
     ],
 )  # fmt: skip
 def test_strict_by_exit_code(folder, before, now, code):

@@ -69,12 +69,15 @@ def test_json_is_records_and_nothing_else(app, tmp_path):
         (["bisect", "--backend", "cpu", "--fault", "F10"], "F10 cannot be planted in cpu: makes no sense in cpu"),
         (["bisect", "--backend", "cpu", "--fault", "F13"], "F13 cannot be planted in cpu: no bug of a backend"),
         (["bisect", "--backend", "cpu", "--fault", "G7"], "G7 cannot be planted in cpu: makes no sense in cpu"),
+        (["bisect", "--backend", "cpu", "--fault", ""], "There is no fault ''"),
+        (["bisect", "--backend", "cpu", "--seed", str(10**23)], "is too large"),
         (["bisect", "--backend", "cpu", "--problem", "reprot"], "There is no problem 'reprot'"),
         (["bisect", "--backend", "cpu", "--pattern", "odd", *SMALL], "There is no input pattern 'odd'"),
         (["bisect", "--backend", "sdpa-math"], "cannot be bisected"),
         (["faults", "--backend", "sdpa-math"], "no bug can be found in it"),
         (["sanitize", "--backend", "cpu"], "no kernel of ours"),
         (["sanitize", "--backend", "wmma", "--tool", "leakcheck"], "There is no tool of compute-sanitizer 'leakcheck'"),
+        (["sanitize", "--backend", "wmma", "--fault", ""], "There is no fault ''"),
         (["sanitize", "--backend", "wmma", "--fault", "F99"], "There is no fault 'F99'"),
         (["bisect"], "--backend"),
     ],
@@ -83,6 +86,13 @@ def test_a_usage_error_is_a_sentence_and_exits_2(app, arguments, words):
     done = runner.invoke(app, arguments)
     assert done.exit_code == 2, done.output
     assert words in done.output and "Traceback" not in done.output
+
+
+def test_a_run_that_cannot_be_written_is_said_before_anything_is_computed(app, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("flashcore.bisection.bisect_trial", lambda *_, **__: pytest.fail("it was bisected first"))
+    done = CliRunner().invoke(app, ["bisect", "--backend", "cpu", "--run", str(tmp_path / "file")])
+    assert done.exit_code == 2 and "cannot be written" in done.stderr
 
 
 def test_the_matrix_says_found_for_each_and_exits_0(app, monkeypatch, tmp_path):

@@ -75,6 +75,7 @@ def test_json_is_a_line_each_and_a_broken_promise_alone_ends_with_1(asked, mode,
         (["--cases", "0"], "--cases is 0; ask at least 1."),
         (["--limit", "0"], "--limit is 0; give a number of seconds above 0."),
         (["--backends", "nobody"], "There is no backend 'nobody'"),
+        (["--backends", " ,"], "--backends names nobody"),
     ],
 )
 def test_a_question_without_sense_is_one_sentence(options, words):

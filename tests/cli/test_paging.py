@@ -25,7 +25,16 @@ def test_the_command_prints_tables_and_appends_to_the_run(run):
     assert [t.data for t in read_trials(path)] == [t.data for t in run.trials(kind="paging")[3:]]
 
 
-@pytest.mark.parametrize("arguments", [["--profile", "fast"], ["--what", "speed"], ["--report-layers", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--profile", "fast"],
+        ["--what", "speed"],
+        ["--what", ","],
+        ["--report-layers", "0"],
+        ["--what", "memory", "--report-layers", "2"],
+    ],
+)
 def test_usage_errors_write_nothing(tmp_path, arguments):
     done = runner.invoke(app, ["paging", *arguments, "--run", str(tmp_path / "new")])
     assert done.exit_code == 2 and "Traceback" not in done.output and not (tmp_path / "new").exists()

@@ -55,6 +55,8 @@ def test_a_reader_that_is_gone_changes_no_exit_code(run, where):
     done = shell(f"FLASHCORE verdict {run.path} {where}")
     assert done.returncode == verdict.EXIT_CODES["NO-GO"]
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    told = "Standard output takes no more (No space left on device); what was printed is not whole.\n"
+    assert done.stderr.count(told) == where.endswith(">/dev/full") - where.startswith("2>") and len(done.stderr) < 200
 
 
 @pytest.mark.slow

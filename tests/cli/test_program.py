@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -90,6 +91,27 @@ def test_an_error_is_one_sentence_on_stderr_and_debug_shows_where(monkeypatch):
     assert isinstance(done.exception, FlashCoreError)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_that_ends_a_job_ends_it_in_order(number, code):
+    program = (
+        "import signal, sys, time; from flashcore.cli import program, verdict; from flashcore.pipeline import folders\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what a shell starts in the background
+        "def stuck(*_):\n"
+        "    try:\n"
+        "        print('begun', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        print('cleared up', flush=True)\n"
+        "folders.find_run = stuck; sys.argv[1:] = ['verdict', 'x']; program.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "cleared up\n") and said.startswith("Interrupted; ")
+    assert said.count("\n") == 1
+
+
 def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypatch):
     checks = [
         device.Check("torch", True, "2.13", "pip install torch", True),
@@ -100,6 +122,9 @@ def test_doctor_says_the_state_in_words_and_a_missing_gpu_is_no_failure(monkeypa
     assert done.exit_code == 0
     assert "works" in done.stdout and "not here" in done.stdout and "run on an H200" in done.stdout
     assert "pip install torch" not in done.stdout
+    checks.append(device.Check(device.COMPILER, False, "not installed", "pip install 'flashcore[compile]'"))
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 0 and "stays INCONCLUSIVE without NVRTC" in done.stdout
     checks[0] = device.Check("torch", False, "not installed", "pip install torch", True)
     done = runner.invoke(app, ["doctor"])
     assert done.exit_code == 1 and "MISSING" in done.stdout and "pip install torch" in done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from support import synthetic_records as synthetic
 from typer.testing import CliRunner
@@ -105,6 +107,8 @@ def test_the_command_line_names_part_and_run(monkeypatch, made):
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
     assert asked == [(made.path, "sweep", {"seed": 3}, "leadership", False)]
+    done = CliRunner().invoke(app, ["report", "--only", "sweep", "--run", ""])
+    assert done.exit_code == 2 and "No run is named" in done.stderr and len(asked) == 1
     assert CliRunner().invoke(app, ["report", "--run", str(made.path)]).exit_code == 2
 
 
@@ -112,6 +116,13 @@ def test_a_run_without_a_part_is_refused_since_a_report_makes_a_new_one(made, mo
     monkeypatch.setattr(reporting, "report", lambda **given: pytest.fail("it was made all the same"))
     done = runner.invoke(app, ["report", "--run", str(made.path)])
     assert done.exit_code == 2 and "--run names the run that --only PART does again" in done.stderr
+
+
+def test_what_says_nothing_is_refused_before_a_run_is_made(tmp_path):
+    for more, said in ((["--later", ""], "--later names no part"), (["--backend", ","], "There is no backend ','"),
+                       (["--seed", str(-(10**23))], "is too large")):  # fmt: skip
+        done = runner.invoke(app, ["report", *more, "--out", str(tmp_path / "runs")])
+        assert done.exit_code == 2 and said in done.stderr and not (tmp_path / "runs").exists(), more
 
 
 @pytest.mark.slow
@@ -131,11 +142,38 @@ def test_a_run_is_resumed_by_its_name_or_as_the_one_begun_last(monkeypatch, made
     assert runner.invoke(app, ["report", "--resume", "--out", str(tmp_path / "more")]).exit_code == 0
     assert asked == [(made.path, 500.0), (newer, None)]
     wrong = [(["--only", "sweep"], "--only out"), (["--seed", "3"], "--seed out"),
-             (["--kernel", "x.py:f"], "--resume out"), (["--later", "model"], "--resume out"),
+             (["--later", "model"], "--resume out"),
+             (["--kernel", "x.py:f", "--run", str(made.path)], "There is no file"),
              (["--out", str(tmp_path / "none")], "no run")]  # fmt: skip
     for more, said in wrong:
         done = runner.invoke(app, ["report", "--resume", *more])
         assert done.exit_code == 2 and said in done.stderr, more
+
+
+@pytest.mark.slow
+def test_a_run_with_a_function_of_yours_goes_on_with_it_alone(monkeypatch, tmp_path):
+    asked = []
+    for name in ("resume", "redo"):
+        monkeypatch.setattr(f"flashcore.pipeline.redo.{name}", lambda run, *_, **given: asked.append(given["kernel"]))
+    (tmp_path / "mine.py").write_text("def fn(q, k, v):\n    return v\n")
+    place = f"{tmp_path / 'mine.py'}:fn"
+    kernel = {"backend": "fn", "place": place, "layout": "bshd", "lse": "log2"}
+    begun, other = RunFolder.create(tmp_path / "begun"), RunFolder.create(tmp_path / "other")
+    begun.environment_path.write_text(json.dumps({"parameters": {"kernel": reporting.as_told(kernel)}}))
+    other.environment_path.write_text(json.dumps({"parameters": {}}))
+    for part in (["--resume"], ["--only", "sweep"]):
+        runner.invoke(app, ["report", *part, "--run", str(begun.path), "--kernel", place])
+        assert asked.pop() == kernel, "how it is called is taken from the run"
+        for run_, more, said in (
+            (begun, [], "measures mine.py:fn, a function of yours, beside the others; name it again by --kernel"),
+            (other, ["--kernel", place], "begun without --kernel"),
+            (begun, ["--kernel", place, "--lse", "natural"], "its lse is natural, and was log2"),
+        ):
+            done = runner.invoke(app, ["report", *part, "--run", str(run_.path), *more])
+            assert done.exit_code == 2 and said in " ".join(done.stderr.split()) and not asked, done.output
+    (tmp_path / "mine.py").write_text("def fn(q, k, v):\n    return v + 1\n")
+    done = runner.invoke(app, ["report", "--resume", "--run", str(begun.path), "--kernel", place])
+    assert done.exit_code == 2 and "its file's hash is" in done.stderr and not asked
 
 
 def test_what_is_given_overrides_the_defaults_and_nothing_else(monkeypatch, run, tmp_path):

@@ -1,9 +1,10 @@
 """Inputs are what their pattern says, the same for a seed, and finite."""
 
+import numpy as np
 import pytest
 import torch
 
-from flashcore.errors import UnknownName
+from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.numerics import masking
 from flashcore.numerics.inputs import LAYOUTS, PATTERNS, UNUSED_ROWS, lengths_of, make_inputs, make_masks
 from flashcore.problem import Problem, square
@@ -24,6 +25,13 @@ def test_a_seed_gives_the_same_numbers_and_another_gives_others():
     first, again, other = (make_inputs(GROUPED, seed=s) for s in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_seed_is_a_whole_number_that_a_generator_holds():
+    assert torch.equal(*(make_inputs(GROUPED, seed=seed)[0] for seed in (3, np.int64(3))))
+    for seed in (1.5, True, "3", 10**23, -(10**23)):
+        with pytest.raises(InvalidProblem, match="^seed: "):
+            make_inputs(GROUPED, seed=seed)
 
 
 def test_bshd_is_a_strided_view_of_the_same_numbers():

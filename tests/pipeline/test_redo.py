@@ -184,6 +184,27 @@ def test_a_run_that_was_killed_before_its_verdict_is_judged_and_drawn(run, monke
     assert asked == [((run, {}), False)]
 
 
+def test_a_function_of_somebody_is_diagnosed_once_and_asked_for_again(run, monkeypatch):
+    kernel = {"backend": "mine-fn", "place": "/nowhere/mine.py:fn", "layout": "bhsd", "lse": None}
+    told = {"notebooks": ["01_first"], "kernel": reporting.as_told(kernel)}
+    run.environment_path.write_text(json.dumps({"parameters": told}))
+    run.append(Trial(kind="notebook", data={"name": "01_first"}))
+    run.append(Trial(kind="diagnosis", backend="mine-fn", variant="conform:P1"))
+    diagnosed = []
+    monkeypatch.setattr(reporting, "conclude", lambda *given, **named: None)
+    monkeypatch.setattr(reporting, "diagnose_adopted", lambda run, kernel, say: diagnosed.append(kernel["backend"]))
+    with pytest.raises(FlashCoreError, match="name it again by --kernel"):
+        resume(run)
+    with pytest.raises(FlashCoreError, match="name it again by --kernel"):
+        redo(run, "environment")
+    with pytest.raises(FlashCoreError, match="its layout is bshd, and was bhsd"):
+        resume(run, kernel={**kernel, "layout": "bshd"})
+    resume(run, kernel=kernel)
+    run.append(Trial(kind="diagnosis", backend="mine-fn"))
+    resume(run, kernel=kernel)
+    assert diagnosed == ["mine-fn"]
+
+
 @pytest.mark.parametrize("seconds", [0.0, 75.0, float("nan")])
 def test_a_limit_that_leaves_no_time_for_a_notebook_is_refused(seconds):
     with pytest.raises(FlashCoreError, match="more than 75 s, 60 of them for its page"):

@@ -285,6 +285,7 @@ def refused(rank: int, mesh) -> dict:
         "mapped": refusal(torch.vmap(lambda one: call(one, q, q, mesh)), q[None]),
         "plan": refusal(call, q, q, q, mesh, plan="gathr"),
         "backend": refusal(call, q, q, q, mesh, backend="no-such"),
+        "one backend": refusal(call, q, q, q, mesh, backend="auto" if rank else "no-such"),
         "alone": refusal(call, q, q, q, mesh, seqlen_k=16),
         "given": refusal(call, q, q, q, mesh, seqlen_q=16, seqlen_k=20),
         "given too short": refusal(call, q, q, q, mesh, seqlen_q=3, seqlen_k=16),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Broken
+from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Broken, refuse_limit
 from flashcore.bisection.diagnosis.diagnosing import Diagnosis, diagnose
 from flashcore.bisection.diagnosis.screening import HOME, Inputs, Screened
 from flashcore.errors import FlashCoreError
@@ -30,7 +30,9 @@ def diagnose_apart(place: str, problem: Problem | str | None = None, **options: 
     Diagnosis
         Without tensors. A process that dies or hangs is a finding.
     """
-    limit = WHOLE_LIMIT_S + 2 * options.get("time_limit_s", TIME_LIMIT_S)
+    call_limit = options.get("time_limit_s", TIME_LIMIT_S)
+    refuse_limit(call_limit)
+    limit = WHOLE_LIMIT_S + 2 * call_limit
     with Worker() as worker:
         outcome = worker.call(_bare, place, problem, options, timeout_s=limit)
     if outcome.ok:

@@ -231,17 +231,24 @@ def candidate_of(
     for what, value, known in (("layout", layout, get_args(Layout)), ("lse", lse or "none", get_args(Lse))):
         if value not in known:
             raise UnknownName(what, str(value), list(known))
-    if not (isinstance(time_limit_s, (int, float)) and math.isfinite(time_limit_s) and time_limit_s > 0):
-        raise InvalidProblem(f"time_limit_s: {time_limit_s!r} is no number of seconds above 0.")
+    refuse_limit(time_limit_s)
     if isinstance(function, str):
         function = load(function) if ":" in function else backends.get(function)
     if isinstance(function, backends.Backend):
         if layout != "bhsd":
             raise InvalidProblem(f"layout: backend '{function.id}' takes tensors as 'bhsd'; leave layout out.")
-        return _of_backend(function, device, time_limit_s)
+        if lse is not None:
+            raise InvalidProblem(f"lse: backend '{function.id}' says itself what it returns; leave lse out.")
+        return _of_backend(function, device and _device(device), time_limit_s)
     if not callable(function):
         raise InvalidProblem(f"diagnose takes a function, a backend or its id; {type(function).__name__} is none.")
     return _of_function(function, layout, lse or "none", _device(device), time_limit_s)
+
+
+def refuse_limit(time_limit_s: float) -> None:
+    """Raise `InvalidProblem` for what is no time that a call may take."""
+    if not (isinstance(time_limit_s, (int, float)) and math.isfinite(time_limit_s) and time_limit_s > 0):
+        raise InvalidProblem(f"time_limit_s: {time_limit_s!r} is no number of seconds above 0.")
 
 
 def refuse_masks(problem: Problem) -> None:
@@ -256,9 +263,16 @@ def refuse_masks(problem: Problem) -> None:
 def _device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise UnknownName("device", str(device), ["cpu", "cuda"])
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise InvalidProblem("device: torch finds no GPU here; leave device out, or give 'cpu'.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InvalidProblem(f"device: '{device}' is none of the {torch.cuda.device_count()} GPUs that torch finds.")
     return device
 
 
@@ -275,6 +289,9 @@ def _of_backend(backend: backends.Backend, device: str | None, time_limit_s: flo
         return out if lse is None else (out, lse)
 
     place = device or device_of(backend)
+    kind = torch.device(place).type
+    if backend.device not in ("any", kind):
+        raise InvalidProblem(f"device: backend '{backend.id}' takes tensors on '{backend.device}'; leave device out.")
     gives_lse = backend.role != "peer" or _peer_gives_lse(backend, place)
     return Candidate(backend.id, call, frozenset(_OPTIONS), lse="natural" if gives_lse else "none", device=place,
                      default_scale=True, time_limit_s=time_limit_s,

@@ -17,7 +17,15 @@ import torch
 
 from flashcore import backends as registry
 from flashcore import tables
-from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Broken, Candidate, Refusal, candidate_of, refuse_masks
+from flashcore.bisection.diagnosis.calling import (
+    TIME_LIMIT_S,
+    Broken,
+    Candidate,
+    Refusal,
+    candidate_of,
+    refuse_limit,
+    refuse_masks,
+)
 from flashcore.bisection.diagnosis.promises import PROMISES, Asked, Promise, chosen
 from flashcore.bisection.diagnosis.screening import Inputs, find_home
 from flashcore.bisection.diagnosis.shrinking import smaller
@@ -333,7 +341,9 @@ def conform_apart(
         with Worker() as own:
             return conform_apart(place, problem, only=only, progress=progress, worker=own, within_s=within_s, **options)
     asked = parse_problem(problem) if isinstance(problem, str) else problem
-    limit = PROMISE_LIMIT_S + 2 * options.get("time_limit_s", TIME_LIMIT_S)
+    call_limit = options.get("time_limit_s", TIME_LIMIT_S)
+    refuse_limit(call_limit)
+    limit = PROMISE_LIMIT_S + 2 * call_limit
     name, device, findings, deaths = place, options.get("device") or "", [], 0
     until = math.inf if within_s is None else time.monotonic() + within_s
     for promise in chosen(only):

@@ -21,7 +21,7 @@ from flashcore.bisection.diagnosis.predicting import EXPLAINED, explains
 from flashcore.bisection.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one
 from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.numerics import ambient
-from flashcore.numerics.inputs import PATTERNS
+from flashcore.numerics.inputs import PATTERNS, refuse_seed
 from flashcore.numerics.reference import STAGES
 from flashcore.problem import Problem, parse_problem
 from flashcore.records import Trial
@@ -191,8 +191,8 @@ class Diagnosis:
                  "Seconds": round(p.seconds, 3)} for p in (self.peeled.probes if self.peeled else ())]  # fmt: skip
         return pandas.DataFrame(rows, columns=["Probe", "Looks at", "Showed", "Calls", "Seconds"])
 
-    def to_trial(self) -> Trial:
-        """The record of it: kind ``diagnosis``; status `failed` when the function is wrong."""
+    def to_trial(self, *, probes: bool = False) -> Trial:
+        """The record of it: kind ``diagnosis``; status `failed` when the function is wrong. `probes` adds probes."""
         data: dict[str, Any] = {
             "finding": self.headline(), "right": self.right, "stages": list(self.stages),
             "hypotheses": [{"name": h.name, "sentence": h.sentence, "stages": list(h.stages)} for h in self.hypotheses],
@@ -202,6 +202,8 @@ class Diagnosis:
         }  # fmt: skip
         if self.peeled:
             data |= {"explained": self.peeled.explained, "wrong_elements": self.peeled.wrong}
+        if probes:
+            data["probes"] = self.table().to_dict("records")
         if self.smallest:
             data["smallest"] = {
                 "problem": self.smallest.inputs.problem.label(),
@@ -298,8 +300,7 @@ def diagnose(
         raise UnknownName("input pattern", pattern, list(PATTERNS))
     if pattern is not None and problem is None:
         raise InvalidProblem("pattern: it says how the inputs of one problem look; name the problem too.")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InvalidProblem(f"seed: {seed!r} is no whole number.")
+    refuse_seed(seed)
     candidate = candidate_of(fn, layout=layout, lse=lse, device=device, time_limit_s=time_limit_s)
     # Functions differ in what they hold in rows that see no key. Whoever asks about such a problem by name means them.
     candidate = replace(candidate, forgiven=problem is None, empty_rows=set())

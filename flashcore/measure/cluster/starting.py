@@ -24,6 +24,8 @@ START_S = 180.0
 JOIN_S = 60.0
 """Seconds that workers of a running scheduler may take to say what they are."""
 MOST_WORKERS = 64
+DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+"""What a worker of this box runs first: Ctrl-C reaches all processes of a terminal, and ours ends the workers."""
 
 
 @contextlib.contextmanager
@@ -56,8 +58,8 @@ def spread(
     Raises
     ------
     ClusterError
-        More cards are asked for than there are, nothing answers, or a worker cannot be used; or not exactly one of the
-        four is given.
+        More cards are asked for than there are, nothing answers, or a worker does not start or cannot be used; or not
+        exactly one of the four is given.
     ToolMissing
         Dask is not installed.
     """
@@ -143,11 +145,19 @@ def _local(cards: list[str] | None, count: int) -> Any:
         env |= {name: value for name, value in keeping_kernels().items() if name not in os.environ}
         env["CUDA_VISIBLE_DEVICES"] = "" if cards is None else cards[number]
         options = {"nthreads": threads_of(offered), "resources": offered, "memory_limit": 0, "dashboard": False,
-                   "env": env, "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR"}  # fmt: skip
+                   "env": env, "host": "127.0.0.1", "name": str(number), "silence_logs": "ERROR",
+                   "preload": DEAF}  # fmt: skip
         workers[number] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": True,
                                                "dashboard_address": "127.0.0.1:0"}}  # fmt: skip
-    return SpecCluster(workers=workers, scheduler=scheduler, name="flashcore", silence_logs="ERROR")
+    try:
+        return SpecCluster(workers=workers, scheduler=scheduler, name="flashcore", silence_logs="ERROR")
+    except (OSError, RuntimeError) as error:  # a port or a process that the machine does not give, a worker that dies
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ClusterError(
+            f"The workers of this machine do not start ({type(error).__name__}: {said}); ask for fewer, or leave the "
+            "option out."
+        ) from error
 
 
 def _crew(cards: int) -> dict[str, int]:

@@ -44,6 +44,8 @@ MOST_ERRORS = 3
 """Settings in a row whose computation raised until no further one is drawn."""
 MOST_IDLE = 60
 """Settings in a row without a case until no further one is drawn."""
+OUT_OF_TIME = "the time ran out"
+"""What a record says of why no further setting was drawn, where that is so."""
 AHEAD = 24
 """Settings whose kernels are compiled ahead, all at once."""
 Progress = Callable[[str], None]
@@ -137,7 +139,7 @@ def measure(
         "others": count.others, "breaks": count.breaks, "errors": len(count.errors), "seed": seed, "device": device,
         "refused": dict(count.refused.most_common(5)), "seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
-    return Trial(**common, data=data, **_status(one, mode, count))
+    return Trial(**common, data=data, **_status(mode, count, stopped))
 
 
 def limit_of(one: Implementation) -> float:
@@ -161,12 +163,15 @@ def fields_of(one: Implementation, mode: Mode) -> dict[str, Any]:
             "source_hash": one.first.source_hash(asked)}  # fmt: skip
 
 
-def _status(one: Implementation, mode: Mode, count: _Count) -> dict[str, Any]:
+def _status(mode: Mode, count: _Count, stopped: str) -> dict[str, Any]:
     """Status and reason: a break of what was promised fails, one of what was not is a figure like another."""
     if count.broken and mode == "invariant":
         return {"status": "failed", "reason": f"{count.broken:,} of {count.cases:,} cases are broken."}
     if count.errors and (mode == "invariant" or not count.cases):
         return {"status": "error", "reason": f"{len(count.errors)} settings raised, the first: {count.errors[0]}"}
+    if not count.cases and stopped == OUT_OF_TIME:
+        status = "error" if mode == "invariant" else "unsupported"  # a promise that nobody looked at is not kept
+        return {"status": status, "reason": "The time ran out before a case was asked."}
     if not count.cases:
         why = next(iter(count.refused), "it takes none of the settings that were drawn")
         return {"status": "unsupported", "reason": f"No case could be asked: {why}."}
@@ -187,7 +192,7 @@ def _ask(
             if progress:
                 progress(f"{one.id}: {count.cases:,} of {num_cases:,} cases")
         if time.monotonic() > until:
-            return count, "the time ran out"
+            return count, OUT_OF_TIME
         if in_a_row >= MOST_ERRORS or idle >= MOST_IDLE:
             return count, "its calls raise" if in_a_row >= MOST_ERRORS else "no more settings have a case"
         rng, setting = _drawn(one, seed, number, size, invariant)

@@ -42,12 +42,12 @@ def chosen(what: str, gpu: bool) -> list[str]:
     Raises
     ------
     UnknownName
-        One of them is not among `WHATS`.
+        One of them is not among `WHATS`, or there is none.
     """
     if what.strip() == "all":
         return [name for name in WHATS if gpu or name in ON_CPU]
     names = [name.strip() for name in what.split(",") if name.strip()]
-    for name in names:
+    for name in names or [what]:
         if name not in WHATS:
             raise UnknownName("measurement of paging", name, ["all", *WHATS])
     return [name for name in WHATS if name in names]

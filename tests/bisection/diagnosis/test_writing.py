@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from flashcore import backends
 from flashcore.bisection.diagnosis import diagnose, write_test
 from flashcore.errors import InvalidProblem
 
@@ -34,6 +37,18 @@ def test_it_fails_until_the_function_is_mended(tmp_path):
     assert written.endswith("test_kernel.py")
     file.write_text(WRONG.replace(".mT", ".mT / q.shape[-1] ** 0.5"))
     run(tmp_path / "test_kernel.py")
+
+
+def test_the_seed_is_written_and_of_a_backend_only_what_it_may_be_told(tmp_path, monkeypatch):
+    file = tmp_path / "kernel.py"
+    file.write_text(WRONG)
+    found = diagnose(f"{file}:mine", "B=1,H=1,S=40,D=16", device="cpu", seed=7)
+    assert found.smallest.inputs.seed == 7
+    assert ", seed=7)" in Path(write_test(found, str(tmp_path / "test_it.py"), f"{file}:mine")).read_text()
+    monkeypatch.setattr(type(backends.get("cpu")), "run", lambda self, q, k, v, problem, **masks: (v.clone(), None))
+    found = diagnose("cpu", "B=1,H=1,S=40,D=64")
+    assert not found.right and found.context["lse"] == "natural"
+    assert "lse" not in Path(write_test(found, str(tmp_path / "test_cpu.py"), "cpu")).read_text().split("def ")[1]
 
 
 def test_there_is_no_test_of_what_is_right():

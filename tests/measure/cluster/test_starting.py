@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -66,6 +67,24 @@ def test_workers_keep_what_a_package_of_others_compiled_and_have_their_card_and_
         assert one["resources"] == {"GPU": 1, "CREW": 3, "HOST": 1} and one["nthreads"] == 4
     [one] = starting._local(None, 1)
     assert (one["resources"], one["nthreads"]) == ({"CPU": 1}, 1)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        exec(one["preload"])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "Ctrl-C is for the process that has workers"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_workers_that_do_not_start_are_one_sentence(monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+
+    def broken(**_):
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr(distributed, "SpecCluster", broken)
+    said = "The workers of this machine do not start .RuntimeError: Nanny failed to start.; ask for fewer"
+    with pytest.raises(ClusterError, match=said):
+        starting._local(None, 1)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,17 @@ def test_evidence_of_a_kernel_that_vanished_is_a_regression():
         assert found.judged and f"made none of the 1 {told} of hopper that were made then" in sentence_
 
 
+@pytest.mark.parametrize(("gpu", "gone"), [(None, True), ("SYNTHETIC H100", False)])
+def test_where_all_timings_of_ours_vanished_that_is_a_regression_on_one_kind_of_machine(gpu, gone):
+    before = snapshot("before")
+    left = tuple(t for t in before.trials if t.kind != "attention_timing" or t.backend.startswith("sdpa"))
+    elsewhere = snapshot(gpu=gpu).environment if gpu else before.environment
+    found = history.compare_runs(before, Snapshot("now", left, elsewhere))
+    assert not found.judged and len(left) < len(before.trials)
+    assert [s for s in found.regressions if "made none of the 12 timings of wmma" in s] == found.regressions
+    assert bool(found.regressions) == gone
+
+
 # --- junk ----------------------------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,12 @@ def test_the_time_is_kept_to(small, monkeypatch):
     assert 0 < trial.data["cases"] < 10_000 and trial.data["stopped"] == "the time ran out" and trial.status == "ok"
 
 
+def test_a_promise_that_nobody_had_time_to_look_at_is_not_kept():
+    for mode, status in (("invariant", "error"), ("ordinary", "unsupported")):
+        trial = measuring.measure("cpu", mode, num_cases=5, limit_s=1e-9)
+        assert (trial.status, trial.reason) == (status, "The time ran out before a case was asked.")
+
+
 def test_what_is_not_here_is_said():
     if backends.get("hopper").availability().ok:
         pytest.skip("this machine has the GPU")

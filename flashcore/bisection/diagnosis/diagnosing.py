@@ -15,7 +15,7 @@ from flashcore.bisection.diagnosis import shrinking
 from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of, refuse_masks
 from flashcore.bisection.diagnosis.conditions import condition
-from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.peeling import Peeled, look_closer, peel
 from flashcore.bisection.diagnosis.predicting import EXPLAINED, explains
 from flashcore.bisection.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one

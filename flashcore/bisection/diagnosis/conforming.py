@@ -18,7 +18,8 @@ import torch
 from flashcore import backends as registry
 from flashcore import tables
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Broken, Candidate, Refusal, candidate_of, refuse_masks
-from flashcore.bisection.diagnosis.promises import PROMISES, Asked, Promise, chosen
+from flashcore.bisection.diagnosis.promises.asking import Asked, Promise
+from flashcore.bisection.diagnosis.promises.registry import PROMISES, chosen
 from flashcore.bisection.diagnosis.screening import Inputs, find_home
 from flashcore.bisection.diagnosis.shrinking import smaller
 from flashcore.errors import BackendUnavailable, FlashCoreError

@@ -33,6 +33,8 @@ class Hypothesis:
     """It is a bug of precision: no model predicts its errors to the element."""
     of_calls: bool = False
     """It depends on what was called before: no model predicts one call alone."""
+    by_lot: bool = False
+    """It is drawn by lot in each call, so none is predicted."""
 
 
 def under(base: Behaviour, hypotheses: Iterable[Hypothesis], device: str | torch.device) -> Behaviour:

@@ -17,7 +17,9 @@ from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.probes import (
     bends,
     columns,
+    dropping,
     extremes,
+    formulas,
     heads,
     keeping,
     keys,
@@ -47,6 +49,8 @@ class Probe:
 REPEATS = Probe("the same again", "races", memory.repeats)
 UNWRITTEN = Probe("memory full of NaN", "elements that are never written", memory.unwritten)
 EARLIER = Probe("other calls before", "what is kept between calls", keeping.earlier)
+DROPPED = Probe("results that vary", "dropout", dropping.dropped)
+FORMULAS = Probe("whole formulas", "what stands in place of softmax, and which tensors", formulas.formulas)
 LSE = Probe("lse", "the log-sum-exp", logsumexp.lse)
 EQUAL_KEYS = Probe("equal keys", "mask and list of keys", keys.equal_keys)
 PHANTOMS = Probe("keys that do not exist", "padding", keys.phantoms)
@@ -55,6 +59,7 @@ FAR = Probe("products past float16", "the range of scores", extremes.far)
 PRECISION = Probe("a small number beside a large one", "precision of scores and sums", rounding.precision)
 ONE_BY_ONE = (
     Probe("strides", "layout of memory", layouts.strides),
+    FORMULAS,
     Probe("marks", "heads of Q, K and V", heads.marks),
     Probe("equal values", "columns, rows that are left out", columns.equal_values),
     EQUAL_KEYS,
@@ -67,13 +72,14 @@ ONE_BY_ONE = (
     FAR,
     PRECISION,
     Probe("moving maximum", "rescaling from page to page", loops.moving_maximum),
+    Probe("formulas once more", "the same, with what was found since", formulas.formulas),
     Probe("V by itself", "P V", columns.linear),
 )
 """What a function that repeats itself is asked, until what was found predicts every wrong element."""
 CLOSER = (UNWRITTEN, EARLIER, EQUAL_KEYS, PHANTOMS, LIFTED, FAR, PRECISION)
 """What may be wrong though all outputs are within their bounds. What was never written may hold the right values of a
 call before, so that comes first."""
-MOST = len(ONE_BY_ONE) + 4
+MOST = len(ONE_BY_ONE) + 5
 """Probes that one function is asked at most."""
 
 
@@ -122,6 +128,8 @@ def peel(
         results.append(_asked(probe, inquiry, told, len(results)))
 
     ask(REPEATS)
+    if inquiry.varies:
+        ask(DROPPED)
     ask(UNWRITTEN)
     if not inquiry.varies and not inquiry.found:  # memory that nobody wrote changes from call to call
         ask(EARLIER)

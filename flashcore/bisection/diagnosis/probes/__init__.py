@@ -6,6 +6,6 @@ for what several show (`masks`, `scales`, `orders`), and `weights`, which judges
 """
 
 __all__ = [
-    "bends", "columns", "extremes", "heads", "inquiry", "keeping", "keys", "layouts", "logsumexp", "loops", "masks",
-    "memory", "orders", "rounding", "scales", "scores", "weights",
+    "bends", "columns", "dropping", "extremes", "formulas", "heads", "inquiry", "keeping", "keys", "layouts",
+    "logsumexp", "loops", "masks", "memory", "orders", "rounding", "scales", "scores", "weights",
 ]  # fmt: skip

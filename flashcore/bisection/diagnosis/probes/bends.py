@@ -40,7 +40,22 @@ def ladder(inquiry: Inquiry) -> str | None:
     if inquiry.bendable is not None:
         inquiry.suspicions.remove(inquiry.bendable)
         inquiry.bendable = None
-    return inquiry.add(bent)
+    return inquiry.add(_after_the_mask(inquiry, bent) or bent)
+
+
+def _after_the_mask(inquiry: Inquiry, bent: Hypothesis) -> Hypothesis | None:
+    """A cap that is taken of hidden scores too: they become -c, whatever a mask was thought to set."""
+    kind, limit = bent.changes["bend"]
+    if kind not in ("tanh", "clip") or not inquiry.problem.causal:
+        return None
+    told = {"bend": (kind, limit), "masked_score": -limit}
+    both = Hypothesis("softcap after the mask", f"{bent.sentence}, and so does the -inf of hidden keys, which becomes "
+                      f"-{limit:.3g}", ("scores",), told)  # fmt: skip
+    more = inquiry.explained_with(both) - inquiry.explained_with(bent)
+    if more < 0 or (more == 0 and inquiry.state.masked_score is None):
+        return None
+    inquiry.found = [one for one in inquiry.found if "masked_score" not in one.changes]
+    return both
 
 
 def of_ladder(read: list[tuple[torch.Tensor, torch.Tensor]]) -> Hypothesis | None:
@@ -63,6 +78,9 @@ def of_ladder(read: list[tuple[torch.Tensor, torch.Tensor]]) -> Hypothesis | Non
 
     if fits(lambda x: x):
         return None
+    if fits(torch.relu):
+        return Hypothesis("negative scores set to 0", "scores below 0 become 0: a score of -5 counts like one of 0",
+                          ("scores",), {"bend": ("relu", 0.0)})  # fmt: skip
     if fits(torch.abs):
         return Hypothesis("sign of the scores lost", "scores lose their sign: a score of -5 counts like one of 5",
                           ("scores",), {"bend": ("abs", 0.0)})  # fmt: skip
@@ -76,7 +94,7 @@ def of_ladder(read: list[tuple[torch.Tensor, torch.Tensor]]) -> Hypothesis | Non
         miss = lambda c, of=of: float(offs(of(c)).nan_to_num(0.0).square().sum())  # noqa: E731
         coarse = min(grid, key=miss)
         best = min(torch.linspace(0.95 * coarse, 1.05 * coarse, 81, dtype=torch.float64).tolist(), key=miss)
-        best = best if not fits(of(float(round(best)))) else float(round(best))
+        best = float(round(best)) if round(best) and fits(of(float(round(best)))) else best
         if not fits(of(best)):
             continue
         words = {"tanh": f"a softcap that nobody asked for: scores become {best:.3g} tanh(score / {best:.3g})",

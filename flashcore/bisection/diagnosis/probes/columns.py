@@ -114,6 +114,15 @@ def of_columns(got: torch.Tensor, row: torch.Tensor, seen: torch.Tensor, problem
         return []
     if bool(empty.any()):
         found.append(_zeroed(empty, seen, problem))
+    apart = _factors_of_heads(got, row, seen & ~empty.any(dim=0), slack)
+    if apart is not None:
+        off = (apart - 1).abs() > slack
+        first, many = int(off.to(torch.uint8).argmax()), int(off.sum())
+        at = head_of(first, problem)
+        words = (f"the output of {many} of {len(apart)} heads is multiplied, whatever Q, K and V are: that of batch "
+                 f"{at['batch']}, head {at['head']} by {float(apart[first]):.4g}")  # fmt: skip
+        told = {"head_factors": apart}
+        return [*found, Hypothesis("output of some heads multiplied", words, ("out", "accum", "row_sum"), told, at)]
     full = got[~empty & seen]
     middle = full.median(dim=0).values
     if bool(((full - middle).abs() > 2 * slack * middle.abs().clamp_min(float(row[0]))).any()):
@@ -131,6 +140,18 @@ def of_columns(got: torch.Tensor, row: torch.Tensor, seen: torch.Tensor, problem
     if bool((source >= len(row)).any()):
         return found
     return [*found, _moved_columns(source)]
+
+
+def _factors_of_heads(got, row, rows: torch.Tensor, slack: float) -> torch.Tensor | None:
+    """float64 ``[N]``: what each head's output is multiplied by; None where it is one number for all, or none."""
+    if not bool(rows.any()):
+        return None
+    ratio = got[:, rows] / row
+    factors = ratio.flatten(1).median(dim=-1).values
+    even = (ratio - factors[:, None, None]).abs() <= 2 * slack * factors[:, None, None].abs()
+    if not bool(even.all()) or bool((factors == 0).any()) or float(factors.max() - factors.min()) <= 4 * slack:
+        return None
+    return torch.where((factors - 1).abs() <= slack, 1.0, factors)
 
 
 def of_nothing(got: torch.Tensor, problem: Problem) -> Hypothesis | None:

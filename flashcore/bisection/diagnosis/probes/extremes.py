@@ -11,6 +11,8 @@ from flashcore.measure import check
 LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
 """What is added to all scores of a row, which may change nothing."""
 
+FAR_BELOW = -110.0
+"""A lift that exp does not hold in float32 beside 0, where it holds the one before."""
 HELD, NOT_HELD = 30_000.0, 80_000.0
 """Products of Q and K that float16 holds, and does not hold."""
 
@@ -50,6 +52,10 @@ def lifted(inquiry: Inquiry) -> str | None:
     if up is None and failed[down] == "vanished":
         words = (f"rows whose scores are near {down:g} vanish: the reference that is subtracted, or that of a part "
                  "without keys, is 0 or higher")  # fmt: skip
+        held = Hypothesis("maximum starts at 0", f"{words}, as where a maximum starts at 0 or at the smallest number "
+                          "above 0, and not at -inf", ("row_max", "out"), {"least_max": 0.0})  # fmt: skip
+        if down == FAR_BELOW and inquiry.explains_most(held):
+            return inquiry.add(held)
         return inquiry.suspect(("row_max", "out"), words)
     if up is None or failed[up] == "wrong":
         return None  # scores of that size may be rounded too much, which the probe of precision looks into

@@ -96,10 +96,19 @@ class Inquiry:
 
     def explains_most(self, hypothesis: Hypothesis) -> bool:
         """Whether it predicts most of the wrong elements, where there are calls to judge by."""
-        before, self.state = self.state, self.state.with_(**hypothesis.changes)
-        explained, wrong, _ = self.verify()
-        self.state = before
+        explained, wrong, _ = self._verified_with(hypothesis)
         return explained > 0.5 * wrong
+
+    def explained_with(self, hypothesis: Hypothesis) -> int:
+        """Wrong elements that it predicts together with what is known, less right ones that it predicts wrongly."""
+        explained, _, spoiled = self._verified_with(hypothesis)
+        return explained - spoiled
+
+    def _verified_with(self, hypothesis: Hypothesis) -> tuple[int, int, int]:
+        before, self.state = self.state, self.state.with_(**hypothesis.changes)
+        verified = self.verify()
+        self.state = before
+        return verified
 
     def fits_shape(self, problem: Problem) -> bool:
         """Whether what was read at the probed shapes says something of this problem."""

@@ -13,6 +13,11 @@ from flashcore.bisection.diagnosis.probes import bends, masks, orders, weights
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.problem import Problem
 
+DEPTHS = (20.0, 60.0, 200.0, 2e3, 2e4, 2e5)
+"""How far below 0 the keys are taken that a row sees."""
+MASKS = (-1e4, -1e5, -1e3, -100.0, -50.0, -30.0, -20.0, -65504.0, -32768.0, -5e4, -1e9)
+"""Numbers that masks set or add in place of -inf."""
+
 
 def equal_keys(inquiry: Inquiry) -> str | None:
     found = reading.read_counts(inquiry.candidate, inquiry.problem, inquiry.state.columns)
@@ -103,12 +108,11 @@ def hidden(inquiry: Inquiry) -> str | None:
     problem = inquiry.problem
     if not problem.causal or inquiry.state.counts is not None or inquiry.candidate.rounds_scores:
         return None
-    depths = (20.0, 60.0, 200.0, 2e3, 2e4, 2e5)
-    found = [reading.read_hidden(inquiry.candidate, problem, depth) for depth in depths]
-    above = next((depth for depth, weight in zip(depths, found, strict=True) if weight and weight > 0.5), None)
+    found = [reading.read_hidden(inquiry.candidate, problem, depth) for depth in DEPTHS]
+    above = next((depth for depth, weight in zip(DEPTHS, found, strict=True) if weight and weight > 0.5), None)
     if above is None:
         return None
-    low, high = max((d for d in depths if d < above), default=0.0), above
+    low, high = max((d for d in DEPTHS if d < above), default=0.0), above
     for _ in range(24):  # half of the weight is where hidden and seen keys score alike, up to their numbers
         middle = (low + high) / 2
         weight = reading.read_hidden(inquiry.candidate, problem, middle) or 0.0
@@ -117,9 +121,20 @@ def hidden(inquiry: Inquiry) -> str | None:
             break
     seen = mask_of(problem, inquiry.candidate.device)[0]
     level = -(low + high) / 2 - math.log(float((seen == 0).sum() / seen.sum()))
-    near = next((n for n in (-1e4, -1e5, -1e3, -100.0, -50.0, -30.0, -20.0) if abs(level / n - 1) < 0.01), level)
-    words = f"hidden keys get a score of {near:g} where -inf is meant, and outweigh keys whose scores lie below it"
-    return inquiry.add(Hypothesis("mask too small", words, ("scores",), {"masked_score": near}))
+    near = next((n for n in MASKS if abs(level / n - 1) < 0.01), None)
+    scaled = next((n for n in MASKS if near is None and abs(level / n / problem.scale - 1) < 0.01), None)
+    level = near or (scaled * problem.scale if scaled else level)
+    # A key behind the mask that scores more is as deep below the rest as before, or less so where numbers are added.
+    lifted = reading.read_hidden(inquiry.candidate, problem, 0.8 * abs(level), 0.6 * abs(level))
+    if lifted is not None and lifted > 0.5:
+        words = (f"{level:g} is added to the scores of hidden keys where -inf is meant, and they outweigh keys whose "
+                 "scores lie further below theirs")  # fmt: skip
+        told = {"masked_added": level}
+    else:
+        words = f"hidden keys get a score of {level:g} where -inf is meant, and outweigh keys whose scores lie below it"
+        told = {"masked_score": level}
+    words += f" ({scaled:g} before the scale)" if scaled else ""
+    return inquiry.add(Hypothesis("mask too small", words, ("scores",), told))
 
 
 def of_values_gone(counts: torch.Tensor, extra: torch.Tensor, problem: Problem) -> Hypothesis | None:

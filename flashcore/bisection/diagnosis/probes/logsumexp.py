@@ -8,8 +8,9 @@ from typing import get_args
 
 import torch
 
-from flashcore.bisection.diagnosis.behaviour import Behaviour, Loop, LseKind, mask_of, simulate
+from flashcore.bisection.diagnosis.behaviour import Behaviour, LseKind, mask_of, simulate
 from flashcore.bisection.diagnosis.hypotheses import TILES, Hypothesis, head_of
+from flashcore.bisection.diagnosis.pages import Loop
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.measure import check
 from flashcore.numerics import ambient

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import get_args
 
 from flashcore.bisection.diagnosis import reading
-from flashcore.bisection.diagnosis.behaviour import PART_FAULTS, RIGHT, Loop, LoopFault, simulate
+from flashcore.bisection.diagnosis.behaviour import RIGHT, simulate
 from flashcore.bisection.diagnosis.hypotheses import Hypothesis, first_of
+from flashcore.bisection.diagnosis.pages import PART_FAULTS, Loop, LoopFault
 from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt, share_of
 from flashcore.bisection.diagnosis.probes import weights
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
-from flashcore.bisection.diagnosis.screening import Screened
+from flashcore.bisection.diagnosis.screening import Inputs, Screened, screen_one
 from flashcore.problem import Problem
 
 LOOP_SIZES = (64, 128, 32, 16, 256, 96, 176, 80, 160)
@@ -22,6 +23,8 @@ PAGE_FAULTS: tuple[LoopFault, ...] = (
 """Faults that may happen on one page alone."""
 ROW_TILES = (64, 128, 32, 16)
 """Numbers of rows after which a state may be carried over."""
+MOVING = ("rising", "steep")
+"""Inputs whose maximum moves a little, and much."""
 MOST_PAGES = 80
 """Pages of a loop that is simulated."""
 
@@ -54,6 +57,7 @@ def words_of(loop: Loop) -> tuple[str, tuple[str, ...]]:
     order = ", last page first" if loop.backwards else ""
     pages = f"{where} of {loop.page_size} keys{order}"
     both, accum, row_sum = ("rescale",), ("accum",), ("row_sum",)
+    late = "{} left as they were where the maximum moves by less than a factor of {}, and it moves all the same"
     warps = "the accumulator is rescaled only where {} rows in a row all need it"
     words = {
         "accum not rescaled": ("the accumulator is not rescaled when the maximum moves", accum),
@@ -70,6 +74,10 @@ def words_of(loop: Loop) -> tuple[str, tuple[str, ...]]:
         "factor scaled twice": ("the scale is applied twice within the rescale factor", both),
         "accum rescaled late": ("the accumulator is rescaled after the page was added to it, and not before", accum),
         "rescaled late": ("accumulator and row_sum are rescaled after the page was added, and not before", both),
+        "accum not rescaled below 2^8": (late.format("the accumulator's numbers are", "2^8"), accum),
+        "accum not rescaled below e^8": (late.format("the accumulator's numbers are", "e^8"), accum),
+        "neither rescaled below 2^8": (late.format("accumulator and row_sum are", "2^8"), both),
+        "neither rescaled below e^8": (late.format("accumulator and row_sum are", "e^8"), both),
         "factor of a column": ("the accumulator's factors are laid along its columns, where each is a row's", accum),
         "rescaled by warps of 8": (warps.format(8), accum),
         "rescaled by warps of 16": (warps.format(16), accum),
@@ -95,12 +103,13 @@ def moving_maximum(inquiry: Inquiry) -> str | None:
     small = _first_group(inquiry, problem, q, k, v, one)
     best: tuple[float, Loop] | None = None
     for together in loops_of(problem):
-        for loop in together:
-            share = share_of(*small(loop), one, inquiry.candidate)[0]
-            if share > (best[0] if best else 0.5):
-                best = (share, loop)
-        if best and best[0] >= EXPLAINED:
+        shares = [(share_of(*small(loop), one, inquiry.candidate)[0], loop) for loop in together]
+        fit = [loop for share, loop in shares if share >= EXPLAINED]
+        if fit:
+            best = (1.0, fit[0] if len(fit) == 1 else _of_all_calls(inquiry, fit, left))
             break
+        highest = max(shares, key=lambda tried: tried[0], default=(0.0, None))
+        best = highest if highest[0] > (best[0] if best else 0.5) else best
     if best is None or best[0] < 0.9:
         return _carried(inquiry, one, q, k, v) or _unnamed_loop(inquiry, one)
     if best[0] >= EXPLAINED:
@@ -111,6 +120,22 @@ def moving_maximum(inquiry: Inquiry) -> str | None:
     words, stages = words_of(loop)
     return inquiry.add(Hypothesis(loop.kind, words, stages, {"loop": loop},
                                {"page": loop.page} if loop.page is not None else {}))  # fmt: skip
+
+
+def _of_all_calls(inquiry: Inquiry, fit: list[Loop], wrong: list[Screened]) -> Loop:
+    """Of loops that explain one call alike, the first of those that are most like the function in other calls too."""
+    problem = wrong[0].inputs.problem
+    others = [Inputs(problem, pattern) for pattern in MOVING if pattern not in {s.inputs.pattern for s in wrong}]
+    right = [
+        one for one in (screen_one(inquiry.candidate, inputs) for inputs in others) if one.answer and not one.wrong
+    ]
+
+    def alike(loop: Loop) -> float:
+        state = inquiry.state.with_(loop=loop)
+        return sum(share_of(one.answer.out, simulate(*given_to(one, inquiry.candidate), one.inputs.problem, state)[0],
+                            one, inquiry.candidate)[0] for one in [*wrong, *right])  # fmt: skip
+
+    return max(fit, key=alike)
 
 
 def _carried(inquiry: Inquiry, one: Screened, q, k, v) -> str | None:

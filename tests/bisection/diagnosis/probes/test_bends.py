@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support import wrong_attention as zoo
-from support.inquiries import inquiry_of
+from support.inquiries import CAUSAL, inquiry_of
 
-from flashcore.bisection.diagnosis.probes import bends
+from flashcore.bisection.diagnosis.probes import bends, keys
 from flashcore.problem import Problem
 
 PROBLEM = Problem(batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=40, seqlen_k=100, head_dim=64)
@@ -50,3 +50,20 @@ def test_a_ladder_shows_a_cap():
     inquiry = inquiry_of(zoo.capped)
     assert "a softcap that nobody asked for" in bends.ladder(inquiry) and inquiry.state.bend[0] == "tanh"
     assert bends.ladder(inquiry_of(zoo.two_pass)) is None
+
+
+def test_scores_below_0_that_are_lost():
+    inquiry = inquiry_of(zoo.relu_of_scores)
+    assert "scores below 0 become 0" in bends.ladder(inquiry) and inquiry.state.bend == ("relu", 0.0)
+    assert not inquiry.unexplained()
+
+
+def test_a_softcap_that_bends_the_mask_too():
+    inquiry = inquiry_of(zoo.capped_after_the_mask, CAUSAL.with_(seqlen_q=100), ("normal", "outlier"))
+    keys.hidden(inquiry)
+    assert [h.name for h in inquiry.found] == ["mask too small"], "so it looks until the cap is known"
+    assert "and so does the -inf of hidden keys, which becomes -30" in bends.ladder(inquiry)
+    assert [h.name for h in inquiry.found] == ["softcap after the mask"] and inquiry.state.masked_score == -30.0
+    assert not inquiry.unexplained()
+    inquiry = inquiry_of(lambda q, k, v: zoo.capped_after_the_mask(q, k, v))
+    assert bends.ladder(inquiry) and [h.name for h in inquiry.found] == ["softcap not asked for"]

@@ -60,3 +60,15 @@ def test_an_output_that_is_not_the_sum_of_v_is_placed():
     inquiry = inquiry_of(squared)
     assert "not the sum of V by the weights that were read" in columns.linear(inquiry)
     assert inquiry.suspicions[0].stages == ("accum",) and set(inquiry.suspicions[0].place) > {"row", "column"}
+
+
+def test_heads_whose_output_is_another_size():
+    def scaled(q, k, v):
+        out = zoo.two_pass(q, k, v)
+        out[1, 3] *= 1.5
+        return out
+
+    inquiry = inquiry_of(scaled)
+    assert "the output of 1 of 8 heads is multiplied" in columns.equal_values(inquiry)
+    assert inquiry.found[0].place == {"batch": 1, "head": 3} and not inquiry.unexplained()
+    assert "by 1.5" in inquiry.found[0].sentence and inquiry.state.tells_heads_apart

@@ -57,3 +57,18 @@ def test_the_maximum_before_a_negative_scale_is_named():
     assert "before a negative scale" in extremes.far(inquiry)
     explained, wrong, _ = inquiry.verify()
     assert explained > 0.98 * wrong > 0
+
+
+def test_a_maximum_that_starts_at_0_is_one_only_where_it_explains_what_vanished():
+    inquiry = inquiry_of(zoo.maximum_from_zero, patterns=("sunken",))
+    assert "as where a maximum starts at 0" in extremes.lifted(inquiry) and inquiry.state.least_max == 0.0
+    assert not inquiry.unexplained() and inquiry.suspicions == []
+
+    def from_minus_40(q, k, v):
+        a, b, c, scale = zoo.parts(q, k, v)
+        scores = a @ b.mT * scale
+        probs = (scores - scores.amax(-1, keepdim=True).clamp_min(-40)).exp()
+        return (probs @ c / probs.sum(-1, keepdim=True)).nan_to_num(0.0).to(q.dtype)
+
+    inquiry = inquiry_of(from_minus_40, patterns=("sunken",))
+    assert "near -150 vanish" in extremes.lifted(inquiry) and inquiry.found == []

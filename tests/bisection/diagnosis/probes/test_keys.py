@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from support import wrong_attention as zoo
 from support.inquiries import CAUSAL, PROBLEM, inquiry_of
@@ -36,3 +37,18 @@ def test_equal_keys_show_a_mask_keys_of_zeros_and_a_sum_that_is_not_divided_by()
     assert said(zoo.tail_padded) == ["last partial page taken as whole"]
     assert said(zoo.not_divided) == ["not normalised"]
     assert said(zoo.two_pass, CAUSAL) == said(zoo.scaled_twice) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "field", "value"),
+    [
+        (zoo.ten_thousand_subtracted, "-10000 is added to the scores of hidden keys", "masked_added", -1e4),
+        (zoo.a_hundred_subtracted, "-100 is added to the scores of hidden keys", "masked_added", -100.0),
+        (zoo.masked_by_a_small_number, "hidden keys get a score of -100 where", "masked_score", -100.0),
+        (zoo.masked_before_the_scale, "(-1000 before the scale)", "masked_score", -1000 * CAUSAL.scale),
+    ],
+)
+def test_what_is_set_is_told_from_what_is_added(function, words, field, value):
+    inquiry = inquiry_of(function, CAUSAL)
+    assert words in keys.hidden(inquiry)
+    assert getattr(inquiry.state, field) == pytest.approx(value) and len(inquiry.found[0].changes) == 1

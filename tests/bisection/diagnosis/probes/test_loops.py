@@ -8,7 +8,7 @@ import pytest
 from support import wrong_attention as zoo
 from support.inquiries import inquiry_of
 
-from flashcore.bisection.diagnosis.behaviour import Loop, LoopFault
+from flashcore.bisection.diagnosis.pages import Loop, LoopFault
 from flashcore.bisection.diagnosis.probes import loops
 from flashcore.numerics.reference import STAGES
 from flashcore.problem import Problem
@@ -47,3 +47,11 @@ def test_a_loop_is_found_by_simulation():
     )
     assert inquiry.state.loop == Loop("accum not rescaled", 64) and not inquiry.unexplained()
     assert loops.moving_maximum(inquiry_of(zoo.page_loop)) is None
+
+
+@pytest.mark.parametrize("name", ["rescaled_late_accum", "rescaled_late"])
+def test_of_loops_that_explain_one_call_alike_the_others_decide(name):
+    wrong = zoo.ZOO[name]
+    inquiry = inquiry_of(wrong.function, PROBLEM.with_(seqlen_q=60, seqlen_k=200), ("normal", "rising", "steep"))
+    loops.moving_maximum(inquiry)
+    assert [h.name for h in inquiry.found] == [wrong.named] and not inquiry.unexplained()

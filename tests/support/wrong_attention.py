@@ -521,7 +521,7 @@ def masked_before_the_scale(q, k, v, causal=False):
     return finish(scores * scale, c, q.dtype)
 
 
-@_wrong("softcap after the mask", "scores")
+@_wrong("cap after the mask", "scores")
 def capped_after_the_mask(q, k, v, causal=False):
     a, b, c, scale = parts(q, k, v)
     scores = a @ b.mT * scale

@@ -40,22 +40,23 @@ def ladder(inquiry: Inquiry) -> str | None:
     if inquiry.bendable is not None:
         inquiry.suspicions.remove(inquiry.bendable)
         inquiry.bendable = None
-    return inquiry.add(_after_the_mask(inquiry, bent) or bent)
+    said = [] if inquiry.state.bend else [inquiry.add(bent)]
+    hidden = _of_hidden(inquiry)
+    if hidden:
+        inquiry.found = [one for one in inquiry.found if one.name != "mask too small"]
+        said.append(inquiry.add(hidden))
+    return "; and ".join(said) or None
 
 
-def _after_the_mask(inquiry: Inquiry, bent: Hypothesis) -> Hypothesis | None:
+def _of_hidden(inquiry: Inquiry) -> Hypothesis | None:
     """A cap that is taken of hidden scores too: they become -c, whatever a mask was thought to set."""
-    kind, limit = bent.changes["bend"]
+    kind, limit = inquiry.state.bend
     if kind not in ("tanh", "clip") or not inquiry.problem.causal:
         return None
-    told = {"bend": (kind, limit), "masked_score": -limit}
-    both = Hypothesis("softcap after the mask", f"{bent.sentence}, and so does the -inf of hidden keys, which becomes "
-                      f"-{limit:.3g}", ("scores",), told)  # fmt: skip
-    more = inquiry.explained_with(both) - inquiry.explained_with(bent)
-    if more < 0 or (more == 0 and inquiry.state.masked_score is None):
-        return None
-    inquiry.found = [one for one in inquiry.found if "masked_score" not in one.changes]
-    return both
+    words = f"the cap is taken of hidden keys too: their -inf becomes -{limit:.3g}"
+    capped = Hypothesis("cap after the mask", words, ("scores",), {"masked_score": -limit})
+    more = inquiry.explained_with(capped) - inquiry.explained_now()
+    return capped if more > 0 or (more == 0 and inquiry.state.masked_score is not None) else None
 
 
 def of_ladder(read: list[tuple[torch.Tensor, torch.Tensor]]) -> Hypothesis | None:

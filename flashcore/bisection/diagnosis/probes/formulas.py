@@ -10,6 +10,7 @@ from flashcore.bisection.diagnosis.behaviour import Behaviour, simulate
 from flashcore.bisection.diagnosis.elements import FEWER_BITS, WRAPS
 from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt, share_of
+from flashcore.bisection.diagnosis.probes import rounding
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.bisection.diagnosis.screening import Inputs, Screened, screen_one
 from flashcore.problem import Problem
@@ -52,12 +53,17 @@ def formulas(inquiry: Inquiry) -> str | None:
         return None
     left.sort(key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
     control = screen_one(inquiry.candidate, Inputs(left[0].inputs.problem))
-    for together in _of(left[0].inputs.problem):
+    far_off = rounding.far_off(inquiry.candidate, left, inquiry.state)
+    for together in _of(left[0].inputs.problem, rounded=not far_off):
         fit: list[tuple[float, Hypothesis]] = []
         for one in together:
             one = _with_its_factor(inquiry, left[0], one)
             state = inquiry.state.with_(**one.changes)
-            misses = [_miss(inquiry, call, state) for call in left]
+            misses = []
+            for call in left:  # the plainest first, at which nearly every formula ends
+                misses.append(_miss(inquiry, call, state))
+                if misses[-1] is None:
+                    break
             if None not in misses and _leaves(inquiry, control, state):
                 fit.append((sum(misses), one))
         if fit:
@@ -102,11 +108,15 @@ def _with_its_factor(inquiry: Inquiry, call: Screened, one: Hypothesis) -> Hypot
     return replace(one, sentence=words, changes={**one.changes, "out_factor": factor})
 
 
-def _of(problem: Problem) -> Iterator[list[Hypothesis]]:
-    """The formulas that mean something for a problem, in groups of which the best is taken, the plainest first."""
+def _of(problem: Problem, *, rounded: bool) -> Iterator[list[Hypothesis]]:
+    """The formulas that mean something for a problem, in groups of which the best is taken, the plainest first.
+
+    Those of fewer bits are among them if `rounded`: where results are as near as roundings leave them.
+    """
     yield list(_plain(problem))
     yield list(_wrapped(problem))
-    yield list(_rounded(problem))
+    if rounded:
+        yield list(_rounded(problem))
 
 
 def _plain(problem: Problem) -> Iterator[Hypothesis]:

@@ -99,8 +99,13 @@ class Inquiry:
         explained, wrong, _ = self._verified_with(hypothesis)
         return explained > 0.5 * wrong
 
+    def explained_now(self) -> int:
+        """Wrong elements that the state predicts, less right ones that it predicts wrongly."""
+        explained, _, spoiled = self.verify()
+        return explained - spoiled
+
     def explained_with(self, hypothesis: Hypothesis) -> int:
-        """Wrong elements that it predicts together with what is known, less right ones that it predicts wrongly."""
+        """The same of the state with a hypothesis more."""
         explained, _, spoiled = self._verified_with(hypothesis)
         return explained - spoiled
 

@@ -74,9 +74,11 @@ def test_rows_that_vanish_fit_many_formulas_and_a_right_call_refutes_these():
 
 def test_every_formula_has_a_sentence_and_its_stages():
     for problem in (SQUARE, LARGE, PROBLEM.with_(num_heads_q=1, num_heads_kv=1, dtype="float32")):
-        each = [one for together in formulas._of(problem) for one in together]
+        each = [one for together in formulas._of(problem, rounded=True) for one in together]
         assert all(set(one.stages) <= set(STAGES) and one.changes and not one.by_rounding for one in each)
         sentences = {one.sentence for one in each}
         assert len(each) - len(sentences) == 6, "two epsilons for Q, for K and for both are left unsaid"
+    few, all_of_them = (sum(len(group) for group in formulas._of(SQUARE, rounded=rounded)) for rounded in (False, True))
+    assert few + 36 == all_of_them
     assert not any(one.changes.get("weighing") == "over heads" for one in each), "there is but one head"
     assert not any(one.changes.get("taken") == "kqv" for one in each), "rows and keys differ in number"

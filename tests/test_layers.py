@@ -222,9 +222,9 @@ def test_what_computes_loads_without_torchs_compiler():
     names = [m for m in MODULES if place(m) in ("backends", "compat", "library", "ops", "paged_ops", "varlen_ops")]
     code = (
         f"import sys, {', '.join(names)}\n"
-        "from flashcore.bisection.diagnosis import peeling\n"
+        "from flashcore.bisection.diagnosis.probes import memory\n"
         "from flashcore.numerics import ambient\n"
-        "with peeling.full_of_nan(), ambient.shield(): sys.exit('torch._dynamo' in sys.modules)"
+        "with memory.full_of_nan(), ambient.shield(): sys.exit('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "torch._dynamo is loaded with them"

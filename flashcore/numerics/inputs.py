@@ -168,7 +168,7 @@ def make_inputs(
         return q, k, v
     if layout == "bshd":
         return _rows_first(q), _rows_first(k), _rows_first(v)
-    padded = torch.empty(*q.shape[:3], q.shape[3] + SPARE, dtype=dtype, device=device)
+    padded = torch.zeros(*q.shape[:3], q.shape[3] + SPARE, dtype=dtype, device=device)
     return padded[..., : q.shape[3]].copy_(q), k, _rows_first(v)
 
 

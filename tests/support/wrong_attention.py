@@ -348,6 +348,222 @@ def not_divided(q, k, v):
     return ((scores - scores.amax(-1, keepdim=True)).exp() @ c).to(q.dtype)
 
 
+# --- other formulas, other tensors ---
+
+
+@_wrong("sigmoid in place of softmax", "probs")
+def sigmoid(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (torch.sigmoid(a @ b.mT * scale) @ c).to(q.dtype)
+
+
+@_wrong("sigmoid less log(keys) in place of softmax", "probs")
+def sigmoid_with_its_bias(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (torch.sigmoid(a @ b.mT * scale - math.log(k.shape[2])) @ c).to(q.dtype)
+
+
+@_wrong("softmax over the wrong axis", "row_sum")
+def softmax_over_rows(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (torch.softmax(a @ b.mT * scale, dim=-2) @ c).to(q.dtype)
+
+
+@_wrong("softmax over the wrong axis", "row_sum")
+def softmax_over_heads(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (torch.softmax(a @ b.mT * scale, dim=1) @ c).to(q.dtype)
+
+
+@_wrong("softmax twice in place of softmax", "probs")
+def softmax_twice(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish(torch.softmax(a @ b.mT * scale, dim=-1), c, q.dtype)
+
+
+@_wrong("scores in place of softmax", "probs")
+def no_softmax(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (a @ b.mT * scale @ c).to(q.dtype)
+
+
+@_wrong("relu in place of softmax", "probs")
+def relu_over_the_number_of_keys(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return ((a @ b.mT * scale).relu() @ c / k.shape[2]).to(q.dtype)
+
+
+@_wrong("log of the softmax in place of softmax", "probs")
+def log_softmax(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (torch.log_softmax(a @ b.mT * scale, dim=-1) @ c).to(q.dtype)
+
+
+@_wrong("linear in place of softmax", "probs")
+def linear_attention(q, k, v):
+    a, b, c, _ = parts(q, k, v)
+    weights = (torch.nn.functional.elu(a) + 1) @ (torch.nn.functional.elu(b) + 1).mT
+    return (weights @ c / weights.sum(-1, keepdim=True)).to(q.dtype)
+
+
+@_wrong("another tensor taken", "scores")
+def keys_and_values_exchanged(q, k, v):
+    return two_pass(q, v, k)
+
+
+@_wrong("another tensor taken", "accum")
+def keys_for_values(q, k, v):
+    return two_pass(q, k, k)
+
+
+@_wrong("Q added to the output", "out")
+def with_a_residual(q, k, v):
+    return two_pass(q, k, v) + q
+
+
+@_wrong("normed before the products", "scores")
+def normed(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    a, b = (t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for t in (a, b))
+    return finish(a @ b.mT * scale, c, q.dtype)
+
+
+@_wrong("elements at other places", "scores")
+def rotated_in_pairs(q, k, v):
+    def turned(t):
+        half = t.shape[-1] // 2
+        speed = 10000.0 ** (-torch.arange(half, device=t.device) / half)
+        angle = torch.arange(t.shape[2], device=t.device)[:, None] * speed
+        x, y = t[..., ::2], t[..., 1::2]
+        return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1).flatten(-2)
+
+    a, b, c, scale = parts(q, k, v)
+    return finish(turned(a) @ turned(b).mT * scale, c, q.dtype)
+
+
+# --- offsets of 16 bits, and 8 bits ---
+
+
+def _wrapped(t, count: int):
+    return t.flatten()[torch.arange(t.numel(), device=t.device) % count].view(t.shape)
+
+
+@_wrong("offsets that wrap", "scores")
+def offsets_of_16_bits(q, k, v):
+    return two_pass(_wrapped(q.contiguous(), 65536), k, v)
+
+
+@_wrong("offsets that wrap", "accum")
+def offsets_of_15_bits(q, k, v):
+    return two_pass(q, k, _wrapped(v.contiguous(), 32768))
+
+
+@_wrong("offsets that wrap", "out")
+def written_at_16_bits(q, k, v):
+    right = two_pass(q, k, v).contiguous()
+    out = torch.zeros_like(right).flatten()
+    for part in right.flatten().split(65536):
+        out[: len(part)] = part
+    return out.view(q.shape)
+
+
+@_wrong("K in fewer bits", "scores")
+def k_in_8_bits(q, k, v):
+    return two_pass(q, k.to(torch.float8_e4m3fn).to(k.dtype), v)
+
+
+@_wrong("K and V in fewer bits", "accum")
+def whole_numbers_of_8_bits(q, k, v):
+    def rounded(t):
+        step = t.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        return ((t.float() / step).round() * step).to(t.dtype)
+
+    return two_pass(q, rounded(k), rounded(v))
+
+
+# --- lots, masks of numbers, and a maximum ---
+
+
+@_wrong("dropout left on", "probs")
+def dropout_of_weights(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return (torch.nn.functional.dropout(torch.softmax(a @ b.mT * scale, -1), 0.1) @ c).to(q.dtype)
+
+
+@_wrong("dropout left on", "out")
+def dropout_of_the_output(q, k, v):
+    return torch.nn.functional.dropout(two_pass(q, k, v), 0.2)
+
+
+def _added(q, k, v, number: float, causal: bool):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    hidden = masked(torch.zeros_like(scores), k.shape[2] - q.shape[2]) < 0
+    return finish(scores + number * hidden if causal else scores, c, q.dtype)
+
+
+@_wrong("mask too small", "scores")
+def ten_thousand_subtracted(q, k, v, causal=False):
+    return _added(q, k, v, -1e4, causal)
+
+
+@_wrong("mask too small", "scores")
+def a_hundred_subtracted(q, k, v, causal=False):
+    return _added(q, k, v, -100.0, causal)
+
+
+@_wrong("mask too small", "scores")
+def masked_before_the_scale(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT
+    if causal:
+        scores = scores.masked_fill(masked(torch.zeros_like(scores), k.shape[2] - q.shape[2]) < 0, -1000.0)
+    return finish(scores * scale, c, q.dtype)
+
+
+@_wrong("cap after the mask", "scores")
+def capped_after_the_mask(q, k, v, causal=False):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    scores = masked(scores, k.shape[2] - q.shape[2]) if causal else scores
+    return finish(30 * torch.tanh(scores / 30), c, q.dtype)
+
+
+@_wrong("negative scores set to 0", "scores")
+def relu_of_scores(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    return finish((a @ b.mT * scale).relu(), c, q.dtype)
+
+
+@_wrong("maximum starts at 0", "row_max")
+def maximum_from_zero(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    probs = (scores - scores.amax(-1, keepdim=True).clamp_min(0)).exp()
+    return (probs @ c / probs.sum(-1, keepdim=True)).nan_to_num(0.0).to(q.dtype)
+
+
+def _late(right):
+    return torch.where(right > 2.0**-8, torch.ones_like(right), right)
+
+
+@_wrong("accum not rescaled below 2^8", "accum")
+def rescaled_late_accum(q, k, v):
+    return online(q, k, v, accum=lambda right, j: _late(right))
+
+
+@_wrong("neither rescaled below 2^8", "rescale")
+def rescaled_late(q, k, v):
+    return online(q, k, v, accum=lambda right, j: _late(right), row_sum=lambda right, j: _late(right))
+
+
+@_wrong("output of some heads multiplied", "out")
+def a_head_of_another_size(q, k, v):
+    out = two_pass(q, k, v)
+    out[:, -1] *= 2
+    return out
+
+
 # --- memory ---
 
 

@@ -14,8 +14,9 @@ from flashcore.bisection.diagnosis.apart import diagnose_apart
 from flashcore.bisection.diagnosis.calling import Answer, Candidate, candidate_of, load
 from flashcore.bisection.diagnosis.conforming import Conformance, conform, conform_all, conform_apart, conform_tasks
 from flashcore.bisection.diagnosis.diagnosing import Diagnosis, diagnose
-from flashcore.bisection.diagnosis.naming import Hypothesis
-from flashcore.bisection.diagnosis.promises import PROMISES, Promise
+from flashcore.bisection.diagnosis.hypotheses import Hypothesis
+from flashcore.bisection.diagnosis.promises.asking import Promise
+from flashcore.bisection.diagnosis.promises.registry import PROMISES
 from flashcore.bisection.diagnosis.seeing import Seen, see
 from flashcore.bisection.diagnosis.writing import write_test
 

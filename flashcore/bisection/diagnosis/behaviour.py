@@ -8,25 +8,19 @@ from typing import Any, Literal
 
 import torch
 
+from flashcore.bisection.diagnosis.elements import Scrambled, as_contiguous, scrambled
+from flashcore.bisection.diagnosis.pages import Loop, carried, page_loop
 from flashcore.numerics import ambient, reference
 from flashcore.problem import Problem
 
-LoopFault = Literal[
-    "accum not rescaled", "row_sum not rescaled", "neither rescaled", "neighbour's factor", "inverse factor",
-    "accum overwritten", "row_sum overwritten", "pages averaged", "factor of base 2", "accum factor twice",
-    "factor twice", "factor without the scale", "factor scaled twice", "accum rescaled late", "rescaled late",
-    "factor of a column", "rescaled by warps of 8", "rescaled by warps of 16", "rescaled by warps of 32",
-    "parts not weighed", "parts weighed in base 2", "parts weighed by log2", "parts weighed by their maximum",
-]  # fmt: skip
 LseKind = Literal[
     "log2", "log2 of the sum", "row_max alone", "row_sum alone", "without row_max", "negative", "scaled",
     "row_max plus row_sum", "row_max unscaled", "log1p",
 ]  # fmt: skip
-Scrambled = tuple[str, Literal[
-    "tile transposed", "reshaped", "heads and rows confused", "rows and heads confused", "group packed",
-    "group unpacked", "rotated",
-]]  # fmt: skip
-"""One of ``q``, ``k``, ``v`` or ``out``, and how its elements are taken for those at other places."""
+Weighing = Literal[
+    "softmax", "sigmoid", "sigmoid less log(keys)", "over rows", "over heads", "softmax twice", "scores", "relu",
+    "log of the softmax", "linear",
+]  # fmt: skip
 EXP_LIMIT = {"float32": 88.722839, "float16": 11.089866, "bfloat16": 88.722839}
 """The largest x whose exp(x) the dtype holds (log of its largest number)."""
 FLOAT16_ENDS = 65520.0
@@ -34,21 +28,11 @@ FLOAT16_ENDS = 65520.0
 
 
 @dataclass(frozen=True)
-class Loop:
-    """A fault of the loop over pages of keys."""
-
-    kind: LoopFault
-    page_size: int
-    page: int | None = None
-    """The page at which it happens, counted in the order of the loop; None for all."""
-    backwards: bool = False
-    """The loop begins with the last page."""
-
-
-@dataclass(frozen=True)
 class Behaviour:
     """How an attention function computes. Every field says one thing that may be done otherwise; None: done right."""
 
+    taken: str = "qkv"
+    """Which tensor stands at the place of Q, of K and of V; those at the places of K and V have heads like Q."""
     q_heads: torch.Tensor | None = None
     """int64 ``[B*Hq]``: the flat query head that each query head reads in place of its own."""
     q_rows: torch.Tensor | None = None
@@ -63,6 +47,8 @@ class Behaviour:
     """float64 ``[N, Sq, Sk]`` or ``[Sq, Sk]``: how often each key is counted, in place of the mask's 0 and 1."""
     masked_score: float | None = None
     """Score that a masked key gets, in place of -inf."""
+    masked_added: float | None = None
+    """What is added to the score of a masked key, in place of -inf."""
     extra: torch.Tensor | None = None
     """float64 ``[Sq]``: keys of score 0 and value 0 that are counted besides."""
     k_of: torch.Tensor | None = None
@@ -73,17 +59,21 @@ class Behaviour:
     """What the scores are multiplied by besides the right scale."""
     factors: torch.Tensor | None = None
     """float64 that broadcasts to ``[N, Sq, Sk]``: what the scores of some heads, rows or keys are multiplied by."""
-    bend: tuple[Literal["tanh", "clip", "clip above", "abs"], float] | None = None
-    """Scores become ``c tanh(score / c)``, are cut off at -c and c or above c alone, or lose their sign."""
+    bend: tuple[Literal["tanh", "clip", "clip above", "abs", "relu"], float] | None = None
+    """Scores become ``c tanh(score / c)``, are cut off at -c and c, above c or below 0, or lose their sign."""
     bias: torch.Tensor | None = None
     """float64 ``[N, Sq, Sk]``: what is added to the scores."""
     metric: torch.Tensor | None = None
     """float64 ``[D, D]``: scores are ``q metric k``, in place of ``scale * q k``."""
+    weighing: Weighing = "softmax"
+    """How the weights of a row are made of its scores."""
     lanes: tuple[str, int] | None = None
     """Each lane keeps a maximum of its own: ``("mod", n)``, lane j % n; ``("block", n)``, lane j // n."""
     loop: Loop | None = None
     no_max: str | None = None
     """No maximum is subtracted, and exp is computed in this dtype."""
+    least_max: float | None = None
+    """No maximum is lower than this, and exp underflows as in float32."""
     smallest: bool = False
     """The smallest score of a row is subtracted in place of the largest."""
     scores_rounded: bool = False
@@ -110,6 +100,10 @@ class Behaviour:
     """int64 ``[D]``: the column of V that stands in each column of the output; -1 for 0."""
     out_factor: float = 1.0
     """What the output is multiplied by."""
+    head_factors: torch.Tensor | None = None
+    """float64 ``[N]``: what the output of each head is multiplied by."""
+    plus: Literal["q"] | None = None
+    """What is added to the output."""
     added: torch.Tensor | None = None
     """float64 ``[N, Sq, D]``: what is added to the output, whatever V is."""
     zeroed: torch.Tensor | None = None
@@ -125,7 +119,7 @@ class Behaviour:
     def tells_heads_apart(self) -> bool:
         """Whether a table of it has an entry for each head, so that it says nothing of some of them alone."""
         tables = (self.counts, self.factors, self.bias, self.added, self.zeroed)
-        heads = (self.q_heads, self.k_heads, self.v_heads, self.zeroed, self.unwritten)
+        heads = (self.q_heads, self.k_heads, self.v_heads, self.zeroed, self.unwritten, self.head_factors)
         return any(t is not None for t in heads) or any(t is not None and t.dim() == 3 for t in tables)
 
     @property
@@ -139,7 +133,7 @@ class Behaviour:
 
 
 TABLES = ("q_heads", "q_rows", "k_heads", "v_heads", "counts", "extra", "k_of", "v_of", "metric", "factors", "bias",
-          "columns", "added", "zeroed", "unwritten")  # fmt: skip
+          "columns", "added", "zeroed", "unwritten", "head_factors")  # fmt: skip
 """Fields of a `Behaviour` that say something of one shape alone."""
 RIGHT = Behaviour()
 
@@ -163,9 +157,12 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     dtype = q.dtype
     shape = tuple(q.shape)
     if b.strides_ignored:
-        q, k, v = (_as_contiguous(t) for t in (q, k, v))
+        q, k, v = (as_contiguous(t) for t in (q, k, v))
+    given_q = q
     for name, how in b.scrambled:
-        q, k, v = (_scrambled(t, how, problem) if name == own else t for own, t in zip("qkv", (q, k, v), strict=True))
+        q, k, v = (scrambled(t, how, problem) if name == own else t for own, t in zip("qkv", (q, k, v), strict=True))
+    if b.taken != "qkv":
+        q, k, v, problem = _taken(q, k, v, problem, b.taken)
     kv = reference.kv_head_index(problem, q.device)
     q, k, v = (t.reshape(-1, *t.shape[2:]).double() for t in (q, k, v))
     q = q if b.q_heads is None else q[b.q_heads]
@@ -195,13 +192,22 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     if b.masked_score is not None:
         scores = scores.masked_fill(counts == 0, b.masked_score)
         counts = torch.ones_like(counts)
+    if b.masked_added is not None:
+        scores = torch.where(counts == 0, scores + b.masked_added, scores)
+        counts = torch.ones_like(counts)
     out, row_sum, shared = _softmax(scores, counts, v, b, scale)
+    if b.weighing != "softmax":
+        out = _weighed(b.weighing, scores, counts, q, k, problem) @ v
     lse = shared + row_sum.log()
     if b.columns is not None:
         out = out[..., b.columns.clamp_min(0)] * (b.columns >= 0)
     if b.zeroed is not None:
         out = out.masked_fill(b.zeroed[..., None], 0.0)
     out = out * b.out_factor
+    if b.head_factors is not None:
+        out = out * b.head_factors[:, None, None]
+    if b.plus == "q" and out.shape[-1] == given_q.shape[-1]:
+        out = out + given_q.flatten(0, 1).double()
     if b.added is not None and b.added.shape[-1] == out.shape[-1]:
         out = out + b.added
     if b.unwritten is not None:
@@ -211,7 +217,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
     lse = _other_lse(lse, shared, row_sum, b.lse, problem) if b.lse else lse
     out = out.view(*shape[:3], v.shape[-1])
     for name, how in b.scrambled:
-        out = _scrambled(out, how, problem) if name == "out" else out
+        out = scrambled(out, how, problem) if name == "out" else out
     return out, lse.view(shape[:3])
 
 
@@ -231,7 +237,10 @@ def _softmax(scores, counts, v, b: Behaviour, scale: float) -> tuple[torch.Tenso
     if b.extra is not None:
         shared = torch.where(b.extra > 0, shared.clamp_min(0.0), shared)
     base = reference.safe(shared)
-    if b.no_max is not None:
+    if b.least_max is not None:
+        base = base.clamp_min(b.least_max)
+        probs = (seen - base[..., None]).exp().float().double() * counts
+    elif b.no_max is not None:
         # The overflow is that of the dtype in which exp is computed; sums of such numbers overflow in float32.
         probs = seen.exp().masked_fill(seen > EXP_LIMIT[b.no_max], math.inf).float().double() * counts
         probs = probs.masked_fill(counts == 0, 0.0)
@@ -245,7 +254,7 @@ def _softmax(scores, counts, v, b: Behaviour, scale: float) -> tuple[torch.Tenso
     else:
         probs = (seen - base[..., None]).exp() * counts
     if b.loop is not None:
-        accum, row_sum, base = _page_loop(seen, counts, v, b.loop, scale)
+        accum, row_sum, base = page_loop(seen, counts, v, b.loop, scale)
     else:
         accum, row_sum = probs @ v, probs.sum(dim=-1)
     if b.extra is not None:
@@ -253,13 +262,50 @@ def _softmax(scores, counts, v, b: Behaviour, scale: float) -> tuple[torch.Tenso
     if b.hidden_in_sum:
         row_sum = (scores - base[..., None]).exp().sum(dim=-1)
     if b.carried is not None:
-        accum, row_sum, base = _carried(accum, row_sum, base, *b.carried)
+        accum, row_sum, base = carried(accum, row_sum, base, *b.carried)
     divisor = (row_sum.roll(b.sum_of, dims=-1) if b.sum_of else row_sum) + b.epsilon
     divisor = divisor**2 if b.divided_twice else divisor
     if b.max_of:
         accum = accum * (base - base.roll(b.max_of, dims=-1)).exp()[..., None]
     out = accum / divisor.masked_fill(divisor == 0, 1.0)[..., None] if b.normalised else accum
     return out, row_sum, torch.where(shared == -math.inf, shared, base)
+
+
+def _taken(q, k, v, problem: Problem, taken: str):
+    """Q, K and V where others stand at their places; all have as many heads as Q, where Q is one that is moved."""
+    if taken.find("q") != 0 or taken.count("q") > 1:
+        group = problem.num_heads_q // problem.num_heads_kv
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        problem = problem.with_(num_heads_kv=problem.num_heads_q)
+    given = {"q": q, "k": k, "v": v}
+    return *(given[name] for name in taken), problem
+
+
+def _weighed(how: Weighing, scores, counts, q, k, problem: Problem) -> torch.Tensor:
+    """float64 ``[N, Sq, Sk]``: weights that another formula makes of the scores; 0 where a key is not counted."""
+    seen = scores.masked_fill(counts == 0, -math.inf)
+    match how:
+        case "sigmoid":
+            return scores.sigmoid() * counts
+        case "sigmoid less log(keys)":
+            return (scores - math.log(scores.shape[-1])).sigmoid() * counts
+        case "over rows":
+            return torch.softmax(seen, dim=-2).nan_to_num(0.0)
+        case "over heads":
+            apart = seen.view(problem.batch, problem.num_heads_q, *seen.shape[1:])
+            return torch.softmax(apart, dim=1).nan_to_num(0.0).flatten(0, 1)
+        case "softmax twice":
+            once = torch.softmax(seen, dim=-1).masked_fill(counts == 0, -math.inf)
+            return torch.softmax(once, dim=-1).nan_to_num(0.0)
+        case "scores":
+            return scores * counts
+        case "relu":
+            return scores.relu() * counts
+        case "log of the softmax":
+            return torch.log_softmax(seen, dim=-1).masked_fill(counts == 0, 0.0)
+    q, k = (torch.nn.functional.elu(t) + 1 for t in (q, k))
+    weights = q @ k.mT * counts
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
 
 
 def _lane_maximum(seen: torch.Tensor, lanes: tuple[str, int]) -> torch.Tensor:
@@ -272,131 +318,6 @@ def _lane_maximum(seen: torch.Tensor, lanes: tuple[str, int]) -> torch.Tensor:
     return found[..., lane]
 
 
-def _page_loop(seen, counts, v, loop: Loop, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``accum``, ``row_sum`` and the reference after a loop over pages that does one thing wrong."""
-    size, keys = loop.page_size, seen.shape[-1]
-    columns = [slice(j, min(j + size, keys)) for j in range(0, keys, size)]
-    if loop.backwards:
-        columns.reverse()
-    if loop.kind in PART_FAULTS:
-        return _parts(seen, counts, v, columns, loop.kind)
-    row_max = seen.new_full(seen.shape[:-1], -math.inf)
-    row_sum, accum = seen.new_zeros(seen.shape[:-1]), seen.new_zeros(*seen.shape[:-1], v.shape[-1])
-    for j, page in enumerate(columns):
-        before, row_max = row_max, row_max.maximum(seen[..., page].amax(dim=-1))
-        base = reference.safe(row_max)
-        right = (before - base).exp()
-        # base is 0 for a row without keys so far, and what it has is 0 as well
-        probs = (seen[..., page] - base[..., None]).exp() * counts[..., page]
-        total, part = probs.sum(dim=-1), probs @ v[..., page, :]
-        of_sum, of_accum = right, right[..., None]
-        if loop.page is None or loop.page == j:
-            of_sum, of_accum = _wrong_factors(loop.kind, right, before - base, scale, accum.shape[-1])
-        row_sum, accum = of_sum * row_sum + total, of_accum * accum + part
-        if loop.kind in ("accum rescaled late", "rescaled late"):
-            late = torch.where(before == -math.inf, 1.0, right)
-            accum = accum * late[..., None]
-            row_sum = row_sum * late if loop.kind == "rescaled late" else row_sum
-    return accum, row_sum, reference.safe(row_max)
-
-
-def _wrong_factors(kind: LoopFault, right, moved, scale: float, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What row_sum ``[N, Sq]`` and the accumulator ``[N, Sq, 1 or W]`` take in place of ``exp(moved)``."""
-    one = torch.ones_like(right)
-    power = {"factor of base 2": math.log(2), "factor twice": 2.0, "factor scaled twice": scale,
-             "factor without the scale": 1 / scale if scale else 1.0}.get(kind)  # fmt: skip
-    if power is not None:
-        both = (moved * power).exp()
-        return both, both[..., None]
-    match kind:
-        case "accum not rescaled":
-            return right, one[..., None]
-        case "row_sum not rescaled":
-            return one, right[..., None]
-        case "neither rescaled" | "rescaled late":
-            return one, one[..., None]
-        case "neighbour's factor":
-            return right, right.roll(1, dims=-1)[..., None]
-        case "inverse factor":
-            both = (-moved).exp().nan_to_num(posinf=1.0)
-            return both, both[..., None]
-        case "accum overwritten":
-            return right, 0 * one[..., None]
-        case "row_sum overwritten":
-            return 0 * one, right[..., None]
-        case "accum factor twice":
-            return right, right[..., None] ** 2
-        case "accum rescaled late":
-            return right, one[..., None]
-        case "factor of a column":  # row_sum has a factor a row; the accumulator's is broadcast along the wrong side
-            return right, _by_column(right, width)
-        case "rescaled by warps of 8" | "rescaled by warps of 16" | "rescaled by warps of 32":
-            return right, _by_warps(right, moved, int(kind.rpartition(" ")[2]))[..., None]
-    raise ValueError(f"no such fault of the page loop: {kind}")
-
-
-def _by_column(right: torch.Tensor, width: int) -> torch.Tensor:
-    """Column d of a tile of `width` rows takes the factor of the tile's row d, where the tile is whole."""
-    found = right[..., None].expand(*right.shape, width).clone()
-    for first in range(0, right.shape[-1] - width + 1, width):
-        found[..., first : first + width, :] = right[..., None, first : first + width]
-    return found
-
-
-def _by_warps(right: torch.Tensor, moved: torch.Tensor, rows: int) -> torch.Tensor:
-    """1 where not every one of `rows` rows in a row needs its factor."""
-    more = -right.shape[-1] % rows
-    needs = torch.nn.functional.pad((right < 1).double(), (0, more), value=1.0).unflatten(-1, (-1, rows)).amin(dim=-1)
-    whole = needs.repeat_interleave(rows, dim=-1)[..., : right.shape[-1]]
-    return torch.where((whole > 0) | (moved == -math.inf), right, 1.0)
-
-
-PART_FAULTS: tuple[LoopFault, ...] = (
-    "pages averaged", "parts not weighed", "parts weighed in base 2", "parts weighed by log2",
-    "parts weighed by their maximum",
-)  # fmt: skip
-"""Faults where parts of a row's keys are added up; they may be as long as a split of the keys leaves them."""
-
-
-def _parts(seen, counts, v, columns: list[slice], kind: LoopFault) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What comes of parts that are each right, and added up by other weights than theirs."""
-    found = []
-    for part in columns:
-        base = reference.safe(seen[..., part].amax(dim=-1))
-        probs = (seen[..., part] - base[..., None]).exp() * counts[..., part]
-        found.append((probs @ v[..., part, :], probs.sum(dim=-1), base))
-    accums, sums, bases = (torch.stack(each) for each in zip(*found, strict=True))
-    highest = bases.amax(dim=0)
-    if kind == "parts not weighed":
-        return accums.sum(dim=0), sums.sum(dim=0), highest
-    lse = bases + sums.log()
-    weight = {
-        "pages averaged": lambda: torch.full_like(sums, 1 / len(found)),
-        "parts weighed in base 2": lambda: torch.softmax(lse * math.log(2), dim=0),
-        "parts weighed by log2": lambda: torch.softmax(lse / math.log(2), dim=0),
-        "parts weighed by their maximum": lambda: torch.softmax(bases.masked_fill(sums == 0, -math.inf), dim=0),
-    }[kind]()
-    means = accums / sums.masked_fill(sums == 0, 1.0)[..., None]
-    total = (sums * (bases - highest).exp()).sum(dim=0)
-    return (weight.nan_to_num(0.0)[..., None] * means).sum(dim=0) * total[..., None], total, highest
-
-
-def _carried(accum, row_sum, base, what: str, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The state of each row added to that of the row `tile` rows before it, tile after tile."""
-    accum, row_sum, base = accum.clone(), row_sum.clone(), base.clone()
-    for first in range(tile, row_sum.shape[-1], tile):
-        now = slice(first, min(first + tile, row_sum.shape[-1]))
-        then = slice(first - tile, now.stop - tile)
-        top = torch.maximum(base[:, now], base[:, then])
-        mine, theirs = (base[:, now] - top).exp(), (base[:, then] - top).exp()
-        row_sum[:, now] = mine * row_sum[:, now] + theirs * row_sum[:, then]
-        accum[:, now] *= mine[..., None]
-        if what == "all":
-            accum[:, now] += theirs[..., None] * accum[:, then]
-        base[:, now] = top
-    return accum, row_sum, base
-
-
 def _bent(scores: torch.Tensor, how: str, limit: float) -> torch.Tensor:
     match how:
         case "tanh":
@@ -405,40 +326,9 @@ def _bent(scores: torch.Tensor, how: str, limit: float) -> torch.Tensor:
             return scores.clamp(-limit, limit)
         case "clip above":
             return scores.clamp(max=limit)
+        case "relu":
+            return scores.relu()
     return scores.abs()
-
-
-def _scrambled(t: torch.Tensor, how: str, problem: Problem) -> torch.Tensor:
-    """A tensor ``[B, H, S, D]`` whose elements were taken for those at other places."""
-    batch, heads, rows, width = t.shape
-    t = t.contiguous()
-    match how:
-        case "tile transposed":
-            t = t.clone()
-            for first in range(0, rows - width + 1, width):
-                t[:, :, first : first + width] = t[:, :, first : first + width].mT.clone()
-            return t
-        case "reshaped":
-            return t.view(batch, heads, width, rows).mT.contiguous()
-        case "heads and rows confused":
-            return t.view(batch, rows, heads, width).transpose(1, 2).contiguous()
-        case "group packed" | "group unpacked":
-            group = problem.num_heads_q // problem.num_heads_kv
-            apart = (group, rows) if how == "group packed" else (rows, group)
-            return t.view(batch, -1, *apart, width).transpose(2, 3).reshape(t.shape)
-        case "rows and heads confused":
-            return t.transpose(1, 2).contiguous().view(t.shape)
-    return _rotated(t)
-
-
-def _rotated(t: torch.Tensor) -> torch.Tensor:
-    """A rotary embedding of base 10,000 over two halves of the head, from position 0."""
-    half = t.shape[-1] // 2
-    speed = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float64) / half)
-    angle = torch.arange(t.shape[2], device=t.device, dtype=torch.float64)[:, None] * speed
-    a, b = t[..., :half].double(), t[..., half : 2 * half].double()
-    turned = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
-    return torch.cat([*turned, t[..., 2 * half :].double()], dim=-1)
 
 
 def _other_lse(lse, shared, row_sum, kind: LseKind, problem: Problem) -> torch.Tensor:
@@ -454,8 +344,3 @@ def _other_lse(lse, shared, row_sum, kind: LseKind, problem: Problem) -> torch.T
         "row_max unscaled": lambda: shared / (problem.scale or 1.0) + row_sum.log(),
         "log1p": lambda: shared + row_sum.log1p(),
     }[kind]()
-
-
-def _as_contiguous(t: torch.Tensor) -> torch.Tensor:
-    """What lies in the first elements of the tensor's memory, taken as a contiguous tensor of its shape."""
-    return torch.as_strided(t, t.shape, torch.empty(t.shape, device="meta").stride(), t.storage_offset())

@@ -26,7 +26,8 @@ from flashcore.bisection.diagnosis.calling import (
     refuse_limit,
     refuse_masks,
 )
-from flashcore.bisection.diagnosis.promises import PROMISES, Asked, Promise, chosen
+from flashcore.bisection.diagnosis.promises.asking import Asked, Promise
+from flashcore.bisection.diagnosis.promises.registry import PROMISES, chosen
 from flashcore.bisection.diagnosis.screening import Inputs, find_home
 from flashcore.bisection.diagnosis.shrinking import smaller
 from flashcore.errors import BackendUnavailable, FlashCoreError

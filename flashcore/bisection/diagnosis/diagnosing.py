@@ -15,7 +15,7 @@ from flashcore.bisection.diagnosis import shrinking
 from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Candidate, Layout, Lse, candidate_of, refuse_masks
 from flashcore.bisection.diagnosis.conditions import condition
-from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.peeling import Peeled, look_closer, peel
 from flashcore.bisection.diagnosis.predicting import EXPLAINED, explains
 from flashcore.bisection.diagnosis.screening import Screened, find_home, of_problem, ordinary, screen_one
@@ -95,8 +95,8 @@ class Diagnosis:
 
     @property
     def _unpredicted(self) -> bool:
-        """Whether a bug of precision, or of what calls leave behind, was found: no model predicts it to the element."""
-        return any(h.by_rounding or h.of_calls for h in self.hypotheses)
+        """Whether a bug of precision, of what calls leave behind, or of a lot was found: no model predicts it."""
+        return any(h.by_rounding or h.of_calls or h.by_lot for h in self.hypotheses)
 
     def __str__(self) -> str:
         return "\n".join(self.sentences())
@@ -154,6 +154,8 @@ class Diagnosis:
             return []
         if any(h.of_calls for h in self.hypotheses):
             return ["What it computes depends on the calls before, so no call is predicted to the element."]
+        if any(h.by_lot for h in self.hypotheses):
+            return ["What it computes is drawn by lot, so no call is predicted to the element."]
         if not peeled.wrong:
             blunt = [s for s in self.screened if s.out_wrong]
             words = (
@@ -382,7 +384,7 @@ def _diagnose(candidate: Candidate, problem, pattern, seed, context, started, sm
     for _ in range(2):  # what is left may be another bug, which shows on other problems alone
         known = peeled.behaviour.without_tables()
         left = [s for s in failing if not s.inputs.problem == home and not _told(candidate, peeled, known, s)]
-        if not left or peeled.suspicions or any(h.by_rounding or h.of_calls for h in peeled.hypotheses):
+        if not left or peeled.suspicions or any(h.by_rounding or h.of_calls or h.by_lot for h in peeled.hypotheses):
             break
         focus = _readable(candidate, max(left, key=_telling))
         home = focus.inputs.problem

@@ -281,18 +281,21 @@ def read_phantoms(candidate: Candidate, problem: Problem) -> torch.Tensor | None
 
 
 @ambient.judging
-def read_hidden(candidate: Candidate, problem: Problem, depth: float) -> float | None:
-    """The weight in row 0 of all keys behind the mask, where every key scores ``-depth``; 0 for a right function.
+def read_hidden(candidate: Candidate, problem: Problem, depth: float, lift: float = 0.0) -> float | None:
+    """The weight in row 0 of all keys behind the mask, which score `lift`, where seen ones score ``-depth``.
 
-    None where row 0 sees all keys or none, or K would not fit its dtype.
+    0 for a right function. None where row 0 sees all keys or none, or K would not fit its dtype.
     """
     seen = mask_of(problem, candidate.device)[0] > 0
     size = 64.0
-    if problem.scale == 0 or bool(seen.all()) or not bool(seen.any()) or depth / abs(problem.scale) / size > 6e4:
+    if problem.scale == 0 or bool(seen.all()) or not bool(seen.any()):
+        return None
+    if max(depth, abs(lift)) / abs(problem.scale) / size > 6e4:
         return None
     q, k, v = (torch.zeros_like(t) for t in _ordinary(problem, candidate.device))
     q[..., 0] = size
     k[..., 0] = -depth / problem.scale / size
+    k[:, :, ~seen, 0] = lift / problem.scale / size
     v[:, :, ~seen] = 1.0
     return float(candidate(q, k, v, problem).out[0, 0, 0, 0])
 

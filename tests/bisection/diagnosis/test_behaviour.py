@@ -8,7 +8,8 @@ import pytest
 import torch
 from support import wrong_attention as zoo
 
-from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, Loop, mask_of, simulate
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, mask_of, simulate
+from flashcore.bisection.diagnosis.pages import Loop
 from flashcore.numerics import reference
 from flashcore.numerics.inputs import make_inputs
 from flashcore.problem import Problem

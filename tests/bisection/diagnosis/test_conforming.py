@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flashcore.backends import get, with_methods
-from flashcore.bisection.diagnosis import conforming, promises
+from flashcore.bisection.diagnosis import conforming
 from flashcore.bisection.diagnosis.conforming import Finding, conform, conform_all, conform_apart
+from flashcore.bisection.diagnosis.promises import memory, registry
 from flashcore.errors import BackendUnavailable, InvalidProblem, UnknownName
 from flashcore.gpu.isolation import Outcome
 from flashcore.problem import Problem
@@ -155,15 +156,15 @@ BREAKS = {
 @pytest.fixture
 def short(monkeypatch):
     """Fewer long cases, and less time for the smallest: enough for functions that break at any length."""
-    monkeypatch.setattr(promises, "TILE_LENGTHS", (63, 64, 65))
-    monkeypatch.setattr(promises, "ROOM_ROWS", 32)
+    monkeypatch.setattr(registry, "TILE_LENGTHS", (63, 64, 65))
+    monkeypatch.setattr(memory, "ROOM_ROWS", 32)
     monkeypatch.setattr(conforming, "SHRINK_S", 0.02)
 
 
 @pytest.mark.parametrize("promise", BREAKS)
 @pytest.mark.slow
 def test_one_broken_promise_is_found_and_no_other_is_blamed(promise, short):
-    asked = [one.id for one in promises.PROMISES if one.binding]
+    asked = [one.id for one in registry.PROMISES if one.binding]
     found, whole = results(BREAKS[promise], only=asked)
     assert [name for name, result in found.items() if result == "broken"] == [promise], whole
     judged = set(found) - ON_A_GPU - OF_PAGES

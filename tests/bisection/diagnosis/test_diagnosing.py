@@ -27,7 +27,8 @@ SHOWN_BY = {"top_left": "B=2,H=4,Hkv=2,Sq=90,Sk=200,D=64,causal", "scale_not_tak
 def asked(name: str) -> str:
     masks = ("one_key_too_many", "itself_hidden", "mask_forgotten", "mask_that_multiplies", "mask_of_tiles",
              "a_tile_too_few", "places_within_tiles", "masked_after_the_softmax",
-             "masked_by_a_small_number")  # fmt: skip
+             "masked_by_a_small_number", "ten_thousand_subtracted", "a_hundred_subtracted", "masked_before_the_scale",
+             "capped_after_the_mask")  # fmt: skip
     return SHOWN_BY.get(name, SMALL + ",causal" if name in masks else SMALL)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from support import wrong_attention as zoo
 
-from flashcore.bisection.diagnosis import peeling, predicting
+from flashcore.bisection.diagnosis import peeling
 from flashcore.bisection.diagnosis.calling import candidate_of
 from flashcore.bisection.diagnosis.screening import Inputs, screen_one
 from flashcore.problem import Problem
@@ -76,42 +73,3 @@ def test_a_closer_look_finds_what_bounds_let_pass_and_accuses_nobody_right():
         assert found.hypotheses == () and found.suspicions == ()
     found = peeling.look_closer(candidate_of(zoo.accum_in_half, device="cpu"), PROBLEM)
     assert [h.name for h in found.hypotheses] == ["accumulation in 16 bits"]
-
-
-def test_memory_is_full_of_nan_only_inside():
-    with peeling.full_of_nan():
-        assert torch.empty(1000).isnan().all()
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def laundered(q, k, v, softmax_scale=None):
-    """Scores in float16 before they are scaled, and 0 for each that float16 does not hold."""
-    a, b, c, scale = zoo.parts(q, k, v)
-    scores = (a @ b.mT).half().float()
-    return zoo.finish(scores.masked_fill(scores.isinf(), 0.0) * (softmax_scale or scale), c, q.dtype)
-
-
-def test_an_overflow_that_is_hidden_is_found_where_bounds_are_too_wide_to_judge_by():
-    asked = Inputs(PROBLEM.with_(seqlen_q=100, seqlen_k=200, head_dim=64), "large")
-    for seed in range(2):  # of which one seemed to be explained by nothing at all, and one by a fault of the page loop
-        candidate = replace(candidate_of(laundered, device="cpu"), rounds_scores=True)
-        one = screen_one(candidate, replace(asked, seed=seed))
-        assert one.wrong and predicting.is_blunt(one, candidate)
-        found = peeling.peel(candidate, asked.problem, [one])
-        assert [h.name for h in found.hypotheses] == ["overflow set to 0"]
-        assert (found.explained, found.wrong) == (0, 0), "a bound as wide as the output says nothing"
-    right = replace(candidate_of(zoo.two_pass, device="cpu"), rounds_scores=True)
-    assert peeling.look_closer(right, asked.problem).hypotheses == ()
-
-
-def test_the_maximum_before_a_negative_scale_is_named():
-    def before(q, k, v, softmax_scale=None):
-        a, b, c, scale = zoo.parts(q, k, v)
-        scale = scale if softmax_scale is None else softmax_scale
-        products = a @ b.mT
-        probs = (products * scale - products.amax(-1, keepdim=True) * scale).exp()
-        return ((probs @ c) / probs.sum(-1, keepdim=True)).to(q.dtype)
-
-    found = peel(before, PROBLEM.with_(softmax_scale=-0.125), ("normal", "large"))
-    assert [h.name for h in found.hypotheses] == ["maximum before a negative scale"]
-    assert found.explained > 0.98 * found.wrong > 0

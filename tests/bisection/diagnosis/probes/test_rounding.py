@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import wrong_attention as zoo
 
-from flashcore.bisection.diagnosis import reading, rounding
+from flashcore.bisection.diagnosis import reading
 from flashcore.bisection.diagnosis.behaviour import RIGHT
 from flashcore.bisection.diagnosis.calling import candidate_of
+from flashcore.bisection.diagnosis.probes import rounding
 from flashcore.bisection.diagnosis.screening import Inputs, screen_one
 from flashcore.problem import Problem
 

@@ -10,8 +10,9 @@ import torch
 from flashcore.bisection.diagnosis import reading
 from flashcore.bisection.diagnosis.behaviour import Behaviour, mask_of, simulate
 from flashcore.bisection.diagnosis.calling import Candidate
-from flashcore.bisection.diagnosis.naming import Hypothesis
-from flashcore.bisection.diagnosis.predicting import EXPLAINED
+from flashcore.bisection.diagnosis.hypotheses import Hypothesis
+from flashcore.bisection.diagnosis.predicting import EXPLAINED, is_blunt
+from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.bisection.diagnosis.screening import Inputs, Screened
 from flashcore.numerics import ambient
 from flashcore.problem import Problem
@@ -117,3 +118,74 @@ def rounded_values(candidate: Candidate, problem: Problem) -> Hypothesis | None:
             return Hypothesis("V in fewer bits", f"V is rounded to {name} before it is summed", ("accum",),
                               by_rounding=True)  # fmt: skip
     return None
+
+
+def precision(inquiry: Inquiry) -> str | None:
+    """Sums and scores that need more than 16 bits, made so that 32 bits hold them exactly.
+
+    Each has a control of the same kind that 16 bits hold as well: a function that fails it is wrong otherwise.
+    """
+    if inquiry.suspicions:
+        return None
+    problem = inquiry.problem
+    fitting = [s for s in inquiry.failing if inquiry.fits_shape(s.inputs.problem)]
+    if far_off(inquiry.candidate, fitting, inquiry.state) or any(h.by_rounding for h in inquiry.found):
+        return None
+    said = []
+    if problem.seqlen_k >= 32 and _sums_wrong(inquiry, 4096.0) and not _sums_wrong(inquiry, 16.0):
+        said.append(_precise(inquiry, "accumulation in 16 bits", "sums of P V are kept in 16 bits (or in less than "
+                                  "float32): 4096 + 1 loses the 1", ("accum",)))  # fmt: skip
+    plain = problem.scale != 0 and problem.head_dim >= 2 and inquiry.state.no_max is None
+    if (
+        plain
+        and not inquiry.candidate.rounds_scores
+        and _scores_wrong(inquiry, 2048.0)
+        and not _scores_wrong(inquiry, 16.0)
+    ):
+        rounded = Hypothesis("scores in 16 bits", "", ("scores",), {"scores_rounded": True})
+        sharp = [s for s in inquiry.failing if s.out_wrong and not is_blunt(s, inquiry.candidate)]
+        if sharp and not inquiry.explains_most(rounded):
+            return "; ".join(said) or None
+        said.append(_precise(inquiry, "scores in 16 bits", "scores are rounded to 16 bits before the softmax: 2048 and "
+                                  "2049 times the scale become the same", ("scores",),
+                                  {"scores_rounded": True}))  # fmt: skip
+    if not said and not any(h.by_rounding for h in inquiry.found) and inquiry.failing:
+        rounded = None if inquiry.scores is None else rounded_weights(inquiry.scores, inquiry.problem, inquiry.state)
+        rounded = rounded or rounded_sums(inquiry.candidate, inquiry.problem)
+        if rounded:
+            said.append(inquiry.add(rounded))
+    return "; ".join(said) or None
+
+
+def _sums_wrong(inquiry: Inquiry, large: float) -> bool:
+    """Whether the last row's sum of V is wrong where `large` and its negative stand beside a few ones."""
+    problem, device = inquiry.problem, inquiry.candidate.device
+    q, k, v = (torch.zeros_like(t) for t in Inputs(problem).make(device))
+    keys = problem.seqlen_k
+    ones = (torch.rand(keys, generator=torch.Generator().manual_seed(7)) < 0.05).double()
+    ones[0], ones[-1] = large, -large
+    v[:] = ones.to(device=device, dtype=v.dtype)[:, None]
+    got = inquiry.candidate(q, k, v, problem).out.double()[:, :, -1]
+    wanted = simulate(q, k, v, problem, inquiry.state)[0][:, :, -1]
+    slack = 0.25 / keys + 4 * torch.finfo(v.dtype).eps * wanted.abs()
+    return not bool(((got - wanted).abs() <= slack).all())
+
+
+def _scores_wrong(inquiry: Inquiry, large: float) -> bool:
+    """Whether weights are wrong where scores are `large` and `large` + 1, times the scale."""
+    problem = inquiry.problem
+    step = abs(math.expm1(problem.scale))
+    if step < 4e-3:
+        return False
+    q, k, _ = (torch.zeros_like(t) for t in Inputs(problem).make(inquiry.candidate.device))
+    q[..., 0] = q[..., 1] = 1.0
+    k[..., 0] = large
+    k[:, :, 1::2, 1] = 1.0
+    found = reading.weights(inquiry.candidate, q, k, problem, inquiry.state.columns)
+    wanted = reading.simulated_weights(q, k, problem, inquiry.state)
+    slack = (0.2 * min(step, 1.0) + reading.tolerance(problem)) * wanted
+    return not bool(((found - wanted).abs() <= slack).all())
+
+
+def _precise(inquiry: Inquiry, name: str, sentence: str, stages: tuple[str, ...], changes: dict | None = None) -> str:
+    return inquiry.add(Hypothesis(name, sentence, stages, changes or {}, by_rounding=True))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from support import wrong_attention as zoo
 
-from flashcore.bisection.diagnosis import diagnose, logsumexp
+from flashcore.bisection.diagnosis import diagnose
 from flashcore.bisection.diagnosis.behaviour import RIGHT, simulate
 from flashcore.bisection.diagnosis.calling import candidate_of
+from flashcore.bisection.diagnosis.probes import logsumexp
 from flashcore.bisection.diagnosis.screening import Inputs
 from flashcore.problem import Problem
 

@@ -8,8 +8,10 @@ from typing import get_args
 
 import torch
 
-from flashcore.bisection.diagnosis.behaviour import Behaviour, Loop, LseKind, mask_of, simulate
-from flashcore.bisection.diagnosis.naming import TILES, Hypothesis
+from flashcore.bisection.diagnosis.behaviour import Behaviour, LseKind, mask_of, simulate
+from flashcore.bisection.diagnosis.hypotheses import TILES, Hypothesis, head_of
+from flashcore.bisection.diagnosis.pages import Loop
+from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.measure import check
 from flashcore.numerics import ambient
 from flashcore.problem import Problem
@@ -153,4 +155,22 @@ def _of_heads(got: torch.Tensor, case: check.Case, problem: Problem) -> Hypothes
         return None
     first, source = divmod(off[0], problem.num_heads_q), divmod(int(nearest[off[0]]), problem.num_heads_q)
     words = f"lse of batch {source[0]}, head {source[1]} stands at batch {first[0]}, head {first[1]}"
-    return Hypothesis("lse of another head", words, ("lse",), place=dict(zip(("batch", "head"), first, strict=True)))
+    return Hypothesis("lse of another head", words, ("lse",), place=head_of(off[0], problem))
+
+
+def lse(inquiry: Inquiry) -> str | None:
+    wrong = [s for s in inquiry.failing if s.lse is not None and not s.lse.passed and s.answer is not None]
+    for one in sorted(wrong, key=lambda s: s.inputs.pattern != "normal"):
+        case, problem = one.inputs.case(inquiry.candidate, again=True), one.inputs.problem
+        if follows(one.answer.lse, case, problem, inquiry.state):
+            continue
+        if one.lse_alone or inquiry.fits_shape(problem):
+            named = name_lse(one.answer.lse, case, problem, inquiry.state)
+            if named:
+                return inquiry.add(named)
+        if one.lse_alone or not (inquiry.suspicions or inquiry.found):
+            words = f"lse is wrong: {one.lse.sentence()}"
+            stages = ("lse",) if one.lse_alone else ("row_sum", "lse")
+            return inquiry.suspect(stages, words, dict(one.lse.first_bad or {}))
+        return "lse follows the wrong output"
+    return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
+from support import wrong_attention as zoo
+from support.inquiries import inquiry_of
 
-from flashcore.bisection.diagnosis import loops
-from flashcore.bisection.diagnosis.behaviour import Loop, LoopFault
+from flashcore.bisection.diagnosis.pages import Loop, LoopFault
+from flashcore.bisection.diagnosis.probes import loops
 from flashcore.numerics.reference import STAGES
 from flashcore.problem import Problem
 
@@ -36,3 +38,20 @@ def test_every_fault_has_words_and_stages(kind):
     assert "64 keys" in words and stages and set(stages) <= set(STAGES)
     if kind in loops.PAGE_FAULTS:
         assert "on page 3 of 64 keys, last page first" in loops.words_of(Loop(kind, 64, 3, backwards=True))[0]
+
+
+def test_a_loop_is_found_by_simulation():
+    inquiry = inquiry_of(zoo.accum_not_rescaled, patterns=("normal", "rising"))
+    assert loops.moving_maximum(inquiry) == (
+        "the accumulator is not rescaled when the maximum moves, on every page of 64 keys"
+    )
+    assert inquiry.state.loop == Loop("accum not rescaled", 64) and not inquiry.unexplained()
+    assert loops.moving_maximum(inquiry_of(zoo.page_loop)) is None
+
+
+@pytest.mark.parametrize("name", ["rescaled_late_accum", "rescaled_late"])
+def test_of_loops_that_explain_one_call_alike_the_others_decide(name):
+    wrong = zoo.ZOO[name]
+    inquiry = inquiry_of(wrong.function, PROBLEM.with_(seqlen_q=60, seqlen_k=200), ("normal", "rising", "steep"))
+    loops.moving_maximum(inquiry)
+    assert [h.name for h in inquiry.found] == [wrong.named] and not inquiry.unexplained()

@@ -8,7 +8,7 @@ from support import wrong_attention as zoo
 
 from flashcore.bisection.diagnosis.behaviour import RIGHT
 from flashcore.bisection.diagnosis.calling import candidate_of
-from flashcore.bisection.diagnosis.keeping import kept_between_calls
+from flashcore.bisection.diagnosis.probes.keeping import kept_between_calls
 from flashcore.bisection.diagnosis.screening import Inputs
 from flashcore.problem import Problem
 

@@ -8,8 +8,9 @@ import torch
 
 from flashcore.bisection.diagnosis.behaviour import Behaviour, simulate
 from flashcore.bisection.diagnosis.calling import Candidate, Refusal
-from flashcore.bisection.diagnosis.naming import Hypothesis
+from flashcore.bisection.diagnosis.hypotheses import Hypothesis, first_of
 from flashcore.bisection.diagnosis.predicting import EXPLAINED
+from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.bisection.diagnosis.screening import Inputs
 from flashcore.numerics import ambient
 from flashcore.problem import Problem
@@ -63,7 +64,7 @@ def _first_of_a_shape(candidate: Candidate, problem: Problem) -> Hypothesis | No
         if not bool(off.any()) or bool((once.isnan() & again.isnan()).any()):
             return None
         words = f"the first call with new lengths gives another result than the next, in {int(off.sum()):,} elements"
-        place = dict(zip(("batch", "head", "row", "column"), off.nonzero()[0].tolist(), strict=True))
+        place = first_of(off)
         return Hypothesis("first call differs", words, ("out",), {}, place, of_calls=True)
     return None
 
@@ -94,3 +95,9 @@ def _named(
         words = "the result of the call before is still in the output: what was computed is added to it"
         return Hypothesis("result of an earlier call", words, ("out", "accum"), of_calls=True)
     return None
+
+
+def earlier(inquiry: Inquiry) -> str | None:
+    found = kept_between_calls(inquiry.candidate, inquiry.problem, inquiry.state)
+    inquiry.varies = inquiry.varies or found is not None
+    return inquiry.add(found) if found else None

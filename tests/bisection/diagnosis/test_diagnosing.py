@@ -13,7 +13,8 @@ from support import wrong_attention as zoo
 from support.sampling import first
 
 import flashcore
-from flashcore.bisection.diagnosis import diagnose, diagnosing, peeling
+from flashcore.bisection.diagnosis import diagnose, diagnosing
+from flashcore.bisection.diagnosis.probes import memory
 from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.problem import Problem
 
@@ -190,7 +191,7 @@ def test_diagnoses_in_several_threads_run_one_after_the_other_and_leave_torch_as
     inside, most = [], []
 
     def asks(*_):
-        with peeling.full_of_nan():
+        with memory.full_of_nan():
             inside.append(1)
             time.sleep(0.1)  # the second one begins, and ends after the first
             most.append(len(inside))

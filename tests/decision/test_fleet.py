@@ -134,6 +134,21 @@ def test_the_last_record_of_a_card_counts_and_records_without_sense_break_nothin
     assert fleet.judge([]).kinds == ()
 
 
+def test_what_is_no_figure_is_not_measured_and_a_figure_of_ones_own_judges_nothing():
+    assert only(fleet.judge(synthetic.cards(factors={"attention": 0.0}))).what == ("Attention, D=64: not measured",)
+    trials = synthetic.cards()
+    for number, trial in enumerate(trials):
+        trial.data["figures"] |= {"my_own": {"value": 10.0**number, "unit": "x"}, "nobody_s": {"value": None}}
+    found = fleet.judge(trials)
+    assert found.ok and {s.title: (s.unit, s.n) for s in found.kinds[0].spreads}["my own"] == ("x", 8)
+    assert "nobody s" not in {s.title for s in found.kinds[0].spreads}
+
+
+def test_a_card_alone_is_off_by_its_own_counters():
+    [off] = fleet.judge([synthetic.card(0, counters={"pcie_width": 8})]).off
+    assert off.what == ("PCIe width ×8 instead of ×16",)
+
+
 def test_the_json_holds_all_of_it():
     told = json.loads(json.dumps(fleet.judge(synthetic.cards(factors={"attention": 0.5})).as_dict()))
     assert told["ok"] is False and told["off"][0]["card"] == "GPU-00000007" and len(told["kinds"][0]["cards"]) == 8

@@ -111,6 +111,9 @@ def test_a_timing_is_taken_as_it_was_asked_for_and_other_records_by_their_data()
         assert wanted.model_copy(update=changes).takes(timed) is takes, changes
     check = synthetic.correctness("wmma", REPORT)
     assert wanted.model_copy(update={"method": "host", "l2": "warm"}).takes(check), "a check has no clock"
+    assert wanted.wants(timed) and not wanted.wants(check)
+    for changes in ({"backend": "scalar"}, {"problem": "latency"}, {"method": "host"}, {"where": {"role": "ours"}}):
+        assert not wanted.model_copy(update=changes).wants(timed), changes
 
 
 def test_shipped_gates_cover_the_targets():
@@ -170,6 +173,7 @@ def test_a_gate_on_ours_asks_the_options_own_backend(tmp_path):
     (own,) = gates.options[1].asked(gates)
     assert isinstance(own, Gate) and own.required and own.metric == "data.spill_bytes"
     assert decide(without_paging(GOOD), gates).recommended.id == "A"
+    assert load(tmp_path, 'rank_options_by = "speed"\n' + FILE).rank_options_by == "speed"
     by_name = load(tmp_path, FILE.replace('backend = "ours"', 'backend = "scalar"'))
     assert by_name.options[0].asked(by_name) == (by_name.get("speed"),), "a gate on one backend stays on that"
     nobody = load(tmp_path, FILE.replace('backend = "wmma"\n', ""))

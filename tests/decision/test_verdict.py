@@ -120,6 +120,9 @@ def test_what_is_missing_is_told_by_the_first_of_it_and_counted():
 
 
 def test_a_run_that_does_not_say_what_it_planned_is_not_complete():
+    planned = [*synthetic.NOTEBOOKS, "06_status_report.ipynb"]  # which shows the verdict, and comes after it
+    assert decide(GOOD, environment=synthetic.environment(parameters={"notebooks": planned})).verdict == "GO"
+    assert decide(GOOD, environment=synthetic.environment(parameters={"notebooks": ", ".join(planned)})).verdict == "GO"
     for parameters in ({}, {"notebooks": []}, {"notebooks": ""}, {"notebooks": 3}):
         decision = decide(GOOD, environment=synthetic.environment(parameters=parameters))
         assert decision.verdict == "INCONCLUSIVE" and "notebook" in decision.reason, parameters

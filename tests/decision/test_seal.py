@@ -270,6 +270,10 @@ def test_what_came_after_the_seal_is_named(run):
     EDITS["a line added"][1](run)
     [change] = seal.check(run).changes
     assert change.sentence == f"records.jsonl: line {len(lines) + 1} (paging) was added after the seal."
+    added = synthetic.memory_saved(99.0).model_dump_json()
+    put(run, [*lines[:5], added, lines[6], lines[5], *lines[7:]])
+    [change] = seal.check(run).changes
+    assert change.sentence == "records.jsonl: line 6 (paging) was added after the seal.", "others moved and were there"
     put(run, lines)
     seal.seal(run, GATES, verdict="GO", earlier=seal.unseal(run))
     [change] = seal.check(run, GATES).changes

@@ -31,6 +31,16 @@ def test_a_length_beyond_the_table(tables, length):
         PagedKV.from_tables(*tables).check()
 
 
+def test_a_row_may_be_full_and_a_page_that_is_full_may_be_shared(tables):
+    kv = PagedKV.from_tables(*tables)
+    tables[3][0] = 64
+    kv.check()
+    with pytest.raises(SequenceTooLong, match="Row 0 would hold 65 tokens"):
+        kv.check(1)
+    tables[3][0] = 16  # its next token begins page 0, and page 5, which row 1 has too, is not written again
+    kv.check(1)
+
+
 def test_a_length_that_leaves_no_room(tables):
     kv = PagedKV.from_tables(*tables)
     with pytest.raises(SequenceTooLong, match="Row 1 would hold 65 tokens"):

@@ -52,6 +52,7 @@ def test_wrong_tensors(tables, change, words):
     (lambda q: q.float(), "q is torch.float32 on cpu, and the cache is torch.float16"),
     (lambda q: q.to("meta"), "on meta"),
     (lambda q: q[:1], r"q has batch 1 and head_dim 8, and the cache has 2 and 8.*cache.view\(sequences\)"),
+    (lambda q: q[..., :4], r"q has batch 2 and head_dim 4, and the cache has 2 and 8"),
     (lambda q: q[:, :3], r"num_heads_q \(3\) must be a multiple of num_heads_kv \(2\)"),
     (lambda q: q.tolist(), "q is list"),
 ])  # fmt: skip

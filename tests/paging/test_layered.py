@@ -105,6 +105,9 @@ def test_what_does_not_fit_changes_nothing(both):
     for layer in (-1, LAYERS, 0.0, "0", True):
         with pytest.raises(InvalidProblem, match="layer is .*; it has to be a whole number from 0 to 2"):
             cache.write(layer, *tokens(1, 3))
+    for rows, counts in ((torch.tensor([0, 0]), None), (torch.tensor([0, 1]), torch.tensor([1, 2], dtype=torch.int32))):
+        with pytest.raises(InvalidProblem, match="rows|counts"):
+            cache.write(0, *tokens(1, 2), rows=rows, counts=counts)
     same(cache, separate)
 
 

@@ -135,6 +135,14 @@ def test_too_few_samples_settle_nothing(n):
     assert gate(enough, "report-320").state == "PASS"
 
 
+def test_a_gate_may_ask_for_more_samples_than_an_interval_takes():
+    for least, state in ((30, "PASS"), (31, "INCONCLUSIVE")):
+        wanted = GATES.get("report-320").model_copy(update={"min_count": least})
+        found = judging.judge_gate(wanted, live(*GOOD), None, True)
+        assert found.state == state and ("30 samples cannot tell" in found.reason) == (least > 30)
+        assert found.n == 30 and ("31 can" in found.reason) == (least > 30)
+
+
 def test_a_variant_for_checks_is_never_the_best_of_ours():
     """It may be a hair faster than the kernel that ships; the gate names the kernel."""
     kernel = hopper(600.0)
@@ -231,6 +239,12 @@ def test_a_crashed_check_of_ours_keeps_the_best_of_ours_open():
     crashed = synthetic.correctness("wmma", REPORT, status="error", correctness=None, reason="out of memory")
     slow = [t for t in slow if not (t.kind == "correctness" and t.backend == "wmma" and t.problem == REPORT)]
     assert gate(decide(slow), "report-320").state == "FAIL"
+    refused = synthetic.timing("hopper", REPORT, 1.0, round_="r", status="unsupported", timing=None)
+    assert gate(decide([*slow, refused]), "report-320").state == "FAIL", (
+        "what does not take the problem is not the best"
+    )
+    told = gate(decide([*slow, crashed]), "wmma-correct")
+    assert (told.state, told.reason) == ("INCONCLUSIVE", "A check of wmma did not finish (out of memory).")
     assert gate(decide([*slow, crashed]), "report-320").state == "INCONCLUSIVE"
 
 
@@ -348,6 +362,7 @@ def test_a_figure_of_several_records_is_their_best_or_worst_and_a_doubt_matters_
         ("best", [low, high], "PASS", f"The best of 2 records has 60.0 %; {needed}"),
         ("worst", [low, broken], "FAIL", f"The only record has 40.0 %; {needed}"),
         ("worst", [high, broken], "INCONCLUSIVE", f"The only record has 60.0 %; {needed}{but}"),
+        ("best", [low, refused], "FAIL", f"The only record has 40.0 %; {needed}"),
         ("best", [high, broken], "PASS", f"The only record has 60.0 %; {needed}"),
         ("best", [low, broken], "INCONCLUSIVE", f"The only record has 40.0 %; {needed}{but}"),
     ):

@@ -22,18 +22,18 @@ def adding_to(path: Path | None) -> Iterator[RunFolder | None]:
     Raises
     ------
     RecordsError
-        The folder cannot be made or written.
+        The folder cannot be made or written, or somebody is measuring into it; or adds to it, where it has a seal.
     """
     if path is None:
         yield None
         return
-    from flashcore.pipeline.folders import refuse_recorded
+    from flashcore.pipeline.folders import measuring, refuse_recorded
 
     run = RunFolder.create(path)
     refuse_recorded(run)
     before = run.records_path.stat().st_size
     try:
-        with seal.additions(run, verdict.load_gates()):
+        with measuring(run, alone=(run.path / seal.FILE).exists()), seal.additions(run, verdict.load_gates()):
             yield run
     finally:
         if run.records_path.stat().st_size != before and any((run.path / name).exists() for name in seal.PAGES):

@@ -93,8 +93,13 @@ def newest_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
 
 
 @contextlib.contextmanager
-def measuring(run: RunFolder) -> Iterator[None]:
+def measuring(run: RunFolder, *, alone: bool = True) -> Iterator[None]:
     """Inside, nobody else measures into a run or measures parts of it again; whose a record is hangs on their order.
+
+    Parameters
+    ----------
+    alone
+        False for records that are nobody's part: several may add such at once, while nobody measures into the run.
 
     Raises
     ------
@@ -103,11 +108,12 @@ def measuring(run: RunFolder) -> Iterator[None]:
     """
     folder = os.open(run.path, os.O_RDONLY)  # a lock on the folder itself, which ends with whoever has it
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
         raise RecordsError(
-            f"The run {run.name} is being measured by another process or thread; wait until that has ended."
+            f"The run {run.name} is being measured by another process or thread, or added to; wait until that has "
+            "ended."
         ) from None
     except OSError:  # a file system that knows no such lock
         pass

@@ -6,7 +6,9 @@ import pytest
 from support import synthetic_records as synthetic
 
 from flashcore.cli.adding import adding_to
+from flashcore.decision import seal
 from flashcore.errors import RecordsError
+from flashcore.pipeline.folders import measuring
 from flashcore.records import RunFolder, Trial
 
 
@@ -54,6 +56,18 @@ def test_what_was_added_before_an_error_counts_too(shown):
         run.append(Trial(kind="ceiling"))
         raise RuntimeError("half way")
     assert pages(shown) == [] and shown.trials()[-1].kind == "ceiling"
+
+
+def test_nobody_adds_to_a_run_that_is_being_measured_or_whose_seal_somebody_else_is_about_to_renew(shown):
+    """Records do not say whose they are, and a seal would not know of those that came while it was being made."""
+    with adding_to(shown.path), adding_to(shown.path):
+        pass  # without a seal several may add
+    with measuring(shown), pytest.raises(RecordsError, match="is being measured by another"), adding_to(shown.path):
+        pass
+    (shown.path / seal.FILE).write_text("{}")
+    with adding_to(shown.path), pytest.raises(RecordsError, match="is being measured by another"):
+        with adding_to(shown.path):
+            pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):

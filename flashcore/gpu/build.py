@@ -19,14 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flashcore.errors import CompileError, FlashCoreError, RecordsError, ToolMissing, UnknownName
 from flashcore.gpu.cache import cache_dir, read_private, write_private
 from flashcore.gpu.options import INVARIANT, OPTIONS, WITH_OPTIONS, without_options
 from flashcore.paths import data_dir, folder_in, plugin_folders
-from flashcore.records import Trial
+from flashcore.records import SETTLED_NS, Trial
 
 ARCH = "sm_90a"
 HEAD_DIMS = (64, 128)
@@ -143,6 +143,9 @@ class _Snapshot:
     """Path, time of change in ns and size of each; the kernel's own file first."""
     looked: float
     """When the files were last looked at, by `time.monotonic`."""
+    settled: bool
+    """Whether all of them had been changed long enough before they were read: else they might change again without a
+    new time, since file systems count time in steps of some milliseconds."""
 
 
 _snapshots: dict[str, _Snapshot] = {}
@@ -152,9 +155,11 @@ def _snapshot(kernel: str) -> _Snapshot:
     """The kernel's text as it is on disk now."""
     path, now = kernel_path(kernel), time.monotonic()
     found = _snapshots.get(kernel)
-    if found is not None and found.files[0][0] == path and found.files == _states([file for file, *_ in found.files]):
+    same = found is not None and found.files[0][0] == path
+    if same and found.settled and found.files == _states([file for file, *_ in found.files]):
         found.looked = now
         return found
+    began = time.time_ns()
     while True:  # until no file was edited while they were read
         paths: list[Path] = []
         _joined(path, paths)
@@ -162,8 +167,12 @@ def _snapshot(kernel: str) -> _Snapshot:
         text = _joined(path, [])
         if _states(paths) == files:
             break
-    version = hashlib.sha256(text.encode()).hexdigest()[:16]
-    made = _Snapshot(text, version, _hash_of(without_options(text)), _hash_of(text), files, now)
+    settled = all(began - changed > SETTLED_NS for _, changed, _ in files)
+    if same and found.text == text:
+        made = replace(found, files=files, looked=now, settled=settled)
+    else:
+        version = hashlib.sha256(text.encode()).hexdigest()[:16]
+        made = _Snapshot(text, version, _hash_of(without_options(text)), _hash_of(text), files, now, settled)
     _snapshots[kernel] = made
     return made
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -280,6 +281,16 @@ def test_an_edited_kernel_has_another_text_hash_and_version_in_the_same_process(
     assert len({first, second, third}) == 3
     path.write_text('#include "own.cuh"\nint c;  // a comment\n')
     assert build.source_hash("edited") == third[1] and build.source_version("edited") != third[0]
+
+
+def test_an_edit_of_the_same_size_in_the_same_instant_is_seen(tmp_path, monkeypatch):
+    """File systems count time in steps of some milliseconds."""
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    path, now = tmp_path / "edited.cu", time.time_ns() + 3_600 * 10**9  # on a slow machine it is still recent
+    for text in ("int a;\n", "int b;\n"):
+        path.write_text(text)
+        os.utime(path, ns=(now, now))
+        assert build.kernel_source("edited").endswith(text)
 
 
 def test_a_repeated_call_sees_an_edit_after_a_moment_without_reading_the_file_each_time(tmp_path, monkeypatch):

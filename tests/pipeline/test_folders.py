@@ -191,9 +191,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path, toys):
     assert list(runtime.glob("kernel-*.json")) == [], "the kernel's keys lie where nobody of ours looks"
     busy = partial_path(killed.parent / "notebooks" / "02_second")
     busy.mkdir()
-    (killed.parent / "notebooks" / busy.name.replace(str(os.getpid()), "4194999")).mkdir()
+    (killed.parent / "notebooks" / busy.name.replace(f"-{os.getpid()}-", "-4194999-")).mkdir()
     page = partial_path(killed.parent / "report.html")
-    page.with_name(page.name.replace(str(os.getpid()), "4194999")).write_text("half")
+    page.with_name(page.name.replace(f"-{os.getpid()}-", "-4194999-")).write_text("half")
     (toys / "02_second.ipynb").unlink()
     reporting.report(notebooks_dir=toys, out=tmp_path / "runs", pdf=False)
     assert hidden(tmp_path / "runs") == [busy.name]

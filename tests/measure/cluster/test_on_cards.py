@@ -30,6 +30,8 @@ pytestmark = [
 ]
 PROBLEMS = [square(1, 2, 256, d, dtype=t, causal=c) for d in (64, 128) for t in ("float16", "bfloat16")
             for c in (False, True)]  # fmt: skip
+PATIENCE_S = 600.0
+"""For processes of a busy machine; nothing is judged by it."""
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +101,14 @@ def test_what_a_killed_card_was_doing_is_done_on_another(workers, run, tmp_path,
     path = tmp_path / "victim"
 
     def kill():
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while not (path.exists() and path.read_text()) and time.monotonic() < until:
             time.sleep(0.02)
         os.kill(int(path.read_text().split()[which]), signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
     todo = [
-        Task("victim", nap_until, (str(path), 120.0), cost_s=9.0),
+        Task("victim", nap_until, (str(path), PATIENCE_S), cost_s=9.0),
         *check.tasks(check.pairs(PROBLEMS, [backends.get("hopper")])),
     ]
     [found] = perform(todo, run=run, pool=workers)
@@ -116,7 +118,7 @@ def test_what_a_killed_card_was_doing_is_done_on_another(workers, run, tmp_path,
     assert len(gone) == 1 or ended == "gone", (
         "a process of a crew costs its own task alone, and a worker all of its tasks"
     )
-    workers.await_workers(torch.cuda.device_count(), timeout_s=120.0)
+    workers.await_workers(torch.cuda.device_count(), timeout_s=PATIENCE_S)
 
 
 def test_a_card_whose_context_is_lost_works_again_and_its_task_is_done_elsewhere(workers, run, tmp_path):
@@ -126,7 +128,7 @@ def test_a_card_whose_context_is_lost_works_again_and_its_task_is_done_elsewhere
     assert [t.status for t in found] == ["ok"] * len(todo)
     [(task, _, redone)] = lost(run)
     assert (task, redone) == ("loses its card", True)
-    workers.await_workers(torch.cuda.device_count(), timeout_s=120.0)
+    workers.await_workers(torch.cuda.device_count(), timeout_s=PATIENCE_S)
 
 
 def test_a_hang_on_a_card_ends_with_its_limit(workers, run, tmp_path):

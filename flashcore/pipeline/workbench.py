@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from flashcore.errors import FlashCoreError
 from flashcore.paths import HOME, data_dir
+from flashcore.records import write_whole
 
 PRISTINE = ".as-shipped"
 """Folder beside the copies that keeps each as it was laid out: it tells whose version a copy is."""
@@ -43,15 +43,16 @@ def lay_out(folder: Path | None = None, *, notebooks_dir: Path | None = None) ->
         (folder / PRISTINE).mkdir(parents=True, exist_ok=True)
         for shipped in sorted((notebooks_dir or data_dir("notebooks")).glob("*.ipynb")):
             copy, pristine = folder / shipped.name, folder / PRISTINE / shipped.name
-            if pristine.is_file() and pristine.read_bytes() == shipped.read_bytes() and copy.is_file():
+            ours, yours, before = (path.read_bytes() if path.is_file() else None for path in (shipped, copy, pristine))
+            if before == ours and yours is not None:
                 continue
-            if copy.is_file() and not (pristine.is_file() and copy.read_bytes() == pristine.read_bytes()):
-                newer = copy.with_name(f"{copy.stem}.newer.ipynb")
-                shutil.copyfile(shipped, newer)
-                remarks.append(f"{copy.name} is kept as you changed it; FlashCore's own is in {newer.name}.")
+            if yours in (None, before, ours):  # ours: another process is laying them out too
+                write_whole(copy, ours)
             else:
-                shutil.copyfile(shipped, copy)
-            shutil.copyfile(shipped, pristine)
+                newer = copy.with_name(f"{copy.stem}.newer.ipynb")
+                write_whole(newer, ours)
+                remarks.append(f"{copy.name} is kept as you changed it; FlashCore's own is in {newer.name}.")
+            write_whole(pristine, ours)
     except OSError as error:
         raise FlashCoreError(
             f"The notebooks cannot be laid out in {folder} ({error.strerror}); make the folder writable."

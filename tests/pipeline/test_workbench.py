@@ -68,3 +68,19 @@ def test_the_copies_lie_in_a_folder_that_git_ignores():
     assert workbench.workbench_dir().name == "lab"
     ignored = (data_dir("notebooks").parent / ".gitignore").read_text().splitlines()
     assert "/lab/" in ignored
+
+
+def test_two_that_lay_notebooks_out_at_once_take_each_other_for_no_user(shipped, tmp_path, monkeypatch):
+    """One is between a copy and its pristine twin when the other one looks, or in the middle of a file."""
+    folder, _ = workbench.lay_out(tmp_path / "lab", notebooks_dir=shipped)
+    (shipped / "01_first.ipynb").write_text("01_first, version 2")
+    seen = []
+
+    def write_whole(path, content, real=workbench.write_whole):
+        seen.append(text(folder, "01_first"))  # what another process finds before each write
+        real(path, content)
+
+    monkeypatch.setattr(workbench, "write_whole", write_whole)
+    (folder / "01_first.ipynb").write_text("01_first, version 2")
+    assert workbench.lay_out(folder, notebooks_dir=shipped) == (folder, [])
+    assert not (folder / "01_first.newer.ipynb").exists() and set(seen) == {"01_first, version 2"}

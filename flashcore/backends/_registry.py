@@ -22,6 +22,8 @@ _REGISTRY = REGISTERED
 _discovered: set[str] = set()
 _discovering = threading.RLock()
 """Held while modules and plug-ins are imported, so that no other thread misses one. A plug-in may ask for a backend."""
+WAIT_S = 60.0
+"""Seconds to wait for a thread that imports them: it may wait for a module that asks while it is imported here."""
 
 
 def register(cls: type[Backend]) -> type[Backend]:
@@ -59,9 +61,12 @@ def _discover() -> None:
 def all_backends() -> list[Backend]:
     """Every backend known here, whether or not it can run: ours from slow to fast, then peers."""
     order = {"reference": 0, "ours": 1, "peer": 2}
-    with _discovering:
-        _discover()
-        return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
+    if _discovering.acquire(timeout=WAIT_S):
+        try:
+            _discover()
+        finally:
+            _discovering.release()
+    return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
 
 
 def get(backend_id: str) -> Backend:

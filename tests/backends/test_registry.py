@@ -1,5 +1,9 @@
 """The registry: which backends there are, and how they are found, chosen and added."""
 
+import importlib
+import sys
+import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -78,3 +82,28 @@ def test_a_thread_that_asks_while_another_imports_a_plugin_waits_for_it(tmp_path
         assert found[0] is found[1] and found[0].title == "imported slowly"
     finally:
         _registry._REGISTRY.pop("toy-slowly", None)
+
+
+def test_a_module_that_asks_while_it_is_imported_and_a_plug_in_that_wants_it_end(tmp_path, monkeypatch):
+    """Each of two threads holds what the other one needs: the module, and the right to import plug-ins."""
+    monkeypatch.setattr(_registry, "WAIT_S", 0.2)
+    meeting = types.ModuleType("toy_meeting")
+    meeting.imported, meeting.discovering = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "toy_meeting", meeting)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "toy_asks.py").write_text(
+        "import toy_meeting\n"
+        "from flashcore.backends import get\n"
+        "toy_meeting.imported.set()\n"
+        "assert toy_meeting.discovering.wait(60)\n"
+        "FOUND = get('cpu').id\n"
+    )
+    (tmp_path / "toy_wants.py").write_text("import toy_meeting\ntoy_meeting.discovering.set()\nimport toy_asks\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    with ThreadPoolExecutor(2) as pool:
+        asks = pool.submit(importlib.import_module, "toy_asks")
+        assert meeting.imported.wait(60)
+        monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+        wants = pool.submit(backends.all_backends)
+        assert asks.result(60).FOUND == "cpu" and "cpu" in [b.id for b in wants.result(60)]
+    sys.modules.pop("toy_asks")

@@ -446,6 +446,7 @@ SETTLED_NS = 100_000_000
 """A file that was changed less than this before it was read might change again without a new time: it is not kept."""
 _one_at_a_time = threading.Lock()
 """Held while a file is read: whoever wants the same one meanwhile finds it kept."""
+os.register_at_fork(after_in_child=_one_at_a_time._at_fork_reinit)  # the thread that holds it is not in a child
 
 
 WRITER_S = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 import threading
@@ -24,6 +25,15 @@ _discovering = threading.RLock()
 """Held while modules and plug-ins are imported, so that no other thread misses one. A plug-in may ask for a backend."""
 WAIT_S = 60.0
 """Seconds to wait for a thread that imports them: it may wait for a module that asks while it is imported here."""
+
+
+def _in_a_child() -> None:
+    """In a forked process the thread that imported them is not there."""
+    global _discovering
+    _discovering = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_a_child)
 
 
 def register(cls: type[Backend]) -> type[Backend]:
@@ -61,11 +71,12 @@ def _discover() -> None:
 def all_backends() -> list[Backend]:
     """Every backend known here, whether or not it can run: ours from slow to fast, then peers."""
     order = {"reference": 0, "ours": 1, "peer": 2}
-    if _discovering.acquire(timeout=WAIT_S):
+    lock = _discovering
+    if lock.acquire(timeout=WAIT_S):
         try:
             _discover()
         finally:
-            _discovering.release()
+            lock.release()
     return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
 
 

@@ -307,6 +307,7 @@ def _cudart_version(folder: Path) -> tuple[int, int] | None:
 
 _importing = threading.Lock()
 """Held while the packages `cuda` are imported: of several threads that import them first at once, all but one fail."""
+os.register_at_fork(after_in_child=_importing._at_fork_reinit)  # the thread that holds it is not in a child
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class _Change:
 
     found: Any
     value: Any
+    thread: int = field(default_factory=threading.get_ident)
 
 
 @dataclass(eq=False)
@@ -175,6 +177,21 @@ def _held() -> Iterator[None]:
                 _inside[me] -= 1
                 if not _inside[me]:
                     del _inside[me]
+
+
+def _in_a_child() -> None:
+    """In a forked process only the thread that forked it goes on: what others held is put back, and nobody waits."""
+    global _lock, alone, choosing
+    _lock, alone, choosing = threading.Lock(), threading.RLock(), threading.RLock()
+    me = threading.get_ident()
+    for setting in _settings() if _settings.cache_info().currsize else ():
+        for change in [change for change in setting.changes if change.thread != me]:
+            setting.let_go(change)
+    for ident in [ident for ident in _inside if ident != me]:
+        del _inside[ident]
+
+
+os.register_at_fork(after_in_child=_in_a_child)
 
 
 @contextlib.contextmanager

@@ -144,6 +144,10 @@ class _Watch:
         """Those that were there before, and what they begin, and what that begins."""
         self._idents = set(sys._current_frames())
 
+    def is_of(self, ident: int) -> bool:
+        """Whether it watches this thread."""
+        return ident == self._ident
+
     def hear(self, starter: int, thread: threading.Thread) -> None:
         """A thread begins another one."""
         if starter != self._ident and threading._active.get(starter) in self._others:
@@ -175,6 +179,16 @@ _watches: list[_Watch] = []
 """Of the thread that has its turn, the outer ones first."""
 _STARTS = tuple(name for name in ("_start_new_thread", "_start_joinable_thread") if hasattr(threading, name))
 """What `threading.Thread.start` calls, of which Python 3.13 has the second."""
+
+
+def _in_a_child() -> None:
+    """In a forked process the thread that was watched is not there, unless it forked."""
+    global _turn
+    _turn = threading.RLock()
+    _watches[:] = [watch for watch in _watches if watch.is_of(threading.get_ident())]
+
+
+os.register_at_fork(after_in_child=_in_a_child)
 
 
 def _heard(start: Callable[..., Any]) -> Callable[..., Any]:

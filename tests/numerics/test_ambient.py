@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -416,6 +419,48 @@ def test_a_deterministic_mode_for_a_while_is_gone_after_calls_of_other_threads_t
         contexts = [ambient.shield if one is None else lambda one=one: one("warn") for one in (first, second)]
         overlapping(*contexts, lambda: None)
         assert torch.get_deterministic_debug_mode() == 0, (first, second)
+
+
+FORKS = """
+import contextlib, os, sys, threading, warnings
+warnings.simplefilter("ignore")  # Python says that a child may wait for ever, which is what is asked here
+import torch
+from flashcore.backends import _registry
+from flashcore.numerics import ambient, instruments
+from flashcore import records
+inside, over = threading.Event(), threading.Event()
+
+def holds():
+    locks = ambient.alone, ambient.choosing, records._one_at_a_time, _registry._discovering
+    with ambient.shield(), contextlib.ExitStack() as stack, instruments.watched("honest"):
+        for lock in locks:
+            stack.enter_context(lock)
+        inside.set()
+        over.wait(60)
+
+torch.set_default_dtype(torch.float64)
+thread = threading.Thread(target=holds)
+thread.start()
+inside.wait(60)
+child = os.fork()
+if not child:
+    locks = (ambient._lock, ambient.alone, ambient.choosing, records._one_at_a_time, _registry._discovering,
+             instruments._turn)
+    free = all(lock.acquire(timeout=1) for lock in locks) and not ambient._inside and not instruments._watches
+    os._exit(0 if free and torch.get_default_dtype() is torch.float64 else 1)
+_, status = os.waitpid(child, 0)
+over.set()
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(status) or torch.get_default_dtype() is not torch.float64)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_forked_meanwhile_has_what_is_set_and_waits_for_no_thread_that_it_has_not(tmp_path):
+    """As when torch's data loader starts its workers while another thread computes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FORKS], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

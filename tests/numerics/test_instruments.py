@@ -140,7 +140,7 @@ def test_a_thread_is_a_finding_however_the_backend_came_to_begin_it(start):
         ended.set()
 
     try:
-        with pytest.raises(JudgeTampered, match=r"first|second|without a name"), watched("cheat"):
+        with pytest.raises(JudgeTampered, match="goes on after the call"), watched("cheat"):
             start(work)
             assert runs.wait(60)
     finally:

@@ -175,7 +175,7 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801  (it is used as a function 
     It is one of torch's function modes: it sees the calls of this thread, however the function was imported, but not
     those inside `torch.nn.MultiheadAttention` and the layers made of it, which torch shows to a mode as one call only.
     Other functions of torch cost about a microsecond more meanwhile. A model that `torch.compile` compiled is compiled
-    once more inside of the context, whole as before.
+    once more inside of the context, whole as before. Another thread enters a context of its own, which counts for it.
 
     Inside of ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` calls go on to torch, which has second derivatives
     there. Other choices of that context are among torch's own kernels, and change nothing here.

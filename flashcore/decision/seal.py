@@ -191,8 +191,15 @@ def seal_pages(run: RunFolder) -> None:
     found = _read(run)
     if not isinstance(found, dict):
         return
-    pages = {name: hashed for name in PAGES if (hashed := _of_file(run.path / name)) is not None}
-    _write(run, {**found, "pages": pages, "pages_digest": _hash(_canonical([found.get("digest"), pages]))})
+    sealed = None
+    while (pages := _pages(run)) != sealed:  # another process may be drawing it too, and be done first
+        _write(run, {**found, "pages": pages, "pages_digest": _hash(_canonical([found.get("digest"), pages]))})
+        sealed = pages
+
+
+def _pages(run: RunFolder) -> dict[str, str]:
+    """What the seal says of the page and the PDF as they are."""
+    return {name: hashed for name in PAGES if (hashed := _of_file(run.path / name)) is not None}
 
 
 def unseal(run: RunFolder) -> list[dict[str, Any]]:

@@ -398,3 +398,20 @@ def test_the_forms_of_a_kernel_are_told_in_words():
     assert said == ["kernel source a is not as it was sealed."]
     said = seal._differing(before, {**before, "b with options": "y"}, "kernel source ")
     assert said == ["kernel source b (its masked and batch-invariant forms) is not as it was sealed."]
+
+
+def test_a_page_that_another_process_draws_while_it_is_sealed_is_sealed_as_it_then_is(tmp_path, monkeypatch):
+    """Whoever draws last seals last, but the one before may have read the page in between, and write later."""
+    run = sealed(tmp_path / "run")
+    (run.path / "report.html").write_text("drawn here")
+
+    def write(run, made, real=seal._write):
+        if not written:
+            (run.path / "report.html").write_text("drawn there")
+        written.append(made)
+        real(run, made)
+
+    written = []
+    monkeypatch.setattr(seal, "_write", write)
+    seal.seal_pages(run)
+    assert seal.check(run, GATES).of(("pages",)) == [] and len(written) == 2

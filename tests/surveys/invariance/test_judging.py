@@ -64,7 +64,7 @@ def test_a_break_is_made_smaller_and_its_line_finds_it(capsys):
     ways = [Way(), Way("batch", together=4, layout="bshd")]
     (case,) = judging.cases_of(bad, FOUR, ways, [2], invariant=True)
     assert not case.kept and case.pair == "alone, batch"
-    small = judging.shrunk(bad, case, invariant=True, seconds=5)
+    small = judging.shrunk(bad, case, invariant=True, seconds=600)
     assert len(small.setting) < 4 or small.setting.lengths[small.subject] < case.setting.lengths[case.subject]
     assert small.setting.heads_kv == 1 and not compare(
         bad.first, small.setting, small.subject, *small.ways, invariant=True

@@ -21,6 +21,12 @@ FEW = 100
 """Cases that find each planted break; a quick report asks three times as many."""
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A busy machine may need longer for the cases that are asked."""
+    monkeypatch.setitem(measuring.LIMIT_S, "cpu", 600.0)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Settings that an attention of many small steps gets through."""

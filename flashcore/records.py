@@ -337,6 +337,11 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
         ) from error
 
 
+REPLACED_TIMES = 100
+"""How often a file may have come into another one's place while somebody waits for it; more on no file system that tells
+files apart."""
+
+
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """Inside, nobody else appends to a records file, so that another one can be put in its place without a loss."""
@@ -347,9 +352,9 @@ def held(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _to_append(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """A file to append to, and whether it could be held against other writers."""
-    while True:
+    for left in reversed(range(REPLACED_TIMES)):
         with open(path, "a+b", buffering=0) as file, _alone(file) as alone:
-            if alone and not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if left and alone and not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 continue  # another one has come into its place meanwhile, and nobody would read what goes here
             yield file, alone
             return

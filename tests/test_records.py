@@ -316,6 +316,12 @@ def test_a_record_goes_into_the_file_that_has_come_into_its_place_meanwhile(run)
     assert [t.backend for t in run.trials()] == ["first", "second"]
 
 
+def test_a_file_system_that_cannot_tell_files_apart_takes_records(run, monkeypatch):
+    monkeypatch.setattr(records.os.path, "samestat", lambda one, other: False)
+    run.append(timing("kept"))
+    assert [t.backend for t in run.trials()] == ["kept"]
+
+
 @pytest.fixture
 def threads_take_turns():
     """Switch threads as often as Python can, so that two meet in the middle of anything."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,10 +267,31 @@ def _final_records(run: RunFolder, name: str) -> int:
     return sum(t.data.get("name") == name for t in run.trials(kind="notebook", status="ok"))
 
 
+NOTHING_RAN = "died before replying"
+"""What Jupyter says of a kernel that ended before it took its first cell."""
+
+
 def _papermill(
     path: Path, partial: Path, parameters: dict, *, cwd: Path, timeout_s: float, show_bar: bool
 ) -> str | None:
-    """Run papermill; the reason why the notebook did not finish, as a clause, or None."""
+    """Run papermill; the reason why the notebook did not finish, as a clause, or None.
+
+    A kernel that ends before its first cell is started once more: its ports were chosen before it began, and another
+    process may have taken one of them meanwhile.
+    """
+    until = time.monotonic() + timeout_s
+    reason = _attempt(path, partial, parameters, cwd=cwd, left_s=timeout_s, show_bar=show_bar)
+    if reason is not None and NOTHING_RAN in reason:
+        left_s = max(0.0, until - time.monotonic())
+        reason = _attempt(path, partial, parameters, cwd=cwd, left_s=left_s, show_bar=show_bar)
+    return f"it took longer than {timeout_s:.0f} s and was ended" if reason == OVERRAN else reason
+
+
+OVERRAN = "it took too long"
+"""What one attempt says that was ended for its time; the whole of them names the limit."""
+
+
+def _attempt(path: Path, partial: Path, parameters: dict, *, cwd: Path, left_s: float, show_bar: bool) -> str | None:
     set_home()
     load_nbformat()
     import papermill
@@ -284,7 +306,7 @@ def _papermill(
         for kernel in kernels:
             _kill(kernel)
 
-    timer = threading.Timer(timeout_s, stop)
+    timer = threading.Timer(left_s, stop)
     timer.daemon = True
     timer.start()
     try:
@@ -294,7 +316,7 @@ def _papermill(
             parameters=parameters,
             kernel_name="python3",
             language="python",  # a notebook need not say so
-            kernel_manager_class=_kernel_manager(kernels, partial.with_name("kernel.json")),
+            kernel_manager_class=_kernel_manager(kernels, partial.with_name("kernel.json"), overran),
             # Output that comes late is output that is lost, as when a cell prints faster than anybody reads: the
             # notebook goes on, and what a cell raised is taken from its reply instead of from its output.
             iopub_timeout=OUTPUT_S,
@@ -320,7 +342,7 @@ def _papermill(
         reason = None
     finally:
         timer.cancel()
-    return f"it took longer than {timeout_s:.0f} s and was ended" if overran.is_set() else reason
+    return OVERRAN if overran.is_set() else reason
 
 
 def _one_line(error: Exception) -> str:
@@ -336,13 +358,15 @@ def _kernel_environment() -> dict[str, str]:
     return {name: text.replace("$", "$$") for name, text in variables.items()}  # jupyter_client fills in ${NAME}
 
 
-def _kernel_manager(started: list, connection: Path) -> type:
+def _kernel_manager(started: list, connection: Path, over: threading.Event) -> type:
     """A kernel manager class that starts this very interpreter, whatever kernels the machine has registered.
 
     Parameters
     ----------
     connection
         The file that gets the kernel's ports and key.
+    over
+        Set once the time is up: a kernel that starts only then is ended at once.
     """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
@@ -353,6 +377,11 @@ def _kernel_manager(started: list, connection: Path) -> type:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "connection_file": str(connection)})
             started.append(self)
+
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options)
+            if over.is_set():  # when that was set there was no process yet to be ended
+                _kill(self)
 
         @property
         def kernel_spec(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -168,6 +169,37 @@ def test_a_notebook_that_takes_too_long_is_ended_with_everything_it_started(tmp_
     while _state_of(pid) not in (None, "Z") and time.monotonic() < until:
         time.sleep(0.05)
     assert _state_of(pid) in (None, "Z")
+
+
+@pytest.mark.notebook
+def test_a_notebook_whose_time_is_up_before_its_kernel_has_started_is_ended_all_the_same(tmp_path, run):
+    finishing_notebook(tmp_path, "01_toy", "import time\ntime.sleep(3000)")
+    with pytest.raises(NotebookFailed, match="longer than 0 s"):
+        execute_notebook("01_toy", run, notebooks_dir=tmp_path, timeout_s=0.0)
+
+
+@pytest.mark.parametrize(("deaths", "reason"), [(1, None), (2, "did not start .Kernel died before replying to kern")])
+def test_a_kernel_that_ended_before_its_first_cell_is_started_once_more(tmp_path, run, monkeypatch, deaths, reason):
+    """Its ports are chosen before it begins, and another process may have taken one."""
+    import papermill
+
+    asked = []
+
+    def execute(source, target, **options):
+        asked.append(source)
+        if len(asked) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        Path(target).write_text("{}")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    finishing_notebook(tmp_path, "01_toy")
+    ran = functools.partial(execute_notebook, "01_toy", run, notebooks_dir=tmp_path, needs_record=False)
+    if reason is None:
+        assert ran().read_text() == "{}"
+    else:
+        with pytest.raises(NotebookFailed, match=reason):
+            ran()
+    assert len(asked) == 2
 
 
 def _state_of(pid: int) -> str | None:

@@ -338,8 +338,8 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
 
 
 REPLACED_TIMES = 100
-"""How often a file may have come into another one's place while somebody waits for it; more on no file system that tells
-files apart."""
+"""How often another file may have come into this one's place while somebody waits for it. Where it is always so, the file
+system does not tell files apart."""
 
 
 @contextlib.contextmanager

@@ -338,8 +338,7 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
 
 
 REPLACED_TIMES = 100
-"""How often another file may have come into this one's place while somebody waits for it. Where it is always so, the file
-system does not tell files apart."""
+"""How often a file may be replaced while somebody waits for it: more on a file system that tells no files apart."""
 
 
 @contextlib.contextmanager

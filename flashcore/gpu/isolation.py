@@ -149,10 +149,13 @@ class Worker:
 
     def _dead(self, timeout_s: float, seconds: float) -> Outcome:
         """Say how the worker ended: by itself, or now, because it took too long."""
+        process = self._process
+        if process is None:
+            return Outcome(False, None, "exit", "Its process was ended by its owner.", seconds=seconds)
         # Its end of the connection closes a moment before the process is gone; one that hangs keeps it open.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.5 if seconds >= timeout_s else END_S)
-        code, said = self._process.returncode, self._last_words()
+            process.wait(0.5 if seconds >= timeout_s else END_S)
+        code, said = process.returncode, self._last_words()
         self._kill()
         if code is None:
             return Outcome(False, None, "timeout", f"It exceeded {timeout_s:g} s and was ended.", seconds=seconds)
@@ -164,8 +167,11 @@ class Worker:
 
     def _last_words(self) -> str:
         """The last line that the worker printed, as a clause."""
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
+        try:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").split("\n")
+        except ValueError:  # another thread has closed it just now
+            return ""
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f", after it said: {last[:200].rstrip('.')}" if last else ""
 

@@ -90,6 +90,17 @@ def test_threads_that_share_a_worker_get_each_its_own_answers(worker):
     assert found == [1000 + number for number in range(40)]
 
 
+def test_a_worker_that_its_owner_ends_in_the_middle_of_a_call_gives_an_outcome_and_no_error():
+    with Worker() as one, ThreadPoolExecutor(1) as pool:
+        assert one.call(add, 1).value == 2
+        asked = pool.submit(one.call, hang)
+        time.sleep(0.2)
+        one.close()
+        outcome = asked.result()
+        assert not outcome.ok and outcome.how in ("exit", "signal"), outcome
+        assert one.call(add, 3).value == 4
+
+
 @pytest.mark.parametrize(
     ("function", "argument", "how", "words"),
     [

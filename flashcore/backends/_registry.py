@@ -58,18 +58,45 @@ def _import_our_own() -> None:
 def _discover() -> None:
     _import_our_own()
     for folder in plugin_folders():
+        if not folder.is_dir():
+            raise FlashCoreError(
+                f"FLASHCORE_PLUGINS names {folder}, and there is no such folder; name folders that hold backends."
+            )
         instruments.remember()  # what judges, as it is before code of somebody else's runs
         for path in sorted(folder.glob("*.py")):
             if str(path) not in _discovered:
-                _discovered.add(str(path))
-                spec = importlib.util.spec_from_file_location(f"flashcore_plugin_{path.stem}", path)
-                module = importlib.util.module_from_spec(spec)
-                sys.modules[spec.name] = module
-                spec.loader.exec_module(module)
+                _discovered.add(str(path))  # before it is imported, since it may ask for a backend itself
+                try:
+                    _import_plugin(path)
+                except BaseException:
+                    _discovered.discard(str(path))  # whoever asks again is told again
+                    raise
+
+
+def _import_plugin(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(f"flashcore_plugin_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FlashCoreError:
+        raise
+    except Exception as error:  # whatever a file of somebody else's raises
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        raise FlashCoreError(
+            f"The plug-in {path} cannot be imported ({type(error).__name__}: {said}); mend it, or take its folder out "
+            "of FLASHCORE_PLUGINS."
+        ) from error
 
 
 def all_backends() -> list[Backend]:
-    """Every backend known here, whether or not it can run: ours from slow to fast, then peers."""
+    """Every backend known here, whether or not it can run: ours from slow to fast, then peers.
+
+    Raises
+    ------
+    FlashCoreError
+        FLASHCORE_PLUGINS names no folder, or a file in one cannot be imported.
+    """
     order = {"reference": 0, "ours": 1, "peer": 2}
     lock = _discovering
     if lock.acquire(timeout=WAIT_S):

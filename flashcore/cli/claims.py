@@ -50,6 +50,8 @@ def claims(
     )
     if json:
         plain.print_records(one.to_trial() for one in audits)
+        for problem in evidence.problems:
+            printing.errors().print(escape(problem))
         return
     _print_table(audits)
     _print_findings(audits)

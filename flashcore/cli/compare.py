@@ -92,6 +92,8 @@ def trend(
     if json:
         for point in (p for points in machines.values() for p in points):
             _print_json(point.as_dict(), indent=None)
+        for sentence in left_out:
+            printing.errors().print(escape(sentence))
         return
     out = printing.console()
     for machine, points in machines.items():

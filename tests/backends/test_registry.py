@@ -107,3 +107,19 @@ def test_a_module_that_asks_while_it_is_imported_and_a_plug_in_that_wants_it_end
         wants = pool.submit(backends.all_backends)
         assert asks.result(60).FOUND == "cpu" and "cpu" in [b.id for b in wants.result(60)]
     sys.modules.pop("toy_asks")
+
+
+def test_a_plugin_that_is_not_there_or_does_not_import_is_one_sentence_each_time(tmp_path, monkeypatch):
+    (tmp_path / "file.py").write_text("")
+    for named in ("nowhere", "file.py"):
+        monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path / named))
+        with pytest.raises(FlashCoreError, match=f"FLASHCORE_PLUGINS names .*{named}, and there is no such folder"):
+            backends.get("cpu")
+    monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
+    for text, said in (("import no_such_module", "ModuleNotFoundError: No module named"), ("def f(:", "SyntaxError: ")):
+        (tmp_path / "broken.py").write_text(text)
+        for _ in range(2):
+            with pytest.raises(FlashCoreError, match=rf"The plug-in .*broken.py cannot be imported .{said}"):
+                backends.get("cpu")
+    (tmp_path / "broken.py").write_text("")
+    assert backends.get("cpu")

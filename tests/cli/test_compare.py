@@ -109,6 +109,8 @@ def test_a_run_that_could_not_be_read_is_named_below_the_trend(folder):
     done = runner.invoke(app, ["trend", str(folder)])
     text = " ".join(done.stdout.split())
     assert done.exit_code == 0 and "The run same was left out:" in text and "install a newer FlashCore" in text
+    done = runner.invoke(app, ["trend", str(folder), "--json"])
+    assert "The run same was left out:" in done.stderr and all(map(json.loads, done.stdout.splitlines()))
 
 
 def test_a_bare_file_of_records_can_be_compared_without_a_machine(folder, tmp_path):

@@ -374,6 +374,7 @@ def test_kernel_sources_end_their_lines_at_a_line_feed(tmp_path, monkeypatch):
 
 def test_plugins_are_found_once_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
     monkeypatch.setenv("FLASHCORE_PLUGINS", "none")
     assert {b.id for b in all_backends()} >= {"cpu", "wmma"}
 

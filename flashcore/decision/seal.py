@@ -238,7 +238,7 @@ def earlier(run: RunFolder) -> list[str]:
         changes = one.get("changes")
         changes = [str(change) for change in changes] if isinstance(changes, list) else []
         after = "records were added by FlashCore" if one.get("added") else "it was sealed anew"
-        held = f"did not hold: {' '.join(changes)}" if changes else "held"
+        held = f"did not hold: {' '.join(changes).rstrip('.')}" if changes else "held"
         said.append(f"Before: seal {one.get('digest')} of {str(one.get('date'))[:10]}, which {held}; then {after}.")
     return said
 

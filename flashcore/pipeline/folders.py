@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -86,10 +86,24 @@ def newest_run(out: str | os.PathLike[str] | None = None) -> RunFolder:
         There is no run.
     """
     folder = runs_dir(out)
-    begun = [path for path in folder.glob("*/environment.json") if not path.parent.is_symlink()]
+    begun = [path.parent for path in folder.glob("*/environment.json") if not path.parent.is_symlink()]
     if not begun:
         raise RecordsError(f"There is no run in {folder}; 'flashcore report' makes one.")
-    return RunFolder(max(path.parent for path in begun))  # names begin with the date
+    return RunFolder(max(begun, key=_when_begun))
+
+
+def _when_begun(path: Path) -> tuple[bool, str, str]:
+    """What a folder is sorted by: whether a report was begun in it, when, and its name, which begins with the date.
+
+    Other commands keep their records where a user says, and a user may give a run another name.
+    """
+    try:
+        environment = RunFolder(path).environment()
+    except RecordsError:
+        return False, "", path.name
+    parameters = environment.get("parameters")
+    planned = isinstance(parameters, Mapping) and bool(parameters.get("notebooks"))
+    return planned, str(environment.get("date") or ""), path.name
 
 
 @contextlib.contextmanager

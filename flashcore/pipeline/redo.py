@@ -83,8 +83,8 @@ def redo(
 
         planned = [str(name) for name in _list(parameters.get("notebooks"))]
         say = progress or (lambda line: None)
+        earlier = seal.unseal(run)  # before the pages go, which its seal holds too
         rendering.remove_pages(run)  # they show what the run said before, and this may be killed half way
-        earlier = seal.unseal(run)
         decision = verdict.judge(run).to_trial()  # also the mark that what follows is the work of these parts
         run.append(decision.model_copy(update={"data": {**decision.data, superseding.REDO: parts}}))
         moved = superseding.set_aside(run, parts, planned=planned)

@@ -470,3 +470,18 @@ def test_a_page_that_is_drawn_elsewhere_compares_with_the_run_before_as_in_its_o
     assert 'id="since"' in page.read_text() and "Compared with <code>older</code>" in page.read_text()
     after = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     assert [path for path in after if path not in before] == [Path("there"), Path("there/report.html")]
+
+
+def test_the_run_begun_last_is_a_report_whatever_others_are_called(tmp_path):
+    told = {
+        "2026-01-02T03-04-05-cpu-0001": {"date": "2026-01-02", "parameters": {"notebooks": ["01_environment"]}},
+        "baseline": {"date": "2025-01-01", "parameters": {"notebooks": ["01_environment"]}},
+        "paging": {"date": "2027-01-01", "parameters": {"command": "paging"}},
+        "odd": {"date": "2028-01-01", "parameters": {}},
+    }
+    for name, environment in told.items():
+        RunFolder.create(tmp_path / name).environment_path.write_text(json.dumps(environment))
+    RunFolder.create(tmp_path / "damaged").environment_path.write_text("{")
+    assert folders.newest_run(tmp_path).name == "2026-01-02T03-04-05-cpu-0001"
+    with pytest.raises(RecordsError, match="There is no run in"):
+        folders.newest_run(tmp_path / "odd")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.notebook_tools import finishing_notebook, measure, values, write_notebook
 
+from flashcore.decision import seal
 from flashcore.errors import FlashCoreError, RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.pipeline import folders, reporting, superseding
@@ -55,6 +56,8 @@ def test_a_part_is_measured_again_and_nothing_is_lost(made, toys):
     finishing_notebook(toys, "04_tflops_sweep", measure(45))
     redo(made, "04_tflops_sweep", notebooks_dir=toys, pdf=False)
     assert ceilings(made) == [1, 45] and len(made.environment()["redone"]) == 2
+    history = seal.earlier(made)
+    assert len(history) == 2 and all("which held; then it was sealed anew." in sentence for sentence in history)
     assert values(superseding.superseded_path(made).read_text().splitlines()) == [4, 44]
 
 

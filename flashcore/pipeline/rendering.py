@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import re
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -84,16 +85,24 @@ def render_to(
     Raises
     ------
     NotebookFailed, RecordsError
-        As `render`.
+        As `render`; or the folder is a run, whose own page that would replace, or none can be made there.
     """
     folder = absolute(folder)
+    if os.path.exists(folder / "records.jsonl"):
+        raise RecordsError(
+            f"{folder} is a run, and this page would take the place of its own, which its seal holds; name another "
+            "folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the seconds that the page takes
+    except OSError as error:
+        raise RecordsError(f"The page cannot be written to {folder} ({error.strerror}); choose another.") from error
     with tempfile.TemporaryDirectory(prefix="flashcore-render-") as place:
         copy = RunFolder(shutil.copytree(run.path, Path(place) / run.name, ignore=_unfinished, copy_function=_copied))
         _beside(run.path, copy.path)
         page = render(copy, variant=variant)
         printed, why = print_page(copy) if pdf else (None, "")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.pdf").unlink(missing_ok=True)  # of an earlier page
             made = [write_copy(path, folder) for path in (page, printed) if path is not None]
         except OSError as error:

@@ -95,6 +95,16 @@ def test_render_says_where_page_and_pdf_are_or_why_there_is_none(monkeypatch, ru
     assert "PDF" not in runner.invoke(app, ["render", str(run.path), "--no-pdf"]).stdout
 
 
+def test_a_page_is_written_into_no_run_and_no_file(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("flashcore.pipeline.rendering.render", lambda *_, **__: pytest.fail("it was drawn first"))
+    (tmp_path / "file").write_text("")
+    own, nowhere = "is a run, and this page would take the place of its own", "The page cannot be written to"
+    for place, said in ((made.path, own), (tmp_path / "file", nowhere), (tmp_path / "file" / "in", nowhere)):
+        done = runner.invoke(app, ["render", str(made.path), "--to", str(place)])
+        assert done.exit_code == 2 and said in " ".join(done.stderr.split())
+    assert sorted(p.name for p in made.path.iterdir()) == sorted(["records.jsonl", "environment.json"])
+
+
 def test_the_command_line_names_part_and_run(monkeypatch, made):
     asked = []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import html
-import re
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable

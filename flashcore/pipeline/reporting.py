@@ -205,7 +205,8 @@ def report(
     places
         Of the workers that `flashcore.measure.cluster.spread` has for the notebooks: named in the run's environment.
     kernel
-        A function that the caller adopted as a backend, to be diagnosed beside what the notebooks measure: its
+        A function that the caller adopted as a backend, to be diagnosed beside what the notebooks measure, which is
+        this one too, whatever `backends` are named: its
         ``backend`` id, its ``place``, and the ``layout`` and ``lse`` of `flashcore.bisection.diagnosis.diagnose`.
 
     Raises
@@ -218,6 +219,8 @@ def report(
         The output folder cannot be written.
     """
     say = progress or (lambda line: None)
+    if kernel is not None and kernel["backend"] not in [one.id for one in _selected(backends)]:
+        backends = f"{backends},{kernel['backend']}"  # whoever names others to compare with means this one too
     common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
     check_request(common)
     until = deadline(within_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -93,6 +94,23 @@ def test_a_bad_request_is_refused_before_anything_is_made(tmp_path, toys, wrong,
     with pytest.raises(error):
         reporting.report(notebooks_dir=toys, out=tmp_path / "runs", **wrong)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "measured"), [("all", "all"), ("cpu", "cpu,reference"), ("reference, cpu", "reference, cpu")]
+)
+def test_a_function_that_is_taken_in_is_measured_whatever_others_are_named(
+    tmp_path, toys, monkeypatch, named, measured
+):
+    kernel = {"backend": "reference", "place": "/nowhere/mine.py:fn", "layout": "bhsd", "lse": None}
+    asked = []
+    monkeypatch.setattr(reporting, "measure", lambda run, names, common, **_: asked.append(common["backends"]) or {})
+    for name in ("diagnose_adopted", "conclude", "point_latest_at"):
+        monkeypatch.setattr(reporting, name, lambda *_, **__: None)
+    reporting.report(backends=named, kernel=kernel, notebooks_dir=toys, out=tmp_path / "runs")
+    [environment] = (tmp_path / "runs").glob("*/environment.json")
+    parameters = json.loads(environment.read_text())["parameters"]
+    assert asked == [measured] == [parameters["backends"]] and parameters["kernel"]["function"] == "mine.py:fn"
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, toys):

@@ -77,6 +77,7 @@ def redo(
         refuse_other_kernel(run, kernel)
         defaults = {"profile": "quick", "backends": "all", "problems": "default", "seed": 0}
         common = {key: (changes or {}).get(key, parameters.get(key, value)) for key, value in defaults.items()}
+        common["backends"] = reporting.with_kernel(common["backends"], kernel)
         reporting.check_request(common)
         now = _environment_now()
         _same_machine(run, environment, now)

@@ -219,8 +219,7 @@ def report(
         The output folder cannot be written.
     """
     say = progress or (lambda line: None)
-    if kernel is not None and kernel["backend"] not in [one.id for one in _selected(backends)]:
-        backends = f"{backends},{kernel['backend']}"  # whoever names others to compare with means this one too
+    backends = with_kernel(backends, kernel)
     common = {"profile": profile, "backends": backends, "problems": problems, "seed": seed}
     check_request(common)
     until = deadline(within_s)
@@ -262,6 +261,13 @@ def deadline(within_s: float | None) -> float:
             f"(got {within_s:g})."
         )
     return time.monotonic() + within_s - PAGE_S
+
+
+def with_kernel(backends: str, kernel: Mapping[str, Any] | None) -> str:
+    """The backends to measure, the adopted function among them: whoever names others to compare with means it too."""
+    if kernel is None or kernel["backend"] in [one.id for one in _selected(backends)]:
+        return backends
+    return f"{backends},{kernel['backend']}"
 
 
 def as_told(kernel: Mapping[str, Any]) -> dict[str, Any]:

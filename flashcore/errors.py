@@ -125,6 +125,14 @@ class LaunchError(FlashCoreError, RuntimeError):
         super().__init__(f"{call} gave {status}{where}; 'flashcore doctor' checks the machine.")
 
 
+class OutOfTime(FlashCoreError, TimeoutError):
+    """A diagnosis did not end within the time that was left for it, which is less than one may take."""
+
+    def __init__(self, place: str, seconds: float):
+        self.place, self.seconds = place, seconds
+        super().__init__(f"The diagnosis of {place} did not end within the {seconds:.0f} s that were left.")
+
+
 class ToolMissing(FlashCoreError, RuntimeError):
     """A compiler, disassembler, browser or library that this step needs is not installed."""
 

@@ -97,7 +97,8 @@ def redo(
         _write(run, begun)
         failed = reporting.measure(run, parts, common, folder=folder, timeout_s=timeout_s, until=until,
                                    progress=progress, bars=bars)  # fmt: skip
-        _diagnose_if_owed(run, kernel, say)
+        if kernel is not None and _diagnosis_is_owed(run):
+            reporting.diagnose_adopted(run, kernel, say, until=until)
         done = {**began, **{k: v for k, v in common.items() if v != parameters.get(k)}, "after": device.clocks()}
         begun["after"] = environment.get("after") or device.snapshot()  # a run that was killed never wrote it
         _write(run, {**begun, "redone": [*_list(environment.get("redone")), done]})
@@ -139,11 +140,12 @@ def refuse_other_kernel(run: RunFolder, kernel: Mapping[str, Any] | None) -> Non
         )
 
 
-def _diagnose_if_owed(run: RunFolder, kernel: Mapping[str, Any] | None, say: Progress) -> None:
-    """Diagnose the adopted function where the run ended before that was done."""
-    done = [t for t in run.trials(kind="diagnosis") if not t.variant and kernel and t.backend == kernel["backend"]]
-    if kernel is not None and not done:
-        reporting.diagnose_adopted(run, kernel, say)
+def _diagnosis_is_owed(run: RunFolder) -> bool:
+    """Whether the function that a run was begun with is not diagnosed yet: it ended before, or had no time left."""
+    told = kernel_of(run)
+    return told is not None and not any(
+        trial.backend == told.get("backend") and not trial.variant for trial in run.trials(kind="diagnosis")
+    )
 
 
 def unfinished(run: RunFolder) -> list[str]:
@@ -170,16 +172,23 @@ def resume(run: RunFolder, **options: Any) -> reporting.ReportResult:
     folders.refuse_recorded(run)
     if left := unfinished(run):
         return redo(run, ",".join(left), **options)
-    if run.trials(kind="verdict") or not run.trials():
+    owed = _diagnosis_is_owed(run)
+    if not owed and run.trials(kind="verdict") or not run.trials():
         raise RecordsError(
             f"Every part of the run {run.name} finished; 'flashcore render {run.name}' draws its page, and "
             "'flashcore report --only PART' measures one again."
         )
-    refuse_other_kernel(run, options.get("kernel"))
+    kernel, say = options.get("kernel"), options.get("progress") or (lambda line: None)
+    refuse_other_kernel(run, kernel)
+    until = reporting.deadline(options.get("within_s"))
     told = {name: options.get(name) for name in ("variant", "progress")} | {"pdf": options.get("pdf", True)}
     with folders.measuring(run):
-        _diagnose_if_owed(run, options.get("kernel"), options.get("progress") or (lambda line: None))
-        return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")), **told)
+        earlier = seal.unseal(run)
+        rendering.remove_pages(run)
+        if kernel is not None and owed:
+            reporting.diagnose_adopted(run, kernel, say, until=until)
+        return reporting.conclude(run, {}, folder=reporting.notebooks_folder(options.get("notebooks_dir")),
+                                  earlier=earlier, **told)  # fmt: skip
 
 
 def _list(value: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.decision import seal, verdict
-from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, UnknownName
+from flashcore.errors import FlashCoreError, NotebookFailed, NotebookParameterError, OutOfTime, UnknownName
 from flashcore.gpu import device
 from flashcore.numerics.inputs import refuse_seed
 from flashcore.page import Variant
@@ -238,7 +238,7 @@ def report(
         failed = measure(run, planned, common, folder=folder, timeout_s=timeout_s, until=until, later=left,
                          progress=progress, bars=bars)  # fmt: skip
         if kernel is not None:
-            diagnose_adopted(run, kernel, say)
+            diagnose_adopted(run, kernel, say, until=until)
         device.record_environment(run, "after")
         result = conclude(run, failed, folder=folder, variant=variant, pdf=pdf, progress=progress)
     point_latest_at(run)
@@ -284,12 +284,22 @@ def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
-def diagnose_adopted(run: RunFolder, kernel: Mapping[str, Any], say: Progress) -> None:
-    """Diagnose the adopted function by its outputs, and write the record."""
+def diagnose_adopted(run: RunFolder, kernel: Mapping[str, Any], say: Progress, *, until: float = math.inf) -> None:
+    """Diagnose the adopted function by its outputs, and write the record; where no time is left, that is said.
+
+    `until` is when it has to be over, by `time.monotonic`.
+    """
     from flashcore.bisection.diagnosis import diagnose_apart
 
+    left_s = until - time.monotonic()
     say(f"Diagnosing {kernel['place']} ...")
-    found = diagnose_apart(kernel["place"], layout=kernel["layout"], lse=kernel["lse"])
+    try:
+        if left_s < LEAST_S:
+            raise OutOfTime(kernel["place"], max(0.0, left_s))
+        found = diagnose_apart(kernel["place"], within_s=left_s, layout=kernel["layout"], lse=kernel["lse"])
+    except OutOfTime as error:
+        say(f"{error} 'flashcore report --resume' with the same --kernel makes it.")
+        return
     run.append(found.to_trial().model_copy(update={"backend": kernel["backend"]}))
     say(f"{found.headline()}.")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from support.notebook_tools import finishing_notebook, measure, values, write_notebook
 
 from flashcore.decision import seal
-from flashcore.errors import FlashCoreError, RecordsError, UnknownName
+from flashcore.errors import FlashCoreError, OutOfTime, RecordsError, UnknownName
 from flashcore.gpu import device
 from flashcore.pipeline import folders, reporting, superseding
 from flashcore.pipeline.redo import redo, resume, unfinished
@@ -194,18 +195,41 @@ def test_a_function_of_somebody_is_diagnosed_once_and_asked_for_again(run, monke
     run.append(Trial(kind="notebook", data={"name": "01_first"}))
     run.append(Trial(kind="diagnosis", backend="mine-fn", variant="conform:P1"))
     diagnosed = []
-    monkeypatch.setattr(reporting, "conclude", lambda *given, **named: None)
-    monkeypatch.setattr(reporting, "diagnose_adopted", lambda run, kernel, say: diagnosed.append(kernel["backend"]))
+    monkeypatch.setattr(reporting, "conclude", lambda run, *_, **__: run.append(Trial(kind="verdict")))
+
+    def diagnose(run, kernel, say, *, until):
+        diagnosed.append(kernel["backend"])
+        assert until < float("inf")
+
+    monkeypatch.setattr(reporting, "diagnose_adopted", diagnose)
     with pytest.raises(FlashCoreError, match="name it again by --kernel"):
         resume(run)
     with pytest.raises(FlashCoreError, match="name it again by --kernel"):
         redo(run, "environment")
     with pytest.raises(FlashCoreError, match="its layout is bshd, and was bhsd"):
         resume(run, kernel={**kernel, "layout": "bshd"})
-    resume(run, kernel=kernel)
+    for _ in range(2):  # as long as it had no time
+        resume(run, kernel=kernel, within_s=100.0)
     run.append(Trial(kind="diagnosis", backend="mine-fn"))
-    resume(run, kernel=kernel)
-    assert diagnosed == ["mine-fn"]
+    with pytest.raises(RecordsError, match="finished"):
+        resume(run, kernel=kernel)
+    assert diagnosed == ["mine-fn"] * 2
+
+
+def test_a_diagnosis_without_time_is_left_for_later_and_says_so(run, monkeypatch):
+    kernel = {"backend": "mine-fn", "place": "/nowhere/mine.py:fn", "layout": "bhsd", "lse": None}
+    said = []
+
+    def late(place, *, within_s, **_):
+        raise OutOfTime(place, within_s)
+
+    monkeypatch.setattr("flashcore.bisection.diagnosis.diagnose_apart", late)
+    for seconds in (-5.0, 40.0):
+        reporting.diagnose_adopted(run, kernel, said.append, until=time.monotonic() + seconds)
+    assert run.trials() == [] and [line for line in said if "Diagnosing" not in line] == [
+        f"The diagnosis of /nowhere/mine.py:fn did not end within the {left} s that were left. 'flashcore report "
+        "--resume' with the same --kernel makes it." for left in (0, 40)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("seconds", [0.0, 75.0, float("nan")])

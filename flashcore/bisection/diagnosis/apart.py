@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from flashcore.bisection.diagnosis.calling import TIME_LIMIT_S, Broken, refuse_limit
 from flashcore.bisection.diagnosis.diagnosing import Diagnosis, diagnose
 from flashcore.bisection.diagnosis.screening import HOME, Inputs, Screened
-from flashcore.errors import FlashCoreError
+from flashcore.errors import FlashCoreError, OutOfTime
 from flashcore.gpu.isolation import Worker
 from flashcore.problem import Problem, parse_problem
 
@@ -15,7 +16,9 @@ WHOLE_LIMIT_S = 300.0
 """Seconds that a whole diagnosis may take."""
 
 
-def diagnose_apart(place: str, problem: Problem | str | None = None, **options: Any) -> Diagnosis:
+def diagnose_apart(
+    place: str, problem: Problem | str | None = None, *, within_s: float = math.inf, **options: Any
+) -> Diagnosis:
     """`diagnose` in a process of its own.
 
     Parameters
@@ -24,17 +27,26 @@ def diagnose_apart(place: str, problem: Problem | str | None = None, **options: 
         ``FILE.py:function``, ``MODULE:function`` or the id of a backend: what another process can find too.
     problem, options
         As in `diagnose`, without `progress`.
+    within_s
+        Seconds for all of it, where there are fewer than a diagnosis may take.
 
     Returns
     -------
     Diagnosis
         Without tensors. A process that dies or hangs is a finding.
+
+    Raises
+    ------
+    OutOfTime
+        It did not end `within_s`, which says nothing of the function.
     """
     call_limit = options.get("time_limit_s", TIME_LIMIT_S)
     refuse_limit(call_limit)
     limit = WHOLE_LIMIT_S + 2 * call_limit
     with Worker() as worker:
-        outcome = worker.call(_bare, place, problem, options, timeout_s=limit)
+        outcome = worker.call(_bare, place, problem, options, timeout_s=min(limit, within_s))
+    if outcome.how == "timeout" and within_s < limit:
+        raise OutOfTime(place, within_s)
     if outcome.ok:
         found = outcome.value
         if isinstance(found, Diagnosis):

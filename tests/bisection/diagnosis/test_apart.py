@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 
 from flashcore.bisection.diagnosis import diagnose_apart
-from flashcore.errors import UnknownName
+from flashcore.errors import OutOfTime, UnknownName
 
 FUNCTIONS = """
 import os
 import torch
+
+def sleeps(q, k, v):
+    import time
+    time.sleep(9)
 
 def dies(q, k, v):
     os._exit(7)
@@ -30,3 +34,5 @@ def test_a_crash_is_a_finding_and_a_finding_comes_back(tmp_path):
     assert not found.right and found.screened[0].answer is None and found.seconds > 0
     with pytest.raises(UnknownName, match="function in"):
         diagnose_apart(f"{file}:none", device="cpu")
+    with pytest.raises(OutOfTime, match="sleeps did not end within the 1 s that were left"):
+        diagnose_apart(f"{file}:sleeps", device="cpu", within_s=0.6)

@@ -143,7 +143,8 @@ class Candidate:
         except Broken:
             raise
         except Exception as error:
-            raise Refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}") from error
+            said = " ".join(str(error).split())[:300].rstrip(".")  # it ends a sentence of ours, which has a full stop
+            raise Refusal(f"{type(error).__name__}: {said or 'no message'}") from error
         finally:
             self.calls.append(time.perf_counter() - started)
             now_default = torch.get_default_dtype()

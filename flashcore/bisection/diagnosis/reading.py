@@ -194,10 +194,13 @@ def read_columns(candidate: Candidate, problem: Problem) -> tuple[torch.Tensor, 
 
 
 @ambient.judging
-def read_ladder(candidate: Candidate, problem: Problem, levels: torch.Tensor) -> torch.Tensor | None:
+def read_ladder(
+    candidate: Candidate, problem: Problem, levels: torch.Tensor, counts: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """float64 ``[N, L]``: in the last row, the weight of a key at each of these scores beside one at the last of them.
 
-    Key j has score ``levels[j % L]``. None where there are fewer keys than levels, or K would not fit its dtype.
+    Key j has score ``levels[j % L]``; `counts`, ``[Sq, Sk]``, says how often each is known to count. None where there
+    are fewer keys than levels, or K would not fit its dtype.
     """
     count = len(levels)
     if problem.scale == 0 or problem.seqlen_k < count or problem.head_dim < max(count, 2):
@@ -212,8 +215,8 @@ def read_ladder(candidate: Candidate, problem: Problem, levels: torch.Tensor) ->
     k[..., 0] = wanted.to(k.dtype)
     k[..., 1] = (wanted - wanted.to(k.dtype).double()).to(k.dtype)  # what 16 bits leave of it
     v[:, :, torch.arange(problem.seqlen_k, device=q.device), which] = 1.0
-    seen = mask_of(problem, q.device)[-1] > 0
-    keys = torch.stack([(seen & (which == one)).sum() for one in range(count)]).double()
+    seen = (mask_of(problem, q.device) if counts is None else counts)[-1]
+    keys = torch.stack([seen[which == one].sum() for one in range(count)])
     found = candidate(q, k, v, problem).out[:, :, -1, :count].double().flatten(0, 1) / keys
     return found / found[:, -1:]
 

@@ -82,3 +82,21 @@ def test_every_formula_has_a_sentence_and_its_stages():
     assert few + 36 == all_of_them
     assert not any(one.changes.get("weighing") == "over heads" for one in each), "there is but one head"
     assert not any(one.changes.get("taken") == "kqv" for one in each), "rows and keys differ in number"
+
+
+def test_a_formula_and_a_wrong_scale_that_hide_each_other():
+    inquiry = inquiry_of(zoo.exchanged_and_not_scaled, SQUARE)
+    assert formulas.formulas(inquiry) is None
+    inquiry.suspect(("scores",), "a piece of it")
+    words = formulas.with_a_wrong_scale(inquiry)
+    assert words.startswith("K and V are exchanged; the scale is missing") and inquiry.suspicions == []
+    assert [h.name for h in inquiry.found] == ["another tensor taken", "scale missing"] and not inquiry.unexplained()
+    assert formulas.with_a_wrong_scale(inquiry_of(zoo.accum_not_rescaled, SQUARE)) is None
+
+
+def test_an_output_that_is_cut_off_and_one_that_is_divided_along_its_columns():
+    inquiry = inquiry_of(zoo.out_cut_off, SQUARE)
+    assert formulas.formulas(inquiry) == "the output is cut off at -0.5 and 0.5"
+    assert "laid along the columns of the output" in formulas.formulas(
+        inquiry_of(zoo.divided_along_the_columns, SQUARE)
+    )

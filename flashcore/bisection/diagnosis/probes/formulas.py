@@ -44,7 +44,7 @@ ROUNDED = ("v", "k", "q", "kv", "qk", "qkv")
 
 MANY = 8
 """Elements that are all as large as the largest, from which on that looks like a limit."""
-NEARER = 0.25
+NEARER = 0.1
 """Share of the squared error that a formula may leave."""
 
 
@@ -69,10 +69,7 @@ def with_a_wrong_scale(inquiry: Inquiry) -> str | None:
     problem = inquiry.problem
     if not left or problem.scale == 0 or left[0].inputs.problem.scale != problem.scale:
         return None
-    for factor in (1 / problem.scale, problem.scale, math.log(2), 1 / math.log(2)):
-        scale = scales.of_factor(factor, problem)
-        if scale is None:
-            continue
+    for scale in _scales(problem):
         groups = ([one for one in together if "scale_factor" not in one.changes]
                   for together in _of(problem, rounded=False))  # fmt: skip
         best = _best(inquiry, left, groups, RIGHT.with_(**scale.changes))
@@ -82,6 +79,14 @@ def with_a_wrong_scale(inquiry: Inquiry) -> str | None:
             inquiry.state = RIGHT
             return "; ".join(inquiry.add(one) for one in (best, scale))
     return None
+
+
+def _scales(problem: Problem) -> Iterator[Hypothesis]:
+    """A scale that is missing, there twice, or of another base."""
+    if problem.scale:
+        named = (scales.of_factor(factor, problem)
+                 for factor in (1 / problem.scale, problem.scale, math.log(2), 1 / math.log(2)))  # fmt: skip
+        yield from (one for one in named if one is not None)
 
 
 def _left(inquiry: Inquiry) -> list[Screened]:
@@ -172,6 +177,7 @@ def _of(problem: Problem, *, rounded: bool) -> Iterator[list[Hypothesis]]:
 def _plain(problem: Problem) -> Iterator[Hypothesis]:
     words = "Q and K have no influence: all keys of a row weigh the same"
     yield Hypothesis("scores without influence", words, ("scores",), {"scale_factor": 0.0})
+    yield from _scales(problem)  # which what is normed is much like
     yield Hypothesis("Q added to the output", "Q is added to the output, as a residual", ("out",), {"plus": "q"})
     for kind, (words, stage) in WEIGHED.items():
         if kind == "over heads" and problem.num_heads_q == 1:

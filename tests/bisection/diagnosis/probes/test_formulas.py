@@ -21,6 +21,7 @@ LARGE = PROBLEM.with_(seqlen_q=70, seqlen_k=70, head_dim=128)
         (zoo.softmax_over_heads, "softmax is taken over the heads"),
         (zoo.softmax_twice, "softmax is taken twice"),
         (zoo.mean_of_v, "Q and K have no influence"),
+        (zoo.scaled_twice, "the scale is applied twice"),
         (zoo.no_softmax, "there is no softmax"),
         (zoo.relu_over_the_number_of_keys, "relu of the scores stands where softmax is meant; and the output is "
                                            "multiplied by 0.0125"),
@@ -59,7 +60,7 @@ def test_offsets_that_wrap_show_where_there_are_as_many_elements(function, words
 @pytest.mark.parametrize(
     "function",
     [
-        zoo.scaled_twice, zoo.heads_of_v_shifted, zoo.accum_not_rescaled, zoo.tail_dropped,
+        zoo.few_digits, zoo.heads_of_v_shifted, zoo.accum_not_rescaled, zoo.tail_dropped,
         zoo.k_pages_swapped, zoo.not_divided, zoo.nothing_but_zeros, zoo.row_sum_in_bfloat16, zoo.swizzled,
     ],
 )  # fmt: skip

@@ -76,7 +76,7 @@ def _unclear(inquiry: Inquiry, counts: torch.Tensor, wanted: torch.Tensor) -> st
     seen = (wanted > 0).expand(counts.shape)
     usual = counts.masked_fill(~seen, math.nan).nanmedian(dim=-1, keepdim=True).values
     off = (~((counts / usual - 1).abs() < 0.01)) & seen
-    one = float((counts / usual)[off][0])
+    one = float((counts / usual).flatten()[off.flatten().to(torch.uint8).argmax()])
     words = (f"{int(off.sum()):,} of {int(seen.sum()):,} keys have another weight than the keys of equal score "
              f"beside them, the first {one:.3g} times theirs")  # fmt: skip
     return inquiry.suspect(("scores", "probs", "accum"), words, place_of(off, inquiry.problem))

@@ -285,14 +285,14 @@ def read_phantoms(candidate: Candidate, problem: Problem) -> torch.Tensor | None
 
 @ambient.judging
 def read_hidden(candidate: Candidate, problem: Problem, depth: float, lift: float = 0.0) -> float | None:
-    """The weight in row 0 of all keys behind the mask, which score `lift`, where seen ones score ``-depth``.
+    """The weight of all keys behind the mask, which score `lift`, where seen ones score ``-depth``; in `partial_row`.
 
-    0 for a right function. None where row 0 sees all keys or none, or K would not fit its dtype.
+    0 for a right function. None where no row sees some of the keys alone, or K would not fit its dtype.
     """
-    seen = mask_of(problem, candidate.device)[0] > 0
-    size = 64.0
-    if problem.scale == 0 or bool(seen.all()) or not bool(seen.any()):
+    size, row = 64.0, partial_row(problem, candidate.device)
+    if problem.scale == 0 or row is None:
         return None
+    seen = mask_of(problem, candidate.device)[row] > 0
     if max(depth, abs(lift)) / abs(problem.scale) / size > 6e4:
         return None
     q, k, v = (torch.zeros_like(t) for t in _ordinary(problem, candidate.device))
@@ -300,7 +300,14 @@ def read_hidden(candidate: Candidate, problem: Problem, depth: float, lift: floa
     k[..., 0] = -depth / problem.scale / size
     k[:, :, ~seen, 0] = lift / problem.scale / size
     v[:, :, ~seen] = 1.0
-    return float(candidate(q, k, v, problem).out[0, 0, 0, 0])
+    return float(candidate(q, k, v, problem).out[0, 0, row, 0])
+
+
+def partial_row(problem: Problem, device) -> int | None:
+    """The first row that sees some keys and not all; None where none does."""
+    keys = mask_of(problem, device).sum(dim=-1)
+    rows = ((keys > 0) & (keys < problem.seqlen_k)).nonzero()
+    return int(rows[0]) if len(rows) else None
 
 
 @ambient.judging

@@ -111,7 +111,7 @@ def hidden(inquiry: Inquiry) -> str | None:
     found = [reading.read_hidden(inquiry.candidate, problem, depth) for depth in DEPTHS]
     above = next((depth for depth, weight in zip(DEPTHS, found, strict=True) if weight and weight > 0.5), None)
     if above is None:
-        return None
+        return _of_empty_rows(inquiry)
     low, high = max((d for d in DEPTHS if d < above), default=0.0), above
     for _ in range(24):  # half of the weight is where hidden and seen keys score alike, up to their numbers
         middle = (low + high) / 2
@@ -119,7 +119,7 @@ def hidden(inquiry: Inquiry) -> str | None:
         low, high = (low, middle) if weight > 0.5 else (middle, high)
         if high - low < 1e-3 * high:
             break
-    seen = mask_of(problem, inquiry.candidate.device)[0]
+    seen = mask_of(problem, inquiry.candidate.device)[reading.partial_row(problem, inquiry.candidate.device)]
     level = -(low + high) / 2 - math.log(float((seen == 0).sum() / seen.sum()))
     near = next((n for n in MASKS if abs(level / n - 1) < 0.01), None)
     scaled = next((n for n in MASKS if near is None and abs(level / n / problem.scale - 1) < 0.01), None)
@@ -135,6 +135,15 @@ def hidden(inquiry: Inquiry) -> str | None:
         told = {"masked_score": level}
     words += f" ({scaled:g} before the scale)" if scaled else ""
     return inquiry.add(Hypothesis("mask too small", words, ("scores",), told))
+
+
+def _of_empty_rows(inquiry: Inquiry) -> str | None:
+    """A mask that sets so low a number that it shows in rows alone that see no key."""
+    if bool((mask_of(inquiry.problem, inquiry.candidate.device).sum(dim=-1) > 0).all()):
+        return None
+    words = "rows that see no key hold the mean of V where 0 is meant: hidden keys get a low number in place of -inf"
+    mean = Hypothesis("mask too small", words, ("scores", "out"), {"masked_score": -1e30}, {"row": 0})
+    return inquiry.add(mean) if inquiry.failing and inquiry.explains_most(mean) else None
 
 
 def of_values_gone(counts: torch.Tensor, extra: torch.Tensor, problem: Problem) -> Hypothesis | None:

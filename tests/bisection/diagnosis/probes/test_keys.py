@@ -63,3 +63,16 @@ def test_weights_that_are_no_whole_multiples_are_a_suspicion_even_where_none_sta
         assert words in keys._unclear(inquiry, counts, even[0])
     assert inquiry.suspicions[1].place == {"batch": 0, "head": 3, "row": 5, "column": 7}
     assert "the first 1.5 times theirs" in inquiry.suspicions[1].sentence
+
+
+def test_rows_without_keys_show_a_mask_that_nothing_else_does():
+    wide = PROBLEM.with_(causal=True, seqlen_q=60, seqlen_k=40)
+
+    def lowest(q, k, v, causal=False):
+        return zoo._added(q, k, v, torch.finfo(torch.float32).min, causal)
+
+    for function, words in ((lowest, "hold the mean of V where 0 is meant"), (zoo.ten_thousand_subtracted, "-10000")):
+        inquiry = inquiry_of(function, wide)
+        assert words in keys.hidden(inquiry)
+        assert inquiry.unexplained() == []
+    assert keys.hidden(inquiry_of(zoo.two_pass, wide)) is None

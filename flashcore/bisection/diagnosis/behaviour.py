@@ -102,6 +102,8 @@ class Behaviour:
     """int64 ``[D]``: the column of V that stands in each column of the output; -1 for 0."""
     out_factor: float = 1.0
     """What the output is multiplied by."""
+    over_keys: bool = False
+    """The output is divided by the number of keys."""
     out_limit: float | None = None
     """The output is cut off at this number and its negative."""
     head_factors: torch.Tensor | None = None
@@ -207,7 +209,7 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
         out = out[..., b.columns.clamp_min(0)] * (b.columns >= 0)
     if b.zeroed is not None:
         out = out.masked_fill(b.zeroed[..., None], 0.0)
-    out = out * b.out_factor
+    out = out * b.out_factor / (problem.seqlen_k if b.over_keys else 1)
     if b.head_factors is not None:
         out = out * b.head_factors[:, None, None]
     if b.out_limit is not None:

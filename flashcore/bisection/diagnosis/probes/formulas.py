@@ -159,6 +159,9 @@ def _with_its_factor(inquiry: Inquiry, call: Screened, one: Hypothesis, base: Be
     factor = float((got * predicted).sum() / predicted.square().sum().clamp_min(1e-30))
     if not math.isfinite(factor) or not factor or abs(factor - 1) <= 0.01:
         return one
+    if abs(factor * call.inputs.problem.seqlen_k - 1) < 0.01:
+        words = f"{one.sentence}; and the output is divided by the number of keys"
+        return replace(one, sentence=words, changes={**one.changes, "over_keys": True})
     words = f"{one.sentence}; and the output is multiplied by {factor:.4g}"
     return replace(one, sentence=words, changes={**one.changes, "out_factor": factor})
 

@@ -24,7 +24,7 @@ LARGE = PROBLEM.with_(seqlen_q=70, seqlen_k=70, head_dim=128)
         (zoo.scaled_twice, "the scale is applied twice"),
         (zoo.no_softmax, "there is no softmax"),
         (zoo.relu_over_the_number_of_keys, "relu of the scores stands where softmax is meant; and the output is "
-                                           "multiplied by 0.0125"),
+                                           "divided by the number of keys"),
         (zoo.log_softmax, "logarithms of the weights are taken for the weights"),
         (zoo.linear_attention, "weights are products of elu(q) + 1 and elu(k) + 1"),
         (zoo.keys_and_values_exchanged, "K and V are exchanged"),

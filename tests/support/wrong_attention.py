@@ -481,6 +481,17 @@ def whole_numbers_of_8_bits(q, k, v):
     return two_pass(q, rounded(k), rounded(v))
 
 
+@_wrong("products in fewer bits", "accum")
+def products_of_ten_bits(q, k, v):
+    """As by TF32, which shows where numbers have more."""
+
+    def cut(t):
+        return ((t.float().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    a, b, c, scale = parts(q, k, v)
+    return (cut(torch.softmax(cut(a) @ cut(b).mT * scale, -1)) @ cut(c)).to(q.dtype)
+
+
 # --- lots, masks of numbers, and a maximum ---
 
 

@@ -231,12 +231,16 @@ def _wrapped(problem: Problem) -> Iterator[Hypothesis]:
 
 
 def _rounded(problem: Problem) -> Iterator[Hypothesis]:
-    kinds = [kind for kind in FEWER_BITS if kind != problem.dtype and (kind != "float16" or problem.dtype == "float32")]
+    single = problem.dtype == "float32"
+    kinds = [kind for kind in FEWER_BITS if kind != problem.dtype and (single or not kind.startswith("tfloat32"))]
     for kind in kinds:
         for names in ROUNDED:
             what = _words(names)
-            into = (f"whole numbers of 8 bits, by one scale {kind.removeprefix('int8').strip() or 'for all'},"
-                    if kind.startswith("int8") else kind)  # fmt: skip
+            into = kind
+            if kind.startswith("int8"):
+                into = f"whole numbers of 8 bits, by one scale {kind.removeprefix('int8').strip() or 'for all'},"
+            elif kind == "tfloat32":
+                into = f"{kind} (or float16, which has as many bits)"
             before = "it is summed" if names == "v" else "the products"
             words = f"{what} {'is' if len(names) == 1 else 'are'} rounded to {into} before {before}"
             stages = {"v": ("accum",)}.get(names, ("scores", "accum") if "v" in names else ("scores",))

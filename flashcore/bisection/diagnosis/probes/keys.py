@@ -57,12 +57,19 @@ def equal_keys(inquiry: Inquiry) -> str | None:
         said.append(inquiry.add(Hypothesis("not normalised", words, ("out",), {"normalised": False})))
     elif extra:
         said.append(inquiry.add(extra))
-    elif bool(((total - 1).abs() > 8 * torch.finfo(reading.dtype_of(inquiry.problem)).eps + 1e-4).any()):
+    elif _off_from_one(inquiry, total):
         worst = (total - 1).abs().flatten().argmax().item()
         place = {**head_of(worst // total.shape[1], inquiry.problem), "row": worst % total.shape[1]}
         words = "the weights of a row do not add up to 1 when all scores are 0"
         said.append(inquiry.suspect(("row_sum",), f"{words}: {float(total.flatten()[worst]):.4g}", place))
     return "; ".join(said) or None
+
+
+def _off_from_one(inquiry: Inquiry, total: torch.Tensor) -> bool:
+    """Whether weights of equal keys add up to something else than 1, and no rounding was named."""
+    if any(h.by_rounding for h in inquiry.found):
+        return False
+    return bool(((total - 1).abs() > 8 * torch.finfo(reading.dtype_of(inquiry.problem)).eps + 1e-4).any())
 
 
 def _weighs_so(inquiry: Inquiry, hypothesis: Hypothesis) -> bool:

@@ -481,6 +481,17 @@ def whole_numbers_of_8_bits(q, k, v):
     return two_pass(q, rounded(k), rounded(v))
 
 
+@_wrong("products in fewer bits", "accum")
+def products_of_ten_bits(q, k, v):
+    """As by TF32, which shows where numbers have more."""
+
+    def cut(t):
+        return ((t.float().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    a, b, c, scale = parts(q, k, v)
+    return (cut(torch.softmax(cut(a) @ cut(b).mT * scale, -1)) @ cut(c)).to(q.dtype)
+
+
 # --- lots, masks of numbers, and a maximum ---
 
 
@@ -535,7 +546,7 @@ def relu_of_scores(q, k, v):
     return finish((a @ b.mT * scale).relu(), c, q.dtype)
 
 
-@_wrong("maximum starts at 0", "row_max")
+@_wrong("maximum starts too high", "row_max")
 def maximum_from_zero(q, k, v):
     a, b, c, scale = parts(q, k, v)
     scores = a @ b.mT * scale
@@ -562,6 +573,43 @@ def a_head_of_another_size(q, k, v):
     out = two_pass(q, k, v)
     out[:, -1] *= 2
     return out
+
+
+@_wrong("divided along the columns", "row_sum")
+def divided_along_the_columns(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    probs = (scores - scores.amax(-1, keepdim=True)).exp()
+    out, total, width = probs @ c, probs.sum(-1), q.shape[-1]
+    each = total[..., None].expand_as(out).clone()
+    for first in range(0, q.shape[2] - width + 1, width):
+        each[:, :, first : first + width] = total[:, :, None, first : first + width]
+    return (out / each).to(q.dtype)
+
+
+@_wrong("output cut off", "out")
+def out_cut_off(q, k, v):
+    return two_pass(q, k, v).clamp(-0.5, 0.5)
+
+
+@_wrong("Q of another row", "scores")
+def last_rows_of_tiles_doubled(q, k, v):
+    place = torch.arange(q.shape[2], device=q.device)
+    return two_pass(q, k, v)[:, :, torch.where(place % TILE == TILE - 1, place - 1, place)]
+
+
+@_wrong("another tensor taken", "scores")
+def exchanged_and_not_scaled(q, k, v):
+    """Two bugs that hide each other."""
+    a, b, c, _ = parts(q, v, k)
+    return finish(a @ b.mT, c, q.dtype)
+
+
+@_wrong("softcap not asked for", "scores")
+def capped_and_the_tail_dropped(q, k, v):
+    a, b, c, scale = parts(q, k, v)
+    whole = k.shape[2] // TILE * TILE or k.shape[2]
+    return finish((20 * torch.tanh(a @ b.mT * scale / 20))[..., :whole], c[:, :, :whole], q.dtype)
 
 
 # --- memory ---

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from flashcore.bisection.diagnosis.elements import Scrambled, as_contiguous, scrambled
-from flashcore.bisection.diagnosis.pages import Loop, carried, page_loop
+from flashcore.bisection.diagnosis.pages import Loop, by_column, carried, page_loop
 from flashcore.numerics import ambient, reference
 from flashcore.problem import Problem
 
@@ -92,6 +92,8 @@ class Behaviour:
     """Each row is divided by the row_sum of the row that lies so many before it."""
     max_of: int = 0
     """The maximum of the row so many before is subtracted for the output, and the row's own for row_sum."""
+    divided_by_column: bool = False
+    """Column d of a tile of rows is divided by the row_sum of the tile's row d."""
     divided_twice: bool = False
     """The output is divided by row_sum twice."""
     normalised: bool = True
@@ -100,6 +102,10 @@ class Behaviour:
     """int64 ``[D]``: the column of V that stands in each column of the output; -1 for 0."""
     out_factor: float = 1.0
     """What the output is multiplied by."""
+    over_keys: bool = False
+    """The output is divided by the number of keys."""
+    out_limit: float | None = None
+    """The output is cut off at this number and its negative."""
     head_factors: torch.Tensor | None = None
     """float64 ``[N]``: what the output of each head is multiplied by."""
     plus: Literal["q"] | None = None
@@ -203,9 +209,11 @@ def simulate(q, k, v, problem: Problem, behaviour: Behaviour = RIGHT) -> tuple[t
         out = out[..., b.columns.clamp_min(0)] * (b.columns >= 0)
     if b.zeroed is not None:
         out = out.masked_fill(b.zeroed[..., None], 0.0)
-    out = out * b.out_factor
+    out = out * b.out_factor / (problem.seqlen_k if b.over_keys else 1)
     if b.head_factors is not None:
         out = out * b.head_factors[:, None, None]
+    if b.out_limit is not None:
+        out = out.clamp(-b.out_limit, b.out_limit)
     if b.plus == "q" and out.shape[-1] == given_q.shape[-1]:
         out = out + given_q.flatten(0, 1).double()
     if b.added is not None and b.added.shape[-1] == out.shape[-1]:
@@ -267,7 +275,9 @@ def _softmax(scores, counts, v, b: Behaviour, scale: float) -> tuple[torch.Tenso
     divisor = divisor**2 if b.divided_twice else divisor
     if b.max_of:
         accum = accum * (base - base.roll(b.max_of, dims=-1)).exp()[..., None]
-    out = accum / divisor.masked_fill(divisor == 0, 1.0)[..., None] if b.normalised else accum
+    divisor = divisor.masked_fill(divisor == 0, 1.0)
+    each = by_column(divisor, accum.shape[-1]) if b.divided_by_column else divisor[..., None]
+    out = accum / each if b.normalised else accum
     return out, row_sum, torch.where(shared == -math.inf, shared, base)
 
 

@@ -10,7 +10,9 @@ Scrambled = tuple[str, str]
 """One of ``q``, ``k``, ``v`` or ``out``, and how its elements are taken for others (`scrambled`)."""
 WRAPS = (65536, 32768, 16384)
 """Elements after which an offset begins anew: 16 bits, 16 bits with a sign or of bytes, 16 bits of bytes of float32."""
-FEWER_BITS = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "int8 a row", "int8 a head", "int8")
+FEWER_BITS = (
+    "float8_e4m3fn", "float8_e5m2", "bfloat16", "tfloat32", "tfloat32 cut off", "int8 a row", "int8 a head", "int8",
+)  # fmt: skip
 """What the elements of a tensor may be rounded to; whole numbers of 8 bits by one scale a row, a head or in all."""
 
 
@@ -32,7 +34,7 @@ def scrambled(t: torch.Tensor, how: str, problem: Problem) -> torch.Tensor:
         case "written round":
             return _written_round(t, int(number))
     if how.startswith("in "):
-        return _in_fewer_bits(t, how.removeprefix("in "))
+        return in_fewer_bits(t, how.removeprefix("in "))
     match how:
         case "tile transposed":
             t = t.clone()
@@ -79,7 +81,12 @@ def _written_round(t: torch.Tensor, count: int) -> torch.Tensor:
     return out.view(t.shape)
 
 
-def _in_fewer_bits(t: torch.Tensor, what: str) -> torch.Tensor:
+def in_fewer_bits(t: torch.Tensor, what: str) -> torch.Tensor:
+    """float64 of the same shape: the elements of ``[..., S, D]`` rounded to one of `FEWER_BITS`."""
+    if what.startswith("tfloat32"):  # 13 bits of float32's 23 are left out: rounded to the nearest, or cut off
+        bits = t.float().contiguous().view(torch.int32)
+        bits = bits if what.endswith("cut off") else bits + 0x1000
+        return (bits & ~0x1FFF).view(torch.float32).double()
     if not what.startswith("int8"):
         return t.to(getattr(torch, what)).double()
     over = {"int8 a row": (-1,), "int8 a head": (-2, -1), "int8": tuple(range(t.dim()))}[what]

@@ -97,7 +97,7 @@ def _wrong_factors(kind: LoopFault, right, moved, scale: float, width: int) -> t
         case "accum rescaled late":
             return right, one[..., None]
         case "factor of a column":  # row_sum has a factor a row; the accumulator's is broadcast along the wrong side
-            return right, _by_column(right, width)
+            return right, by_column(right, width)
         case "accum not rescaled below 2^8" | "accum not rescaled below e^8":
             return right, torch.where(moved >= -THRESHOLDS[kind.rpartition(" ")[2]], 1.0, right)[..., None]
         case "neither rescaled below 2^8" | "neither rescaled below e^8":
@@ -108,7 +108,7 @@ def _wrong_factors(kind: LoopFault, right, moved, scale: float, width: int) -> t
     raise ValueError(f"no such fault of the page loop: {kind}")
 
 
-def _by_column(right: torch.Tensor, width: int) -> torch.Tensor:
+def by_column(right: torch.Tensor, width: int) -> torch.Tensor:
     """Column d of a tile of `width` rows takes the factor of the tile's row d, where the tile is whole."""
     found = right[..., None].expand(*right.shape, width).clone()
     for first in range(0, right.shape[-1] - width + 1, width):

@@ -73,6 +73,7 @@ ONE_BY_ONE = (
     PRECISION,
     Probe("moving maximum", "rescaling from page to page", loops.moving_maximum),
     Probe("formulas once more", "the same, with what was found since", formulas.formulas),
+    Probe("formulas and scales", "the same, with a scale that is wrong too", formulas.with_a_wrong_scale),
     Probe("V by itself", "P V", columns.linear),
 )
 """What a function that repeats itself is asked, until what was found predicts every wrong element."""

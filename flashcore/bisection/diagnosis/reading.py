@@ -194,10 +194,13 @@ def read_columns(candidate: Candidate, problem: Problem) -> tuple[torch.Tensor, 
 
 
 @ambient.judging
-def read_ladder(candidate: Candidate, problem: Problem, levels: torch.Tensor) -> torch.Tensor | None:
+def read_ladder(
+    candidate: Candidate, problem: Problem, levels: torch.Tensor, counts: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """float64 ``[N, L]``: in the last row, the weight of a key at each of these scores beside one at the last of them.
 
-    Key j has score ``levels[j % L]``. None where there are fewer keys than levels, or K would not fit its dtype.
+    Key j has score ``levels[j % L]``; `counts`, ``[Sq, Sk]``, says how often each is known to count. None where there
+    are fewer keys than levels, or K would not fit its dtype.
     """
     count = len(levels)
     if problem.scale == 0 or problem.seqlen_k < count or problem.head_dim < max(count, 2):
@@ -212,8 +215,8 @@ def read_ladder(candidate: Candidate, problem: Problem, levels: torch.Tensor) ->
     k[..., 0] = wanted.to(k.dtype)
     k[..., 1] = (wanted - wanted.to(k.dtype).double()).to(k.dtype)  # what 16 bits leave of it
     v[:, :, torch.arange(problem.seqlen_k, device=q.device), which] = 1.0
-    seen = mask_of(problem, q.device)[-1] > 0
-    keys = torch.stack([(seen & (which == one)).sum() for one in range(count)]).double()
+    seen = (mask_of(problem, q.device) if counts is None else counts)[-1]
+    keys = torch.stack([seen[which == one].sum() for one in range(count)])
     found = candidate(q, k, v, problem).out[:, :, -1, :count].double().flatten(0, 1) / keys
     return found / found[:, -1:]
 
@@ -282,14 +285,14 @@ def read_phantoms(candidate: Candidate, problem: Problem) -> torch.Tensor | None
 
 @ambient.judging
 def read_hidden(candidate: Candidate, problem: Problem, depth: float, lift: float = 0.0) -> float | None:
-    """The weight in row 0 of all keys behind the mask, which score `lift`, where seen ones score ``-depth``.
+    """The weight of all keys behind the mask, which score `lift`, where seen ones score ``-depth``; in `partial_row`.
 
-    0 for a right function. None where row 0 sees all keys or none, or K would not fit its dtype.
+    0 for a right function. None where no row sees some of the keys alone, or K would not fit its dtype.
     """
-    seen = mask_of(problem, candidate.device)[0] > 0
-    size = 64.0
-    if problem.scale == 0 or bool(seen.all()) or not bool(seen.any()):
+    size, row = 64.0, partial_row(problem, candidate.device)
+    if problem.scale == 0 or row is None:
         return None
+    seen = mask_of(problem, candidate.device)[row] > 0
     if max(depth, abs(lift)) / abs(problem.scale) / size > 6e4:
         return None
     q, k, v = (torch.zeros_like(t) for t in _ordinary(problem, candidate.device))
@@ -297,7 +300,14 @@ def read_hidden(candidate: Candidate, problem: Problem, depth: float, lift: floa
     k[..., 0] = -depth / problem.scale / size
     k[:, :, ~seen, 0] = lift / problem.scale / size
     v[:, :, ~seen] = 1.0
-    return float(candidate(q, k, v, problem).out[0, 0, 0, 0])
+    return float(candidate(q, k, v, problem).out[0, 0, row, 0])
+
+
+def partial_row(problem: Problem, device) -> int | None:
+    """The first row that sees some keys and not all; None where none does."""
+    keys = mask_of(problem, device).sum(dim=-1)
+    rows = ((keys > 0) & (keys < problem.seqlen_k)).nonzero()
+    return int(rows[0]) if len(rows) else None
 
 
 @ambient.judging

@@ -21,7 +21,8 @@ from flashcore.problem import Problem
 SMALL = "B=2,H=4,Hkv=2,S=200,D=64"
 
 
-SHOWN_BY = {"top_left": "B=2,H=4,Hkv=2,Sq=90,Sk=200,D=64,causal", "scale_not_taken": SMALL + ",scale=0.3"}
+SHOWN_BY = {"top_left": "B=2,H=4,Hkv=2,Sq=90,Sk=200,D=64,causal", "scale_not_taken": SMALL + ",scale=0.3",
+            "products_of_ten_bits": SMALL + ",float32"}  # fmt: skip
 """Problems that show what square ones do not."""
 
 

@@ -25,9 +25,10 @@ def ladder(inquiry: Inquiry) -> str | None:
     if inquiry.suspicions and not inquiry.bendable:
         return None
     read = []
+    counts = inquiry.state.counts if inquiry.state.counts is not None and inquiry.state.counts.dim() == 2 else None
     for low, high in LADDERS:
         levels = torch.linspace(low, high, 11, dtype=torch.float64)
-        found = reading.read_ladder(inquiry.candidate, inquiry.problem, levels)
+        found = reading.read_ladder(inquiry.candidate, inquiry.problem, levels, counts)
         if found is None:
             continue
         logs = found.masked_fill(~(found > 3e-5), math.nan).log()

@@ -79,7 +79,7 @@ def linear(inquiry: Inquiry) -> str | None:
     """Whether the output is the weights times V: judged where the weights themselves are as they should be."""
     left = [s for s in inquiry.unexplained() if s.inputs.problem.mathematics == inquiry.problem.mathematics
             and not is_blunt(s, inquiry.candidate)]  # fmt: skip
-    if not left or inquiry.suspicions:
+    if not left or inquiry.suspicions or any(h.by_rounding for h in inquiry.found):
         return None
     one = left[0]
     q, k, v = one.inputs.make(inquiry.candidate.device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flashcore.bisection.diagnosis import reading
 from flashcore.bisection.diagnosis.behaviour import mask_of, simulate
 from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.measure import check
 
-LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0)
+LIFTS = (8.0, 12.0, 16.0, 40.0, 80.0, 100.0, 150.0, -40.0, -80.0, -110.0, -150.0, -200.0)
 """What is added to all scores of a row, which may change nothing."""
 
-FAR_BELOW = -110.0
-"""A lift that exp does not hold in float32 beside 0, where it holds the one before."""
+UNDERFLOWS = (-103.3, -87.3)
+"""Where exp ends in float32, with numbers below its normal ones and without."""
 HELD, NOT_HELD = 30_000.0, 80_000.0
 """Products of Q and K that float16 holds, and does not hold."""
 
@@ -27,19 +29,23 @@ def lifted(inquiry: Inquiry) -> str | None:
     v = check.make_case(problem, 1, "normal", "bhsd", device).v
     k = k.clone()
     base = k[..., 0].clone()
-    failed: dict[float, str] = {}
-    for lift in (0.0, *LIFTS):
+
+    def showed(lift: float) -> str | None:
+        """What is wrong of rows whose scores are all so much higher."""
         k[..., 0] = (base.float() + lift / problem.scale).to(k.dtype)
         got = inquiry.candidate(q, k, v, problem).out.double()
         wanted = simulate(q, k, v, problem, inquiry.state)[0]
         bad = ~((got - wanted).abs() <= 0.05 + 0.05 * wanted.abs()) & wanted.isfinite()
-        if bool(bad.any()):
-            if lift == 0.0:
-                return None  # it is wrong without a lift too, which other probes look into
-            gone = bad & (got.abs() < 1e-3 * wanted.abs())
-            vanished = bool(gone.sum() > 0.5 * bad.sum())
-            nan, inf = bool(got.isnan().any()), bool(got.isinf().any())
-            failed[lift] = "NaN" if nan else "Inf" if inf else "vanished" if vanished else "wrong"
+        if not bool(bad.any()):
+            return None
+        gone = bad & (got.abs() < 1e-3 * wanted.abs())
+        if bool(got.isnan().any()):
+            return "NaN"
+        return "Inf" if bool(got.isinf().any()) else "vanished" if bool(gone.sum() > 0.5 * bad.sum()) else "wrong"
+
+    if showed(0.0):
+        return None  # it is wrong without a lift too, which other probes look into
+    failed = {lift: what for lift in LIFTS if (what := showed(lift))}
     if not failed:
         return None
     up = min((x for x in failed if x > 0), default=None)
@@ -51,16 +57,28 @@ def lifted(inquiry: Inquiry) -> str | None:
     down = max((x for x in failed if x < 0), default=None)
     if up is None and failed[down] == "vanished":
         words = (f"rows whose scores are near {down:g} vanish: the reference that is subtracted, or that of a part "
-                 "without keys, is 0 or higher")  # fmt: skip
-        held = Hypothesis("maximum starts at 0", f"{words}, as where a maximum starts at 0 or at the smallest number "
-                          "above 0, and not at -inf", ("row_max", "out"), {"least_max": 0.0})  # fmt: skip
-        if down == FAR_BELOW and inquiry.explains_most(held):
-            return inquiry.add(held)
-        return inquiry.suspect(("row_max", "out"), words)
+                 "without keys, is {} or higher")  # fmt: skip
+        for least in _where_it_starts(showed, down):
+            held = Hypothesis("maximum starts too high", f"{words.format(f'about {least:.0f}' if least else '0')}, as "
+                              "where a maximum starts there, and not at -inf", ("row_max", "out"),
+                              {"least_max": least})  # fmt: skip
+            if inquiry.explains_most(held):
+                return inquiry.add(held)
+        return inquiry.suspect(("row_max", "out"), words.format("0"))
     if up is None or failed[up] == "wrong":
         return None  # scores of that size may be rounded too much, which the probe of precision looks into
     words = f"adding {up:g} to all scores of a row makes its result vanish, which it may not"
     return inquiry.suspect(("row_max", "scores"), words)
+
+
+def _where_it_starts(showed: Callable[[float], str | None], down: float) -> list[float]:
+    """Where a maximum may start, from the lift at which rows vanish; `down` is one at which they do."""
+    low, high = down, min((lift for lift in (*LIFTS, 0.0) if down < lift <= 0), default=0.0)
+    for _ in range(5):
+        middle = (low + high) / 2
+        low, high = (middle, high) if showed(middle) else (low, middle)
+    starts = [high - end for end in UNDERFLOWS]
+    return [0.0] if starts[1] < 4 and starts[0] > -4 else [start for start in starts if start < 0]
 
 
 def far(inquiry: Inquiry) -> str | None:

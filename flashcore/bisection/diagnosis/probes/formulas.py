@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from flashcore.bisection.diagnosis.behaviour import Behaviour, simulate
+from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, simulate
 from flashcore.bisection.diagnosis.elements import FEWER_BITS, WRAPS
 from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt, share_of
-from flashcore.bisection.diagnosis.probes import rounding
+from flashcore.bisection.diagnosis.probes import rounding, scales
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.bisection.diagnosis.screening import Inputs, Screened, screen_one
 from flashcore.problem import Problem
@@ -42,23 +42,69 @@ ROUNDED = ("v", "k", "q", "kv", "qk", "qkv")
 """Tensors that are rounded together."""
 
 
-NEARER = 0.25
+MANY = 8
+"""Elements that are all as large as the largest, from which on that looks like a limit."""
+NEARER = 0.1
 """Share of the squared error that a formula may leave."""
 
 
 def formulas(inquiry: Inquiry) -> str | None:
     """A formula that predicts every wrong call of these shapes, to the element, together with what is known so far."""
-    left = [s for s in inquiry.unexplained() if not is_blunt(s, inquiry.candidate)]
+    left = _left(inquiry)
     if not left:
         return None
-    left.sort(key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
+    rounded = not rounding.far_off(inquiry.candidate, left, inquiry.state)
+    limit = _limit(left[0])
+    groups = _of(left[0].inputs.problem, rounded=rounded)
+    best = _best(inquiry, left, ([limit] if limit else [], *groups), inquiry.state)
+    if best is None:
+        return None
+    inquiry.suspicions.clear()  # what was seen of it piece by piece
+    return inquiry.add(best)
+
+
+def with_a_wrong_scale(inquiry: Inquiry) -> str | None:
+    """A formula and a scale that is missing, there twice, or of another base: two bugs that hide each other."""
+    left = _left(inquiry)
+    problem = inquiry.problem
+    if not left or problem.scale == 0 or left[0].inputs.problem.scale != problem.scale:
+        return None
+    for scale in _scales(problem):
+        groups = ([one for one in together if "scale_factor" not in one.changes]
+                  for together in _of(problem, rounded=False))  # fmt: skip
+        best = _best(inquiry, left, groups, RIGHT.with_(**scale.changes))
+        if best:
+            inquiry.found.clear()  # pieces of both that were seen one by one
+            inquiry.suspicions.clear()
+            inquiry.state = RIGHT
+            return "; ".join(inquiry.add(one) for one in (best, scale))
+    return None
+
+
+def _scales(problem: Problem) -> Iterator[Hypothesis]:
+    """A scale that is missing, there twice, or of another base."""
+    if problem.scale:
+        named = (scales.of_factor(factor, problem)
+                 for factor in (1 / problem.scale, problem.scale, math.log(2), 1 / math.log(2)))  # fmt: skip
+        yield from (one for one in named if one is not None)
+
+
+def _left(inquiry: Inquiry) -> list[Screened]:
+    """The calls that nothing explains so far, the plainest first."""
+    left = [s for s in inquiry.unexplained() if not is_blunt(s, inquiry.candidate)]
+    return sorted(left, key=lambda s: (s.inputs.pattern != "normal", s.inputs.strided))
+
+
+def _best(
+    inquiry: Inquiry, left: list[Screened], groups: Iterable[list[Hypothesis]], base: Behaviour
+) -> Hypothesis | None:
+    """Of the first group that has one, the formula that leaves least of the error of all calls."""
     control = screen_one(inquiry.candidate, Inputs(left[0].inputs.problem))
-    far_off = rounding.far_off(inquiry.candidate, left, inquiry.state)
-    for together in _of(left[0].inputs.problem, rounded=not far_off):
+    for together in groups:
         fit: list[tuple[float, Hypothesis]] = []
         for one in together:
-            one = _with_its_factor(inquiry, left[0], one)
-            state = inquiry.state.with_(**one.changes)
+            one = _with_its_factor(inquiry, left[0], one, base)
+            state = base.with_(**one.changes)
             misses = []
             for call in left:  # the plainest first, at which nearly every formula ends
                 misses.append(_miss(inquiry, call, state))
@@ -67,9 +113,18 @@ def formulas(inquiry: Inquiry) -> str | None:
             if None not in misses and _leaves(inquiry, control, state):
                 fit.append((sum(misses), one))
         if fit:
-            inquiry.suspicions.clear()  # what was seen of it piece by piece
-            return inquiry.add(min(fit, key=lambda tried: tried[0])[1])
+            return min(fit, key=lambda tried: tried[0])[1]
     return None
+
+
+def _limit(call: Screened) -> Hypothesis | None:
+    """An output of which some elements hold the largest number that there is, or its negative."""
+    out = call.answer.out.double()
+    largest = float(out.abs().max())
+    if not largest or not math.isfinite(largest) or int((out.abs() == largest).sum()) < MANY:
+        return None
+    words = f"the output is cut off at -{largest:.4g} and {largest:.4g}"
+    return Hypothesis("output cut off", words, ("out",), {"out_limit": largest})
 
 
 def _miss(inquiry: Inquiry, call: Screened, state: Behaviour) -> float | None:
@@ -95,15 +150,18 @@ def _leaves(inquiry: Inquiry, control: Screened, state: Behaviour) -> bool:
     return spoiled <= (1 - EXPLAINED) * max(1, predicted.numel() - wrong)
 
 
-def _with_its_factor(inquiry: Inquiry, call: Screened, one: Hypothesis) -> Hypothesis:
+def _with_its_factor(inquiry: Inquiry, call: Screened, one: Hypothesis, base: Behaviour) -> Hypothesis:
     """A formula that nobody normalises, with the constant that the output is multiplied by, by least squares."""
     if one.changes.get("weighing") not in UNSCALED:
         return one
-    predicted = simulate(*given_to(call, inquiry.candidate), call.inputs.problem, inquiry.state.with_(**one.changes))[0]
+    predicted = simulate(*given_to(call, inquiry.candidate), call.inputs.problem, base.with_(**one.changes))[0]
     got = call.answer.out.double()
     factor = float((got * predicted).sum() / predicted.square().sum().clamp_min(1e-30))
     if not math.isfinite(factor) or not factor or abs(factor - 1) <= 0.01:
         return one
+    if abs(factor * call.inputs.problem.seqlen_k - 1) < 0.01:
+        words = f"{one.sentence}; and the output is divided by the number of keys"
+        return replace(one, sentence=words, changes={**one.changes, "over_keys": True})
     words = f"{one.sentence}; and the output is multiplied by {factor:.4g}"
     return replace(one, sentence=words, changes={**one.changes, "out_factor": factor})
 
@@ -122,12 +180,15 @@ def _of(problem: Problem, *, rounded: bool) -> Iterator[list[Hypothesis]]:
 def _plain(problem: Problem) -> Iterator[Hypothesis]:
     words = "Q and K have no influence: all keys of a row weigh the same"
     yield Hypothesis("scores without influence", words, ("scores",), {"scale_factor": 0.0})
+    yield from _scales(problem)  # which what is normed is much like
     yield Hypothesis("Q added to the output", "Q is added to the output, as a residual", ("out",), {"plus": "q"})
     for kind, (words, stage) in WEIGHED.items():
         if kind == "over heads" and problem.num_heads_q == 1:
             continue
         name = "softmax over the wrong axis" if kind.startswith("over") else f"{kind} in place of softmax"
         yield Hypothesis(name, words, (stage,), {"weighing": kind})
+    words = "the divisors of rows are laid along the columns of the output (row_sum is broadcast wrongly)"
+    yield Hypothesis("divided along the columns", words, ("row_sum", "out"), {"divided_by_column": True})
     alike = problem.seqlen_q == problem.seqlen_k
     for taken, words in TAKEN.items():
         if alike or (taken[0] == "q" and taken.count("q") == 1):
@@ -170,12 +231,16 @@ def _wrapped(problem: Problem) -> Iterator[Hypothesis]:
 
 
 def _rounded(problem: Problem) -> Iterator[Hypothesis]:
-    kinds = [kind for kind in FEWER_BITS if kind != problem.dtype and (kind != "float16" or problem.dtype == "float32")]
+    single = problem.dtype == "float32"
+    kinds = [kind for kind in FEWER_BITS if kind != problem.dtype and (single or not kind.startswith("tfloat32"))]
     for kind in kinds:
         for names in ROUNDED:
             what = _words(names)
-            into = (f"whole numbers of 8 bits, by one scale {kind.removeprefix('int8').strip() or 'for all'},"
-                    if kind.startswith("int8") else kind)  # fmt: skip
+            into = kind
+            if kind.startswith("int8"):
+                into = f"whole numbers of 8 bits, by one scale {kind.removeprefix('int8').strip() or 'for all'},"
+            elif kind == "tfloat32":
+                into = f"{kind} (or float16, which has as many bits)"
             before = "it is summed" if names == "v" else "the products"
             words = f"{what} {'is' if len(names) == 1 else 'are'} rounded to {into} before {before}"
             stages = {"v": ("accum",)}.get(names, ("scores", "accum") if "v" in names else ("scores",))

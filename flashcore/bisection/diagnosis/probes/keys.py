@@ -57,12 +57,19 @@ def equal_keys(inquiry: Inquiry) -> str | None:
         said.append(inquiry.add(Hypothesis("not normalised", words, ("out",), {"normalised": False})))
     elif extra:
         said.append(inquiry.add(extra))
-    elif bool(((total - 1).abs() > 8 * torch.finfo(reading.dtype_of(inquiry.problem)).eps + 1e-4).any()):
+    elif _off_from_one(inquiry, total):
         worst = (total - 1).abs().flatten().argmax().item()
         place = {**head_of(worst // total.shape[1], inquiry.problem), "row": worst % total.shape[1]}
         words = "the weights of a row do not add up to 1 when all scores are 0"
         said.append(inquiry.suspect(("row_sum",), f"{words}: {float(total.flatten()[worst]):.4g}", place))
     return "; ".join(said) or None
+
+
+def _off_from_one(inquiry: Inquiry, total: torch.Tensor) -> bool:
+    """Whether weights of equal keys add up to something else than 1, and no rounding was named."""
+    if any(h.by_rounding for h in inquiry.found):
+        return False
+    return bool(((total - 1).abs() > 8 * torch.finfo(reading.dtype_of(inquiry.problem)).eps + 1e-4).any())
 
 
 def _weighs_so(inquiry: Inquiry, hypothesis: Hypothesis) -> bool:
@@ -76,7 +83,7 @@ def _unclear(inquiry: Inquiry, counts: torch.Tensor, wanted: torch.Tensor) -> st
     seen = (wanted > 0).expand(counts.shape)
     usual = counts.masked_fill(~seen, math.nan).nanmedian(dim=-1, keepdim=True).values
     off = (~((counts / usual - 1).abs() < 0.01)) & seen
-    one = float((counts / usual)[off][0])
+    one = float((counts / usual).flatten()[off.flatten().to(torch.uint8).argmax()])
     words = (f"{int(off.sum()):,} of {int(seen.sum()):,} keys have another weight than the keys of equal score "
              f"beside them, the first {one:.3g} times theirs")  # fmt: skip
     return inquiry.suspect(("scores", "probs", "accum"), words, place_of(off, inquiry.problem))
@@ -111,7 +118,7 @@ def hidden(inquiry: Inquiry) -> str | None:
     found = [reading.read_hidden(inquiry.candidate, problem, depth) for depth in DEPTHS]
     above = next((depth for depth, weight in zip(DEPTHS, found, strict=True) if weight and weight > 0.5), None)
     if above is None:
-        return None
+        return _of_empty_rows(inquiry)
     low, high = max((d for d in DEPTHS if d < above), default=0.0), above
     for _ in range(24):  # half of the weight is where hidden and seen keys score alike, up to their numbers
         middle = (low + high) / 2
@@ -119,7 +126,7 @@ def hidden(inquiry: Inquiry) -> str | None:
         low, high = (low, middle) if weight > 0.5 else (middle, high)
         if high - low < 1e-3 * high:
             break
-    seen = mask_of(problem, inquiry.candidate.device)[0]
+    seen = mask_of(problem, inquiry.candidate.device)[reading.partial_row(problem, inquiry.candidate.device)]
     level = -(low + high) / 2 - math.log(float((seen == 0).sum() / seen.sum()))
     near = next((n for n in MASKS if abs(level / n - 1) < 0.01), None)
     scaled = next((n for n in MASKS if near is None and abs(level / n / problem.scale - 1) < 0.01), None)
@@ -135,6 +142,15 @@ def hidden(inquiry: Inquiry) -> str | None:
         told = {"masked_score": level}
     words += f" ({scaled:g} before the scale)" if scaled else ""
     return inquiry.add(Hypothesis("mask too small", words, ("scores",), told))
+
+
+def _of_empty_rows(inquiry: Inquiry) -> str | None:
+    """A mask that sets so low a number that it shows in rows alone that see no key."""
+    if bool((mask_of(inquiry.problem, inquiry.candidate.device).sum(dim=-1) > 0).all()):
+        return None
+    words = "rows that see no key hold the mean of V where 0 is meant: hidden keys get a low number in place of -inf"
+    mean = Hypothesis("mask too small", words, ("scores", "out"), {"masked_score": -1e30}, {"row": 0})
+    return inquiry.add(mean) if inquiry.failing and inquiry.explains_most(mean) else None
 
 
 def of_values_gone(counts: torch.Tensor, extra: torch.Tensor, problem: Problem) -> Hypothesis | None:

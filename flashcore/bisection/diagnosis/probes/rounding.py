@@ -10,6 +10,7 @@ import torch
 from flashcore.bisection.diagnosis import reading
 from flashcore.bisection.diagnosis.behaviour import Behaviour, mask_of, simulate
 from flashcore.bisection.diagnosis.calling import Candidate
+from flashcore.bisection.diagnosis.elements import in_fewer_bits
 from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.predicting import EXPLAINED, is_blunt
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
@@ -19,6 +20,8 @@ from flashcore.problem import Problem
 
 FAR_OFF = 0.1
 """Share of the largest number in V that no rounding puts a result off by, with ordinary inputs."""
+KEPT_BITS = {"bfloat16": 7, "tfloat32": 10, "tfloat32 cut off": 10, "float8_e4m3fn": 3, "float8_e5m2": 2}
+"""Bits of a mantissa."""
 ROUNDED_SUM = 0.03
 """By how much a row_sum of 16 bits is off at most."""
 
@@ -99,24 +102,39 @@ def rounded_output(candidate: Candidate, failing: Sequence[Screened]) -> Hypothe
 
 @ambient.judging
 def rounded_values(candidate: Candidate, problem: Problem) -> Hypothesis | None:
-    """V of which every key has the same row comes out as that row; in fewer bits, if V was rounded."""
+    """V of which every key has the same row comes out as that row; in fewer bits, if V was rounded.
+
+    Where weights are rounded too, they add up to a little more or less than 1, by which the whole row is multiplied.
+    """
     device = candidate.device
     q, k, v = Inputs(problem).make(device)
     row = v[0, 0, 0].clone()
+    row = torch.where(row == 0, torch.ones_like(row), row)
     out = candidate(torch.zeros_like(q), k, row.expand(v.shape).contiguous(), problem).out
     rows = mask_of(problem, device).sum(dim=-1) > 0
-    out, row = out[:, :, rows].double(), row.double()
-    slack = 4 * torch.finfo(v.dtype).eps
-    if not bool(out.isfinite().all()) or bool(((out / row - 1).abs() <= slack).all()):
+    out, exact = out[:, :, rows].double(), row.double()
+    slack = 4 * max(torch.finfo(v.dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(problem.seqlen_k))
+    if not bool(out.isfinite().all()):
         return None
-    for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
-        narrow = getattr(torch, name, None)
-        if narrow is None or torch.finfo(narrow).eps <= torch.finfo(v.dtype).eps:
+    ratio = out / exact
+    even = (ratio / ratio.median(dim=-1, keepdim=True).values - 1).abs() <= slack
+    if bool(even.all()):
+        return None  # V is not rounded, whatever the weights of a row add up to
+    for name, bits in KEPT_BITS.items():
+        if bits >= -math.log2(torch.finfo(v.dtype).eps):
             continue
-        rounded = row.float().to(narrow).double()
-        if bool(((out - rounded).abs() <= slack * row.abs() + 1e-7).all()):
-            return Hypothesis("V in fewer bits", f"V is rounded to {name} before it is summed", ("accum",),
-                              by_rounding=True)  # fmt: skip
+        rounded = in_fewer_bits(row, name)
+        level = (out / rounded).nanmedian(dim=-1, keepdim=True).values  # what the weights of a row add up to
+        if not bool((rounded != 0).any()) or bool((level - 1).abs().max() > 2.0 ** (1 - bits)):
+            continue
+        if not bool(((out / level - rounded).abs() <= slack * exact.abs() + 1e-7).all()):
+            continue
+        why = " (or float16, which has as many bits)" if name == "tfloat32" else ""
+        if bool(((level - 1).abs() <= slack).all()):
+            words = f"V is rounded to {name}{why} before it is summed"
+            return Hypothesis("V in fewer bits", words, ("accum",), by_rounding=True)
+        words = f"products of {problem.dtype} are computed in {name}{why}: V and the weights are rounded to it first"
+        return Hypothesis("products in fewer bits", words, ("accum", "probs", "scores"), by_rounding=True)
     return None
 
 

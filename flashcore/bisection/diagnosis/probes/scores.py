@@ -62,8 +62,10 @@ def anchored(inquiry: Inquiry) -> str | None:
     if min(t[0] for t in tried) > 0.02:
         for one in scales.of_slopes(reading.slopes(found, inquiry.problem, inquiry.state.k_heads), inquiry.problem):
             consider([one], inquiry.state)
-    best = min(tried, key=lambda t: (t[0] > 0.02, len(t[1]) if t[0] <= 0.02 else 0, t[0]))
-    if best[0] <= 0.02 and best[1]:
+    # What differs in a few weights alone is named by what predicts these, and not left to be called right.
+    enough = min(0.02, 0.25 * min(t[0] for t in tried if not t[1]))
+    best = min(tried, key=lambda t: (t[0] > enough, len(t[1]) if t[0] <= enough else 0, t[0]))
+    if best[0] <= enough and best[1]:
         first = inquiry.alternatives[:1]  # another name for the same counts, or none of them, explains the weights
         if any(h in inquiry.alternatives for h in best[1]) or best[2].counts is None:
             inquiry.found = [h for h in inquiry.found if not any(h is one for one in first)]

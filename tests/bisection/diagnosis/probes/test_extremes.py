@@ -59,16 +59,30 @@ def test_the_maximum_before_a_negative_scale_is_named():
     assert explained > 0.98 * wrong > 0
 
 
-def test_a_maximum_that_starts_at_0_is_one_only_where_it_explains_what_vanished():
-    inquiry = inquiry_of(zoo.maximum_from_zero, patterns=("sunken",))
-    assert "as where a maximum starts at 0" in extremes.lifted(inquiry) and inquiry.state.least_max == 0.0
-    assert not inquiry.unexplained() and inquiry.suspicions == []
-
-    def from_minus_40(q, k, v):
+def starting_at(least):
+    def function(q, k, v):
         a, b, c, scale = zoo.parts(q, k, v)
         scores = a @ b.mT * scale
-        probs = (scores - scores.amax(-1, keepdim=True).clamp_min(-40)).exp()
+        probs = (scores - scores.amax(-1, keepdim=True).clamp_min(least)).exp()
         return (probs @ c / probs.sum(-1, keepdim=True)).nan_to_num(0.0).to(q.dtype)
 
-    inquiry = inquiry_of(from_minus_40, patterns=("sunken",))
-    assert "near -150 vanish" in extremes.lifted(inquiry) and inquiry.found == []
+    return function
+
+
+def test_where_a_maximum_starts_is_told_by_what_vanishes():
+    inquiry = inquiry_of(zoo.maximum_from_zero, patterns=("sunken",))
+    assert "is 0 or higher, as where a maximum starts there" in extremes.lifted(inquiry)
+    assert inquiry.state.least_max == 0.0 and not inquiry.unexplained() and inquiry.suspicions == []
+    inquiry = inquiry_of(starting_at(-62.5), patterns=("sunken",))
+    assert "as where a maximum starts there" in extremes.lifted(inquiry) and -120 < inquiry.state.least_max < -40
+
+
+def test_rows_that_vanish_for_another_reason_stay_a_suspicion():
+    def some_rows(q, k, v):
+        out = zoo.two_pass(q, k, v)
+        scores = zoo.parts(q, k, v)[0] @ zoo.parts(q, k, v)[1].mT * zoo.parts(q, k, v)[3]
+        out[:, ::2] *= (scores.amax(-1, keepdim=True) > -90)[:, ::2]
+        return out * (scores.amax(-1, keepdim=True) > -300)
+
+    inquiry = inquiry_of(some_rows)
+    assert "vanish" in extremes.lifted(inquiry) and (inquiry.found or inquiry.suspicions)

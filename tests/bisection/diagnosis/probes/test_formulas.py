@@ -21,9 +21,10 @@ LARGE = PROBLEM.with_(seqlen_q=70, seqlen_k=70, head_dim=128)
         (zoo.softmax_over_heads, "softmax is taken over the heads"),
         (zoo.softmax_twice, "softmax is taken twice"),
         (zoo.mean_of_v, "Q and K have no influence"),
+        (zoo.scaled_twice, "the scale is applied twice"),
         (zoo.no_softmax, "there is no softmax"),
         (zoo.relu_over_the_number_of_keys, "relu of the scores stands where softmax is meant; and the output is "
-                                           "multiplied by 0.0125"),
+                                           "divided by the number of keys"),
         (zoo.log_softmax, "logarithms of the weights are taken for the weights"),
         (zoo.linear_attention, "weights are products of elu(q) + 1 and elu(k) + 1"),
         (zoo.keys_and_values_exchanged, "K and V are exchanged"),
@@ -59,7 +60,7 @@ def test_offsets_that_wrap_show_where_there_are_as_many_elements(function, words
 @pytest.mark.parametrize(
     "function",
     [
-        zoo.scaled_twice, zoo.heads_of_v_shifted, zoo.accum_not_rescaled, zoo.tail_dropped,
+        zoo.few_digits, zoo.heads_of_v_shifted, zoo.accum_not_rescaled, zoo.tail_dropped,
         zoo.k_pages_swapped, zoo.not_divided, zoo.nothing_but_zeros, zoo.row_sum_in_bfloat16, zoo.swizzled,
     ],
 )  # fmt: skip
@@ -82,3 +83,21 @@ def test_every_formula_has_a_sentence_and_its_stages():
     assert few + 36 == all_of_them
     assert not any(one.changes.get("weighing") == "over heads" for one in each), "there is but one head"
     assert not any(one.changes.get("taken") == "kqv" for one in each), "rows and keys differ in number"
+
+
+def test_a_formula_and_a_wrong_scale_that_hide_each_other():
+    inquiry = inquiry_of(zoo.exchanged_and_not_scaled, SQUARE)
+    assert formulas.formulas(inquiry) is None
+    inquiry.suspect(("scores",), "a piece of it")
+    words = formulas.with_a_wrong_scale(inquiry)
+    assert words.startswith("K and V are exchanged; the scale is missing") and inquiry.suspicions == []
+    assert [h.name for h in inquiry.found] == ["another tensor taken", "scale missing"] and not inquiry.unexplained()
+    assert formulas.with_a_wrong_scale(inquiry_of(zoo.accum_not_rescaled, SQUARE)) is None
+
+
+def test_an_output_that_is_cut_off_and_one_that_is_divided_along_its_columns():
+    inquiry = inquiry_of(zoo.out_cut_off, SQUARE)
+    assert formulas.formulas(inquiry) == "the output is cut off at -0.5 and 0.5"
+    assert "laid along the columns of the output" in formulas.formulas(
+        inquiry_of(zoo.divided_along_the_columns, SQUARE)
+    )

@@ -52,3 +52,27 @@ def test_what_is_set_is_told_from_what_is_added(function, words, field, value):
     inquiry = inquiry_of(function, CAUSAL)
     assert words in keys.hidden(inquiry)
     assert getattr(inquiry.state, field) == pytest.approx(value) and len(inquiry.found[0].changes) == 1
+
+
+def test_weights_that_are_no_whole_multiples_are_a_suspicion_even_where_none_stands_out():
+    inquiry = inquiry_of(zoo.two_pass)
+    even = torch.ones(8, 40, 100, dtype=torch.float64)
+    odd = even.clone()
+    odd[3, 5, 7] = 1.5
+    for counts, words in ((even, "0 of 32,000 keys"), (odd, "1 of 32,000 keys have another weight")):
+        assert words in keys._unclear(inquiry, counts, even[0])
+    assert inquiry.suspicions[1].place == {"batch": 0, "head": 3, "row": 5, "column": 7}
+    assert "the first 1.5 times theirs" in inquiry.suspicions[1].sentence
+
+
+def test_rows_without_keys_show_a_mask_that_nothing_else_does():
+    wide = PROBLEM.with_(causal=True, seqlen_q=60, seqlen_k=40)
+
+    def lowest(q, k, v, causal=False):
+        return zoo._added(q, k, v, torch.finfo(torch.float32).min, causal)
+
+    for function, words in ((lowest, "hold the mean of V where 0 is meant"), (zoo.ten_thousand_subtracted, "-10000")):
+        inquiry = inquiry_of(function, wide)
+        assert words in keys.hidden(inquiry)
+        assert inquiry.unexplained() == []
+    assert keys.hidden(inquiry_of(zoo.two_pass, wide)) is None

@@ -9,6 +9,7 @@ from support import wrong_attention as zoo
 from flashcore.bisection.diagnosis import reading
 from flashcore.bisection.diagnosis.behaviour import RIGHT
 from flashcore.bisection.diagnosis.calling import candidate_of
+from flashcore.bisection.diagnosis.elements import in_fewer_bits
 from flashcore.bisection.diagnosis.probes import rounding
 from flashcore.bisection.diagnosis.screening import Inputs, screen_one
 from flashcore.problem import Problem
@@ -73,3 +74,21 @@ def test_what_is_far_off_is_no_rounding():
     assert rounding.far_off(candidate, calls, RIGHT)
     assert not rounding.far_off(candidate, calls, RIGHT.with_(scale_factor=PROBLEM.scale))
     assert not rounding.far_off(*failing(zoo.through_bfloat16), RIGHT)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "tfloat32", "tfloat32 cut off"])
+def test_products_of_float32_in_fewer_bits(kind):
+    def products(q, k, v, weights_too=True):
+        a, b, c, scale = zoo.parts(q, k, v)
+        a, b, c = (in_fewer_bits(t, kind).float() for t in (a, b, c))
+        probs = torch.softmax(a @ b.mT * scale, -1)
+        return ((in_fewer_bits(probs, kind).float() if weights_too else probs) @ c).to(q.dtype)
+
+    single = PROBLEM.with_(dtype="float32")
+    found = rounding.rounded_values(of(products), single)
+    assert found.name == "products in fewer bits" and f"are computed in {kind}" in found.sentence and found.by_rounding
+    found = rounding.rounded_values(of(lambda q, k, v: products(q, k, v, weights_too=False)), single)
+    assert found.sentence.startswith(f"V is rounded to {kind}") and found.name == "V in fewer bits"
+    for right in (zoo.two_pass, zoo.page_loop, zoo.a_large_epsilon, zoo.a_tenth_too_much):
+        for problem in (single, PROBLEM, single.with_(seqlen_k=1100)):
+            assert rounding.rounded_values(of(right), problem) is None

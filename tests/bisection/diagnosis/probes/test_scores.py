@@ -13,6 +13,7 @@ from flashcore.bisection.diagnosis.probes import scores
     ("function", "name"),
     [
         (zoo.base_two, "base 2 for e"), (zoo.rows_shifted, "Q of another row"),
+        (zoo.last_rows_of_tiles_doubled, "Q of another row"),
         (zoo.k_pages_swapped, "pages swapped"), (zoo.four_lanes, "maximum not reduced over lanes"),
         (zoo.swizzled, "columns of head_dim in another order"), (zoo.last_head_not_scaled, "scale of some heads"),
     ],

@@ -40,8 +40,6 @@ TAKEN = {
 """Tensors that stand at the places of Q, K and V."""
 ROUNDED = ("v", "k", "q", "kv", "qk", "qkv")
 """Tensors that are rounded together."""
-
-
 MANY = 8
 """Elements that are all as large as the largest, from which on that looks like a limit."""
 NEARER = 0.1
@@ -244,9 +242,8 @@ def _rounded(problem: Problem) -> Iterator[Hypothesis]:
             before = "it is summed" if names == "v" else "the products"
             words = f"{what} {'is' if len(names) == 1 else 'are'} rounded to {into} before {before}"
             stages = {"v": ("accum",)}.get(names, ("scores", "accum") if "v" in names else ("scores",))
-            yield Hypothesis(
-                f"{what} in fewer bits", words, stages, {"scrambled": tuple((n, f"in {kind}") for n in names)}
-            )
+            told = {"scrambled": tuple((name, f"in {kind}") for name in names)}
+            yield Hypothesis(f"{what} in fewer bits", words, stages, told)
 
 
 def _words(names: str) -> str:

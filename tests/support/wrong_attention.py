@@ -441,6 +441,12 @@ def rotated_in_pairs(q, k, v):
     return finish(turned(a) @ turned(b).mT * scale, c, q.dtype)
 
 
+@_wrong("scale twice", "scores")
+def scaled_twice_and_pages_swapped(q, k, v):
+    a, b, c, scale = parts(q, _pages(k, 1, 0), v)
+    return finish(a @ b.mT * scale * scale, c, q.dtype)
+
+
 # --- offsets of 16 bits, and 8 bits ---
 
 

@@ -14,8 +14,11 @@ ANCHORS_EVERY = 16
 """Keys that a slope is read from together."""
 
 
-def of_factor(factor: float, problem: Problem) -> Hypothesis | None:
-    """A name for what the scores are multiplied by besides the right scale; None where that is nothing."""
+def of_factor(factor: float, problem: Problem, within: float = 0.004) -> Hypothesis | None:
+    """A name for what the scores are multiplied by besides the right scale; None where that is nothing.
+
+    A factor that has a name is taken for that one `within` this share of it.
+    """
     fine = 0.004 if problem.dtype == "bfloat16" else 0.001  # what the rounding of weights leaves to be told
     if not math.isfinite(factor) or abs(factor - 1.0) < fine:
         return None
@@ -57,7 +60,7 @@ def of_factor(factor: float, problem: Problem) -> Hypothesis | None:
             words = f"{words} (scores are {factor:.4g} times the right ones)"
             return Hypothesis("a constant in few digits", words, ("scores", "probs"), {"scale_factor": value})
     for value, words, kind in known.values():
-        if abs(value - 1.0) > 0.004 and abs(factor / value - 1.0) < 0.004:
+        if abs(value - 1.0) > 0.004 and abs(factor / value - 1.0) < within:
             name, sentence = kind, f"{words} (scores are {factor:.4g} times the right ones)"
             factor = value
             break

@@ -12,6 +12,9 @@ from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 
 LANES = tuple(("mod", n) for n in (2, 4, 8, 16, 32, 64)) + tuple(("block", n) for n in (2, 8, 16, 32, 64))
 
+MOVED = 0.03
+"""By how much the factor of all scores may be read wrongly where keys or rows stand at other places."""
+
 
 def anchored(inquiry: Inquiry) -> str | None:
     found = inquiry.scores = reading.read_scores(
@@ -36,11 +39,15 @@ def anchored(inquiry: Inquiry) -> str | None:
     for other in inquiry.alternatives[1:]:
         bases.append(([other], plain.with_(**other.changes)))
     factor = scales.of_factor(found.factor, inquiry.problem)
+    factors = [factor] if factor else []
+    if factor and factor.name == "scale wrong":  # another bug beside it may have moved what was read
+        near = scales.of_factor(found.factor, inquiry.problem, within=MOVED)
+        factors = [near, factor] if near and near.name != factor.name else factors
     for extra, base in bases:
         consider(extra, base)
-        if factor:
-            consider([*extra, factor], base)
-        for more in ([], [factor]) if factor else ([],):
+        for one in factors:
+            consider([*extra, one], base)
+        for more in ([], *([one] for one in factors)):
             behaviour = under(base, more, found.q.device)
             for elsewhere in (orders.rows_elsewhere, orders.keys_elsewhere):
                 for one in elsewhere(found, inquiry.problem, behaviour):

@@ -38,3 +38,9 @@ def test_scores_without_a_name_may_be_bent():
     inquiry = inquiry_of(roots)
     assert scores.anchored(inquiry) and inquiry.found == []
     assert [inquiry.bendable] == inquiry.suspicions and inquiry.bendable.stages == ("scores", "probs")
+
+
+def test_a_scale_beside_pages_that_are_swapped():
+    inquiry = inquiry_of(zoo.scaled_twice_and_pages_swapped, PROBLEM.with_(seqlen_q=70, seqlen_k=150, head_dim=64))
+    assert scores.anchored(inquiry)
+    assert [h.name for h in inquiry.found] == ["scale twice", "pages swapped"] and not inquiry.unexplained()

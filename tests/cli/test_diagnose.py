@@ -32,7 +32,7 @@ def test_it_says_what_is_wrong_keeps_the_record_and_writes_the_test(place, tmp_p
     done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--probes", "--run", str(run), "--write-test",
                                     str(tmp_path / "test_it.py")])  # fmt: skip
     assert done.exit_code == 3, done.output
-    assert "the scale is applied twice" in done.output and "anchored scores" in done.output
+    assert "the scale is applied twice" in done.output and "whole formulas" in done.output
     (trial,) = RunFolder(run).trials()
     assert trial.kind == "diagnosis" and trial.data["hypotheses"][0]["name"] == "scale twice"
     assert "flashcore.diagnose(" in (tmp_path / "test_it.py").read_text()
@@ -76,4 +76,4 @@ def test_what_cannot_be_written_costs_no_finding(place, tmp_path):
 @pytest.mark.slow
 def test_probes_are_in_the_json_too(place):
     done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--probes", "--json"])
-    assert "anchored scores" in [probe["Probe"] for probe in json.loads(done.stdout)["data"]["probes"]]
+    assert "whole formulas" in [probe["Probe"] for probe in json.loads(done.stdout)["data"]["probes"]]

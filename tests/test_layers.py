@@ -222,12 +222,16 @@ def test_what_computes_loads_without_torchs_compiler():
     names = [m for m in MODULES if place(m) in ("backends", "compat", "library", "ops", "paged_ops", "varlen_ops")]
     code = (
         f"import sys, {', '.join(names)}\n"
+        "import torch\n"
+        "from flashcore.bisection.diagnosis.hypotheses import place_of\n"
         "from flashcore.bisection.diagnosis.probes import memory\n"
+        "from flashcore.problem import square\n"
+        "place_of(torch.ones(2, 4, 4, dtype=torch.bool), square(1, 2, 4, 4))\n"
         "from flashcore.numerics import ambient\n"
-        "with memory.full_of_nan(), ambient.shield(): sys.exit('torch._dynamo' in sys.modules)"
+        "with memory.full_of_nan(), ambient.shield(): sys.exit(bool({'torch._dynamo', 'sympy'} & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr or "torch._dynamo is loaded with them"
+    assert done.returncode == 0, done.stderr or "torch._dynamo or sympy is loaded with them"
 
 
 @pytest.mark.parametrize("where", DECIDES_AND_DRAWS)

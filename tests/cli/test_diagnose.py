@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.sampling import first
 from typer.testing import CliRunner
 
 from flashcore.cli.program import app
@@ -45,32 +46,41 @@ def test_a_right_backend_ends_with_0_and_json_is_json():
     assert json.loads(done.stdout)["data"]["right"] is True
 
 
-def test_options_that_do_not_go_together_are_refused():
-    for arguments, words in (
-        ([], "Name a function"),
-        (["cpu", "--backend", "cpu"], "goes with --prove"),
-        (["cpu", "--backend", "all"], "goes with --prove"),
-        (["cpu", "--prove"], "leave FUNCTION out"),
-        (["--prove", "--layout", "bhsd", "--seed", "0"], "leave --layout, --seed out"),
-        (["--prove", "--time-limit", "20", "--probes"], "leave --time-limit, --probes out"),
-        (["cpu", "--lse", "natural"], "says itself what it returns"),
-        (["cpu", "--device", "tpu"], "There is no device 'tpu'; choose one of: cpu, cuda"),
-        (["cpu", "--time-limit", "nan"], "nan is no number of seconds above 0"),
-        (["cpu", "--seed", str(10**23)], "is too large"),
-    ):
-        done = CliRunner().invoke(app, ["diagnose", *arguments])
-        assert done.exit_code == 2 and words in done.stderr, arguments
+REFUSED = [
+    ([], "Name a function"),
+    (["cpu", "--backend", "cpu"], "goes with --prove"),
+    (["cpu", "--backend", "all"], "goes with --prove"),
+    (["cpu", "--prove"], "leave FUNCTION out"),
+    (["--prove", "--layout", "bhsd", "--seed", "0"], "leave --layout, --seed out"),
+    (["--prove", "--time-limit", "20", "--probes"], "leave --time-limit, --probes out"),
+    (["cpu", "--time-limit", "nan"], "nan is no number of seconds above 0"),
+    (["cpu", "--seed", str(10**23)], "is too large"),
+    # These start a process each.
+    (["cpu", "--device", "tpu"], "There is no device 'tpu'; choose one of: cpu, cuda"),
+    (["cpu", "--lse", "natural"], "says itself what it returns"),
+]
 
 
-@pytest.mark.slow
-def test_what_cannot_be_written_costs_no_finding(place, tmp_path):
+@pytest.mark.parametrize("refused", first(REFUSED, 9))
+def test_options_that_do_not_go_together_are_refused(refused):
+    arguments, words = refused
+    done = CliRunner().invoke(app, ["diagnose", *arguments])
+    assert done.exit_code == 2 and words in done.stderr, arguments
+
+
+def test_a_run_that_cannot_be_written_is_told_before_anything_is_asked(place, tmp_path):
     (tmp_path / "file").write_text("")
     done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--run", str(tmp_path / "file")])
     assert done.exit_code == 2 and "cannot be written" in done.stderr and "scale" not in done.output
-    for target in (tmp_path / "file" / "test_it.py", tmp_path, ""):
-        done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--write-test", str(target)])
-        assert done.exit_code == 2 and "the scale is applied twice" in done.stdout, done.output
-        assert "The test cannot be written to" in done.stderr and "Traceback" not in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", first(["{}/file/test_it.py", "{}", ""], 1))
+def test_a_test_that_cannot_be_written_costs_no_finding(place, tmp_path, target):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--write-test", target.format(tmp_path)])
+    assert done.exit_code == 2 and "the scale is applied twice" in done.stdout, done.output
+    assert "The test cannot be written to" in done.stderr and "Traceback" not in done.output
 
 
 @pytest.mark.slow

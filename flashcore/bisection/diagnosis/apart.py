@@ -10,6 +10,7 @@ from flashcore.bisection.diagnosis.diagnosing import Diagnosis, diagnose
 from flashcore.bisection.diagnosis.screening import HOME, Inputs, Screened
 from flashcore.errors import FlashCoreError, OutOfTime
 from flashcore.gpu.isolation import Worker
+from flashcore.numerics.inputs import refuse_seed
 from flashcore.problem import Problem, parse_problem
 
 WHOLE_LIMIT_S = 300.0
@@ -42,6 +43,7 @@ def diagnose_apart(
     """
     call_limit = options.get("time_limit_s", TIME_LIMIT_S)
     refuse_limit(call_limit)
+    refuse_seed(options.get("seed", 0))
     limit = WHOLE_LIMIT_S + 2 * call_limit
     with Worker() as worker:
         outcome = worker.call(_bare, place, problem, options, timeout_s=min(limit, within_s))

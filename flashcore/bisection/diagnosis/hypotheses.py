@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from flashcore.bisection.diagnosis.behaviour import Behaviour
@@ -71,6 +72,7 @@ def head_of(flat: int, problem: Problem) -> dict[str, int]:
 
 def place_of(places: torch.Tensor, problem: Problem) -> dict[str, int]:
     """The coordinates of the first true element of ``[B*Hq, Sq, Sk or D]``; of its first element if none is true."""
-    first = places.flatten().to(torch.uint8).argmax()
-    head, row, column = (int(at) for at in torch.unravel_index(first, places.shape))
+    first = int(places.flatten().to(torch.uint8).argmax())
+    # Not by torch's own `unravel_index`, which loads sympy for it: half a second of each process.
+    head, row, column = (int(at) for at in np.unravel_index(first, tuple(places.shape)))
     return {**head_of(head, problem), "row": row, "column": column}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from support.sampling import sampled
 
 from flashcore import backends
 from flashcore.backends.cpu import CpuBackend
@@ -79,8 +81,7 @@ class TwoChains(CpuBackend):
         return replace(super().trace(q, k, v, problem), previous=reference.interleaved(pages, 2))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "dtype"), sampled(itertools.product(PATTERNS, ["float16", "bfloat16"])))
 @pytest.mark.slow
 def test_a_stale_reference_with_the_guard_of_its_dtype_is_right(pattern, dtype):
     for scale in LATER_SCALES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 from support import compiling
+from support.sampling import sampled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,9 +52,7 @@ def _compiled_anew():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bshd", [False, True])
-@pytest.mark.parametrize("with_lse", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("bshd", "with_lse", "grad"), sampled(itertools.product([False, True], repeat=3)))
 def test_opcheck(bshd, with_lse, grad):
     """Schema, fake tensors (strides too), autograd's registration, and tracing with symbolic sizes."""
     torch.library.opcheck(OP, (*qkv(bshd=bshd, grad=grad), True, None, with_lse, "auto", bshd))

@@ -19,7 +19,7 @@ def dies(q, k, v):
     os._exit(7)
 
 def wrong(q, k, v):
-    return v.mean(dim=2, keepdim=True).expand_as(q).contiguous()
+    return (torch.softmax(q.float() @ k.float().mT, -1) @ v.float()).to(q.dtype)
 """
 
 

@@ -35,7 +35,7 @@ def asked(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", first(list(zoo.ZOO), 3))
+@pytest.mark.parametrize("name", first(list(zoo.ZOO), 2))
 def test_each_bug_of_the_zoo_is_named(name):
     wrong = zoo.ZOO[name]
     found = diagnose(wrong.function, asked(name), device="cpu")
@@ -57,7 +57,7 @@ def test_each_bug_of_the_zoo_is_named_by_ordinary_problems(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.RIGHT)
+@pytest.mark.parametrize("name", first(list(zoo.RIGHT), 2))
 def test_right_functions_are_right(name):
     found = diagnose(zoo.RIGHT[name], device="cpu")
     assert found.right and "is right" in str(found), str(found)
@@ -178,7 +178,7 @@ def test_the_default_scale_of_a_function_is_asked_about_too():
     def other_default(q, k, v, softmax_scale=0.1):
         return zoo.two_pass(q, k, v, softmax_scale=softmax_scale)
 
-    found = diagnose(other_default, SMALL, device="cpu")
+    found = diagnose(other_default, "B=1,H=1,S=40,D=16", device="cpu")
     assert not found.right and "its own default scale" in str(found)
 
 

@@ -61,7 +61,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("refused", first(REFUSED, 9))
+@pytest.mark.parametrize("refused", first(REFUSED, 8))
 def test_options_that_do_not_go_together_are_refused(refused):
     arguments, words = refused
     done = CliRunner().invoke(app, ["diagnose", *arguments])
@@ -83,6 +83,7 @@ def test_a_test_that_cannot_be_written_costs_no_finding(place, tmp_path, target)
     assert "The test cannot be written to" in done.stderr and "Traceback" not in done.output
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_probes_are_in_the_json_too(place):
     done = CliRunner().invoke(app, ["diagnose", place, *SMALL, "--probes", "--json"])

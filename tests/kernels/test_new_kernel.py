@@ -84,6 +84,7 @@ def python(plugins: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.exhaustive  # by default, the build table shows that it is found
 @pytest.mark.slow
 def test_it_is_registered_hashed_and_in_the_sweep_which_says_why_it_cannot_run_without_a_gpu(plugins, run):
     program = f"""

@@ -248,7 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 LONG = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=QUIET, database=None
+    max_examples=15, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=QUIET, database=None
 )
 CacheMachine.TestCase.settings = LONG
 TestCacheMachine = pytest.mark.slow(CacheMachine.TestCase)

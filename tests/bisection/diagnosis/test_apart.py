@@ -32,7 +32,13 @@ def test_a_crash_is_a_finding_and_a_finding_comes_back(tmp_path):
     assert found.to_trial().status == "failed"
     found = diagnose_apart(f"{file}:wrong", "B=1,H=1,S=40,D=16", device="cpu")
     assert not found.right and found.screened[0].answer is None and found.seconds > 0
-    with pytest.raises(UnknownName, match="function in"):
-        diagnose_apart(f"{file}:none", device="cpu")
     with pytest.raises(OutOfTime, match="sleeps did not end within the 1 s that were left"):
         diagnose_apart(f"{file}:sleeps", device="cpu", within_s=0.6)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_function_that_is_not_there_is_the_error_that_it_is_here(tmp_path):
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    with pytest.raises(UnknownName, match="function in"):
+        diagnose_apart(f"{tmp_path / 'mine.py'}:none", device="cpu")

@@ -19,6 +19,8 @@ from flashcore.errors import InvalidProblem, UnknownName
 from flashcore.problem import Problem
 
 SMALL = "B=2,H=4,Hkv=2,S=200,D=64"
+TINY = "B=1,H=2,S=40,D=16"
+"""Where the question is what is said of a finding, and how."""
 
 
 SHOWN_BY = {"top_left": "B=2,H=4,Hkv=2,Sq=90,Sk=200,D=64,causal", "scale_not_taken": SMALL + ",scale=0.3",
@@ -67,7 +69,7 @@ def test_right_functions_are_right(name):
 @pytest.mark.slow
 def test_progress_says_what_is_done_and_never_more_than_there_is():
     told = []
-    diagnose(zoo.one_key_too_many, SMALL + ",causal", device="cpu", progress=lambda *said: told.append(said))
+    diagnose(zoo.one_key_too_many, TINY + ",causal", device="cpu", progress=lambda *said: told.append(said))
     assert all(0 <= done < total for _, done, total in told)
     phases = [what.split(" ")[0] for what, _, _ in told]
     assert list(dict.fromkeys(phases)) == ["comparing", "probe", "making"]
@@ -75,7 +77,7 @@ def test_progress_says_what_is_done_and_never_more_than_there_is():
 
 @pytest.mark.slow
 def test_a_backend_is_diagnosed_by_its_id():
-    assert flashcore.diagnose("cpu", SMALL).right
+    assert flashcore.diagnose("cpu", TINY).right
 
 
 @pytest.mark.slow
@@ -148,9 +150,9 @@ def test_what_a_function_refuses_is_said_and_is_no_fault():
 @pytest.mark.slow
 def test_lse_of_another_base_is_named_and_allowed_for():
     in_base_2 = functools.partial(zoo.with_lse, base=2.0)
-    assert diagnose(zoo.with_lse, SMALL, device="cpu", lse="natural").right
-    assert diagnose(in_base_2, SMALL, device="cpu", lse="log2").right
-    found = diagnose(in_base_2, SMALL, device="cpu", lse="natural")
+    assert diagnose(zoo.with_lse, TINY, device="cpu", lse="natural").right
+    assert diagnose(in_base_2, TINY, device="cpu", lse="log2").right
+    found = diagnose(in_base_2, TINY, device="cpu", lse="natural")
     assert found.stages == ("lse",) and "base 2" in found.headline()
 
 
@@ -168,8 +170,8 @@ def test_a_problem_says_what_is_meant_where_the_function_takes_no_option():
     def causal_by_nature(q, k, v):
         return zoo.two_pass(q, k, v, causal=True)
 
-    assert diagnose(causal_by_nature, SMALL + ",causal", device="cpu").right
-    found = diagnose(causal_by_nature, SMALL, device="cpu")
+    assert diagnose(causal_by_nature, TINY + ",causal", device="cpu").right
+    found = diagnose(causal_by_nature, TINY, device="cpu")
     assert [h.name for h in found.hypotheses] == ["causal mask not asked for"]
 
 
@@ -185,7 +187,7 @@ def test_the_default_scale_of_a_function_is_asked_about_too():
 @pytest.mark.slow
 def test_torch_is_left_as_it_was():
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    diagnose(zoo.last_rows_not_written, SMALL, device="cpu")
+    diagnose(zoo.last_rows_not_written, TINY, device="cpu")
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
@@ -205,7 +207,7 @@ def test_diagnoses_in_several_threads_run_one_after_the_other_and_leave_torch_as
     torch.set_num_threads(2)
     try:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda wait: (time.sleep(wait), diagnose(zoo.no_scale, SMALL, device="cpu")), (0, 0.05)))
+            list(pool.map(lambda wait: (time.sleep(wait), diagnose(zoo.no_scale, TINY, device="cpu")), (0, 0.05)))
         with ThreadPoolExecutor(1) as pool:  # a thread that has not computed yet has what was set last
             assert pool.submit(torch.get_num_threads).result() == 2
     finally:
@@ -215,7 +217,7 @@ def test_diagnoses_in_several_threads_run_one_after_the_other_and_leave_torch_as
 
 @pytest.mark.slow
 def test_a_diagnosis_is_a_record():
-    trial = diagnose(zoo.no_scale, SMALL, device="cpu").to_trial()
+    trial = diagnose(zoo.no_scale, TINY, device="cpu").to_trial()
     assert trial.kind == "diagnosis" and trial.status == "failed"
     assert trial.data["hypotheses"][0]["name"] == "scale missing" and trial.data["explained"] > 1000
     assert type(trial).model_validate_json(trial.model_dump_json()) == trial

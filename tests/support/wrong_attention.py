@@ -165,6 +165,13 @@ def a_window(q, k, v):
 # --- scores ---
 
 
+def roots_of_scores(q, k, v):
+    """Scores that nothing has a name for."""
+    a, b, c, scale = parts(q, k, v)
+    scores = a @ b.mT * scale
+    return finish(scores.sign() * scores.abs().sqrt(), c, q.dtype)
+
+
 @_wrong("scale missing", "scores")
 def no_scale(q, k, v):
     a, b, c, _ = parts(q, k, v)

@@ -41,12 +41,7 @@ def test_one_score_is_named_with_its_place_and_what_is_added_to_it():
 
 
 def test_what_nothing_explains_is_a_suspicion_with_its_place():
-    def roots(q, k, v):
-        a, b, c, scale = zoo.parts(q, k, v)
-        scores = a @ b.mT * scale
-        return zoo.finish(scores.sign() * scores.abs().sqrt(), c, q.dtype)
-
-    found = peel(roots)
+    found = peel(zoo.roots_of_scores)
     assert found.hypotheses == () and found.suspicions[0].stages == ("scores", "probs")
     assert set(found.suspicions[0].place) == {"batch", "head", "row", "column"}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, simulate
 from flashcore.bisection.diagnosis.elements import FEWER_BITS, WRAPS
 from flashcore.bisection.diagnosis.hypotheses import Hypothesis
-from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt, share_of
+from flashcore.bisection.diagnosis.predicting import EXPLAINED, given_to, is_blunt
 from flashcore.bisection.diagnosis.probes import rounding, scales
 from flashcore.bisection.diagnosis.probes.inquiry import Inquiry
 from flashcore.bisection.diagnosis.screening import Inputs, Screened, screen_one
@@ -48,6 +48,9 @@ NEARER = 0.1
 
 def formulas(inquiry: Inquiry) -> str | None:
     """A formula that predicts every wrong call of these shapes, to the element, together with what is known so far."""
+    if inquiry.state is inquiry.formulas_under:
+        return None  # nothing was found since they were tried
+    inquiry.formulas_under = inquiry.state
     left = _left(inquiry)
     if not left:
         return None
@@ -128,8 +131,7 @@ def _limit(call: Screened) -> Hypothesis | None:
 def _miss(inquiry: Inquiry, call: Screened, state: Behaviour) -> float | None:
     """The share of the squared error that a formula leaves of a wrong call; None where it does not explain it."""
     case = call.inputs.case(inquiry.candidate, again=True)
-    predicted = simulate(*given_to(call, inquiry.candidate), call.inputs.problem, state)[0]
-    share = share_of(call.answer.out, predicted, call, inquiry.candidate, inquiry.state.unwritten)[0]
+    predicted, (share, *_) = inquiry.predict(state, call)
     if share < EXPLAINED:
         return None
     # Errors as small as roundings are within the slack of many predictions: theirs must be the very errors.
@@ -143,8 +145,7 @@ def _leaves(inquiry: Inquiry, control: Screened, state: Behaviour) -> bool:
     """Whether a formula leaves right what is right of an ordinary call: zeros alone fit many formulas."""
     if control.answer is None:
         return True
-    predicted = simulate(*given_to(control, inquiry.candidate), control.inputs.problem, state)[0]
-    _, _, wrong, spoiled = share_of(control.answer.out, predicted, control, inquiry.candidate, inquiry.state.unwritten)
+    predicted, (_, _, wrong, spoiled) = inquiry.predict(state, control)
     return spoiled <= (1 - EXPLAINED) * max(1, predicted.numel() - wrong)
 
 

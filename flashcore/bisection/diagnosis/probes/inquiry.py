@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from flashcore.bisection.diagnosis import reading
 from flashcore.bisection.diagnosis.behaviour import RIGHT, Behaviour, simulate
 from flashcore.bisection.diagnosis.calling import Candidate
@@ -38,6 +40,8 @@ class Inquiry:
         """What else the weights of equal keys may mean; the first of them is in `found`."""
         self.scores: reading.Scores | None = None
         """The scores that anchored keys told."""
+        self.formulas_under: Behaviour | None = None
+        """The behaviour beside which whole formulas were tried last."""
         self.bendable: Suspicion | None = None
         """What is left of wrong scores that a bend may explain."""
 
@@ -49,15 +53,22 @@ class Inquiry:
     def verify(self) -> tuple[int, int, int]:
         """Wrong elements that the state predicts, all wrong ones, and right ones that it predicts wrongly."""
         explained = wrong = spoiled = 0
-        for one in self.failing:
-            if one.answer is None or not one.out_wrong or not self.fits_shape(one.inputs.problem):
-                continue
+        for one in self._wrong_ones():
             if is_blunt(one, self.candidate):
                 continue
-            predicted = simulate(*given_to(one, self.candidate), one.inputs.problem, self.state)[0]
-            _, mine, all_wrong, bad = share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)
+            _, (_, mine, all_wrong, bad) = self.predict(self.state, one)
             explained, wrong, spoiled = explained + mine, wrong + all_wrong, spoiled + bad
         return explained, wrong, spoiled
+
+    def predict(self, state: Behaviour, call: Screened) -> tuple[torch.Tensor, tuple[float, int, int, int]]:
+        """The output that a behaviour predicts of a call, and how much that explains of the real one (`share_of`)."""
+        predicted = simulate(*given_to(call, self.candidate), call.inputs.problem, state)[0]
+        return predicted, share_of(call.answer.out, predicted, call, self.candidate, self.state.unwritten)
+
+    def _wrong_ones(self) -> list[Screened]:
+        """Calls whose output is there and wrong, of which what was read at the probed shapes says something."""
+        return [one for one in self.failing
+                if one.answer is not None and one.out_wrong and self.fits_shape(one.inputs.problem)]  # fmt: skip
 
     def prune(self) -> None:
         """Drop hypotheses without which the wrong outputs are predicted as well."""
@@ -82,15 +93,13 @@ class Inquiry:
 
     def unexplained(self) -> list[Screened]:
         left = []
-        for one in self.failing:
-            if one.answer is None or not one.out_wrong or not self.fits_shape(one.inputs.problem):
-                continue
+        for one in self._wrong_ones():
             if is_blunt(one, self.candidate):
-                if not self.found:
-                    left.append(one)
-                continue
-            predicted = simulate(*given_to(one, self.candidate), one.inputs.problem, self.state)[0]
-            if share_of(one.answer.out, predicted, one, self.candidate, self.state.unwritten)[0] < EXPLAINED:
+                is_left = not self.found
+            else:
+                _, (share, *_) = self.predict(self.state, one)
+                is_left = share < EXPLAINED
+            if is_left:
                 left.append(one)
         return left
 

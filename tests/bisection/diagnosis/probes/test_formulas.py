@@ -6,6 +6,7 @@ import pytest
 from support import wrong_attention as zoo
 from support.inquiries import PROBLEM, inquiry_of
 
+from flashcore.bisection.diagnosis.hypotheses import Hypothesis
 from flashcore.bisection.diagnosis.probes import formulas
 from flashcore.numerics.reference import STAGES
 
@@ -101,3 +102,12 @@ def test_an_output_that_is_cut_off_and_one_that_is_divided_along_its_columns():
     assert "laid along the columns of the output" in formulas.formulas(
         inquiry_of(zoo.divided_along_the_columns, SQUARE)
     )
+
+
+def test_formulas_are_tried_again_only_beside_something_that_was_found_since(monkeypatch):
+    inquiry, tried = inquiry_of(zoo.roots_of_scores, SQUARE), []
+    best = formulas._best
+    monkeypatch.setattr(formulas, "_best", lambda *given: tried.append(given) or best(*given))
+    assert [formulas.formulas(inquiry), formulas.formulas(inquiry)] == [None, None] and len(tried) == 1
+    inquiry.add(Hypothesis("epsilon", "a number is added to row_sum", ("row_sum",), {"epsilon": 1e-9}))
+    assert formulas.formulas(inquiry) is None and len(tried) == 2

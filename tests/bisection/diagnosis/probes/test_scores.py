@@ -30,12 +30,7 @@ def test_right_scores_are_read_and_left_alone():
 
 
 def test_scores_without_a_name_may_be_bent():
-    def roots(q, k, v):
-        a, b, c, scale = zoo.parts(q, k, v)
-        products = a @ b.mT * scale
-        return zoo.finish(products.sign() * products.abs().sqrt(), c, q.dtype)
-
-    inquiry = inquiry_of(roots)
+    inquiry = inquiry_of(zoo.roots_of_scores)
     assert scores.anchored(inquiry) and inquiry.found == []
     assert [inquiry.bendable] == inquiry.suspicions and inquiry.bendable.stages == ("scores", "probs")
 

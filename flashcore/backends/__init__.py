@@ -12,11 +12,11 @@ from __future__ import annotations
 from importlib import import_module
 
 from flashcore.backends._contract import AVAILABLE, Availability, Backend, with_masks, with_methods
-from flashcore.backends._registry import all_backends, get, register, select
+from flashcore.backends._registry import all_backends, get, ids_in, register, select
 
 __all__ = [
-    "AVAILABLE", "Availability", "Backend", "CudaBackend", "all_backends", "get", "register", "select", "with_masks",
-    "with_methods", "cpu", "cublaslt", "cublaslt_paged", "decode", "others",
+    "AVAILABLE", "Availability", "Backend", "CudaBackend", "all_backends", "get", "ids_in", "register", "select",
+    "with_masks", "with_methods", "cpu", "cublaslt", "cublaslt_paged", "decode", "others",
 ]  # fmt: skip
 
 

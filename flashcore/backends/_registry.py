@@ -26,14 +26,7 @@ _discovering = threading.RLock()
 WAIT_S = 60.0
 """Seconds to wait for a thread that imports them: it may wait for a module that asks while it is imported here."""
 
-
-def _in_a_child() -> None:
-    """In a forked process the thread that imported them is not there."""
-    global _discovering
-    _discovering = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_in_a_child)
+os.register_at_fork(after_in_child=_discovering._at_fork_reinit)  # the thread that holds it is not in a child
 
 
 def register(cls: type[Backend]) -> type[Backend]:
@@ -98,12 +91,11 @@ def all_backends() -> list[Backend]:
         FLASHCORE_PLUGINS names no folder, or a file in one cannot be imported.
     """
     order = {"reference": 0, "ours": 1, "peer": 2}
-    lock = _discovering
-    if lock.acquire(timeout=WAIT_S):
+    if _discovering.acquire(timeout=WAIT_S):
         try:
             _discover()
         finally:
-            lock.release()
+            _discovering.release()
     return sorted(_REGISTRY.values(), key=lambda b: (order[b.role], b.device != "cpu", b.id))
 
 
@@ -121,13 +113,18 @@ def get(backend_id: str) -> Backend:
     return known[backend_id]
 
 
+def ids_in(names: str) -> list[str]:
+    """The ids of a comma-separated list, each once, whether or not there are such backends."""
+    return list(dict.fromkeys(filter(None, (name.strip() for name in names.split(",")))))
+
+
 def select(names: str = "all", *, device: str | None = None) -> list[Backend]:
     """Backends by a comma-separated list of ids, or `all`; with `device`, those that take tensors there.
 
     An id that does not exist is an error, and so is a list without one; one that is merely not available here is
     returned, for the caller to record. An id that stands there twice is one.
     """
-    named = list(dict.fromkeys(filter(None, (name.strip() for name in names.split(",")))))
+    named = ids_in(names)
     if not named:
         raise UnknownName("backend", names, ["all", *(b.id for b in all_backends())])
     wanted = all_backends() if named == ["all"] else [get(name) for name in named]

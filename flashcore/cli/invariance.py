@@ -66,6 +66,7 @@ def invariance(
     and the ordinary mode break is a finding. With --prove 0: each planted bug is found; 1: one is not, or none could be
     planted here.
     """
+    from flashcore.backends import ids_in
     from flashcore.errors import InvalidProblem, UnknownName
     from flashcore.gpu import device
     from flashcore.surveys.invariance import facts, measuring
@@ -79,7 +80,7 @@ def invariance(
     modes = measuring.MODES if mode == BOTH else (mode,)
     chosen = None
     if backends is not None and backends.strip() != "all":
-        chosen = list(dict.fromkeys(filter(None, (name.strip() for name in backends.split(",")))))
+        chosen = ids_in(backends)
         if not chosen:
             raise InvalidProblem("--backends names nobody; leave it out, or give ids separated by commas.")
     if prove:

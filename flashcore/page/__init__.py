@@ -23,7 +23,7 @@ _HOMES = {
     "correctness_html": "proof",
     "drawn": "parts",
     "elsewhere_html": "elsewhere",
-    "fold": "parts",
+    "fold": "drawing.html_tables",
     "gates_html": "decision",
     "headline_html": "headline",
     "machine_html": "proof",

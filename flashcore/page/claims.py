@@ -13,7 +13,7 @@ from flashcore.decision.compare import number
 from flashcore.decision.verdict import Evidence
 from flashcore.errors import FlashCoreError
 from flashcore.page.drawing import html_tables
-from flashcore.page.parts import fold
+from flashcore.page.drawing.html_tables import fold
 
 CSS = {"confirmed": "pass", "contradicted": "fail", "impossible": "fail"}
 WORDS = {"impossible": "beyond the data sheet"}

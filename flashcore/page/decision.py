@@ -12,7 +12,8 @@ from flashcore.decision.compare import number
 from flashcore.decision.verdict import Decision, GateResult
 from flashcore.page.anchors import row_id
 from flashcore.page.drawing import html_tables, paging_views
-from flashcore.page.parts import fold, short, signed
+from flashcore.page.drawing.html_tables import fold
+from flashcore.page.parts import short, signed
 from flashcore.problem import parse_problem
 from flashcore.surveys.paging import facts
 

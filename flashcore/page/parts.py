@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 MOST_OF_A_CAUSE = 200
 """Letters of what a foreign error says that fit into a sentence."""
 
-fold = html_tables.fold
-
 
 def drawn(what: str, draw: Callable[[], str]) -> str:
     """One part of the page, or a sentence on why there is none: a record that makes no sense costs no other part.

@@ -10,7 +10,8 @@ from flashcore import tables
 from flashcore.decision.verdict import Evidence
 from flashcore.page.anchors import row_id
 from flashcore.page.drawing import html_tables, invariance_views
-from flashcore.page.parts import fold, frame_html
+from flashcore.page.drawing.html_tables import fold
+from flashcore.page.parts import frame_html
 from flashcore.records import Trial
 from flashcore.surveys.invariance import facts as invariance
 

@@ -10,8 +10,8 @@ from markupsafe import Markup, escape
 
 from flashcore.decision.verdict import Decision, Evidence
 from flashcore.page.drawing import html_tables
+from flashcore.page.drawing.html_tables import fold
 from flashcore.page.headline import sealed
-from flashcore.page.parts import fold
 from flashcore.page.proof import machine_html
 from flashcore.paths import data_dir
 

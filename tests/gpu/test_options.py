@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 
 from flashcore.gpu import build, options
@@ -62,14 +65,15 @@ def test_nothing_of_masks_is_left_in_a_kernel_without_them(kernel):
     assert (build._bare(left) != build._bare(source)) or not build.has_options(kernel)
 
 
+def hashes_of(path: Path, text: str) -> tuple[str, str]:
+    """The hash of a kernel of this text without its options, and with them."""
+    path.write_text(text)
+    return build.source_hash(path.stem), build.source_hash(path.stem, options=True)
+
+
 def test_an_edit_inside_masks_changes_only_the_hash_with_them(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
-    path = tmp_path / "veiled.cu"
-
-    def hashes(text: str) -> tuple[str, str]:
-        path.write_text(text)
-        return build.source_hash("veiled"), build.source_hash("veiled", options=True)
-
+    hashes = functools.partial(hashes_of, tmp_path / "veiled.cu")
     without, with_masks = hashes(WITH_MASKS)
     assert without != with_masks
     for old, new in (("+ b", "- b"), ("h(b)", "h(2 * b)"), ("(, int b)", "(, int c)")):
@@ -180,12 +184,7 @@ def test_of_the_option_that_is_left_out_nothing_is_left(kernel, but):
 
 def test_an_edit_of_the_invariant_mode_leaves_the_hash_without_it(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHCORE_PLUGINS", str(tmp_path))
-    path = tmp_path / "both.cu"
-
-    def hashes(text: str) -> tuple[str, str]:
-        path.write_text(text)
-        return build.source_hash("both"), build.source_hash("both", options=True)
-
+    hashes = functools.partial(hashes_of, tmp_path / "both.cu")
     without, whole = hashes(WITH_BOTH)
     assert without != whole
     for old, new in (("INVARIANT(, int c)", "INVARIANT(, int e)"), ("+ c", "- c"), ("CHUNKED(+ 1)", "CHUNKED(+ 2)"),

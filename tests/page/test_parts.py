@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashcore.page.parts import drawn, fold, frame_html, short, signed
+from flashcore.page.drawing.html_tables import fold
+from flashcore.page.parts import drawn, frame_html, short, signed
 
 
 def test_backends_keep_their_names_and_counts_have_thousands():

@@ -72,7 +72,7 @@ def unwritten(inquiry: Inquiry) -> str | None:
         answer = inquiry.candidate(q, k, v, inputs.problem)
         plain.append(answer.out.isnan())
         lse_of.append(None if answer.lse is None else answer.lse.isnan())
-    fresh = filled[0] & ~plain[0]
+    fresh = filled[0] & ~(plain[0] & plain[1])  # what lay in memory by chance may be a NaN once
     if bool((filled[0] != filled[1]).any()):  # a race, not this
         return None
     if not bool(fresh.any()):
@@ -95,7 +95,7 @@ def _unwritten_lse(inquiry: Inquiry, seen: list[torch.Tensor | None]) -> str | N
     """The same of lse: NaN where memory is full of it, each time, and no NaN otherwise."""
     if any(one is None for one in seen):
         return None
-    fresh = seen[0] & seen[2] & ~seen[1]
+    fresh = seen[0] & seen[2] & ~(seen[1] & seen[3])
     if not bool(fresh.any()):
         return None
     rows = fresh.flatten(0, 1).any(dim=0).nonzero().flatten().tolist()
